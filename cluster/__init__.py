@@ -1,0 +1,1 @@
+"""WHERE work runs and where bytes live. Knows Ray and object stores; nothing of compression."""

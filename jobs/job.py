@@ -1,0 +1,141 @@
+"""Job: one step from one parent, and what came of it. Plain data that crosses processes; needs no torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from jobs.recipe import Recipe
+
+FailureKind = Literal["invalid", "diverged", "out_of_memory", "preempted", "timeout", "bug"]
+
+
+@dataclass(frozen=True)
+class Target:
+    """What the model is to run on. Latency is measured for prompts of `prompt_tokens`, then `new_tokens`."""
+
+    runtime: str = "torch"
+    threads: int = 1
+    prompt_tokens: int = 128
+    new_tokens: int = 32
+
+
+@dataclass(frozen=True)
+class TextSource:
+    """Text to read: a .txt or .jsonl file (field `text`), a folder of them, or `package:MODULE`.
+
+    part: from which to which share of the documents, in order, so that one source can serve several uses.
+    where: keep only jsonl documents whose fields have these values.
+    samples, tokens: the number of windows and the length of each, in tokens.
+    """
+
+    path: str
+    samples: int
+    tokens: int
+    part: tuple[float, float] = (0.0, 1.0)
+    where: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Materials:
+    """What every job of a study shares: the original, the texts, the target.
+
+    choices: a jsonl file of multiple-choice items (context, choices, answer), or None.
+    """
+
+    model: str
+    task: Literal["causal-lm", "embedding"]
+    evaluation: TextSource
+    calibration: TextSource | None = None
+    training: TextSource | None = None
+    choices: str | None = None
+    target: Target = Target()
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Numbers that were measured on an artifact, none of them NaN or infinite.
+
+    metrics, errors: by metric name; an error is a standard error, for timings the spread (see the meter).
+    unreliable: metrics that were too noisy to compare, which keeps them off the front.
+    environment: where it was measured; numbers of different environments are not compared.
+    seconds: how long measuring took.
+    """
+
+    metrics: Mapping[str, float]
+    errors: Mapping[str, float] = field(default_factory=dict)
+    unreliable: tuple[str, ...] = ()
+    environment: Mapping[str, str] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name, value in {**self.metrics, **self.errors}.items():
+            if not math.isfinite(value):
+                raise FloatingPointError(f"{name} came out as {value}: the model diverged")
+
+    def joined(self, other: Measurement) -> Measurement:
+        """Both measurements of one artifact as one; the other's numbers win."""
+        return Measurement(
+            {**self.metrics, **other.metrics},
+            {**self.errors, **other.errors},
+            tuple(sorted({*self.unreliable} - {*other.metrics} | {*other.unreliable})),
+            {**self.environment, **other.environment},
+            self.seconds + other.seconds,
+        )
+
+
+@dataclass(frozen=True)
+class Job:
+    """Make `recipe`'s artifact from its parent's (unless it is there already), then take these meters.
+
+    fidelity: the share of the evaluation data that is read, 1.0 for all.
+    """
+
+    recipe: Recipe
+    meters: tuple[str, ...]
+    materials_digest: str
+    fidelity: float = 1.0
+
+    @property
+    def id(self) -> str:
+        """The digest of all that decides the result: the key of its record in the store."""
+        parts = [self.recipe.id, list(self.meters), self.materials_digest, self.fidelity]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Success:
+    """artifact: its content digest in the store; size_bytes: of the whole folder; seconds: making it took."""
+
+    artifact: str
+    size_bytes: int
+    measurement: Measurement
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Failure:
+    kind: FailureKind
+    message: str
+    traceback: str = ""
+
+
+Outcome = Success | Failure
+
+
+def outcome_to_dict(outcome: Outcome) -> dict[str, Any]:
+    return {"outcome": type(outcome).__name__.lower(), **dataclasses.asdict(outcome)}
+
+
+def outcome_from_dict(record: Mapping[str, Any]) -> Outcome:
+    fields = {name: value for name, value in record.items() if name != "outcome"}
+    if record["outcome"] == "failure":
+        return Failure(**fields)
+    measurement = {**fields.pop("measurement")}
+    measurement["unreliable"] = tuple(measurement["unreliable"])
+    return Success(measurement=Measurement(**measurement), **fields)

@@ -1,0 +1,63 @@
+"""Knobs: what values an option of a technique may validly take. What is *searched* is the study's to narrow."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+Value = bool | int | float | str
+
+
+@dataclass(frozen=True)
+class Range:
+    """All numbers from `low` to `high`, both included; whole ones only where `integer`."""
+
+    low: float
+    high: float
+    integer: bool = False
+    log: bool = False
+
+    def __contains__(self, value: object) -> bool:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            return False
+        if self.integer and value != int(value):
+            return False
+        return self.low <= value <= self.high
+
+    def normal(self, value: Value) -> Value:
+        """The value in its one spelling (1 and 1.0 must not make two recipes)."""
+        return int(value) if self.integer else float(value)
+
+    def __str__(self) -> str:
+        kind = "whole numbers in " if self.integer else ""
+        return f"{kind}[{self.low:g}, {self.high:g}]"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One of some values, in their natural order where they are numbers."""
+
+    values: tuple[Value, ...]
+
+    def __contains__(self, value: object) -> bool:
+        # 1 == True in Python; an option that takes numbers must not take booleans, and the other way round.
+        return any(
+            value == known and isinstance(value, bool) == isinstance(known, bool) for known in self.values
+        )
+
+    def normal(self, value: Value) -> Value:
+        """The value as it stands among the choices."""
+        return next(known for known in self.values if known == value)
+
+    def __str__(self) -> str:
+        return "{" + ", ".join(str(value) for value in self.values) + "}"
+
+
+Domain = Range | Choice
+
+
+def knob(default: Value, domain: Domain, help: str) -> Any:
+    """A dataclass field that holds an option: its default, its valid domain, and one line of what it does."""
+    return dataclasses.field(default=default, metadata={"domain": domain, "help": help})

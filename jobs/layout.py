@@ -1,0 +1,173 @@
+"""Layout: a model's tensors as they are written, known from shapes alone. From it comes the exact size of the file."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from jobs.families import Family, family
+from jobs.technique import Form
+
+_ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "U8": 1}
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """dtype by the name that safetensors gives it."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def size_bytes(self) -> int:
+        return math.prod(self.shape) * _ITEM_BYTES[self.dtype]
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Integers of `bits` bits; one scale (and zero point, unless symmetric) per `group` inputs of each row.
+
+    group 0 is one scale per output channel. Where `group` does not divide the inputs, the last group of
+    each row is the shorter rest (SmolLM2's width of 576 in groups of 128 is 4 groups and a half one).
+    """
+
+    bits: int
+    group: int
+    symmetric: bool
+
+    def groups(self, in_features: int) -> int:
+        """How many groups a row of `in_features` weights has."""
+        return 1 if self.group == 0 else math.ceil(in_features / self.group)
+
+    def row_bytes(self, in_features: int) -> int:
+        """Bytes of one row's integers: 8 values are packed into `bits` bytes, the last few padded."""
+        return math.ceil(in_features / 8) * self.bits
+
+
+@dataclass(frozen=True)
+class LinearSpec:
+    """One linear layer as it is stored: y = x Wᵀ + b with W of [out, in], dense in bf16 or packed."""
+
+    out_features: int
+    in_features: int
+    bias: bool
+    packing: Packing | None = None
+
+    def tensors(self) -> dict[str, TensorSpec]:
+        """The tensors that hold it, by their names within the layer."""
+        found: dict[str, TensorSpec] = {}
+        if self.packing is None:
+            found["weight"] = TensorSpec("BF16", (self.out_features, self.in_features))
+        else:
+            groups = self.packing.groups(self.in_features)
+            row_bytes = self.packing.row_bytes(self.in_features)
+            found["packed"] = TensorSpec("U8", (self.out_features, row_bytes))
+            found["scales"] = TensorSpec("F16", (self.out_features, groups))
+            if not self.packing.symmetric:
+                found["zeros"] = TensorSpec("U8", (self.out_features, groups))
+        if self.bias:
+            found["bias"] = TensorSpec("BF16", (self.out_features,))
+        return found
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Every tensor of a model's file.
+
+    linears: the linears inside the blocks, by their full names. One that was factorized stands as two:
+        `NAME.v` (in → rank) and `NAME.u` (rank → out).
+    others: all other tensors (embeddings, norms, head), by their full names.
+    """
+
+    family: Family
+    linears: Mapping[str, LinearSpec]
+    others: Mapping[str, TensorSpec]
+
+    @property
+    def depth(self) -> int:
+        """The number of blocks."""
+        return len({self.block_of(name) for name in self.linears})
+
+    def block_of(self, name: str) -> int:
+        """The index of the block that a tensor or linear of this full name lies in; -1 outside the blocks."""
+        prefix = self.family.blocks + "."
+        return int(name[len(prefix) :].split(".", 1)[0]) if name.startswith(prefix) else -1
+
+    def name(self, block: int, path: str) -> str:
+        """The full name of what lies at `path` in a block."""
+        return f"{self.family.blocks}.{block}.{path}"
+
+    def forms(self) -> frozenset[Form]:
+        """Which forms of linears the model holds."""
+        found: set[Form] = set()
+        for name, spec in self.linears.items():
+            found.add("factored" if name.endswith((".u", ".v")) else "dense")
+            if spec.packing is not None:
+                found.add("packed")
+        return frozenset(found)
+
+    def with_linears(self, changed: Mapping[str, LinearSpec]) -> Layout:
+        """The same layout with some linears replaced."""
+        return dataclasses.replace(self, linears={**self.linears, **changed})
+
+    def tensors(self) -> dict[str, TensorSpec]:
+        """Every tensor of the file by its full name."""
+        found = dict(self.others)
+        for name, spec in self.linears.items():
+            found |= {f"{name}.{part}": tensor for part, tensor in spec.tensors().items()}
+        return found
+
+    def size_bytes(self) -> int:
+        """The size of the safetensors file, to the byte: the header, padded to 8 bytes, and the tensors."""
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        offset = 0
+        # safetensors lays tensors out by falling alignment of their type, then by name.
+        in_file = sorted(self.tensors().items(), key=lambda item: (-_ITEM_BYTES[item[1].dtype], item[0]))
+        for name, tensor in in_file:
+            end = offset + tensor.size_bytes
+            header[name] = {
+                "dtype": tensor.dtype,
+                "shape": list(tensor.shape),
+                "data_offsets": [offset, end],
+            }
+            offset = end
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        return 8 + math.ceil(len(text) / 8) * 8 + offset
+
+    def parameters(self) -> int:
+        """How many weights the model computes with, packed ones counted one by one."""
+        linear = sum(
+            spec.out_features * (spec.in_features + int(spec.bias)) for spec in self.linears.values()
+        )
+        return linear + sum(math.prod(tensor.shape) for tensor in self.others.values())
+
+    def decode_macs(self) -> int:
+        """Multiply-adds of the block linears for one token: steers the search where no latency is known yet."""
+        return sum(spec.out_features * spec.in_features for spec in self.linears.values())
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "family": self.family.name,
+            "linears": {name: dataclasses.asdict(spec) for name, spec in self.linears.items()},
+            "others": {name: dataclasses.asdict(spec) for name, spec in self.others.items()},
+        }
+
+    @staticmethod
+    def from_dict(record: Mapping[str, Any]) -> Layout:
+        return Layout(
+            family(record["family"]),
+            {
+                name: LinearSpec(
+                    **{**spec, "packing": Packing(**spec["packing"]) if spec["packing"] else None}
+                )
+                for name, spec in record["linears"].items()
+            },
+            {
+                name: TensorSpec(spec["dtype"], tuple(spec["shape"]))
+                for name, spec in record["others"].items()
+            },
+        )

@@ -1,0 +1,45 @@
+"""Meter: what measures some metrics of an artifact."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from jobs.families import Task
+from jobs.job import Materials, Measurement
+
+if TYPE_CHECKING:
+    from jobs.models import Model
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is measured: the artifact's folder as it would be shipped, beside the original it came from.
+
+    fidelity: the share of the evaluation data to read, 1.0 for all.
+    """
+
+    folder: Path
+    original: Path
+    materials: Materials
+    fidelity: float = 1.0
+
+    @cached_property
+    def model(self) -> Model:
+        """The artifact, loaded from its files the way the torch runtime runs it."""
+        from jobs.runtimes import on_torch
+
+        return on_torch.load(self.folder)
+
+
+@dataclass(frozen=True)
+class Meter:
+    """metrics: what `measure` produces for these tasks. exclusive: nothing else may run on the machine meanwhile."""
+
+    metrics: tuple[str, ...]
+    tasks: tuple[Task, ...]
+    measure: Callable[[Subject], Measurement]
+    exclusive: bool = False

