@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from jaxtyping import Int
+from torch import Tensor
 
 from jobs.families import Task
 from jobs.job import Materials, Measurement
@@ -33,6 +37,13 @@ class Subject:
         from jobs.runtimes import on_torch
 
         return on_torch.load(self.folder)
+
+    def evaluation(self) -> Int[Tensor, "windows tokens"]:
+        """The windows to measure on: the first `fidelity` of them, so that all candidates see the same."""
+        from jobs import data
+
+        windows = data.windows_for(self.materials.evaluation, self.original)
+        return windows[: max(1, math.ceil(self.fidelity * len(windows)))]
 
 
 @dataclass(frozen=True)

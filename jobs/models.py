@@ -137,6 +137,15 @@ def digest(folder: Path) -> str:
     return total.hexdigest()
 
 
+def tokenizer_digest(folder: Path) -> str:
+    """The digest of a folder's tokenizer: artifacts of one original share it."""
+    total = hashlib.sha256()
+    for name in _TOKENIZER_FILES:
+        if (folder / name).is_file():
+            total.update(name.encode() + hashlib.sha256((folder / name).read_bytes()).digest())
+    return total.hexdigest()
+
+
 def load(folder: Path, device: str = "cpu") -> Model:
     """The model of a folder, an original's or one that `save` wrote, in bf16, in eval mode, without gradients."""
     config = transformers.AutoConfig.from_pretrained(folder)

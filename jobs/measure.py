@@ -1,0 +1,53 @@
+"""Measure: all that a job asks to know of one artifact, with where it was measured."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+from jobs import meters
+from jobs.job import Measurement, Target
+from jobs.meter import Subject
+
+
+def measure(names: Sequence[str], subject: Subject) -> Measurement:
+    """What these meters measure, as one measurement, with environment and seconds filled in."""
+    started = time.perf_counter()
+    found = Measurement({})
+    for name in names:
+        found = found.joined(meters.load(name).measure(subject))
+    return Measurement(
+        found.metrics,
+        found.errors,
+        found.unreliable,
+        {**found.environment, **environment(subject.materials.target)},
+        time.perf_counter() - started,
+    )
+
+
+def environment(target: Target) -> Mapping[str, str]:
+    """What decides a number besides the artifact: the machine and the libraries."""
+    return {
+        "cpu": _cpu_name(),
+        "cpus": str(os.cpu_count()),
+        "machine": platform.machine(),
+        "system": platform.system(),
+        "runtime": target.runtime,
+        "threads": str(target.threads),
+        "torch": version("torch"),
+        "transformers": version("transformers"),
+    }
+
+
+def _cpu_name() -> str:
+    """The processor's name as the system tells it; platform.processor() is empty on most Linuxes."""
+    listing = Path("/proc/cpuinfo")
+    if listing.is_file():
+        for line in listing.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

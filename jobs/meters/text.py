@@ -1,0 +1,59 @@
+"""How well the artifact predicts text: perplexity, and how often its first guess is the next token."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from jobs.job import Measurement
+from jobs.meter import Meter, Subject
+
+_TOKENS_AT_ONCE = 1024
+
+
+def measure(subject: Subject) -> Measurement:
+    """perplexity and accuracy over the evaluation windows, each token predicted from those before it in
+    its window. Standard errors are clustered by window: tokens of one text are not independent."""
+    rows = subject.evaluation()
+    batches = torch.split(rows, max(1, _TOKENS_AT_ONCE // rows.shape[1]))
+    losses, hits = zip(*(score(subject.model.module, batch) for batch in batches), strict=True)
+    loss, loss_error = mean(torch.cat(losses))
+    accuracy, accuracy_error = mean(torch.cat(hits))
+    # math.exp would raise its own OverflowError; a perplexity of infinity is refused as such.
+    perplexity = math.exp(loss) if loss < 700 else math.inf
+    # The delta method: d exp(x) = exp(x) dx.
+    return Measurement(
+        {"perplexity": perplexity, "accuracy": accuracy},
+        {"perplexity": perplexity * loss_error, "accuracy": accuracy_error},
+    )
+
+
+@torch.inference_mode()
+def score(
+    module: nn.Module, rows: Int[Tensor, "batch tokens"]
+) -> tuple[Float[Tensor, " batch"], Float[Tensor, " batch"]]:
+    """Per window: the mean negative log-likelihood (nats) of its tokens but the first, and the share of
+    them that the model ranks first."""
+    logits = module(rows, use_cache=False).logits[:, :-1]
+    targets = rows[:, 1:]
+    losses = torch.stack(
+        [
+            nn.functional.cross_entropy(one.float(), target)
+            for one, target in zip(logits, targets, strict=True)
+        ]
+    )
+    hits = (logits.argmax(dim=-1) == targets).double().mean(dim=1)
+    return losses.double(), hits
+
+
+def mean(values: Float[Tensor, " items"]) -> tuple[float, float]:
+    """The mean and its standard error, which is 0 for a single item: one item says nothing about spread."""
+    if len(values) < 2:
+        return values.mean().item(), 0.0
+    return values.mean().item(), (values.std() / math.sqrt(len(values))).item()
+
+
+METER = Meter(metrics=("perplexity", "accuracy"), tasks=("causal-lm",), measure=measure)

@@ -1,0 +1,138 @@
+"""Run: how one job is done on a worker. Knows files and torch; nothing of stores, queues or other machines."""
+
+from __future__ import annotations
+
+import gc
+import time
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from jobs import data, models
+from jobs.context import Context, Report
+from jobs.job import Failure, FailureKind, Job, Materials, Measurement, TextSource
+from jobs.measure import measure
+from jobs.meter import Subject
+from jobs.models import Model
+from jobs.statistics import Statistics
+from jobs.technique import Technique
+
+
+@dataclass(frozen=True)
+class Made:
+    """A job that went well. built: whether the artifact was made now, and lies in the job's folder;
+    seconds: how long making it took."""
+
+    measurement: Measurement
+    seconds: float
+    built: bool
+
+
+def attempt(
+    job: Job,
+    materials: Materials,
+    parent: Path | None,
+    built: Path | None,
+    folder: Path,
+    cache: Path,
+    report: Report,
+) -> Made | Failure:
+    """Make the artifact of `job.recipe` in `folder` (new or empty) and measure it.
+
+    parent: the folder of the parent's artifact; None for the original, which has no parent.
+    built: the folder of the artifact where it was made before; it is then only measured.
+    cache: where statistics that jobs share are kept.
+    Never raises: what goes wrong comes back as a Failure.
+    """
+    try:
+        started = time.perf_counter()
+        if built is None:
+            _make(job, materials, parent, folder, cache, report)
+        seconds = time.perf_counter() - started
+        report(1.0, "measuring")
+        original = models.locate(materials.model)
+        subject = Subject(built or folder, original, materials, job.fidelity)
+        return Made(measure(job.meters, subject), seconds, built is None)
+    except Exception as error:  # noqa: BLE001 - the worker boundary: failures cross it as data
+        return failure(error)
+    finally:
+        gc.collect()  # modules hold cycles; a warm worker must not keep the last model
+
+
+def failure(error: BaseException) -> Failure:
+    """The failure that an exception means: whether trying again can help follows from its kind."""
+    trace = "".join(traceback.format_exception(error))
+    return Failure(_kind(error), f"{type(error).__name__}: {error}", trace)
+
+
+def _kind(error: BaseException) -> FailureKind:
+    if isinstance(error, FloatingPointError):
+        return "diverged"
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or _allocation_failed(error):
+        return "out_of_memory"
+    return "invalid" if isinstance(error, ValueError) else "bug"
+
+
+def _allocation_failed(error: BaseException) -> bool:
+    # On the CPU torch reports it as a RuntimeError of this text.
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+
+
+def _make(
+    job: Job, materials: Materials, parent: Path | None, folder: Path, cache: Path, report: Report
+) -> None:
+    """Write the artifact of a job's recipe, the original's or one step from its parent's, into `folder`."""
+    recipe = job.recipe
+    if recipe.parent is None:
+        report(0.0, "writing the original")
+        model = models.load(models.locate(materials.model))
+    elif parent is None:
+        raise LookupError(f"the artifact of {recipe.parent} is needed to make {recipe}, and was not given")
+    else:
+        step = recipe.steps[-1]
+        report(0.0, str(step))
+        model = models.load(parent, _device())
+        statistics = Statistics(cache, recipe.parent.id)
+        context = _context(step, materials, recipe.origin.seed, statistics, folder.parent, report)
+        model = _compressed(model, step, context)
+    models.save(model, folder, {"recipe": recipe.to_dict(), "text": str(recipe)})
+
+
+def _compressed(model: Model, step: Technique, context: Context) -> Model:
+    """The model after `step`; refuses one that is not what the step's outline foretold, or not finite."""
+    expected = step.outline(model.layout())
+    model = step.compress(model, context)
+    if model.layout() != expected:
+        raise RuntimeError(f"{step} left a model of another layout than its outline foretold")
+    for name, tensor in model.module.state_dict().items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise FloatingPointError(f"{step} left NaN or infinite values in {name}")
+    return model
+
+
+def _context(
+    step: Technique, materials: Materials, seed: int, statistics: Statistics, workdir: Path, report: Report
+) -> Context:
+    """What `step` needs, and no more: reading text that nobody asks for costs seconds."""
+    original = models.locate(materials.model)
+
+    def rows(source: TextSource | None) -> Tensor | None:
+        return None if source is None else data.windows_for(source, original)
+
+    return Context(
+        statistics=statistics,
+        workdir=workdir,
+        seed=seed,
+        device=_device(),
+        calibration=rows(materials.calibration) if step.needs & {"calibration", "gradients"} else None,
+        training=rows(materials.training) if "training" in step.needs else None,
+        teacher=lambda: models.load(original, _device()),
+        report=report,
+    )
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,0 +1,47 @@
+"""One file, one way to run an artifact: `on_NAME.py` is the runtime NAME of a study's target."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import pkgutil
+from pathlib import Path
+from typing import Protocol, cast
+
+from jaxtyping import Float, Int
+from torch import Tensor
+
+_PREFIX = "on_"
+
+
+class Runner(Protocol):
+    """An artifact, ready to run one sequence at a time. An encoder's outputs are its last hidden states."""
+
+    def prefill(self, tokens: Int[Tensor, "1 tokens"]) -> Float[Tensor, "1 outputs width"]:
+        """Start anew with these tokens; returns the logits of the next token (an encoder: all states)."""
+
+    def decode(self, token: Int[Tensor, "1 1"]) -> Float[Tensor, "1 1 vocabulary"]:
+        """Go one token further, with all that came before in the KV cache; the next token's logits.
+        Not for encoders."""
+
+
+class Runtime(Protocol):
+    """What a module `on_NAME.py` offers."""
+
+    def start(self, folder: Path) -> Runner:
+        """Load the artifact of this folder to run it."""
+
+
+def names() -> list[str]:
+    """Every runtime there is, read from the files of this folder."""
+    found = (module.name for module in pkgutil.iter_modules(__path__))
+    return sorted(name.removeprefix(_PREFIX) for name in found if name.startswith(_PREFIX))
+
+
+def load(name: str) -> Runtime:
+    """The runtime of `jobs/runtimes/on_NAME.py`; LookupError lists which there are."""
+    if name not in names():
+        near = difflib.get_close_matches(name, names(), n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise LookupError(f"no runtime is called {name!r}{hint} (there are: {', '.join(names())})")
+    return cast(Runtime, importlib.import_module(f"{__name__}.{_PREFIX}{name}"))
