@@ -1,0 +1,112 @@
+"""Searches: what to try next. One file, one algorithm: `NAME_search.py` is the algorithm called NAME.
+
+The suffix keeps `random` and the like from shadowing modules of the same name, and tells algorithms from
+what they share. A search knows nothing of models: it sees knobs, numbers and limits.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import pkgutil
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+from jobs.job import Failure
+from jobs.knobs import Choice, Domain, Range, Value
+from orchestrator.front import Objective
+
+Choices = Mapping[str, Value]
+Result = tuple[Choices, Mapping[str, float] | Failure]
+Known = Callable[[Choices], Mapping[str, float]]
+Space = Mapping[str, Domain]
+
+SUFFIX = "_search"
+
+
+class Search(Protocol):
+    """Asked for choices, told what came of them; in any order, with any number of asks outstanding.
+
+    The same seed and the same calls in the same order give the same choices.
+    """
+
+    def ask(self, n: int) -> list[dict[str, Value]]:
+        """Up to n choices that were neither asked nor told before; fewer where no new ones are found.
+
+        None of them breaks a limit by its known values. Raises LookupError where every choice does.
+        """
+        ...
+
+    def tell(self, results: Sequence[Result]) -> None:
+        """Learn from results, asked for or not, in any order; each choice's result counts once.
+
+        NaN and infinite metrics count as failures. A result without some objective waits for one that
+        has them all, and a success takes the place of an earlier failure.
+        """
+        ...
+
+
+def nothing_known(choices: Choices) -> Mapping[str, float]:
+    """The `known` of a study in which everything has to be measured."""
+    return {}
+
+
+def names() -> list[str]:
+    """Every algorithm there is, in alphabetical order, read from the files of this folder."""
+    found = (module.name for module in pkgutil.iter_modules(__path__))
+    return sorted(name.removesuffix(SUFFIX) for name in found if name.endswith(SUFFIX))
+
+
+def make(
+    name: str,
+    space: Mapping[str, Domain | Mapping[str, Any]],
+    objectives: Sequence[Objective],
+    known: Known = nothing_known,
+    seed: int = 0,
+) -> Search:
+    """A new search of that algorithm.
+
+    space: each knob's domain, or plain data for it: `{"low": 1, "high": 8, "type": "int"}` (also
+        `"log": true`) or `{"choices": [...], "ordered": true}`; ordered choices may be given in any order.
+    known: the metrics of a choice that need no evaluation, exact; asked often, so it must be quick.
+
+    Raises LookupError for an unknown name, ValueError for a space or objectives that cannot be searched.
+    """
+    if name not in names():
+        near = difflib.get_close_matches(name, names(), n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise LookupError(f"no search is called {name!r}{hint} (there are: {', '.join(names())})")
+    if not objectives:
+        raise ValueError("a search needs at least one objective")
+    domains = {knob: _domain(knob, given) for knob, given in space.items()}
+    search: Search = _algorithm(name)(domains, tuple(objectives), known, seed)
+    return search
+
+
+def _algorithm(name: str) -> Callable[[Space, tuple[Objective, ...], Known, int], Search]:
+    module = importlib.import_module(f"{__name__}.{name}{SUFFIX}")
+    found = [
+        value
+        for value in vars(module).values()
+        if isinstance(value, type) and value.__module__ == module.__name__ and hasattr(value, "tell")
+    ]
+    if len(found) != 1:
+        raise LookupError(f"{module.__name__} must define exactly one search, it defines {len(found)}")
+    return found[0]
+
+
+def _domain(knob: str, given: Domain | Mapping[str, Any]) -> Domain:
+    if isinstance(given, Range | Choice):
+        domain = given
+    elif "choices" in given:
+        values = sorted(given["choices"]) if given.get("ordered") else given["choices"]
+        domain = Choice(tuple(values))
+    elif "low" in given and "high" in given:
+        domain = Range(given["low"], given["high"], given.get("type") == "int", bool(given.get("log")))
+    else:
+        raise ValueError(f"{knob}={dict(given)} is no domain; give low and high, or choices")
+    if isinstance(domain, Choice) and not domain.values:
+        raise ValueError(f"{knob} has no values to choose from")
+    if isinstance(domain, Range) and not domain.low <= domain.high:
+        raise ValueError(f"{knob}: low={domain.low:g} is above high={domain.high:g}")
+    return domain
