@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import hashlib
+import json
+import os
+import re
+import shutil
+import stat
+import time
+import uuid
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
+
+_KEY = re.compile(r"[a-z0-9_-]+(/[A-Za-z0-9_-][A-Za-z0-9_.-]*)+")
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+_CHUNK_BYTES = 2**20
+_LEFTOVER_SECONDS = 24 * 3600
 
 
 @dataclass(frozen=True)
@@ -20,7 +33,8 @@ class ArtifactStore(Protocol):
     """Any number of processes may use one store at once; each method is atomic against a kill."""
 
     def put(self, folder: Path) -> ArtifactRef:
-        """Keep a copy of a folder of plain files (no links). Putting the same content twice keeps one."""
+        """Keep a copy of a folder of plain files (no links). Putting the same content twice keeps one.
+        ValueError for links and other things that are no files, and where there is no file at all."""
 
     def fetch(self, ref: ArtifactRef, folder: Path) -> None:
         """Lay the artifact's files out in `folder`, which must not exist. The files must not be changed.
@@ -32,10 +46,237 @@ class ArtifactStore(Protocol):
         """Forget an artifact; nothing happens if it isn't held."""
 
     def commit(self, key: str, record: Mapping[str, Any]) -> bool:
-        """Create the JSON record `key` (like `results/0123abcd`) only if absent. True for the one that created it."""
+        """Create the JSON record `key` (like `results/0123abcd`) only if absent. True for the one that created it.
+        ValueError for NaN, infinities and keys of another form."""
 
     def record(self, key: str) -> dict[str, Any] | None:
         """The record of this key, or None."""
 
     def records(self, prefix: str) -> Iterator[str]:
         """The keys that start with `prefix`, sorted."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One file of an artifact: its name relative to the folder, with `/`, and the SHA-256 of its content."""
+
+    name: str
+    size_bytes: int
+    sha256: str
+
+
+def open_store(address: str) -> ArtifactStore:
+    """The store at this address: a folder."""
+    scheme, separator, _ = address.partition("://")
+    if separator:
+        raise ValueError(f"{scheme}:// stores are not supported yet; give a folder")
+    return LocalStore(Path(address).expanduser())
+
+
+def manifest(entries: Iterable[Entry]) -> ArtifactRef:
+    """The reference of an artifact of these files: the same for the same content, in every store."""
+    ordered = sorted(entries, key=lambda entry: entry.name)
+    text = json.dumps([[entry.name, entry.size_bytes, entry.sha256] for entry in ordered])
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    return ArtifactRef(digest, sum(entry.size_bytes for entry in ordered))
+
+
+def check_key(key: str) -> str:
+    """The key itself. ValueError if it could be no file or object name, or leave its folder."""
+    if not _KEY.fullmatch(key):
+        raise ValueError(f"{key!r} is no record's key; give one like results/0123abcd")
+    return key
+
+
+class LocalStore:
+    """A store in a folder, for all processes that see it: on one machine, or on a shared file system.
+
+        objects/ab/abcd…/…          an artifact's files, read-only
+        records/results/0123.json   a record
+        tmp/                        what is being written, or was when its writer was killed
+
+    Everything is written under tmp/, synced, and then appears under its name at once, by a rename or a
+    hard link. What killed writers left is removed a day later, when the store is next opened.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root.absolute()
+        for name in ("objects", "records", "tmp"):
+            (self.root / name).mkdir(parents=True, exist_ok=True)
+        self._sweep()
+
+    def put(self, folder: Path) -> ArtifactRef:
+        files = list(_plain_files(folder))
+        if not files:
+            raise ValueError(f"{folder} holds no files; an artifact needs at least one")
+        staged = self._temporary()
+        try:
+            staged.mkdir()
+            ref = manifest(_copy(folder, name, staged) for name in files)
+            place = self._object(ref)
+            if not place.exists():
+                _reveal(staged, place)
+        finally:
+            shutil.rmtree(staged, ignore_errors=True)
+        return ref
+
+    def fetch(self, ref: ArtifactRef, folder: Path) -> None:
+        """Lays out hard links, or copies where the folder is on another file system.
+
+        Every byte is hashed each time: some 0.2 s for 270 MB, which are read next anyway. A link shares its
+        bytes with the store, so whoever writes through one (root may, in spite of the mode) would
+        otherwise change what everyone after measures.
+        """
+        if os.path.lexists(folder):
+            raise FileExistsError(f"{folder} exists; an artifact is fetched into a new folder")
+        held = self._object(ref)
+        if not held.is_dir():
+            raise LookupError(f"artifact {ref.digest} is not held in {self.root}")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        staged = folder.parent / f".{folder.name}.{uuid.uuid4().hex}"
+        try:
+            staged.mkdir()
+            for name in _plain_files(held):
+                _link_or_copy(held / name, staged / name)
+            found = manifest(_entry(staged, name) for name in _plain_files(staged))
+            if found != ref:
+                raise OSError(
+                    f"artifact {ref.digest} in {self.root} is damaged; remove it, so that it is made again"
+                )
+            staged.rename(folder)
+        except FileNotFoundError as error:
+            raise LookupError(f"artifact {ref.digest} was removed from {self.root} meanwhile") from error
+        finally:
+            shutil.rmtree(staged, ignore_errors=True)
+
+    def has(self, ref: ArtifactRef) -> bool:
+        return self._object(ref).is_dir()
+
+    def remove(self, ref: ArtifactRef) -> None:
+        gone = self._temporary()
+        try:
+            self._object(ref).rename(gone)
+        except FileNotFoundError:
+            return
+        shutil.rmtree(gone, ignore_errors=True)
+
+    def commit(self, key: str, record: Mapping[str, Any]) -> bool:
+        place = self._record(key)
+        content = json.dumps(dict(record), allow_nan=False, sort_keys=True).encode()
+        place.parent.mkdir(parents=True, exist_ok=True)
+        staged = self._temporary()
+        try:
+            with staged.open("xb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            # A link appears with all its content, and only if absent; O_EXCL would show a half-written file.
+            os.link(staged, place)
+        except FileExistsError:
+            return False
+        finally:
+            staged.unlink(missing_ok=True)
+        _sync_folder(place.parent)
+        return True
+
+    def record(self, key: str) -> dict[str, Any] | None:
+        try:
+            content = self._record(key).read_bytes()
+        except FileNotFoundError:
+            return None
+        loaded: dict[str, Any] = json.loads(content)
+        return loaded
+
+    def records(self, prefix: str) -> Iterator[str]:
+        top = self.root / "records"
+        start = top / prefix.rpartition("/")[0]
+        if not start.resolve().is_relative_to(top.resolve()):
+            raise ValueError(f"{prefix!r} is no prefix of a record's key; give one like results/")
+        keys = (file.relative_to(top).as_posix().removesuffix(".json") for file in start.rglob("*.json"))
+        yield from sorted(key for key in keys if key.startswith(prefix))
+
+    def _object(self, ref: ArtifactRef) -> Path:
+        if not _DIGEST.fullmatch(ref.digest):
+            raise ValueError(f"{ref.digest!r} is no artifact's digest; give 64 hexadecimal digits")
+        return self.root / "objects" / ref.digest[:2] / ref.digest
+
+    def _record(self, key: str) -> Path:
+        return self.root / "records" / f"{check_key(key)}.json"
+
+    def _temporary(self) -> Path:
+        return self.root / "tmp" / uuid.uuid4().hex
+
+    def _sweep(self) -> None:
+        for leftover in (self.root / "tmp").iterdir():
+            try:
+                old = time.time() - leftover.lstat().st_mtime > _LEFTOVER_SECONDS
+                if old and leftover.is_dir():
+                    shutil.rmtree(leftover)
+                elif old:
+                    leftover.unlink()
+            except FileNotFoundError:
+                continue  # its writer has ended, or another process sweeps too
+
+
+def _plain_files(folder: Path) -> Iterator[str]:
+    """The relative names of all files below, sorted in each folder. ValueError for anything but files and folders."""
+    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+        mode = entry.stat(follow_symlinks=False).st_mode
+        if stat.S_ISDIR(mode):
+            yield from (f"{entry.name}/{name}" for name in _plain_files(Path(entry.path)))
+        elif stat.S_ISREG(mode):
+            yield entry.name
+        else:
+            raise ValueError(f"{entry.path} is a link or no plain file; an artifact holds only plain files")
+
+
+def _entry(folder: Path, name: str) -> Entry:
+    with (folder / name).open("rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        return Entry(name, file.tell(), sha256)
+
+
+def _copy(source: Path, name: str, target: Path) -> Entry:
+    """Copy one file, read-only and synced, and hash what was written in the same pass."""
+    place = target / name
+    place.parent.mkdir(parents=True, exist_ok=True)
+    sha256 = hashlib.sha256()
+    with (source / name).open("rb") as reader, place.open("xb") as writer:
+        while chunk := reader.read(_CHUNK_BYTES):
+            sha256.update(chunk)
+            writer.write(chunk)
+        os.fchmod(writer.fileno(), 0o444)
+        writer.flush()
+        os.fsync(writer.fileno())
+        return Entry(name, writer.tell(), sha256.hexdigest())
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(source, target)
+    except FileNotFoundError:
+        raise
+    except OSError:  # another file system, or one without links, or a user who may not link
+        shutil.copy(source, target)
+
+
+def _reveal(staged: Path, place: Path) -> None:
+    """Let a complete folder appear under its name. Another writer may be first: its content is the same."""
+    for parent, _, _ in os.walk(staged):
+        _sync_folder(Path(parent))
+    place.parent.mkdir(exist_ok=True)
+    try:
+        staged.rename(place)
+    except OSError:
+        if not place.is_dir():
+            raise
+    _sync_folder(place.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
