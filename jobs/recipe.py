@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jobs import techniques
+from jobs.layout import Layout
 from jobs.technique import Technique
 
 
@@ -39,6 +40,13 @@ class Recipe:
     def lineage(self) -> list[Recipe]:
         """From the original to this recipe, both included."""
         return [Recipe(self.origin, self.steps[:length]) for length in range(len(self.steps) + 1)]
+
+    def layout(self, original: Layout) -> Layout:
+        """The layout of the model that this recipe makes of the original's; ValueError where a step can't apply."""
+        layout = original
+        for step in self.steps:
+            layout = step.outline(layout)
+        return layout
 
     @property
     def id(self) -> str:

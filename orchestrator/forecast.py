@@ -1,0 +1,96 @@
+"""Forecast: what a study would do, before it does anything: distinct jobs, what is shared, sizes, time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+from cluster.store import ArtifactStore
+from jobs.job import Success, outcome_from_dict
+from jobs.technique import Technique
+from orchestrator.prepare import Prepared
+from orchestrator.search import Search
+from orchestrator.study import Proposed
+
+ASSUMED_FLOPS = 1e11
+"""Operations a second of one slot, where nothing like the job has run here yet: one core of a server CPU."""
+
+TIMING_SECONDS = 15.0
+"""One exclusive latency measurement, with the start of its process."""
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """proposals: a sample of what the search would try first. steps: all their steps; jobs: the distinct ones.
+
+    found: how many of these jobs the store holds already. seconds: of slot time, for what is left.
+    measured: whether the times come from jobs that ran here, or from the count of operations.
+    """
+
+    proposals: Sequence[Proposed]
+    steps: int
+    jobs: int
+    found: int
+    seconds: float
+    measured: bool
+
+
+def forecast(prepared: Prepared, search: Search, store: ArtifactStore) -> Forecast:
+    """Ask the search for as many candidates as the study may try, and count. Nothing is run."""
+    proposals: dict[str, Proposed] = {}
+    misses = 0
+    while len(proposals) < prepared.config.search.candidates and misses < 200:
+        asked = search.ask(1)
+        if not asked:
+            break
+        proposal = prepared.propose(asked[0])
+        misses = misses + 1 if proposal.recipe.id in proposals else 0
+        proposals.setdefault(proposal.recipe.id, proposal)
+    possible = [p for p in proposals.values() if p.cost is not None]
+    lineages = [p.recipe.lineage()[1:] for p in possible]
+    distinct = {recipe.id: recipe for lineage in lineages for recipe in lineage}
+    left = [recipe for recipe in distinct.values() if store.record(f"artifacts/{recipe.id}") is None]
+    known = seconds_by_technique(store)
+    steps = sum(known.get(r.steps[-1].name(), _operations(r.steps[-1], prepared) / ASSUMED_FLOPS) for r in left)
+    evaluation = prepared.materials.evaluation
+    tokens = evaluation.samples * evaluation.tokens
+    measuring = len(possible) * known.get("measuring", _forward(prepared) * tokens / ASSUMED_FLOPS)
+    timing = len(possible) / 2 * TIMING_SECONDS if prepared.plan.timers else 0.0
+    return Forecast(
+        list(proposals.values()), sum(map(len, lineages)), len(distinct), len(distinct) - len(left),
+        steps + measuring + timing, bool(known),
+    )  # fmt: skip
+
+
+def seconds_by_technique(store: ArtifactStore) -> Mapping[str, float]:
+    """The mean seconds that each technique's step, and `measuring`, took in all that the store remembers."""
+    seen: dict[str, list[float]] = {}
+    for key in store.records("results/"):
+        record = store.record(key) or {}
+        steps = record.pop("recipe", {"steps": []})["steps"]
+        exclusive = "latency" in record.pop("meters", [])
+        outcome = outcome_from_dict(record)
+        if not isinstance(outcome, Success) or exclusive:
+            continue
+        seen.setdefault("measuring", []).append(outcome.measurement.seconds)
+        if steps and outcome.seconds > 0.01:
+            seen.setdefault(steps[-1]["technique"], []).append(outcome.seconds)
+    return {name: fmean(values) for name, values in seen.items()}
+
+
+def _forward(prepared: Prepared) -> float:
+    """Operations of the model for one token: a multiply and an add per weight."""
+    return 2.0 * prepared.layout.parameters()
+
+
+def _operations(step: Technique, prepared: Prepared) -> float:
+    forward, tokens = _forward(prepared), 0
+    if "calibration" in step.needs and prepared.materials.calibration is not None:
+        source = prepared.materials.calibration
+        tokens += 3 * source.samples * source.tokens  # the pass, and about twice as much for the statistics
+    if "training" in step.needs and prepared.materials.training is not None:
+        options = step.options()
+        sequences = int(options.get("steps", 0)) * int(options.get("batch", 1))
+        tokens += 4 * sequences * prepared.materials.training.tokens  # forward, backward twice, teacher
+    return forward * tokens + 50.0 * prepared.layout.parameters()

@@ -1,0 +1,327 @@
+"""Prepare: from a study file to everything that a study needs, or every reason why it can't run. Starts nothing."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from jobs import data, meters, models, runtimes
+from jobs.families import Task
+from jobs.job import Job, Materials, Target, TextSource
+from jobs.layout import Layout
+from jobs.recipe import Origin, Recipe
+from orchestrator import search
+from orchestrator.config import Evaluation, InvalidStudy, Loaded, StudyConfig, Text
+from orchestrator.front import Objective
+from orchestrator.space import Choices, Problem, SearchSpace, parse
+from orchestrator.study import Cost, Plan, Proposed
+
+T = TypeVar("T")
+
+
+WORKER_GIB = 0.6
+"""What a worker's libraries take before any model is loaded."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A study that is ready to run: valid, its model found, its data read once, its plan fixed."""
+
+    config: StudyConfig
+    text: str
+    space: SearchSpace
+    materials: Materials
+    layout: Layout
+    plan: Plan
+
+    @property
+    def folder(self) -> Path:
+        """Where the study's own files lie: ledger, front, report, outbox."""
+        return Path(self.config.store) / self.config.name
+
+    @property
+    def digest(self) -> str:
+        """The digest of all that decides a study's results, but not of how many candidates it tries or where."""
+        decides = [
+            self.plan.original.id,
+            self.plan.materials_digest,
+            [
+                (
+                    stage,
+                    option.technique.name(),
+                    option.technique.version,
+                    str(option.searched),
+                    str(option.fixed),
+                )
+                for stage, options in self.space.stages.items()
+                for option in options
+            ],
+            [(o.metric, o.goal, o.limit) for o in self.plan.objectives],
+            self.config.search.algorithm,
+        ]
+        return hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:16]
+
+    def propose(self, choices: Choices) -> Proposed:
+        """The proposal that these choices make, with its cost, or why no such model can be."""
+        recipe = self.space.recipe(self.plan.original.origin, choices)
+        try:
+            return Proposed(recipe, choices, cost_of(recipe.layout(self.layout)))
+        except ValueError as error:
+            return Proposed(recipe, choices, None, str(error))
+
+    def memory_gib(self, job: Job) -> float:
+        """About how much memory a job takes, from the original's size: what slots share is divided by it.
+
+        Held in bf16 with its statistics and one layer in fp32, about 4 bytes a weight more than the file;
+        training holds gradients, fp32 masters and two moments, 2 + 2 + 4 + 8 bytes a weight, and a teacher.
+        """
+        parameters = self.layout.parameters()
+        step = job.recipe.steps[-1] if job.recipe.steps else None
+        bytes_per_weight = 20 if step is not None and "training" in step.needs else 6
+        return round(WORKER_GIB + bytes_per_weight * parameters / 2**30, 3)
+
+    def known(self, choices: Choices) -> Mapping[str, float]:
+        """What needs no evaluation: the exact size. Nothing where the choices cannot be made."""
+        cost = self.propose(choices).cost
+        return {} if cost is None else {"size_bytes": float(cost.size_bytes)}
+
+
+def cost_of(layout: Layout) -> Cost:
+    return Cost(layout.size_bytes(), layout.decode_macs(), len(layout.linears))
+
+
+def prepare(loaded: Loaded) -> Prepared:
+    """Check all of a study and make it ready. Raises InvalidStudy with every problem there is."""
+    config = loaded.config
+    problems = list(loaded.problems)
+    wrong = {problem.key for problem in problems}
+
+    def check(key: str, *conditions: tuple[bool, str]) -> None:
+        for holds, message in conditions:
+            if not holds and key not in wrong:
+                wrong.add(key)
+                problems.append(Problem(key, message))
+
+    def attempt(key: str, do: Callable[[], T], expected: str) -> T | None:
+        if key in wrong:
+            return None
+        try:
+            return do()
+        except (ValueError, LookupError, OSError) as error:
+            wrong.add(key)
+            problems.append(Problem(key, f"got {error}, expected {expected}"))
+            return None
+
+    _check_values(config, check)
+    task: Task = "embedding" if config.task == "embedding" else "causal-lm"
+    space, space_problems = parse(config.space)
+    if "space" not in wrong:
+        problems += space_problems
+    folder = attempt("model", lambda: models.locate(config.model), "a model folder, a hub id or package:NAME")
+    if folder is not None:
+        check(
+            "task",
+            (task in models.tasks_of(folder), f"got {config.task}, expected {models.tasks_of(folder)}"),
+        )
+    materials = _materials(config, task)
+    plan_meters = _meters(config, task, materials, attempt)
+    _check_data(config, materials, space, folder, problems, wrong)
+    if problems or folder is None:
+        raise InvalidStudy([loaded.located(problem) for problem in problems])
+    layout = models.original_layout(folder)
+    origin = Origin(models.digest(folder), _data_digest(materials), config.search.seed)
+    timed = frozenset(
+        m for name in plan_meters if meters.load(name).exclusive for m in meters.load(name).metrics
+    )
+    plan = Plan(
+        original=Recipe(origin),
+        original_cost=cost_of(layout),
+        objectives=objectives_of(config),
+        candidates=config.search.candidates,
+        meters=tuple(name for name in plan_meters if not meters.load(name).exclusive),
+        timers=tuple(name for name in plan_meters if meters.load(name).exclusive),
+        timed=timed & set(config.objectives),
+        materials_digest=_measuring_digest(materials),
+    )
+    return Prepared(config, loaded.text, space, materials, layout, plan)
+
+
+def objectives_of(config: StudyConfig) -> tuple[Objective, ...]:
+    return tuple(
+        Objective(metric, "max" if spec.goal == "max" else "min", spec.limit)
+        for metric, spec in config.objectives.items()
+    )
+
+
+def slots_of(config: StudyConfig) -> int:
+    """How many jobs run at once on this machine."""
+    return os.cpu_count() or 1 if config.cluster.slots == "auto" else int(config.cluster.slots)
+
+
+Check = Callable[..., None]
+
+
+def _check_values(config: StudyConfig, check: Check) -> None:
+    """Ranges and names that need no file to check."""
+    name_ok = re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", config.name) is not None
+    check("name", (name_ok, f"got {config.name!r}, expected letters, digits, '.', '_' and '-'"))
+    check(
+        "task",
+        (config.task in ("causal-lm", "embedding"), f"got {config.task}, expected causal-lm or embedding"),
+    )
+    check("objectives", (bool(config.objectives), "got none, expected at least one metric with its goal"))
+    for metric, spec in config.objectives.items():
+        goal = spec.goal
+        check(f"objectives.{metric}.goal", (goal in ("min", "max"), f"got {goal!r}, expected min or max"))
+    for key, value, low in (
+        ("search.candidates", config.search.candidates, 1),
+        ("search.seed", config.search.seed, 0),
+        ("target.prompt_tokens", config.target.prompt_tokens, 1),
+        ("target.new_tokens", config.target.new_tokens, 1),
+        ("data.evaluation.tokens", config.data.evaluation.tokens, 1),
+        ("data.evaluation.window", config.data.evaluation.window, 2),
+    ):
+        check(key, (value >= low, f"got {value}, expected at least {low}"))
+    evaluation = config.data.evaluation
+    check(
+        "data.evaluation.window",
+        (
+            evaluation.window <= evaluation.tokens,
+            f"got {evaluation.window}, expected at most tokens={evaluation.tokens}",
+        ),
+    )
+    cores = os.cpu_count() or 1
+    threads = config.target.threads
+    check(
+        "target.threads",
+        (1 <= threads <= cores, f"got {threads}, expected 1 to {cores}, the cores of this machine"),
+    )
+    usable = runtimes.names()
+    runtime = config.target.runtime
+    check("target.runtime", (runtime in usable, f"got {runtime}, expected one of {', '.join(usable)}"))
+    algorithm, algorithms = config.search.algorithm, search.names()
+    check(
+        "search.algorithm",
+        (algorithm in algorithms, f"got {algorithm}, expected one of {', '.join(algorithms)}"),
+    )
+    slots = config.cluster.slots
+    whole = isinstance(slots, int) and not isinstance(slots, bool) and slots >= 1
+    check(
+        "cluster.slots", (slots == "auto" or whole, f"got {slots!r}, expected auto or a whole number from 1")
+    )
+    memory = config.cluster.memory_gib
+    check("cluster.memory_gib", (memory is None or memory > 0, f"got {memory}, expected more than 0"))
+    remote = config.store.startswith("s3:")
+    check("store", (not remote, f"got {config.store}, expected a local folder: S3 is not supported yet"))
+
+
+def _materials(config: StudyConfig, task: Task) -> Materials:
+    target = config.target
+    return Materials(
+        model=config.model,
+        task=task,
+        evaluation=_source(config.data.evaluation),
+        calibration=None if config.data.calibration is None else _source(config.data.calibration),
+        training=None if config.data.train is None else _source(config.data.train),
+        choices=config.data.choices,
+        target=Target(target.runtime, target.threads, target.prompt_tokens, target.new_tokens),
+    )
+
+
+def _source(text: Text | Evaluation) -> TextSource:
+    samples, tokens = (
+        (text.samples, text.tokens)
+        if isinstance(text, Text)
+        else (text.tokens // max(text.window, 1), text.window)
+    )
+    part = (text.part[0], text.part[-1]) if text.part else (0.0, 0.0)
+    return TextSource(text.path, samples, tokens, part, dict(text.where))
+
+
+def _meters(
+    config: StudyConfig, task: Task, materials: Materials, attempt: Callable[..., str | None]
+) -> tuple[str, ...]:
+    """The meters that the objectives ask for; the size is always taken, and the text where there is a text."""
+    found = {"size"}
+    for metric in config.objectives:
+        what = f"a metric of task {task}"
+        name = attempt(f"objectives.{metric}", lambda metric=metric: meters.producing(metric, task), what)
+        if name is not None:
+            found.add(name)
+    if task == "causal-lm":
+        found.add("text")
+    if materials.choices is not None:
+        found.add("choices")
+    return tuple(sorted(found))
+
+
+def _check_data(
+    config: StudyConfig,
+    materials: Materials,
+    space: SearchSpace,
+    folder: Path | None,
+    problems: list[Problem],
+    wrong: set[str],
+) -> None:
+    """That every text that is needed is there and long enough."""
+    needs = space.needs()
+    needed_by = {
+        need: [o.technique.name() for o in space.options() if need in o.technique.needs] for need in needs
+    }
+    for key, source, need in (
+        ("data.evaluation", materials.evaluation, None),
+        ("data.calibration", materials.calibration, "calibration"),
+        ("data.train", materials.training, "training"),
+    ):
+        if source is None:
+            if need in needs and key not in wrong:
+                who = ", ".join(sorted(set(needed_by[need])))
+                problems.append(Problem(key, f"got nothing, expected a text: {who} needs it"))
+            continue
+        if any(other.startswith(key) for other in wrong):
+            continue
+        try:
+            data.check(source)
+            if folder is not None:
+                data.windows_for(source, folder)
+        except (ValueError, OSError) as error:
+            problems.append(Problem(key, f"got {error}"))
+    if config.data.choices is not None:
+        try:
+            data.choices(config.data.choices)
+        except (ValueError, OSError) as error:
+            problems.append(Problem("data.choices", f"got {error}"))
+    if "choices" in _choice_objectives(config) and config.data.choices is None:
+        problems.append(
+            Problem("data.choices", "got nothing, expected a .jsonl of items: an objective needs it")
+        )
+
+
+def _choice_objectives(config: StudyConfig) -> set[str]:
+    return {"choices" for metric in config.objectives if metric in meters.load("choices").metrics}
+
+
+def _data_digest(materials: Materials) -> str:
+    """The digest of what steps read."""
+    sources = (materials.calibration, materials.training)
+    return _digest([None if source is None else data.digest(source) for source in sources])
+
+
+def _measuring_digest(materials: Materials) -> str:
+    """The digest of what meters read, and of the target that they measure for."""
+    choices = None
+    if materials.choices is not None:
+        choices = hashlib.sha256(Path(materials.choices).read_bytes()).hexdigest()
+    target = materials.target
+    parts = [data.digest(materials.evaluation), choices, materials.task]
+    return _digest([*parts, target.runtime, target.threads, target.prompt_tokens, target.new_tokens])
+
+
+def _digest(parts: object) -> str:
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]

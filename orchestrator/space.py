@@ -1,0 +1,195 @@
+"""SearchSpace: ordered stages of techniques, their knobs narrowed by the study. Choices in, recipes out."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import itertools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from jobs import techniques
+from jobs.knobs import Choice, Domain, Range, Value
+from jobs.recipe import Origin, Recipe
+from jobs.technique import Technique, check_order
+
+SKIP = "skip"
+Choices = Mapping[str, Value]
+"""What a search chose: a technique (or `skip`) per stage, and a value for every knob, used or not."""
+
+
+@dataclass(frozen=True)
+class Option:
+    """One technique that a stage may take, with the domains of the options that are searched and the fixed rest."""
+
+    technique: type[Technique]
+    searched: Mapping[str, Domain]
+    fixed: Mapping[str, Value]
+
+
+@dataclass(frozen=True)
+class SearchSpace:
+    """stages: in the order in which they are applied; every stage may also be skipped."""
+
+    stages: Mapping[str, tuple[Option, ...]]
+
+    def knobs(self) -> dict[str, Domain]:
+        """Every knob by its full name: `STAGE` chooses the technique, `STAGE.TECHNIQUE.OPTION` its option."""
+        found: dict[str, Domain] = {}
+        for stage, options in self.stages.items():
+            found[stage] = Choice((SKIP, *(option.technique.name() for option in options)))
+            for option in options:
+                for name, domain in option.searched.items():
+                    found[f"{stage}.{option.technique.name()}.{name}"] = domain
+        return found
+
+    def recipe(self, origin: Origin, choices: Choices) -> Recipe:
+        """The recipe of these choices. Steps that change nothing, and recoveries of nothing, are left out."""
+        recipe = Recipe(origin)
+        for stage, options in self.stages.items():
+            for option in options:
+                name = option.technique.name()
+                if choices[stage] != name:
+                    continue
+                chosen = {knob: choices[f"{stage}.{name}.{knob}"] for knob in option.searched}
+                if "teacher" in option.technique.needs and not recipe.steps:
+                    continue
+                recipe = recipe.then(option.technique.of({**option.fixed, **chosen}))
+        return recipe
+
+    def needs(self) -> set[str]:
+        """What any technique of the space needs (calibration, teacher, training …)."""
+        return {need for option in self.options() for need in option.technique.needs}
+
+    def options(self) -> Iterator[Option]:
+        return itertools.chain.from_iterable(self.stages.values())
+
+    def size(self) -> float:
+        """How many different choices there are; infinite with a continuous knob."""
+        total = 1.0
+        for options in self.stages.values():
+            total *= 1 + sum(_count(option.searched) for option in options)
+        return total
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something wrong with the study: at which key, what was given, what is expected."""
+
+    key: str
+    message: str
+
+
+def parse(given: Mapping[str, Any]) -> tuple[SearchSpace, list[Problem]]:
+    """The space that the study's `space:` describes, and all that is wrong with it.
+
+    An option's value may be one value (fixed), a list (one of these) or `{low, high}` (anything between).
+    """
+    problems: list[Problem] = []
+    stages: dict[str, tuple[Option, ...]] = {}
+    for stage, alternatives in given.items():
+        key = f"space.{stage}"
+        if not isinstance(alternatives, Mapping) or not alternatives:
+            problems.append(Problem(key, f"got {alternatives!r}, expected techniques with their options"))
+            continue
+        options = [
+            _option(f"{key}.{name}", str(name), given, problems) for name, given in alternatives.items()
+        ]
+        stages[str(stage)] = tuple(option for option in options if option is not None)
+    if not given:
+        problems.append(Problem("space", "got no stage, expected at least one"))
+    space = SearchSpace(stages)
+    if not problems:
+        problems += _order_problems(space)
+    return space, problems
+
+
+def _option(key: str, name: str, given: Any, problems: list[Problem]) -> Option | None:
+    try:
+        technique = techniques.load(name)
+    except LookupError as error:
+        problems.append(Problem(key, f"got {name}, expected a technique: {error}"))
+        return None
+    if given is not None and not isinstance(given, Mapping):
+        problems.append(Problem(key, f"got {given!r}, expected the options of {name}: {_known(technique)}"))
+        return None
+    searched: dict[str, Domain] = {}
+    fixed: dict[str, Value] = {}
+    for option, value in (given or {}).items():
+        valid = technique.domains().get(str(option))
+        if valid is None:
+            near = difflib.get_close_matches(str(option), technique.domains(), n=1)
+            hint = f", did you mean {near[0]}?" if near else f" ({_known(technique)})"
+            problems.append(Problem(f"{key}.{option}", f"got {option}, expected an option of {name}{hint}"))
+            continue
+        try:
+            narrowed = _narrow(valid, value)
+        except ValueError as error:
+            problems.append(Problem(f"{key}.{option}", str(error)))
+            continue
+        if isinstance(narrowed, (Range, Choice)):
+            searched[str(option)] = narrowed
+        else:
+            fixed[str(option)] = narrowed
+    return Option(technique, searched, fixed)
+
+
+def _narrow(valid: Domain, given: Any) -> Domain | Value:
+    """The part of a valid domain that `given` asks to search, or the one value to fix."""
+    if isinstance(given, Mapping):
+        return _narrow_range(valid, given)
+    if isinstance(given, (list, tuple)):
+        if not given:
+            raise ValueError("got an empty list, expected at least one value")
+        values = tuple(_valid_value(valid, value) for value in given)
+        if len(set(values)) != len(values):
+            raise ValueError(f"got {list(given)}, expected each value once")
+        return Choice(values)
+    return _valid_value(valid, given)
+
+
+def _narrow_range(valid: Domain, given: Mapping[str, Any]) -> Range:
+    if not isinstance(valid, Range):
+        raise ValueError(f"got a range, expected one or some of {valid}")
+    if set(given) != {"low", "high"}:
+        raise ValueError(f"got {dict(given)}, expected {{low: …, high: …}} within {valid}")
+    low, high = float(_valid_value(valid, given["low"])), float(_valid_value(valid, given["high"]))
+    if low >= high:
+        raise ValueError(f"got low={low:g} and high={high:g}, expected low below high")
+    return dataclasses.replace(valid, low=low, high=high)
+
+
+def _valid_value(valid: Domain, value: Any) -> Value:
+    if value not in valid:
+        raise ValueError(f"got {value!r}, expected a value in {valid}")
+    return valid.normal(value)
+
+
+def _order_problems(space: SearchSpace) -> list[Problem]:
+    """Every stage that can't stand where it stands, told once."""
+    found: dict[str, Problem] = {}
+    stages = list(space.stages)
+    for picked in itertools.product(*space.stages.values()):
+        steps = [option.technique for option in picked]
+        for length in range(1, len(steps) + 1):
+            try:
+                check_order(steps[:length])
+            except ValueError as error:
+                found.setdefault(stages[length - 1], Problem(f"space.{stages[length - 1]}", f"got {error}"))
+                break
+    return list(found.values())
+
+
+def _known(technique: type[Technique]) -> str:
+    return ", ".join(f"{name} in {domain}" for name, domain in technique.domains().items())
+
+
+def _count(searched: Mapping[str, Domain]) -> float:
+    total = 1.0
+    for domain in searched.values():
+        if isinstance(domain, Choice):
+            total *= len(domain.values)
+        else:
+            total *= domain.high - domain.low + 1 if domain.integer else float("inf")
+    return total

@@ -1,0 +1,397 @@
+"""Study: events in, commands out. All decisions about what runs when, with no clock, no I/O and no threads."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from jobs.job import Failure, Job, Outcome, Success
+from jobs.knobs import Value
+from jobs.recipe import Recipe
+from orchestrator.candidate import Candidate, State
+from orchestrator.front import Objective, dominates
+
+MAX_BUG_ATTEMPTS = 3
+"""An unexplained failure is tried this often before the candidate is given up as poison."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What is known of a candidate before anything runs, from its layout alone.
+
+    size_bytes: of the weights' file, exact.
+    decode_macs, linears: multiply-adds per token, and into how many layers they are divided: a model with
+        no more of either, and no more bytes, is taken to be no slower.
+    """
+
+    size_bytes: int
+    decode_macs: int
+    linears: int
+
+
+@dataclass(frozen=True)
+class Proposed:
+    """The search chose a candidate. `refused` tells why it can't be made at all, from shapes alone."""
+
+    recipe: Recipe
+    choices: Mapping[str, Value]
+    cost: Cost | None
+    refused: str | None = None
+
+
+@dataclass(frozen=True)
+class Began:
+    """A process took the study up, new or where another left it: nothing is running."""
+
+
+@dataclass(frozen=True)
+class Started:
+    """An attempt was handed to the executor."""
+
+    job_id: str
+    attempt: int
+
+
+@dataclass(frozen=True)
+class Ended:
+    """What came of an attempt."""
+
+    job_id: str
+    attempt: int
+    outcome: Outcome
+
+
+@dataclass(frozen=True)
+class Exhausted:
+    """The search has nothing more to propose."""
+
+    reason: str
+
+
+Event = Began | Proposed | Started | Ended | Exhausted
+
+
+@dataclass(frozen=True)
+class Run:
+    """Hand this attempt to the executor. alone: with nothing else on its node, for a timing or after memory ran out."""
+
+    job: Job
+    attempt: int
+    alone: bool
+
+
+@dataclass(frozen=True)
+class Tell:
+    """Tell the search what came of its choices, a failure where they failed.
+
+    Timings that are not measured yet stand in it as estimates: they steer, and are reported nowhere.
+    """
+
+    choices: Mapping[str, Value]
+    result: Mapping[str, float] | Failure
+
+
+@dataclass(frozen=True)
+class Record:
+    """The candidate changed: mirror it to the tracker."""
+
+    candidate: Candidate
+
+
+Command = Run | Tell | Record
+Stage = Literal["searching", "timing", "done"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a study is to do, fixed when it starts.
+
+    meters: taken of every candidate. timers: exclusive ones, taken of the original first of all, and of what
+    may be on the front once the search has ended. timed: the metrics that the timers give.
+    """
+
+    original: Recipe
+    original_cost: Cost
+    objectives: tuple[Objective, ...]
+    candidates: int
+    meters: tuple[str, ...]
+    timers: tuple[str, ...]
+    timed: frozenset[str]
+    materials_digest: str
+
+
+@dataclass
+class _Node:
+    """One recipe of the trie and how far it is."""
+
+    recipe: Recipe
+    cost: Cost | None = None
+    artifact: str | None = None
+    wanted: bool = False
+    measured: bool = False
+    failure: Failure | None = None
+    job: Job | None = None
+    attempt: int = 0
+    failed_attempts: int = 0
+    alone: bool = False
+    children: list[str] = field(default_factory=list)
+
+
+class Study:
+    """The state of one study. `handle` takes events in any order, repeated or late, and counts each result once.
+
+    The same events make the same study: replaying the ledger rebuilds it, attempt numbers and all.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.candidates: dict[str, Candidate] = {}
+        self.exhausted: str | None = None
+        self.reused = 0
+        self._nodes: dict[str, _Node] = {}
+        self._by_job: dict[str, str] = {}
+        self._timing = False
+        self._add_candidate(plan.original, {}, plan.original_cost)
+
+    @property
+    def original(self) -> Candidate:
+        return self.candidates[self.plan.original.id]
+
+    @property
+    def proposed(self) -> int:
+        """How many candidates the search has proposed that may run; the original is none of them."""
+        return sum(c.state != "over_limit" for c in self.candidates.values()) - 1
+
+    @property
+    def running(self) -> int:
+        """How many jobs are under way or ready to be."""
+        return sum(node.job is not None for node in self._nodes.values())
+
+    @property
+    def stage(self) -> Stage:
+        if not self._timing:
+            return "searching"
+        return "timing" if self.running else "done"
+
+    def wants(self, slots: int) -> bool:
+        """Whether one more proposal is wanted now, so that none of `slots` has to wait for work.
+
+        Candidates may wait for one shared prefix; their number is bounded, so that a search that learns is
+        not asked for everything before it has heard of anything.
+        """
+        if self._timing or self.exhausted is not None or self.original.failure is not None:
+            return False
+        active = sum(candidate.state in ("waiting", "running") for candidate in self.candidates.values())
+        return self.proposed < self.plan.candidates and self.running <= slots and active < 4 * slots
+
+    def handle(self, event: Event) -> list[Command]:
+        """Take one event in; what is to be done because of it."""
+        if isinstance(event, Began):
+            commands = self._handle_began()
+        elif isinstance(event, Proposed):
+            commands = self._handle_proposed(event)
+        elif isinstance(event, Started):
+            commands = self._handle_started(event)
+        elif isinstance(event, Ended):
+            commands = self._handle_ended(event)
+        else:
+            self.exhausted = event.reason
+            commands = []
+        return commands + self._turn()
+
+    def _handle_began(self) -> list[Command]:
+        for node in self._nodes.values():
+            node.job = None
+        return [command for node in list(self._nodes.values()) for command in self._next(node)]
+
+    def _handle_proposed(self, event: Proposed) -> list[Command]:
+        known = self.candidates.get(event.recipe.id)
+        if known is not None:
+            return self._told(known, event.choices)
+        if event.cost is None:
+            failure = Failure("invalid", event.refused or "the recipe cannot be applied to this model")
+            failed = Candidate(event.recipe, "failed", 0, event.choices, failure=failure)
+            self.candidates[failed.id] = failed
+            return [Record(failed), Tell(event.choices, failure)]
+        broken = [
+            o for o in self.plan.objectives if o.metric == "size_bytes" and o.broken_by(event.cost.size_bytes)
+        ]
+        if broken:
+            over = Candidate(event.recipe, "over_limit", event.cost.size_bytes, event.choices)
+            self.candidates[over.id] = over
+            why = f"size_bytes={event.cost.size_bytes} breaks the limit of {broken[0].limit:g}"
+            return [Record(over), Tell(event.choices, Failure("invalid", why))]
+        return self._add_candidate(event.recipe, event.choices, event.cost)
+
+    def _add_candidate(self, recipe: Recipe, choices: Mapping[str, Value], cost: Cost) -> list[Command]:
+        candidate = Candidate(recipe, "waiting", cost.size_bytes, choices)
+        self.candidates[candidate.id] = candidate
+        lineage = recipe.lineage()
+        nodes = [self._nodes.setdefault(step.id, _Node(step)) for step in lineage]
+        for parent, child in itertools.pairwise(nodes):
+            if child.recipe.id not in parent.children:
+                parent.children.append(child.recipe.id)
+            else:
+                self.reused += 1
+        nodes[-1].wanted, nodes[-1].cost = True, cost
+        failed = next((node for node in nodes if node.failure is not None), None)
+        if failed is not None:
+            return self._fail(nodes[-1], _inherited(failed))
+        return [command for node in nodes for command in self._next(node)]
+
+    def _handle_started(self, event: Started) -> list[Command]:
+        node = self._node_of(event.job_id)
+        if node is None or not node.wanted or node.measured:
+            return []
+        return self._update(node, "running")
+
+    def _handle_ended(self, event: Ended) -> list[Command]:
+        node = self._node_of(event.job_id)
+        if node is None or node.job is None or node.job.id != event.job_id or event.attempt != node.attempt:
+            return []  # late or repeated: this attempt was given up, or its result is counted already
+        job, node.job = node.job, None
+        if isinstance(event.outcome, Failure):
+            return self._handle_failure(node, job, event.outcome)
+        return self._handle_success(node, job, event.outcome)
+
+    def _handle_success(self, node: _Node, job: Job, success: Success) -> list[Command]:
+        node.artifact, node.alone, node.failed_attempts = success.artifact, False, 0
+        commands: list[Command] = []
+        if job.meters:
+            node.measured = True
+            candidate = self.candidates[node.recipe.id]
+            before = candidate.measurement
+            measurement = success.measurement if before is None else before.joined(success.measurement)
+            commands += self._update(node, "measured", measurement=measurement, artifact=success.artifact)
+            if before is None:
+                commands += self._told(self.candidates[node.recipe.id], candidate.choices)
+        commands += self._next(node)
+        for child in node.children:
+            commands += self._next(self._nodes[child])
+        return commands
+
+    def _handle_failure(self, node: _Node, job: Job, failure: Failure) -> list[Command]:
+        if failure.kind == "preempted":
+            return self._next(node)
+        node.failed_attempts += 1
+        again = {"out_of_memory": 2, "bug": MAX_BUG_ATTEMPTS, "timeout": MAX_BUG_ATTEMPTS}.get(
+            failure.kind, 1
+        )
+        if node.failed_attempts < again:
+            node.alone = failure.kind == "out_of_memory"
+            return self._next(node)
+        return self._fail(node, failure)
+
+    def _fail(self, node: _Node, failure: Failure) -> list[Command]:
+        """Give a node up, and with it all that was to be made from it."""
+        node.failure = failure
+        commands: list[Command] = []
+        if node.wanted:
+            candidate = self.candidates[node.recipe.id]
+            commands += self._update(node, "failed", failure=failure)
+            if candidate.measurement is None:
+                commands += self._told(self.candidates[node.recipe.id], candidate.choices)
+        if node.artifact is None:
+            for child in node.children:
+                if self._nodes[child].failure is None:
+                    commands += self._fail(self._nodes[child], _inherited(node))
+        return commands
+
+    def _next(self, node: _Node) -> list[Command]:
+        """The job that this node needs now, if it is ready for one."""
+        if node.job is not None or node.failure is not None:
+            return []
+        parent = node.recipe.parent
+        if parent is not None and self._nodes[parent.id].artifact is None:
+            return []
+        if parent is None and not node.measured:
+            # Everything waits for the original anyway: it is measured and timed in one go.
+            return [self._run(node, (*self.plan.meters, *self.plan.timers), bool(self.plan.timers))]
+        if node.artifact is None or (node.wanted and not node.measured):
+            return [self._run(node, self.plan.meters if node.wanted else (), node.alone)]
+        return [self._run(node, self.plan.timers, alone=True)] if self._to_be_timed(node) else []
+
+    def _to_be_timed(self, node: _Node) -> bool:
+        """Whether this candidate lacks timings and may need them."""
+        candidate = self.candidates.get(node.recipe.id)
+        if not self._timing or not self.plan.timers or candidate is None or candidate.measurement is None:
+            return False
+        return not self.plan.timed <= set(candidate.measurement.metrics) and self.may_be_on_front(candidate)
+
+    def may_be_on_front(self, candidate: Candidate) -> bool:
+        """Whether no other candidate is surely at least as good: on all that is measured, and by its cost no slower."""
+        measured = [o for o in self.plan.objectives if o.metric not in self.plan.timed]
+        mine = candidate.measurement
+        if mine is None or any(o.broken_by(mine.metrics[o.metric]) for o in measured):
+            return False
+        cost = self._cost(candidate)
+        for other in self.candidates.values():
+            if other.id == candidate.id or other.measurement is None:
+                continue
+            theirs = self._cost(other)
+            slower = theirs.decode_macs > cost.decode_macs or theirs.linears > cost.linears
+            slower = slower or theirs.size_bytes > cost.size_bytes
+            if not slower and dominates(other.measurement.metrics, mine.metrics, measured):
+                return False
+        return True
+
+    def _cost(self, candidate: Candidate) -> Cost:
+        cost = self._nodes[candidate.id].cost
+        assert cost is not None, "every candidate that runs has a known cost"
+        return cost
+
+    def _turn(self) -> list[Command]:
+        """Go on to the timings when all proposals have ended."""
+        if self._timing or self.running or self.original.state == "waiting":
+            return []
+        if (
+            self.exhausted is None
+            and self.proposed < self.plan.candidates
+            and self.original.state != "failed"
+        ):
+            return []
+        self._timing = True
+        return [command for node in list(self._nodes.values()) for command in self._next(node)]
+
+    def _run(self, node: _Node, meters: Sequence[str], alone: bool) -> Run:
+        job = Job(node.recipe, tuple(meters), self.plan.materials_digest)
+        node.job = job
+        node.attempt += 1
+        self._by_job[job.id] = node.recipe.id
+        return Run(job, node.attempt, alone)
+
+    def _node_of(self, job_id: str) -> _Node | None:
+        recipe_id = self._by_job.get(job_id)
+        return None if recipe_id is None else self._nodes[recipe_id]
+
+    def _update(self, node: _Node, state: State, **changes: object) -> list[Command]:
+        before = self.candidates[node.recipe.id]
+        after = dataclasses.replace(before, state=state, attempts=node.attempt, **changes)  # type: ignore[arg-type]
+        self.candidates[after.id] = after
+        return [Record(after)] if state in ("measured", "failed") else []
+
+    def _told(self, candidate: Candidate, choices: Mapping[str, Value]) -> list[Command]:
+        """What to tell the search of a candidate that has ended; nothing of one that is under way."""
+        if not choices:
+            return []
+        if candidate.failure is not None:
+            return [Tell(choices, candidate.failure)]
+        if candidate.state == "over_limit":
+            return [Tell(choices, Failure("invalid", "breaks the size limit"))]
+        if candidate.measurement is None:
+            return []
+        metrics = dict(candidate.measurement.metrics)
+        share = self._cost(candidate).decode_macs / self.plan.original_cost.decode_macs
+        for metric in self.plan.timed - set(metrics):
+            metrics[metric] = (
+                share * self.original.measurement.metrics[metric] if self.original.measurement else share
+            )
+        return [Tell(choices, metrics)]
+
+
+def _inherited(node: _Node) -> Failure:
+    assert node.failure is not None
+    return Failure(node.failure.kind, f"its prefix {node.recipe} failed: {node.failure.message}")
