@@ -1,0 +1,154 @@
+"""The store in a folder: killed at every step, damaged, on another file system."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import stat
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from cluster.store import LocalStore, open_store
+
+# Runs one operation and kills itself at its nth touch of the store's files.
+KILLED_WRITER = textwrap.dedent(
+    """
+    import os, signal, sys
+    from pathlib import Path
+    from cluster.store import LocalStore
+
+    root, source, operation, fatal = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
+    store = LocalStore(root)
+    touches = 0
+
+    def watch(event, arguments):
+        global touches
+        if event.split(".")[0] in ("open", "os", "shutil") and str(root) in str(arguments):
+            touches += 1
+            if touches == fatal:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(watch)
+    if operation == "put":
+        store.put(source)
+    elif operation == "remove":
+        store.remove(store.put(source))
+    else:
+        store.commit("results/01", {"perplexity": 12.5, "padding": "x" * 100_000})
+    """
+)
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    folder = tmp_path / "model"
+    (folder / "sub").mkdir(parents=True)
+    (folder / "sub" / "weights").write_bytes(os.urandom(100_000))
+    (folder / "config.json").write_bytes(b"{}")
+    return folder
+
+
+@pytest.mark.parametrize("operation", ["put", "remove", "commit"])
+def test_a_writer_killed_at_any_step_leaves_all_or_nothing(
+    tmp_path: Path, model: Path, operation: str
+) -> None:
+    ref = LocalStore(tmp_path / "reference").put(model)
+    seen = set()
+    for fatal in range(1, 60):
+        root = tmp_path / f"store-{fatal}"
+        ended = subprocess.run(
+            [sys.executable, "-c", KILLED_WRITER, str(root), str(model), operation, str(fatal)],
+            check=False,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        )
+        store = LocalStore(root)
+        if store.has(ref):
+            store.fetch(ref, tmp_path / f"copy-{fatal}")
+            seen.add("artifact")
+        else:
+            seen.add("no artifact")
+        record = store.record("results/01")
+        assert record is None or len(record["padding"]) == 100_000
+        assert list(store.records("")) == ([] if record is None else ["results/01"])
+        # And whoever comes after can do it.
+        assert store.put(model) == ref
+        assert store.commit("results/01", {}) == (record is None)
+        if ended.returncode == 0:
+            break
+        assert ended.returncode == -signal.SIGKILL
+    assert ended.returncode == 0
+    assert fatal > 3
+    assert operation == "commit" or seen == {"artifact", "no artifact"}
+
+
+def test_damaged_content_is_not_handed_out(tmp_path: Path, model: Path) -> None:
+    store = LocalStore(tmp_path / "store")
+    ref = store.put(model)
+    (held,) = (tmp_path / "store" / "objects").rglob("weights")
+    held.chmod(0o644)
+    content = bytearray(held.read_bytes())
+    content[50_000] ^= 1
+    held.write_bytes(content)
+    with pytest.raises(OSError, match="damaged"):
+        store.fetch(ref, tmp_path / "copy")
+    assert not (tmp_path / "copy").exists()
+    store.remove(ref)
+    assert store.put(model) == ref
+    store.fetch(ref, tmp_path / "copy")
+
+
+def test_held_files_are_read_only_and_fetched_as_links(tmp_path: Path, model: Path) -> None:
+    store = LocalStore(tmp_path / "store")
+    store.fetch(store.put(model), tmp_path / "copy")
+    found = (tmp_path / "copy" / "sub" / "weights").stat()
+    assert stat.S_IMODE(found.st_mode) == 0o444
+    assert found.st_nlink == 2
+
+
+def test_across_file_systems_files_are_copied(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(source: Path, target: Path) -> None:
+        raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+    store = LocalStore(tmp_path / "store")
+    ref = store.put(model)
+    monkeypatch.setattr(os, "link", refuse)
+    store.fetch(ref, tmp_path / "copy")
+    assert (tmp_path / "copy" / "sub" / "weights").read_bytes() == (model / "sub" / "weights").read_bytes()
+    assert (tmp_path / "copy" / "sub" / "weights").stat().st_nlink == 1
+
+
+def test_leftovers_go_after_a_day_and_work_in_progress_stays(tmp_path: Path) -> None:
+    LocalStore(tmp_path)
+    for name in ("old", "new"):
+        (tmp_path / "tmp" / name).mkdir()
+        (tmp_path / "tmp" / name / "half").write_bytes(b"x")
+        (tmp_path / "tmp" / f"{name}-file").write_bytes(b"x")
+    for name in ("old", "old-file"):
+        os.utime(tmp_path / "tmp" / name, (0, 0))
+    LocalStore(tmp_path)
+    assert sorted(file.name for file in (tmp_path / "tmp").iterdir()) == ["new", "new-file"]
+
+
+def test_a_finished_write_leaves_nothing_behind(tmp_path: Path, model: Path) -> None:
+    store = LocalStore(tmp_path / "store")
+    ref = store.put(model)
+    store.put(model)
+    store.commit("results/01", {})
+    store.commit("results/01", {})
+    store.remove(ref)
+    assert list((tmp_path / "store" / "tmp").iterdir()) == []
+
+
+def test_a_store_is_opened_by_its_folder_and_nothing_else_yet(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path / "runs"))
+    assert store.commit("results/01", {"a": 1})
+    assert LocalStore(tmp_path / "runs").record("results/01") == {"a": 1}
+    with pytest.raises(ValueError, match="s3:// stores are not supported yet; give a folder"):
+        open_store("s3://bucket/prefix")

@@ -1,0 +1,235 @@
+"""What every store promises. One is found here as soon as its class is in a module of `cluster`."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import multiprocessing
+import os
+import pkgutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import cluster
+from cluster.store import ArtifactRef, ArtifactStore, LocalStore, open_store
+
+FACTORIES: dict[str, Callable[[Path], ArtifactStore]] = {"LocalStore": LocalStore}
+# Those that any process opens by a path.
+AT_A_PATH = {"LocalStore"}
+
+
+def implementations() -> dict[str, type]:
+    methods = [
+        name for name, member in vars(ArtifactStore).items() if callable(member) and not name.startswith("_")
+    ]
+    modules = [
+        importlib.import_module(f"cluster.{module.name}") for module in pkgutil.iter_modules(cluster.__path__)
+    ]
+    return {
+        name: found
+        for module in modules
+        for name, found in inspect.getmembers(module, inspect.isclass)
+        if found.__module__ == module.__name__
+        and found is not ArtifactStore
+        and all(callable(getattr(found, method, None)) for method in methods)
+    }
+
+
+@pytest.fixture(params=sorted(FACTORIES))
+def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def store(kind: str, tmp_path: Path) -> ArtifactStore:
+    return FACTORIES[kind](tmp_path / "store")
+
+
+def folder_of(place: Path, files: dict[str, bytes]) -> Path:
+    for name, content in files.items():
+        (place / name).parent.mkdir(parents=True, exist_ok=True)
+        (place / name).write_bytes(content)
+    return place
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {
+        file.relative_to(folder).as_posix(): file.read_bytes() for file in folder.rglob("*") if file.is_file()
+    }
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    files = {
+        "config.json": b"{}",
+        "weights/a.safetensors": os.urandom(3_000_000),
+        "empty": b"",
+        ".hidden": b"x",
+    }
+    return folder_of(tmp_path / "model", files)
+
+
+def test_every_store_is_tested_here() -> None:
+    assert set(implementations()) == set(FACTORIES)
+
+
+def test_what_is_put_is_fetched_whole(store: ArtifactStore, model: Path, tmp_path: Path) -> None:
+    ref = store.put(model)
+    store.fetch(ref, tmp_path / "new" / "copy")
+    assert contents(tmp_path / "new" / "copy") == contents(model)
+    assert ref.size_bytes == 3_000_003
+    assert [file.name for file in (tmp_path / "new").iterdir()] == ["copy"]
+
+
+def test_the_same_content_has_one_reference_and_other_content_another(
+    store: ArtifactStore, model: Path, tmp_path: Path
+) -> None:
+    ref = store.put(model)
+    again = folder_of(tmp_path / "elsewhere", contents(model))
+    assert store.put(again) == ref
+    (again / "empty").rename(again / "renamed")
+    assert store.put(again).digest != ref.digest
+    (again / "renamed").rename(again / "empty")
+    (again / "config.json").write_bytes(b"[]")
+    changed = store.put(again)
+    assert changed.digest != ref.digest
+    assert changed.size_bytes == ref.size_bytes
+
+
+def test_what_changes_after_it_was_put_does_not_change_in_the_store(
+    store: ArtifactStore, model: Path, tmp_path: Path
+) -> None:
+    before = contents(model)
+    ref = store.put(model)
+    (model / "config.json").write_bytes(b"changed")
+    store.fetch(ref, tmp_path / "copy")
+    assert contents(tmp_path / "copy") == before
+
+
+def test_a_removed_artifact_is_gone_and_can_be_put_again(
+    store: ArtifactStore, model: Path, tmp_path: Path
+) -> None:
+    ref = store.put(model)
+    assert store.has(ref)
+    store.remove(ref)
+    store.remove(ref)
+    assert not store.has(ref)
+    with pytest.raises(LookupError, match=ref.digest):
+        store.fetch(ref, tmp_path / "copy")
+    assert not (tmp_path / "copy").exists()
+    assert store.put(model) == ref
+    assert store.has(ref)
+
+
+def test_nothing_is_fetched_over_what_exists(store: ArtifactStore, model: Path, tmp_path: Path) -> None:
+    ref = store.put(model)
+    (tmp_path / "copy").mkdir()
+    with pytest.raises(FileExistsError, match="copy"):
+        store.fetch(ref, tmp_path / "copy")
+
+
+def test_links_are_refused(store: ArtifactStore, model: Path) -> None:
+    (model / "link").symlink_to("/etc/hostname")
+    with pytest.raises(ValueError, match="link"):
+        store.put(model)
+    (model / "link").unlink()
+    (model / "folder").symlink_to(model / "weights")
+    with pytest.raises(ValueError, match="link"):
+        store.put(model)
+
+
+def test_a_folder_without_files_is_refused(store: ArtifactStore, tmp_path: Path) -> None:
+    (tmp_path / "nothing" / "here").mkdir(parents=True)
+    with pytest.raises(ValueError, match="no files"):
+        store.put(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize("digest", ["", "../../etc", "0" * 63, "G" * 64, "0" * 64 + "\n"])
+def test_what_is_no_digest_is_refused(store: ArtifactStore, digest: str) -> None:
+    with pytest.raises(ValueError, match="digest"):
+        store.has(ArtifactRef(digest, 1))
+
+
+def test_a_record_is_created_once_and_kept_as_it_was(store: ArtifactStore) -> None:
+    record = {"metrics": {"size_bytes": 1e6, "accuracy": 0.123456789012345}, "steps": ["é", None, True]}
+    assert store.record("results/01") is None
+    assert store.commit("results/01", record)
+    assert not store.commit("results/01", {"other": 1})
+    assert store.record("results/01") == record
+
+
+def test_records_are_listed_by_prefix_in_order(store: ArtifactStore) -> None:
+    for key in ("results/0b", "results/0a", "results/1a", "models/0a", "results/0a/deep", "results/v1.json"):
+        assert store.commit(key, {})
+    assert list(store.records("results/0")) == ["results/0a", "results/0a/deep", "results/0b"]
+    assert list(store.records("results/")) == [
+        "results/0a", "results/0a/deep", "results/0b", "results/1a", "results/v1.json"
+    ]  # fmt: skip
+    assert len(list(store.records(""))) == 6
+    assert list(store.records("unheard/of")) == []
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["", "results", "/results/a", "results/", "results//a", "../a/b", "results/../a", "results/.", "results/.a",
+     "Results/a", "results/a b", "results/a\n", "results/ü"]
+)  # fmt: skip
+def test_a_key_that_could_leave_its_folder_is_refused(store: ArtifactStore, key: str) -> None:
+    with pytest.raises(ValueError, match="key"):
+        store.commit(key, {})
+    with pytest.raises(ValueError, match="key"):
+        store.record(key)
+
+
+def test_a_prefix_that_leaves_the_store_is_refused(store: ArtifactStore) -> None:
+    with pytest.raises(ValueError, match="prefix"):
+        list(store.records("../objects/"))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), [-float("inf")]])
+def test_a_record_with_a_number_that_is_none_is_refused(store: ArtifactStore, value: object) -> None:
+    with pytest.raises(ValueError, match="JSON compliant"):
+        store.commit("results/01", {"perplexity": value})
+    assert store.record("results/01") is None
+    assert list(store.records("results/")) == []
+
+
+def _race(place: str, number: int, start: object, wins: object) -> None:
+    store = open_store(place)
+    start.wait()  # type: ignore[attr-defined]
+    for key in range(20):
+        if store.commit(f"results/{key}", {"winner": number, "padding": "x" * 10_000}):
+            wins.put((key, number))  # type: ignore[attr-defined]
+    wins.put(None)  # type: ignore[attr-defined]
+
+
+def test_of_eight_processes_that_commit_one_key_one_wins(kind: str, tmp_path: Path) -> None:
+    if kind not in AT_A_PATH:
+        pytest.skip("other processes cannot open it by a path")
+    spawn = multiprocessing.get_context("spawn")
+    start, wins = spawn.Barrier(8), spawn.Queue()
+    racers = [
+        spawn.Process(target=_race, args=(str(tmp_path / "store"), number, start, wins))
+        for number in range(8)
+    ]
+    for racer in racers:
+        racer.start()
+    won: dict[int, int] = {}
+    ended = 0
+    while ended < 8:
+        one = wins.get(timeout=60)
+        if one is None:
+            ended += 1
+        else:
+            assert one[0] not in won
+            won[one[0]] = one[1]
+    for racer in racers:
+        racer.join()
+    store = open_store(str(tmp_path / "store"))
+    assert sorted(won) == list(range(20))
+    for key, number in won.items():
+        record = store.record(f"results/{key}")
+        assert record is not None
+        assert record["winner"] == number
