@@ -1,0 +1,166 @@
+"""Results: a study's outcome as plain data, built purely from its candidates. What the report and MLflow show."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from jobs.job import Measurement
+from orchestrator.candidate import Candidate
+from orchestrator.front import PICKS, Metrics, Objective, ParetoFront
+
+Standing = Literal[
+    "front", "dominated", "over_limit", "unreliable", "elsewhere", "incomplete", "failed", "waiting"
+]
+"""Where a candidate stands. elsewhere: measured in another environment than the original, so not comparable;
+incomplete: measured, but not in every objective; waiting: not measured yet."""
+
+COSTS = ("_bytes", "_gib", "_ms", "_joules")
+"""The units of what a model costs; any other metric says how good it is."""
+
+
+@dataclass(frozen=True)
+class Results:
+    """candidates: all of them, the original among them; members: the ids on the front, smallest first.
+
+    The original is what everything is compared with, whether or not it is on the front itself.
+    """
+
+    study: str
+    objectives: list[Objective]
+    original: Candidate
+    candidates: list[Candidate]
+    members: list[str]
+    standings: Mapping[str, Standing]
+
+    @property
+    def front(self) -> ParetoFront:
+        by_id = {candidate.id: candidate for candidate in self.candidates}
+        return ParetoFront(self.objectives, {id: metrics(by_id[id]) for id in self.members})
+
+    @property
+    def reference(self) -> dict[str, float] | None:
+        """The point that bounds the hypervolume; None until the original is measured in every objective.
+
+        What costs no less than the original is worth nothing: size, time and energy are bounded by its own.
+        Quality is bounded by what is of no use: a score of 0, an error (perplexity) twice the original's.
+        """
+        original = metrics(self.original)
+        if any(objective.metric not in original for objective in self.objectives):
+            return None
+        return {o.metric: _bound(o, original[o.metric]) for o in self.objectives}
+
+    @property
+    def hypervolume(self) -> float | None:
+        """Of the front, as a share of what a model as good as the original would have at no cost at all."""
+        reference, original = self.reference, metrics(self.original)
+        if reference is None or not self.members:
+            return None
+        whole = math.prod(
+            bound if metric.endswith(COSTS) else abs(bound - original[metric])
+            for metric, bound in reference.items()
+        )
+        return self.front.hypervolume(reference) / whole if whole else None
+
+    @property
+    def picks(self) -> dict[str, str]:
+        """The members that have a name (knee, smallest, …), as far as the objectives tell."""
+        front = self.front
+        found: dict[str, str] = {}
+        for name in PICKS:
+            try:
+                found[name] = front.pick(name)
+            except LookupError:
+                continue
+        return found
+
+
+def judge(
+    study: str, objectives: Sequence[Objective], original: Candidate, candidates: Sequence[Candidate]
+) -> Results:
+    """The results of these candidates; the original counts as one, whether it is listed or not.
+
+    A later candidate of the same id replaces an earlier one.
+    """
+    by_id = {candidate.id: candidate for candidate in (original, *candidates)}
+    by_id[original.id] = original
+    standings = {id: _standing(one, objectives, original) for id, one in by_id.items()}
+    front = ParetoFront(
+        objectives, {id: metrics(by_id[id]) for id, standing in standings.items() if standing == "front"}
+    )
+    for id, standing in standings.items():
+        if standing == "front" and id not in front.members:
+            standings[id] = "dominated"
+    members = sorted(front.members, key=lambda id: (metrics(by_id[id])["size_bytes"], id))
+    return Results(study, list(objectives), original, list(by_id.values()), members, standings)
+
+
+def metrics(candidate: Candidate) -> Metrics:
+    """What is known of a candidate: its exact size, and what was measured."""
+    measured = candidate.measurement.metrics if candidate.measurement else {}
+    return {"size_bytes": float(candidate.size_bytes), **measured}
+
+
+def errors(candidate: Candidate) -> Mapping[str, float]:
+    return candidate.measurement.errors if candidate.measurement else {}
+
+
+def front_json(results: Results) -> dict[str, Any]:
+    """The front as plain data: what `front.json` holds. Members are sorted by size."""
+    by_id = {candidate.id: candidate for candidate in results.candidates}
+    return {
+        "study": results.study,
+        "objectives": [asdict(objective) for objective in results.objectives],
+        "original": {"metrics": dict(metrics(results.original)), "errors": dict(errors(results.original))},
+        "members": [
+            {
+                "id": id,
+                "recipe": str(by_id[id].recipe),
+                "metrics": dict(metrics(by_id[id])),
+                "errors": dict(errors(by_id[id])),
+                "artifact": by_id[id].artifact,
+            }
+            for id in results.members
+        ],
+        "picks": results.picks,
+        "reference": results.reference,
+        "hypervolume": results.hypervolume,
+        "candidates": dict(Counter(results.standings.values())),
+    }
+
+
+def _standing(candidate: Candidate, objectives: Sequence[Objective], original: Candidate) -> Standing:
+    """Where a candidate stands by itself; "front" still means no more than that it may be compared."""
+    if candidate.state in ("failed", "over_limit"):
+        return "failed" if candidate.state == "failed" else "over_limit"
+    known, measurement = metrics(candidate), candidate.measurement
+    if any(o.metric in known and o.broken_by(known[o.metric]) for o in objectives):
+        return "over_limit"
+    if measurement is None or candidate.state != "measured":
+        return "waiting"
+    if any(o.metric not in known for o in objectives):
+        return "incomplete"
+    if any(o.metric in measurement.unreliable for o in objectives):
+        return "unreliable"
+    if not _comparable(measurement, original.measurement):
+        return "elsewhere"
+    return "front"
+
+
+def _comparable(one: Measurement, other: Measurement | None) -> bool:
+    """Whether both were measured in one environment: in nothing that both state do they differ."""
+    if other is None:
+        return True
+    shared = one.environment.keys() & other.environment.keys()
+    return all(one.environment[name] == other.environment[name] for name in shared)
+
+
+def _bound(objective: Objective, original: float) -> float:
+    if objective.metric.endswith(COSTS):
+        return original
+    if objective.goal == "max" and original > 0:
+        return 0.0
+    return original + (abs(original) if objective.goal == "min" else -abs(original))

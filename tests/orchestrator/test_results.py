@@ -1,0 +1,131 @@
+"""What a study's candidates add up to."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from jobs import techniques
+from jobs.job import Failure, Measurement
+from jobs.recipe import Origin, Recipe
+from orchestrator.candidate import Candidate
+from orchestrator.front import Objective
+from orchestrator.results import Results, front_json, judge
+
+ORIGIN = Origin("model", "data", 0)
+HERE = {"cpu": "Xeon", "threads": "2"}
+OBJECTIVES = [
+    Objective("size_bytes", "min", limit=90.0),
+    Objective("accuracy", "max"),
+    Objective("decode_ms", "min"),
+]
+
+
+def candidate(dropped: int, size: float, accuracy: float, decode: float | None, **changes: Any) -> Candidate:
+    recipe = Recipe(ORIGIN).then(techniques.load("drop_layers").of({"count": dropped}))
+    values = {"size_bytes": float(size), "accuracy": accuracy}
+    if decode is not None:
+        values["decode_ms"] = decode
+    measurement = Measurement(
+        values, {"accuracy": 0.01}, changes.pop("unreliable", ()), changes.pop("environment", HERE)
+    )
+    fields = {"state": "measured", "artifact": f"sha-{dropped}", "measurement": measurement, **changes}
+    return Candidate(recipe, size_bytes=int(size), **fields)
+
+
+ORIGINAL = candidate(0, 100, 0.8, 10.0)
+
+
+def of(*candidates: Candidate) -> Results:
+    return judge("study", OBJECTIVES, ORIGINAL, candidates)
+
+
+def test_the_front_is_what_is_measured_within_the_limits_and_not_dominated() -> None:
+    good, worse, small = candidate(1, 80, 0.7, 8.0), candidate(2, 80, 0.6, 9.0), candidate(3, 40, 0.5, 5.0)
+    results = of(good, worse, small)
+    assert results.members == [small.id, good.id], "smallest first"
+    assert results.standings[worse.id] == "dominated"
+
+
+@pytest.mark.parametrize(
+    ("odd", "standing"),
+    [
+        (candidate(4, 20, 0.9, None), "incomplete"),
+        (candidate(4, 20, 0.9, 1.0, unreliable=("decode_ms",)), "unreliable"),
+        (candidate(4, 20, 0.9, 1.0, environment={**HERE, "cpu": "EPYC"}), "elsewhere"),
+        (candidate(4, 95, 0.9, 1.0), "over_limit"),
+        (candidate(4, 20, 0.9, 1.0, state="over_limit", measurement=None), "over_limit"),
+        (candidate(4, 20, 0.9, 1.0, state="failed", failure=Failure("bug", "no")), "failed"),
+        (candidate(4, 20, 0.9, 1.0, state="running", measurement=None), "waiting"),
+    ],
+)
+def test_what_cannot_be_compared_is_kept_off_the_front_and_counted(odd: Candidate, standing: str) -> None:
+    results = of(odd, candidate(1, 80, 0.7, 8.0))
+    assert results.standings[odd.id] == standing
+    assert odd.id not in results.members
+    assert front_json(results)["candidates"][standing] >= 1
+
+
+def test_an_unreliable_metric_that_is_no_objective_keeps_nothing_off_the_front() -> None:
+    noisy = candidate(4, 20, 0.9, 1.0, unreliable=("prefill_ms",))
+    assert of(noisy).members == [noisy.id]
+
+
+def test_environments_differ_only_in_what_both_state() -> None:
+    more = candidate(4, 20, 0.9, 1.0, environment={**HERE, "openvino": "2026.4"})
+    assert of(more).standings[more.id] == "front"
+
+
+def test_the_original_may_be_on_the_front_itself() -> None:
+    results = judge("study", [Objective("size_bytes"), Objective("accuracy", "max")], ORIGINAL, [])
+    assert results.members == [ORIGINAL.id]
+
+
+def test_a_later_candidate_replaces_an_earlier_one_of_the_same_recipe() -> None:
+    results = of(candidate(1, 80, 0.7, None), candidate(1, 80, 0.7, 8.0))
+    assert len(results.members) == 1
+    assert len(results.candidates) == 2
+
+
+def test_the_front_as_json_has_what_readers_of_it_rely_on() -> None:
+    small = candidate(3, 40, 0.5, 5.0)
+    front = json.loads(json.dumps(front_json(of(candidate(1, 80, 0.7, 8.0), small))))
+    assert front["study"] == "study"
+    assert front["objectives"][0] == {"metric": "size_bytes", "goal": "min", "limit": 90.0}
+    assert front["original"] == {
+        "metrics": {"size_bytes": 100.0, "accuracy": 0.8, "decode_ms": 10.0}, "errors": {"accuracy": 0.01},
+    }  # fmt: skip
+    assert front["members"][0] == {
+        "id": small.id,
+        "recipe": str(small.recipe),
+        "metrics": {"size_bytes": 40.0, "accuracy": 0.5, "decode_ms": 5.0},
+        "errors": {"accuracy": 0.01},
+        "artifact": "sha-3",
+    }
+    assert front["picks"]["smallest"] == small.id
+
+
+def test_the_hypervolume_is_a_share_of_what_a_free_model_as_good_as_the_original_would_have() -> None:
+    results = of(candidate(3, 40, 0.6, 5.0))
+    assert results.reference == {"size_bytes": 100.0, "accuracy": 0.0, "decode_ms": 10.0}
+    assert results.hypervolume == pytest.approx(0.6 * (0.6 / 0.8) * 0.5)
+
+
+def test_perplexity_is_bounded_by_twice_the_originals() -> None:
+    def measured(dropped: int, size: int, perplexity: float) -> Candidate:
+        known = Measurement({"size_bytes": float(size), "perplexity": perplexity})
+        return candidate(dropped, size, 0.0, None, measurement=known)
+
+    objectives = [Objective("size_bytes"), Objective("perplexity", "min")]
+    results = judge("study", objectives, measured(0, 100, 40.0), [measured(1, 50, 50.0)])
+    assert results.reference == {"size_bytes": 100.0, "perplexity": 80.0}
+    assert results.hypervolume == pytest.approx(0.5 * 30 / 40)
+
+
+def test_without_a_measured_original_there_is_a_front_but_no_hypervolume() -> None:
+    unmeasured = candidate(0, 100, 0.8, 10.0, state="running", measurement=None)
+    results = judge("study", OBJECTIVES, unmeasured, [candidate(3, 40, 0.6, 5.0)])
+    assert len(results.members) == 1
+    assert front_json(results)["hypervolume"] is None
