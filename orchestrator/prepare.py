@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -131,7 +131,7 @@ def prepare(loaded: Loaded) -> Prepared:
         )
     materials = _materials(config, task)
     plan_meters = _meters(config, task, materials, attempt)
-    _check_data(config, materials, space, folder, problems, wrong)
+    _check_data(config, materials, plan_meters, space, folder, problems, wrong)
     if problems or folder is None:
         raise InvalidStudy([loaded.located(problem) for problem in problems])
     layout = models.original_layout(folder)
@@ -264,6 +264,7 @@ def _meters(
 def _check_data(
     config: StudyConfig,
     materials: Materials,
+    plan_meters: Sequence[str],
     space: SearchSpace,
     folder: Path | None,
     problems: list[Problem],
@@ -297,14 +298,10 @@ def _check_data(
             data.choices(config.data.choices)
         except (ValueError, OSError) as error:
             problems.append(Problem("data.choices", f"got {error}"))
-    if "choices" in _choice_objectives(config) and config.data.choices is None:
+    elif "choices" in plan_meters:
         problems.append(
             Problem("data.choices", "got nothing, expected a .jsonl of items: an objective needs it")
         )
-
-
-def _choice_objectives(config: StudyConfig) -> set[str]:
-    return {"choices" for metric in config.objectives if metric in meters.load("choices").metrics}
 
 
 def _data_digest(materials: Materials) -> str:

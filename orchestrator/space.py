@@ -52,7 +52,7 @@ class SearchSpace:
                 name = option.technique.name()
                 if choices[stage] != name:
                     continue
-                chosen = {knob: choices[f"{stage}.{name}.{knob}"] for knob in option.searched}
+                chosen = {knob: _rounded(choices[f"{stage}.{name}.{knob}"]) for knob in option.searched}
                 if "teacher" in option.technique.needs and not recipe.steps:
                     continue
                 recipe = recipe.then(option.technique.of({**option.fixed, **chosen}))
@@ -103,6 +103,11 @@ def parse(given: Mapping[str, Any]) -> tuple[SearchSpace, list[Problem]]:
     if not problems:
         problems += _order_problems(space)
     return space, problems
+
+
+def _rounded(value: Value) -> Value:
+    """Three significant digits: a recipe that a person can read and type, and finer differences are noise."""
+    return float(f"{value:.3g}") if isinstance(value, float) else value
 
 
 def _option(key: str, name: str, given: Any, problems: list[Problem]) -> Option | None:

@@ -1,0 +1,5 @@
+"""`python -m orchestrator` is `slimfront`."""
+
+from orchestrator.cli import main
+
+main()

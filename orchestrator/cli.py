@@ -1,0 +1,341 @@
+"""The command `slimfront`: thin; every decision lies elsewhere.
+
+Exit codes: 0 done; 1 it ran and the result is not what was hoped for (nothing measured, original failed);
+2 the input is wrong, nothing was started; 3 something is not as it must be (folder of another study,
+already running, missing); 130 interrupted, `slimfront resume` goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from orchestrator.prepare import Prepared
+
+app = typer.Typer(
+    help="Find the Pareto front of smaller language models, measured on the files you would ship.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+tracking_app = typer.Typer(help="The mirror of studies in MLflow.", no_args_is_help=True)
+app.add_typer(tracking_app, name="tracking")
+
+StudyFile = Annotated[Path, typer.Argument(metavar="STUDY.yaml", help="The study file.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides of its keys.")
+]
+Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="A study's folder, such as runs/quickstart.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+
+def main() -> None:
+    """The entry point of the `slimfront` command."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    app()
+
+
+@app.command()
+def validate(study: StudyFile, overrides: Overrides = None) -> None:
+    """Check a study and report all that is wrong with it. Starts nothing."""
+    prepared = _prepared(study, overrides)
+    _out().print(
+        f"{study} is valid: {prepared.config.name}, {len(prepared.space.stages)} stages, "
+        f"{len(prepared.space.knobs())} knobs, original {_mb(prepared.plan.original_cost.size_bytes)}"
+    )
+
+
+@app.command()
+def plan(study: StudyFile, overrides: Overrides = None) -> None:
+    """Show what a search would do: jobs, what they share, exact sizes, time. Runs nothing."""
+    from cluster.store import open_store
+    from orchestrator import search
+    from orchestrator.forecast import forecast
+    from orchestrator.prepare import slots_of
+
+    prepared = _prepared(study, overrides)
+    config = prepared.config
+    knobs = prepared.space.knobs()
+    searching = search.make(
+        config.search.algorithm, knobs, prepared.plan.objectives, prepared.known, config.search.seed
+    )
+    found = forecast(prepared, searching, open_store(config.store))
+    table = Table(
+        "recipe",
+        "MB",
+        "of original",
+        title=f"What {config.search.algorithm} would try first",
+        title_justify="left",
+    )
+    original = prepared.plan.original_cost.size_bytes
+    for proposal in sorted(found.proposals, key=lambda p: p.cost.size_bytes if p.cost else 0):
+        if proposal.cost is None:
+            table.add_row(str(proposal.recipe), "refused", proposal.refused or "")
+        else:
+            size = proposal.cost.size_bytes
+            table.add_row(str(proposal.recipe), f"{size / 1e6:.1f}", f"{size / original:.0%}")
+    slots = slots_of(config)
+    source = "from what ran here before" if found.measured else "guessed from the count of operations"
+    out = _out()
+    out.print(table)
+    out.print(
+        f"{len(found.proposals)} candidates, {found.steps} steps, {found.jobs} of them distinct "
+        f"({found.steps - found.jobs} shared), {found.found} in the store already.\n"
+        f"About {found.seconds / slots / 60:.1f} minutes on {slots} slots ({source}). Sizes are exact; "
+        f"the original has {_mb(original)}."
+    )
+
+
+@app.command()
+def search(study: StudyFile, overrides: Overrides = None) -> None:
+    """Run a study. Run again, it goes on where it was left; nothing that ended is done twice."""
+    _run(_prepared(study, overrides), tuple(overrides or ()))
+
+
+@app.command()
+def resume(folder: Folder) -> None:
+    """Go on with an interrupted study, from its folder alone."""
+    from orchestrator.ledger import Ledger
+
+    if not (folder / "ledger.db").is_file():
+        _fail(f"{folder} holds no study: there is no ledger.db in it")
+    ledger = Ledger(folder / "ledger.db", read_only=True)
+    overrides = json.loads(ledger.noted("overrides") or "[]")
+    ledger.close()
+    _run(_prepared(folder / "study.yaml", overrides), tuple(overrides))
+
+
+@app.command()
+def status(folder: Folder, as_json: AsJson = False) -> None:
+    """How far a study is."""
+    from orchestrator.launch import is_running
+    from orchestrator.progress import Status, line
+
+    found = _read_json(folder / "status.json")
+    running = is_running(folder)
+    if as_json:
+        _print_json({**found, "process": "running" if running else "stopped"})
+        return
+    current = Status(**found)
+    ended = current.measured + current.failed
+    state = "running" if running else ("done" if current.stage == "done" else "stopped; resume goes on")
+    _out().print(
+        f"{current.study}: {state}, {current.stage}, {ended}/{current.candidates + 1} ended, {line(current)}"
+    )
+
+
+@app.command()
+def front(folder: Folder, as_json: AsJson = False) -> None:
+    """Show the Pareto front of a study, finished or not, beside the original."""
+    found = _read_json(folder / "front.json")
+    if as_json:
+        _print_json(found)
+        return
+    metrics = [objective["metric"] for objective in found["objectives"]]
+    table = Table("id", *metrics, "recipe", title=f"Pareto front of {found['study']}", title_justify="left")
+    for column in table.columns[1:-1]:
+        column.justify = "right"
+    original = found["original"]
+    table.add_row("original", *_cells(original, metrics, None), "", style="bold", end_section=True)
+    for member in found["members"]:
+        table.add_row(member["id"][:8], *_cells(member, metrics, original), member["recipe"])
+    _out().print(table)
+
+
+@app.command()
+def report(folder: Folder, open_it: Annotated[bool, typer.Option("--open")] = False) -> None:
+    """Tell where the study's HTML report lies (and open it in a browser)."""
+    page = folder / "report.html"
+    if not page.is_file():
+        _fail(f"{page} is not there: it is written when a search ends")
+    _out().print(str(page))
+    if open_it:
+        typer.launch(str(page))
+
+
+@app.command()
+def export(
+    folder: Folder,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write, new or empty.")],
+    pick: Annotated[
+        str, typer.Option(help="knee, smallest, fastest, most-accurate, or the start of a member's id.")
+    ] = "knee",
+) -> None:
+    """Write a member of the front as a model folder, with its recipe and its measurement."""
+    from orchestrator.export import export_member
+
+    try:
+        member = export_member(folder, pick, out)
+    except (LookupError, OSError, ValueError) as error:
+        _fail(str(error))
+    _out().print(f"{member['id']} → {out}\n{member['recipe']}")
+
+
+@app.command()
+def techniques(as_json: AsJson = False) -> None:
+    """List the techniques: what they are, need and work on."""
+    from jobs import techniques as known
+
+    rows: list[dict[str, Any]] = []
+    for name in known.names():
+        technique = known.load(name)
+        rows.append(
+            {
+                "name": name,
+                "kind": technique.kind,
+                "version": technique.version,
+                "paper": technique.paper,
+                "needs": sorted(technique.needs),
+                "families": list(technique.families),
+                "works_on": sorted(technique.accepts),
+                "leaves": sorted(technique.leaves),
+                "options": {option: str(domain) for option, domain in technique.domains().items()},
+            }
+        )
+    if as_json:
+        _print_json(rows)
+        return
+    table = Table("name", "kind", "options", "needs", "families", "paper")
+    for row in rows:
+        options = "\n".join(f"{option} in {domain}" for option, domain in row["options"].items())
+        table.add_row(
+            row["name"],
+            row["kind"],
+            options,
+            "\n".join(row["needs"]),
+            "\n".join(row["families"]),
+            row["paper"],
+        )
+    _out().print(table)
+
+
+@app.command()
+def doctor() -> None:
+    """Tell what this machine can do, and what is missing."""
+    from orchestrator.diagnosis import diagnose
+
+    table = Table("what", "found", "what to do")
+    findings = diagnose()
+    for finding in findings:
+        mark = "" if finding.ok else "[red]✗[/] "
+        table.add_row(finding.what, mark + finding.value, finding.hint)
+    _out().print(table)
+    if not all(finding.ok for finding in findings):
+        raise typer.Exit(1)
+
+
+@tracking_app.command()
+def sync(folder: Folder, uri: Annotated[str | None, typer.Option(help="MLflow's address.")] = None) -> None:
+    """Bring MLflow up to date with a study, after an outage or to another server."""
+    from orchestrator.tracking import sync as drain
+
+    outbox = folder / "outbox.db"
+    if not outbox.is_file():
+        _fail(f"{folder} has no outbox.db: the study was not tracked")
+    drain(outbox, uri or f"sqlite:///{folder.resolve().parent / 'mlflow.db'}")
+
+
+def _run(prepared: Prepared, overrides: tuple[str, ...]) -> None:
+    from orchestrator.launch import OtherStudy, launch
+    from orchestrator.progress import Display
+
+    try:
+        with _interruptible(), Display(_err()) as display:
+            results = launch(prepared, display.show, overrides)
+    except KeyboardInterrupt:
+        _err().print(f"Interrupted. What ended is kept; go on with: slimfront resume {prepared.folder}")
+        raise typer.Exit(130) from None
+    except BlockingIOError:
+        _fail(f"another process runs the study in {prepared.folder}; see slimfront status {prepared.folder}")
+    except OtherStudy as error:
+        _fail(str(error))
+    if results.original.failure is not None:
+        _err().print(f"The original could not be measured: {results.original.failure.message}", style="red")
+        raise typer.Exit(1)
+    front(prepared.folder)
+    _err().print(f"Report: {prepared.folder / 'report.html'}")
+    if not results.members:
+        raise typer.Exit(1)
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Let SIGTERM end a search as Ctrl-C does."""
+
+    def interrupt(signum: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _prepared(study: Path, overrides: list[str] | None) -> Prepared:
+    from orchestrator.config import InvalidStudy, load
+    from orchestrator.prepare import prepare
+
+    try:
+        return prepare(load(study, overrides or []))
+    except InvalidStudy as error:
+        for problem in error.lines:
+            _err().print(problem, style="red", markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit(2) from None
+
+
+def _cells(row: dict[str, Any], metrics: list[str], original: dict[str, Any] | None) -> list[str]:
+    return [_cell(metric, row, original) for metric in metrics]
+
+
+def _cell(metric: str, row: dict[str, Any], original: dict[str, Any] | None) -> str:
+    value, error = row["metrics"].get(metric), row["errors"].get(metric, 0.0)
+    if value is None:
+        return "–"
+    if metric == "size_bytes":
+        shown = f"{value / 1e6:.1f} MB"
+    else:
+        shown = f"{value:.4g}" + (f" ± {error:.2g}" if error else "")
+    base = None if original is None else original["metrics"].get(metric)
+    return shown if not base or metric != "size_bytes" else f"{shown} ({value / base:.0%})"
+
+
+def _mb(size_bytes: float) -> str:
+    return f"{size_bytes / 1e6:.1f} MB"
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        _fail(f"{file} is not there: {file.parent} holds no study, or nothing of it has ended yet")
+    content: dict[str, Any] = json.loads(file.read_text())
+    return content
+
+
+def _print_json(content: object) -> None:
+    typer.echo(json.dumps(content, indent=1))
+
+
+def _fail(message: str) -> NoReturn:
+    _err().print(message, style="red", markup=False, highlight=False, soft_wrap=True)
+    raise typer.Exit(3)
+
+
+def _out() -> Console:
+    return Console() if sys.stdout.isatty() else Console(width=160)
+
+
+def _err() -> Console:
+    return Console(stderr=True)

@@ -1,0 +1,160 @@
+"""Launch: put a prepared study together with its executor, store, ledger and tracker, run it, write what came out."""
+
+from __future__ import annotations
+
+import functools
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from cluster.executor import Executor
+from cluster.on_ray import RayExecutor
+from jobs.measure import environment
+from orchestrator import search
+from orchestrator.ledger import Ledger
+from orchestrator.prepare import Prepared, slots_of
+from orchestrator.progress import Status, status_of, write_json, write_status
+from orchestrator.report import report_html
+from orchestrator.results import Results, front_json, judge
+from orchestrator.service import Service, Work, only_one, replayed
+from orchestrator.study import Study
+from orchestrator.tracking import MLflowTracker, NoTracker, Tracker
+from orchestrator.work import Workplace, work
+
+Show = Callable[[Status], None]
+
+
+class OtherStudy(ValueError):  # noqa: N818 - it says what lies in the folder
+    """The study's folder holds another study of the same name."""
+
+
+def launch(
+    prepared: Prepared,
+    show: Show,
+    overrides: tuple[str, ...] = (),
+    executor: Executor | None = None,
+    do: Work | None = None,
+) -> Results:
+    """Run the study to its end, or on from where it was left; returns what it found.
+
+    executor and do are Ray on this machine and the real work, unless a test gives others.
+    Raises OtherStudy, and BlockingIOError where another process runs this study.
+    """
+    folder = prepared.folder
+    with only_one(folder):
+        ledger = Ledger(folder / "ledger.db")
+        _claim(ledger, prepared, overrides)
+        tracker = _tracker(prepared)
+        tracker.start(
+            prepared.config.name,
+            prepared.text,
+            environment(prepared.materials.target),
+            prepared.plan.objectives,
+        )
+        searching = search.make(
+            prepared.config.search.algorithm,
+            prepared.space.knobs(),
+            prepared.plan.objectives,
+            prepared.known,
+            prepared.config.search.seed,
+        )
+        study = replayed(prepared, ledger, searching)
+        running = executor or RayExecutor(
+            slots_of(prepared.config),
+            prepared.config.cluster.memory_gib,
+            address=prepared.config.cluster.address,
+        )
+        watch = _Watch(prepared, study, show)
+        try:
+            Service(study, prepared, searching, running, ledger, tracker, do or _work(prepared), watch).run()
+        finally:
+            running.close()
+            watch.write(study)
+            ledger.close()
+        results = _judged(prepared, study)
+        page = report_html(results, prepared.text)
+        (folder / "report.html").write_text(page)
+        tracker.finish(results, page)
+        return results
+
+
+def _claim(ledger: Ledger, prepared: Prepared, overrides: tuple[str, ...]) -> None:
+    """Make sure that the folder is new or holds this very study, and note down how to resume it."""
+    held = ledger.noted("digest")
+    if held is not None and held != prepared.digest:
+        raise OtherStudy(
+            f"{prepared.folder} holds a study with another model, data, space or objectives; give this one "
+            f"another name (name=…), or remove that folder"
+        )
+    ledger.note("digest", prepared.digest)
+    ledger.note("overrides", json.dumps(overrides))
+    (prepared.folder / "study.yaml").write_text(prepared.text)
+
+
+def _work(prepared: Prepared) -> Work:
+    store = Path(prepared.config.store).expanduser().resolve()
+    return functools.partial(work, workplace=Workplace(prepared.materials, str(store), store / "scratch"))
+
+
+def _tracker(prepared: Prepared) -> Tracker:
+    uri = prepared.config.tracking.uri
+    if uri == "none":
+        return NoTracker()
+    default = f"sqlite:///{Path(prepared.config.store).expanduser().resolve() / 'mlflow.db'}"
+    return MLflowTracker(uri or default, prepared.folder / "outbox.db")
+
+
+class _Watch:
+    """Writes status.json and front.json and shows progress, no oftener than people can read."""
+
+    def __init__(self, prepared: Prepared, study: Study, show: Show) -> None:
+        self._prepared = prepared
+        self._show = show
+        self._began = time.time()
+        self._ended_before = _ended(study)
+        self._ended = -1
+        self._results: Results | None = None
+
+    def __call__(self, study: Study) -> None:
+        if _ended(study) != self._ended:
+            self.write(study)
+        self._show(self._status(study))
+
+    def write(self, study: Study) -> None:
+        """Bring the files up to date; called at every end of a candidate and at the very end."""
+        self._ended = _ended(study)
+        folder = self._prepared.folder
+        if study.original.measurement is not None:
+            self._results = _judged(self._prepared, study)
+            write_json(folder / "front.json", front_json(self._results))
+        write_status(folder, self._status(study))
+
+    def _status(self, study: Study) -> Status:
+        name = self._prepared.config.name
+        return status_of(name, study, self._results, self._began, self._ended_before)
+
+
+def _judged(prepared: Prepared, study: Study) -> Results:
+    candidates = list(study.candidates.values())
+    return judge(prepared.config.name, prepared.plan.objectives, study.original, candidates)
+
+
+def _ended(study: Study) -> int:
+    """A number that changes whenever a candidate's result does."""
+    return sum(
+        (candidate.state in ("measured", "failed"))
+        + len(candidate.measurement.metrics if candidate.measurement else ())
+        for candidate in study.candidates.values()
+    )
+
+
+def is_running(folder: Path) -> bool:
+    """Whether a process runs the study of this folder now."""
+    if not (folder / "lock").exists():
+        return False
+    try:
+        with only_one(folder):
+            return False
+    except BlockingIOError:
+        return True
