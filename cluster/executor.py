@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -136,6 +137,11 @@ class Admission:
         return cpus <= self.capacity.cpus + 1e-9 and memory_gib <= self.capacity.memory_gib + 1e-9
 
 
+def cores() -> int:
+    """The processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def run_piece(key: str, fn: Callable[..., Any], args: tuple[Any, ...]) -> Ended:
     """Run `fn(*args)` here. What escapes it comes back as text: not every exception survives pickling.
     The first line of `lost` is the exception, its traceback follows."""
@@ -155,7 +161,7 @@ class InlineExecutor:
 
     def __init__(self, slots: int = 1, memory_gib: float = math.inf, gpus: float = 0.0) -> None:
         self.slots = slots
-        self._admission = Admission(Capacity(slots, memory_gib=memory_gib, gpus=gpus))
+        self._admission = Admission(Capacity(slots, max(slots, cores()), memory_gib, gpus))
         self._calls: dict[int, tuple[str, Callable[..., Any], tuple[Any, ...]]] = {}
         self._tickets: dict[str, int] = {}
         self._submitted = 0

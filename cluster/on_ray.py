@@ -19,7 +19,7 @@ from queue import SimpleQueue
 from types import ModuleType
 from typing import Any
 
-from cluster.executor import Admission, Capacity, Ended, Resources, run_piece
+from cluster.executor import Admission, Capacity, Ended, Resources, cores, run_piece
 
 # Results larger than 100 KB pass through Ray's shared memory; ours are records, files go to the store.
 OBJECT_STORE_BYTES = 150 * 2**20
@@ -71,12 +71,12 @@ class RayExecutor:
         address: str | None = None,
         env: Mapping[str, str] | None = None,
     ) -> None:
-        self._ray, self._started_ray = _connect(address or os.environ.get("RAY_ADDRESS"), slots, gpus)
+        self._ray, self._started_ray = connect(address or os.environ.get("RAY_ADDRESS"), slots, gpus)
         have = self._ray.cluster_resources()
         self.slots = int(slots or max(1, have.get("CPU", 1)))
         share = (have.get("GPU", 0.0) if gpus is None else gpus) / self.slots
         memory = have.get("memory", math.inf) / 2**30 if memory_gib is None else memory_gib
-        cpus = max(self.slots, have.get("CPU", 1), len(os.sched_getaffinity(0)))
+        cpus = max(self.slots, have.get("CPU", 1), cores())
         self._admission = Admission(Capacity(self.slots, cpus, memory, share))
         self._actor = self._ray.remote(Worker).options(
             num_cpus=1, num_gpus=share, max_concurrency=1, max_restarts=0, max_task_retries=0,
@@ -211,8 +211,8 @@ def _die_with_parent() -> None:
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
 
 
-def _connect(address: str | None, slots: int | None, gpus: float | None) -> tuple[ModuleType, bool]:
-    """Ray, and whether it was started here. It is imported only now: it reads its environment once."""
+def connect(address: str | None, slots: int | None, gpus: float | None) -> tuple[ModuleType, bool]:
+    """Ray, and whether this started it. It is imported only now: it reads its environment once."""
     local = address in (None, "local")
     _authenticate(local)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")

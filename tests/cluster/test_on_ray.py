@@ -1,0 +1,184 @@
+"""A real Ray on this machine: warm workers, killed pieces, killed drivers."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from cluster.executor import Ended, Resources
+from cluster.on_ray import RayExecutor, connect
+
+pytestmark = pytest.mark.ray
+
+# A program that works on a Ray of its own until it is stopped. Each piece writes down its process.
+DRIVER = """
+import sys
+from pathlib import Path
+from cluster.executor import Resources
+from cluster.on_ray import RayExecutor
+
+def busy(folder):
+    import os, time
+    (Path(folder) / str(os.getpid())).touch()
+    time.sleep(600)
+
+def main():
+    executor = RayExecutor(slots=2)
+    for key in "ab":
+        executor.submit(key, busy, sys.argv[1], resources=Resources())
+    try:
+        executor.wait()
+    except KeyboardInterrupt:
+        executor.submit("one more", abs, -1, resources=Resources())
+        executor.cancel("a")
+        executor.cancel("b")
+        print(executor.wait(60)[0].value)
+    finally:
+        executor.close()
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+@pytest.fixture(scope="session")
+def one_ray() -> Iterator[None]:
+    ray, started = connect(None, slots=4, gpus=0)
+    yield
+    if started:
+        ray.shutdown()
+
+
+@pytest.fixture
+def executor(one_ray: None) -> Iterator[RayExecutor]:
+    with closing(RayExecutor(slots=2)) as made:
+        yield made
+
+
+def remember(value: int) -> tuple[int, Any]:
+    """This process, and what the last call in it remembered."""
+    before = getattr(sys, "_remembered", None)
+    sys._remembered = value  # type: ignore[attr-defined]
+    return os.getpid(), before
+
+
+def threads() -> str | None:
+    return os.environ.get("OPENBLAS_NUM_THREADS")
+
+
+def touch_and_sleep(file: Path, seconds: float) -> int:
+    file.write_text(str(os.getpid()))
+    time.sleep(seconds)
+    return os.getpid()
+
+
+def until(holds: Any, seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline, "this took too long"
+        time.sleep(0.02)
+
+
+def start_driver(folder: Path) -> subprocess.Popen[str]:
+    folder.mkdir()
+    return subprocess.Popen(
+        [sys.executable, "-c", DRIVER, str(folder)],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+    )  # fmt: skip
+
+
+def workers_of(folder: Path) -> list[int]:
+    return [int(file.name) for file in folder.iterdir()]
+
+
+def gone(pid: int) -> bool:
+    return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+
+
+def test_a_worker_stays_warm_from_piece_to_piece(one_ray: None) -> None:
+    with closing(RayExecutor(slots=1)) as executor:
+        seen = []
+        for value in range(3):
+            executor.submit("a", remember, value, resources=Resources())
+            seen.append(executor.wait(60)[0].value)
+    assert len({pid for pid, _ in seen}) == 1
+    assert [before for _, before in seen] == [None, 0, 1]
+
+
+def test_all_slots_are_used(executor: RayExecutor, tmp_path: Path) -> None:
+    for key in "ab":
+        executor.submit(key, touch_and_sleep, tmp_path / key, 600, resources=Resources())
+    until(lambda: all((tmp_path / key).exists() for key in "ab"))
+    for key in "ab":
+        executor.cancel(key)
+
+
+def test_work_is_handed_out_while_the_caller_does_not_wait(executor: RayExecutor, tmp_path: Path) -> None:
+    for key in "abcd":
+        executor.submit(key, touch_and_sleep, tmp_path / key, 0, resources=Resources())
+    until(lambda: all((tmp_path / key).exists() for key in "abcd"))
+
+
+def test_running_work_that_is_cancelled_dies_and_its_slot_works_again(
+    executor: RayExecutor, tmp_path: Path
+) -> None:
+    executor.submit("a", touch_and_sleep, tmp_path / "pid", 600, resources=Resources())
+    until(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text())
+    executor.cancel("a")
+    assert executor.wait() == []
+    # Exclusive work shows that the cancelled piece no longer counts, and by then it is dead.
+    executor.submit("a", os.getpid, resources=Resources(exclusive=True))
+    (ended,) = executor.wait(60)
+    assert ended.lost is None
+    assert gone(int((tmp_path / "pid").read_text()))
+
+
+def test_a_worker_computes_with_one_thread_unless_told(one_ray: None) -> None:
+    for env, expected in ((None, "1"), ({"OPENBLAS_NUM_THREADS": "2"}, "2")):
+        with closing(RayExecutor(slots=1, env=env)) as executor:
+            executor.submit("a", threads, resources=Resources())
+            assert executor.wait(60) == [Ended("a", expected)]
+
+
+def test_a_ray_that_someone_else_started_is_left_running(one_ray: None) -> None:
+    RayExecutor(slots=1).close()
+    with closing(RayExecutor(slots=1)) as executor:
+        executor.submit("a", abs, -1, resources=Resources())
+        assert executor.wait(60) == [Ended("a", 1)]
+
+
+def test_losing_a_worker_prints_nothing(executor: RayExecutor, capfd: pytest.CaptureFixture[str]) -> None:
+    executor.submit("a", os._exit, 1, resources=Resources())
+    (ended,) = executor.wait(60)
+    assert ended.lost
+    time.sleep(0.5)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_after_a_kill_the_same_program_starts_at_once_and_ends_quietly_on_ctrl_c(tmp_path: Path) -> None:
+    killed = start_driver(tmp_path / "killed")
+    until(lambda: len(workers_of(tmp_path / "killed")) == 2)
+    killed.kill()
+    killed.communicate(timeout=60)
+    until(lambda: all(map(gone, workers_of(tmp_path / "killed"))), seconds=10)
+
+    driver = start_driver(tmp_path / "again")
+    until(lambda: len(workers_of(tmp_path / "again")) == 2)
+    processes = psutil.Process(driver.pid).children(recursive=True)
+    os.killpg(driver.pid, signal.SIGINT)
+    said, _ = driver.communicate(timeout=60)
+    assert said == "1\n"
+    assert driver.returncode == 0
+    _, left = psutil.wait_procs(processes, timeout=20)
+    assert left == []
