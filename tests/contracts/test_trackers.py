@@ -1,0 +1,73 @@
+"""What every tracker promises the service. A class with `record` in orchestrator/tracking is tested here."""
+
+from __future__ import annotations
+
+import inspect
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from jobs import techniques
+from jobs.job import Failure, Measurement
+from jobs.recipe import Origin, Recipe
+from orchestrator import tracking
+from orchestrator.candidate import Candidate
+from orchestrator.front import Objective
+from orchestrator.results import judge
+from orchestrator.tracking import MLflowTracker, NoTracker, Tracker
+
+OBJECTIVES = [Objective("size_bytes"), Objective("accuracy", "max")]
+ORIGINAL = Recipe(Origin("model", "data", 0))
+
+# Nothing listens there: no tracker may wait for it, or fail because of it.
+UNREACHABLE = "http://127.0.0.1:9"
+
+MAKE: dict[type, Callable[[Path], Tracker]] = {
+    NoTracker: lambda folder: NoTracker(),
+    MLflowTracker: lambda folder: MLflowTracker(UNREACHABLE, folder / "outbox.sqlite"),
+}
+
+FOUND = [
+    value
+    for value in vars(tracking).values()
+    if inspect.isclass(value) and hasattr(value, "record") and value is not Tracker
+]
+
+
+@pytest.fixture(params=FOUND, ids=lambda found: found.__name__)
+def tracker(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tracker:
+    # The delivery is not the subject here, and a process that cannot deliver would try on for minutes.
+    monkeypatch.setattr(MLflowTracker, "_ensure_mirror", lambda self: None)
+    return MAKE[request.param](tmp_path)
+
+
+def candidates() -> list[Candidate]:
+    dropped = [ORIGINAL.then(techniques.load("drop_layers").of({"count": count})) for count in (1, 2, 3)]
+    measured = Measurement({"size_bytes": 100.0, "accuracy": 0.8}, {"accuracy": 0.01})
+    return [
+        Candidate(ORIGINAL, "measured", 100, artifact="sha", measurement=measured),
+        Candidate(dropped[0], "running", 90),
+        Candidate(dropped[1], "failed", 80, failure=Failure("bug", "broken", "Traceback")),
+        Candidate(dropped[2], "over_limit", 70),
+    ]
+
+
+def test_a_study_is_told_from_start_to_finish_in_any_state_and_twice(tracker: Tracker) -> None:
+    for _ in range(2):
+        tracker.start("study", "name: study\n", {"cpu": "Xeon"}, OBJECTIVES)
+        for candidate in [*candidates(), *candidates()]:
+            tracker.record(candidate)
+        tracker.finish(judge("study", OBJECTIVES, candidates()[0], candidates()), "<html></html>")
+
+
+def test_a_study_without_a_front_is_told_too(tracker: Tracker) -> None:
+    tracker.start("study", "", {}, OBJECTIVES)
+    tracker.finish(judge("study", OBJECTIVES, candidates()[1], []), "")
+
+
+def test_trackers_import_no_mlflow_into_the_service() -> None:
+    code = "import sys, orchestrator.tracking; sys.exit('mlflow' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

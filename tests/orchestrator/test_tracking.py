@@ -1,0 +1,368 @@
+"""The mirror into MLflow: what it writes, and that nothing is lost or doubled whatever breaks."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow import MlflowClient
+from mlflow.entities import Run
+
+from jobs import techniques
+from jobs.job import Failure, Measurement
+from jobs.recipe import Origin, Recipe
+from orchestrator.candidate import Candidate
+from orchestrator.front import Objective
+from orchestrator.results import judge
+from orchestrator.tracking import MLflowTracker, mirror, options, sync
+from orchestrator.tracking.outbox import Delivered, Outbox
+
+# MLflow 3.17 still uses a loader strategy that SQLAlchemy 2.1 deprecates.
+pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated")
+
+OBJECTIVES = [Objective("size_bytes"), Objective("accuracy", "max")]
+ORIGINAL = Recipe(Origin("model", "data", 0))
+
+
+def recipe(dropped: int) -> Recipe:
+    return ORIGINAL.then(techniques.load("drop_layers").of({"count": dropped}))
+
+
+def measured(dropped: int, size: int, accuracy: float, **more: float) -> Candidate:
+    known = Measurement({"size_bytes": float(size), "accuracy": accuracy, **more}, {"accuracy": 0.01})
+    return Candidate(recipe(dropped), "measured", size, artifact=f"sha-{dropped}", measurement=known)
+
+
+@pytest.fixture(scope="session")
+def new_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty MLflow database: making one takes seconds, copying it does not."""
+    file = tmp_path_factory.mktemp("mlflow") / "new.db"
+    MlflowClient(f"sqlite:///{file}").search_experiments()
+    return file
+
+
+@pytest.fixture
+def uri(new_database: Path, tmp_path: Path) -> str:
+    shutil.copy(new_database, tmp_path / "mlflow.db")
+    return f"sqlite:///{tmp_path / 'mlflow.db'}"
+
+
+@pytest.fixture
+def outbox(tmp_path: Path) -> Path:
+    return tmp_path / "study" / "outbox.sqlite"
+
+
+@pytest.fixture
+def tracker(uri: str, outbox: Path, monkeypatch: pytest.MonkeyPatch) -> MLflowTracker:
+    """A tracker whose test delivers by itself, with `sync`."""
+    monkeypatch.setattr(MLflowTracker, "_ensure_mirror", lambda self: None)
+    tracker = MLflowTracker(uri, outbox)
+    tracker.start("laptop", "name: laptop\n", {"cpu": "Xeon"}, OBJECTIVES)
+    return tracker
+
+
+def runs_of(uri: str) -> dict[str, Run]:
+    """Every run by its name; fails where two have the same."""
+    client = MlflowClient(uri)
+    experiment = client.get_experiment_by_name("laptop")
+    found = list(client.search_runs([experiment.experiment_id])) if experiment else []
+    by_name = {run.info.run_name: run for run in found}
+    assert len(by_name) == len(found), "two runs of one name"
+    return by_name
+
+
+def test_a_candidate_is_one_nested_run_with_flat_params_metrics_and_errors(
+    tracker: MLflowTracker, uri: str, outbox: Path
+) -> None:
+    tracker.record(measured(2, 80, 0.7))
+    sync(outbox, uri)
+    runs = runs_of(uri)
+    run = runs["drop_layers(count=2)"]
+    assert run.data.params == {"drop_layers.count": "2"}
+    assert run.data.metrics == {"size_bytes": 80.0, "accuracy": 0.7, "accuracy_stderr": 0.01}
+    assert run.data.tags["mlflow.parentRunId"] == runs["laptop"].info.run_id
+    assert run.data.tags["slimfront.candidate"] == recipe(2).id
+    assert run.data.tags["state"] == "measured"
+    assert run.info.status == "FINISHED"
+
+
+def test_the_parent_run_is_the_study(tracker: MLflowTracker, uri: str, outbox: Path) -> None:
+    sync(outbox, uri)
+    run = runs_of(uri)["laptop"]
+    assert run.info.status == "RUNNING"
+    assert run.data.tags["environment.cpu"] == "Xeon"
+    assert text_of(uri, run, "study.yaml") == "name: laptop\n"
+
+
+def test_failures_and_what_was_over_a_limit_are_runs_that_say_so(
+    tracker: MLflowTracker, uri: str, outbox: Path
+) -> None:
+    tracker.record(Candidate(recipe(1), "failed", 90, failure=Failure("diverged", "NaN in block 3")))
+    tracker.record(Candidate(recipe(2), "over_limit", 80))
+    sync(outbox, uri)
+    failed, over = runs_of(uri)["drop_layers(count=1)"], runs_of(uri)["drop_layers(count=2)"]
+    assert failed.info.status == "FAILED"
+    assert failed.data.tags["failure.kind"] == "diverged"
+    assert failed.data.tags["failure.message"] == "NaN in block 3"
+    assert over.info.status == "KILLED"
+    assert over.data.tags["state"] == "over_limit"
+    assert over.data.metrics == {"size_bytes": 80.0}
+
+
+def test_what_is_measured_later_joins_the_same_run(tracker: MLflowTracker, uri: str, outbox: Path) -> None:
+    tracker.record(Candidate(recipe(2), "running", 80))
+    sync(outbox, uri)
+    tracker.record(measured(2, 80, 0.7))
+    sync(outbox, uri)
+    tracker.record(measured(2, 80, 0.7, decode_ms=5.0))
+    sync(outbox, uri)
+    run = runs_of(uri)["drop_layers(count=2)"]
+    assert run.data.metrics["decode_ms"] == 5.0
+    history = MlflowClient(uri).get_metric_history(run.info.run_id, "accuracy")
+    assert len(history) == 1, "a value that did not change is no curve"
+
+
+def test_at_the_finish_the_front_is_tagged_and_its_pictures_are_artifacts(
+    tracker: MLflowTracker, uri: str, outbox: Path
+) -> None:
+    told = [measured(0, 100, 0.8), measured(1, 80, 0.7), measured(2, 90, 0.6)]
+    for one in told:
+        tracker.record(one)
+    tracker.finish(judge("laptop", OBJECTIVES, told[0], told), "<html>the front</html>")
+    sync(outbox, uri)
+    runs = runs_of(uri)
+    assert {name for name, run in runs.items() if run.data.tags.get("pareto") == "true"} == {
+        "original", "drop_layers(count=1)",
+    }  # fmt: skip
+    parent = runs["laptop"]
+    assert parent.info.status == "FINISHED"
+    assert text_of(uri, parent, "front.html") == "<html>the front</html>"
+    assert json.loads(text_of(uri, parent, "front.json"))["members"][0]["id"] == told[1].id
+    table = json.loads(text_of(uri, parent, "front_table.json"))
+    assert table["columns"] == ["candidate", "recipe", "size_bytes", "accuracy"]
+    assert table["data"][0][2:] == [80.0, 0.7]
+
+
+def test_who_leaves_the_front_when_a_study_goes_on_loses_the_tag(
+    tracker: MLflowTracker, uri: str, outbox: Path
+) -> None:
+    told = [measured(0, 100, 0.8), measured(1, 80, 0.7)]
+    for one in told:
+        tracker.record(one)
+    tracker.finish(judge("laptop", OBJECTIVES, told[0], told), "")
+    sync(outbox, uri)
+    told.append(measured(2, 70, 0.75))
+    tracker.start("laptop", "name: laptop\n", {}, OBJECTIVES)
+    tracker.record(told[2])
+    tracker.finish(judge("laptop", OBJECTIVES, told[0], told), "")
+    sync(outbox, uri)
+    tags = {name: run.data.tags.get("pareto") for name, run in runs_of(uri).items()}
+    assert tags["drop_layers(count=1)"] == "false"
+    assert tags["drop_layers(count=2)"] == "true"
+
+
+def test_an_interrupted_study_goes_on_in_the_same_parent_run(
+    tracker: MLflowTracker, uri: str, outbox: Path
+) -> None:
+    tracker.record(measured(1, 80, 0.7))
+    sync(outbox, uri)
+    again = MLflowTracker(uri, outbox)
+    again.start("laptop", "name: laptop\n", {}, OBJECTIVES)
+    again.record(measured(1, 80, 0.7))
+    again.record(measured(2, 70, 0.6))
+    sync(outbox, uri)
+    assert set(runs_of(uri)) == {"laptop", "drop_layers(count=1)", "drop_layers(count=2)"}
+
+
+def test_another_study_of_the_same_name_gets_its_own_parent_in_the_same_experiment(
+    tracker: MLflowTracker, uri: str, outbox: Path, tmp_path: Path
+) -> None:
+    other = MLflowTracker(uri, tmp_path / "other" / "outbox.sqlite")
+    other.start("laptop", "", {}, OBJECTIVES)
+    sync(outbox, uri)
+    sync(tmp_path / "other" / "outbox.sqlite", uri)
+    client = MlflowClient(uri)
+    experiment = client.get_experiment_by_name("laptop")
+    assert experiment is not None
+    assert len(client.search_runs([experiment.experiment_id])) == 2
+
+
+def test_killed_after_making_a_run_and_before_noting_it_there_is_still_one_run(
+    tracker: MLflowTracker, uri: str, outbox: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tracker.record(measured(1, 80, 0.7))
+    genuine = MlflowClient.create_run
+
+    def create_and_die(self: MlflowClient, *given: Any, **named: Any) -> None:
+        genuine(self, *given, **named)
+        raise KeyboardInterrupt
+
+    for _ in range(2):  # first the parent's run, then the candidate's
+        with monkeypatch.context() as patch:
+            patch.setattr(MlflowClient, "create_run", create_and_die)
+            with pytest.raises(KeyboardInterrupt):
+                sync(outbox, uri)
+    sync(outbox, uri)
+    assert set(runs_of(uri)) == {"laptop", "drop_layers(count=1)"}
+    assert runs_of(uri)["drop_layers(count=1)"].info.status == "FINISHED"
+
+
+def test_an_entry_that_mlflow_refuses_does_not_hold_up_the_others(
+    tracker: MLflowTracker, uri: str, outbox: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    Outbox(outbox).append("candidate", {**_entry(), "metrics": {"no/../good": 1.0}}, "bad")
+    tracker.record(measured(1, 80, 0.7))
+    sync(outbox, uri)
+    assert runs_of(uri)["drop_layers(count=1)"].info.status == "FINISHED"
+    assert "refused candidate bad" in caplog.text
+
+
+def _entry() -> dict[str, Any]:
+    return {
+        "id": "bad", "recipe": "bad", "state": "measured", "artifact": None, "attempts": 1, "params": {},
+        "metrics": {}, "errors": {}, "unreliable": [], "environment": {}, "failure": None,
+    }  # fmt: skip
+
+
+def test_another_mlflow_gets_the_whole_study(
+    tracker: MLflowTracker, uri: str, outbox: Path, new_database: Path, tmp_path: Path
+) -> None:
+    tracker.record(measured(1, 80, 0.7))
+    sync(outbox, uri)
+    shutil.copy(new_database, tmp_path / "second.db")
+    second = f"sqlite:///{tmp_path / 'second.db'}"
+    sync(outbox, second)
+    assert set(runs_of(second)) == set(runs_of(uri))
+
+
+def test_a_step_that_comes_twice_keeps_both_its_options() -> None:
+    twice = recipe(1).then(techniques.load("drop_layers").of({"count": 2}))
+    assert options(Candidate(twice, "waiting", 1)) == {"drop_layers.count": "1", "drop_layers_2.count": "2"}
+
+
+def test_numbers_that_are_none_never_enter_the_outbox(outbox: Path) -> None:
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        Outbox(outbox).append("candidate", {"metrics": {"accuracy": float("nan")}})
+
+
+SERVICE = """
+import os, signal, sys
+from pathlib import Path
+from jobs.recipe import Origin, Recipe
+from orchestrator.candidate import Candidate
+from orchestrator.front import Objective
+from orchestrator.tracking import MLflowTracker
+
+tracker = MLflowTracker(sys.argv[1], Path(sys.argv[2]))
+tracker.start("laptop", "", {}, [Objective("size_bytes")])
+tracker.record(Candidate(Recipe(Origin("model", "data", 0)), "over_limit", 100))
+print(tracker._mirror.pid, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_after_the_service_is_killed_the_mirror_delivers_the_rest_and_ends(uri: str, outbox: Path) -> None:
+    service = subprocess.run(
+        [sys.executable, "-c", SERVICE, uri, str(outbox)], stdout=subprocess.PIPE, text=True, check=False
+    )
+    assert service.returncode == -signal.SIGKILL
+    wait_until(lambda: not running(int(service.stdout)))
+    assert set(runs_of(uri)) == {"laptop", "original"}
+
+
+def test_the_mirror_of_a_finished_study_ends_though_the_service_lives(uri: str, outbox: Path) -> None:
+    tracker = MLflowTracker(uri, outbox)
+    told = [measured(0, 100, 0.8)]
+    tracker.start("laptop", "", {}, OBJECTIVES)
+    tracker.record(told[0])
+    tracker.finish(judge("laptop", OBJECTIVES, told[0], told), "")
+    assert tracker._mirror is not None
+    assert tracker._mirror.wait(60) == 0
+    assert runs_of(uri)["laptop"].info.status == "FINISHED"
+
+
+@pytest.fixture
+def address() -> str:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return f"http://127.0.0.1:{free.getsockname()[1]}"
+
+
+@pytest.fixture
+def serve(address: str, uri: str, tmp_path: Path) -> Iterator[Callable[[], None]]:
+    """Starts an MLflow server at the address."""
+    servers: list[subprocess.Popen[bytes]] = []
+
+    def start() -> None:
+        command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri, "--workers", "1"]
+        command += ["--artifacts-destination", str(tmp_path / "served"), "--port", address.rpartition(":")[2]]
+        with (tmp_path / "server.log").open("wb") as log:
+            servers.append(subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True))
+
+    yield start
+    for server in servers:
+        os.killpg(server.pid, signal.SIGTERM)
+        server.wait(20)
+
+
+@pytest.mark.slow
+def test_a_server_that_comes_up_late_gets_all_that_was_recorded_while_it_was_down(
+    serve: Callable[[], None], address: str, outbox: Path
+) -> None:
+    tracker = MLflowTracker(address, outbox)
+    told = [measured(0, 100, 0.8), measured(1, 80, 0.7)]
+    tracker.start("laptop", "", {}, OBJECTIVES)
+    for one in told:
+        tracker.record(one)
+    tracker.finish(judge("laptop", OBJECTIVES, told[0], told), "<html></html>")
+    wait_until(lambda: "cannot be reached" in outbox.with_suffix(".log").read_text())
+    serve()
+    assert tracker._mirror is not None
+    assert tracker._mirror.wait(150) == 0
+    assert Delivered(outbox, address).number == Outbox(outbox).last()[0]
+    runs = runs_of(address)
+    assert set(runs) == {"laptop", "original", "drop_layers(count=1)"}
+    assert text_of(address, runs["laptop"], "front.html") == "<html></html>"
+
+
+def test_the_sync_of_an_unreachable_server_says_so(
+    outbox: Path, tracker: MLflowTracker, address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mirror, "SYNC_SECONDS", 1.0)
+    with pytest.raises(ConnectionError, match=address):
+        sync(outbox, address)
+
+
+def text_of(uri: str, run: Run, artifact: str) -> str:
+    """An artifact, read as the UI reads it."""
+    import mlflow.artifacts
+
+    mlflow.set_tracking_uri(uri)
+    return str(mlflow.artifacts.load_text(f"{run.info.artifact_uri}/{artifact}"))
+
+
+def running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    stat = Path(f"/proc/{pid}/stat")
+    # Where nothing reaps orphans, the ended ones stay as zombies.
+    return not (stat.exists() and stat.read_text().rpartition(")")[2].split()[0] == "Z")
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
