@@ -7,9 +7,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import NamedTuple
 
 import psutil
 
@@ -19,8 +19,7 @@ from cluster.on_ray import OBJECT_STORE_BYTES, RayExecutor
 SHARED_MEMORY = Path("/dev/shm")
 
 
-@dataclass(frozen=True)
-class Fact:
+class Fact(NamedTuple):
     """One thing found. `hint` says what to do where it is not `ok`."""
 
     what: str

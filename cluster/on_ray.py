@@ -192,7 +192,7 @@ class RayExecutor:
         else:
             self._idle.append(piece.worker)
         if not piece.cancelled:
-            self._ended[piece.key] = done.result() if error is None else _lost(piece.key, error)
+            self._ended[piece.key] = done.result() if error is None else lost(piece.key, error)
 
     def _forget(self, ticket: int) -> None:
         del self._pieces[ticket]
@@ -255,7 +255,8 @@ def _process_is_gone(error: BaseException | None) -> bool:
     return isinstance(error, exceptions.RayError) and not isinstance(error, exceptions.RayTaskError)
 
 
-def _lost(key: str, error: BaseException) -> Ended:
+def lost(key: str, error: BaseException) -> Ended:
+    """What is reported of a piece whose call Ray gave up: a node that went away counts as preempted."""
     from ray import exceptions
 
     text = str(error)

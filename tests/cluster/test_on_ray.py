@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from cluster.executor import Ended, Resources
-from cluster.on_ray import RayExecutor, connect
+from cluster.on_ray import RayExecutor, connect, lost
 
 pytestmark = pytest.mark.ray
 
@@ -182,3 +182,16 @@ def test_after_a_kill_the_same_program_starts_at_once_and_ends_quietly_on_ctrl_c
     assert driver.returncode == 0
     _, left = psutil.wait_procs(processes, timeout=20)
     assert left == []
+
+
+def test_a_machine_that_went_away_is_told_from_work_that_failed(one_ray: None) -> None:
+    from ray import exceptions
+
+    node = exceptions.RayActorError(error_msg="The actor died because its node has died. Node Id: 1")
+    drained = exceptions.RayActorError(error_msg="gone", preempted=True)
+    unreachable = exceptions.ActorUnavailableError("no connection", None)
+    assert all(lost("a", error).preempted for error in (node, drained, unreachable))
+    crashed = lost("a", exceptions.ActorDiedError())
+    assert not crashed.preempted
+    assert crashed.lost
+    assert crashed.lost.startswith("ActorDiedError: ")

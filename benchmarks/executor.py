@@ -1,0 +1,40 @@
+"""What a piece of work costs beside the work: milliseconds for an empty one, through two warm slots.
+
+Run from the repository's root: python -m benchmarks.executor
+"""
+
+from __future__ import annotations
+
+import time
+from contextlib import closing
+
+from cluster.executor import Executor, InlineExecutor, Resources
+from cluster.on_ray import RayExecutor
+
+
+def all_at_once(executor: Executor, pieces: int) -> float:
+    """Milliseconds per piece when all are submitted first."""
+    start = time.perf_counter()
+    for number in range(pieces):
+        executor.submit(str(number), abs, number, resources=Resources())
+    ended = 0
+    while ended < pieces:
+        ended += len(executor.wait())
+    return (time.perf_counter() - start) * 1e3 / pieces
+
+
+def one_by_one(executor: Executor, pieces: int) -> float:
+    """Milliseconds per piece when each is submitted after the last was reported."""
+    return sum(all_at_once(executor, 1) for _ in range(pieces)) / pieces
+
+
+def main() -> None:
+    for name, make in (("inline", InlineExecutor), ("ray", lambda: RayExecutor(slots=2))):
+        with closing(make()) as executor:
+            all_at_once(executor, 10)
+            for measure in (all_at_once, one_by_one):
+                print(f"{name:8}{measure.__name__:14}{measure(executor, 1000):8.3f} ms per empty piece")
+
+
+if __name__ == "__main__":
+    main()
