@@ -123,6 +123,13 @@ def linear_of(weight: Float[Tensor, "out in"], bias: Float[Tensor, " out"] | Non
     return layer
 
 
+def check_finite(weight: Tensor, technique: str, name: str) -> Tensor:
+    """`weight`, or a ValueError if there is NaN or an infinite value in it."""
+    if not bool(torch.isfinite(weight).all()):
+        raise ValueError(f"{technique} needs finite weights: {name} holds NaN or infinite values")
+    return weight
+
+
 def spec_of(layer: nn.Module) -> LinearSpec | None:
     """How a linear is stored; None for a module that is no linear."""
     if isinstance(layer, PackedLinear):

@@ -101,18 +101,24 @@ class Layout:
         """The full name of what lies at `path` in a block."""
         return f"{self.family.blocks}.{block}.{path}"
 
+    def forms_of(self, name: str) -> frozenset[Form]:
+        """The forms of the linear of this full name: a thin one may be packed as well."""
+        shape: Form = "factored" if name.endswith((".u", ".v")) else "dense"
+        return frozenset({shape}) if self.linears[name].packing is None else frozenset({shape, "packed"})
+
     def forms(self) -> frozenset[Form]:
         """Which forms of linears the model holds."""
-        found: set[Form] = set()
-        for name, spec in self.linears.items():
-            found.add("factored" if name.endswith((".u", ".v")) else "dense")
-            if spec.packing is not None:
-                found.add("packed")
-        return frozenset(found)
+        return frozenset(form for name in self.linears for form in self.forms_of(name))
 
     def with_linears(self, changed: Mapping[str, LinearSpec]) -> Layout:
         """The same layout with some linears replaced."""
         return dataclasses.replace(self, linears={**self.linears, **changed})
+
+    def packed(self, packing: Packing) -> Layout:
+        """The same layout with every linear of the blocks packed."""
+        return self.with_linears(
+            {name: dataclasses.replace(spec, packing=packing) for name, spec in self.linears.items()}
+        )
 
     def tensors(self) -> dict[str, TensorSpec]:
         """Every tensor of the file by its full name."""

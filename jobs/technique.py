@@ -80,6 +80,15 @@ class Technique(ABC):
     def compress(self, model: Model, context: Context) -> Model:
         """Carry the step out. Changes `model` in place and returns it; its layout is then `outline`'s."""
 
+    def check_forms(self, layout: Layout) -> None:
+        """Refuse, with a ValueError, a layout that holds linears of a form this technique does not accept."""
+        for name in layout.linears:
+            for form in sorted(layout.forms_of(name) - self.accepts):
+                raise ValueError(
+                    f"{self} cannot be applied: {name} is {form}, it works on "
+                    f"{' or '.join(sorted(self.accepts))} linears"
+                )
+
     def __str__(self) -> str:
         shown = ", ".join(f"{name}={value}" for name, value in self.options().items())
         return f"{self.name()}({shown})"

@@ -1,0 +1,160 @@
+"""gptq: round the weights one input after the other, each time mending with those still to come."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, cast
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from jobs import grids
+from jobs.context import Context
+from jobs.knobs import Choice, Range, knob
+from jobs.layers import PackedLinear, check_finite
+from jobs.layout import Layout, Packing
+from jobs.models import Model
+from jobs.technique import Form, Kind, Need, Technique
+
+_BLOCK = 32
+"""Inputs treated between two updates of all later ones. It divides every group size, so that a group's
+weights are up to date when its grid is fitted; smaller than the paper's 128, which is faster here."""
+
+
+@dataclass(frozen=True)
+class Gptq(Technique):
+    """Rounds the weights of the blocks so that the outputs on calibration text change least.
+
+    The inputs' Gram matrix is that of the parent: predecessors are not quantized yet when it is taken, as
+    they are in the paper's code. So one pass over the calibration text serves every bit width, group and
+    order, of all candidates with this parent.
+    """
+
+    kind: ClassVar[Kind] = "bits"
+    paper: ClassVar[str] = "Frantar et al. 2022, GPTQ, arXiv:2210.17323"
+    needs: ClassVar[frozenset[Need]] = frozenset({"calibration"})
+    accepts: ClassVar[frozenset[Form]] = frozenset({"dense", "factored"})
+    leaves: ClassVar[frozenset[Form]] = frozenset({"packed"})
+
+    bits: int = knob(4, Choice((2, 3, 4, 8)), "bits per weight")
+    group: int = knob(
+        64, Choice((0, 32, 64, 128)), "weights of a row that share a scale; 0 for the whole row"
+    )
+    symmetric: bool = knob(False, Choice((False, True)), "grids centred on zero, without zero points")
+    order: str = knob(
+        "activation", Choice(("natural", "activation")), "which input first: as stored, or the strongest"
+    )
+    clip: bool = knob(
+        True, Choice((False, True)), "narrow a grid where clipping outliers lowers the error on the text"
+    )
+    damping: float = knob(
+        0.01, Range(1e-4, 1.0, log=True), "share of the mean diagonal added to the diagonal"
+    )
+
+    @property
+    def packing(self) -> Packing:
+        return Packing(self.bits, self.group, self.symmetric)
+
+    def outline(self, layout: Layout) -> Layout:
+        self.check_forms(layout)
+        return layout.packed(self.packing)
+
+    def compress(self, model: Model, context: Context) -> Model:
+        self.outline(model.layout())
+        assert context.calibration is not None
+        grams = context.statistics.grams(model, context.calibration, context.report)
+        linears = model.linears()
+        for done, names in enumerate(grams.sharing.values()):
+            context.report(done / len(grams.sharing), names[0])
+            # Linears that read the same input have the same Hessian: they are rounded as one of more rows.
+            layers = {name: cast(nn.Linear, linears[name]) for name in names}
+            weights = [
+                check_finite(layer.weight.detach(), self.name(), name) for name, layer in layers.items()
+            ]
+            weight = torch.cat(weights).float()
+            integers, grid = quantize(weight, grams.gram(names[0]).to(weight.device), self)
+            zeros = grids.stored_zeros(grid, self.packing)
+            start = 0
+            for name, layer in layers.items():
+                rows = slice(start, start + layer.out_features)
+                start = rows.stop
+                model.replace(
+                    name,
+                    PackedLinear.of(
+                        integers[rows], grid.scales[rows], None if zeros is None else zeros[rows],
+                        self.packing, layer.bias,
+                    ),
+                )  # fmt: skip
+        return model
+
+
+def quantize(
+    weight: Float[Tensor, "out in"], gram: Float[Tensor, "in in"], options: Gptq
+) -> tuple[Float[Tensor, "out in"], grids.Grid]:
+    """The integers and their grid that stand for `weight` (Frantar et al. 2022, algorithm 1).
+
+    In natural order a group's grid is fitted when its first input is reached, to the weights as mended
+    until then. In the order of activation groups are met in pieces, so all grids are fitted at the start.
+    """
+    packing = options.packing
+    in_features = weight.shape[1]
+    group = packing.group or in_features
+    unused = gram.diagonal() == 0
+    # What is never read may be rounded to anything: zero mends nothing and widens no grid.
+    weight = torch.where(unused, 0, weight)
+    natural = options.order == "natural"
+    order = (
+        torch.arange(in_features) if natural else torch.argsort(gram.diagonal(), descending=True, stable=True)
+    )
+    factor = _inverse_factor(gram[order][:, order], options)
+    # What a column's error costs, were it not mended: the energy of its input.
+    costs = grids.grouped(gram.diagonal().unsqueeze(0), packing)[0] if options.clip else None
+    grid = grids.fit(grids.grouped(weight, packing), packing, costs)
+    # Transposed: one input's weights lie in a row, and all updates are of whole rows.
+    columns = weight.T[order].contiguous()
+    scales, zeros = grid.scales.T.contiguous(), grid.zeros.T.contiguous()
+    integers = torch.empty_like(columns)
+    errors = torch.empty(_BLOCK, weight.shape[0], device=weight.device)
+    top = 2**packing.bits - 1
+    groups = (order // group).tolist()
+    for start in range(0, in_features, _BLOCK):
+        stop = min(start + _BLOCK, in_features)
+        if natural and packing.group and start % group == 0:
+            fresh = columns[start : min(start + group, in_features)].T
+            cost = None if costs is None else costs[start // group : start // group + 1, : fresh.shape[1]]
+            refit = grids.fit(fresh.unsqueeze(1), packing, cost)
+            scales[start // group] = refit.scales[:, 0]
+            zeros[start // group] = refit.zeros[:, 0]
+        for index in range(start, stop):
+            column, scale, zero = columns[index], scales[groups[index]], zeros[groups[index]]
+            whole = integers[index]
+            torch.div(column, scale, out=whole).round_().add_(zero).clamp_(0, top)
+            error = errors[index - start]
+            torch.sub(whole, zero, out=error).mul_(scale).sub_(column).mul_(1 / factor[index, index].item())
+            # error is (q − w)/U_ii, so the mending adds.
+            if index + 1 < stop:
+                columns[index + 1 : stop].addr_(factor[index, index + 1 : stop], error)
+        if stop < in_features:
+            columns[stop:].addmm_(factor[start:stop, stop:].T, errors[: stop - start])
+    restored = torch.empty_like(integers)
+    restored[order] = integers
+    return restored.T, grids.Grid(scales.T, zeros.T, packing.bits)
+
+
+def _inverse_factor(gram: Float[Tensor, "in in"], options: Gptq) -> Float[Tensor, "in in"]:
+    """U, upper triangular, with UᵀU = (H + λI)⁻¹: row i holds how the error of input i spreads to later ones.
+
+    λ is a share of the mean diagonal and grows tenfold where the matrix still has no Cholesky factor.
+    """
+    damping = options.damping
+    mean = gram.diagonal().mean().clamp(min=torch.finfo(gram.dtype).tiny)
+    for _ in range(6):
+        damped = gram + torch.diag(torch.full_like(gram.diagonal(), (damping * mean).item()))
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if not failed.item():
+            inverse, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            if not failed.item():
+                return cast(Tensor, inverse)
+        damping *= 10
+    raise ValueError(f"gptq: the Gram matrix of the inputs is not positive even with damping={damping:g}")

@@ -1,0 +1,130 @@
+"""prune_ffn: remove the intermediate neurons of each feed-forward layer that its output misses least."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import ClassVar, cast
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from jobs.context import Context
+from jobs.knobs import Choice, Range, knob
+from jobs.layers import check_finite, linear_of
+from jobs.layout import Layout
+from jobs.models import DTYPE, Model
+from jobs.statistics import Grams
+from jobs.technique import Kind, Need, Technique
+
+
+@dataclass(frozen=True)
+class PruneFfn(Technique):
+    """Removes the share `ratio` of the intermediate neurons of every block.
+
+    A neuron j is worth ‖W[:, j]‖² · E[a_j²], the energy that it adds to the output: Wanda's score
+    (arXiv:2306.11695) squared and summed over a column, as structured pruning has it (An et al.).
+    correction, of what the output loses:
+        none           leaves the remaining weights alone.
+        bias           adds what the removed neurons give on average, W[:, j] E[a_j], to the bias; there a
+                       neuron is worth its fluctuation ‖W[:, j]‖² · Var[a_j] (An et al., eq. 4 and 5).
+        least_squares  solves for the remaining weights anew.
+    Widths stay multiples of 32 (of 8 below 1024 neurons), which vector units like.
+    """
+
+    kind: ClassVar[Kind] = "width"
+    paper: ClassVar[str] = "An et al. 2023, FLAP, arXiv:2312.11983"
+    needs: ClassVar[frozenset[Need]] = frozenset({"calibration"})
+
+    ratio: float = knob(0.25, Range(0.0, 0.9), "share of intermediate neurons to remove")
+    correction: str = knob(
+        "least_squares", Choice(("none", "bias", "least_squares")), "how the rest makes up for the removed"
+    )
+
+    @property
+    def identity(self) -> bool:
+        return self.ratio == 0
+
+    def outline(self, layout: Layout) -> Layout:
+        self.check_forms(layout)
+        family = layout.family
+        changed = {}
+        for block in range(layout.depth):
+            name = layout.name(block, family.ffn_out)
+            out = layout.linears[name]
+            width = kept_width(out.in_features, self.ratio)
+            if width == out.in_features:
+                continue
+            bias = out.bias or self.correction == "bias"
+            changed[name] = dataclasses.replace(out, in_features=width, bias=bias)
+            for path in family.ffn_in:
+                into = layout.name(block, path)
+                changed[into] = dataclasses.replace(layout.linears[into], out_features=width)
+        return layout.with_linears(changed)
+
+    def compress(self, model: Model, context: Context) -> Model:
+        layout = model.layout()
+        expected = self.outline(layout)
+        if expected == layout:
+            return model
+        assert context.calibration is not None
+        grams = context.statistics.grams(model, context.calibration, context.report)
+        widths = set()
+        for block in range(layout.depth):
+            name = layout.name(block, model.family.ffn_out)
+            context.report(block / layout.depth, name)
+            width = expected.linears[name].in_features
+            self._prune(model, block, width, grams)
+            widths.add(width)
+        if len(widths) == 1:
+            setattr(model.config, model.family.ffn_key, widths.pop())
+        return model
+
+    def _prune(self, model: Model, block: int, width: int, grams: Grams) -> None:
+        layout, family = model.layout(), model.family
+        name = layout.name(block, family.ffn_out)
+        out = cast(nn.Linear, model.module.get_submodule(name))
+        if width == out.in_features:
+            return
+        weight = check_finite(out.weight.detach().float(), self.name(), name)
+        gram, mean = grams.gram(name).to(weight.device), grams.mean(name).to(weight.device)
+        energy = gram.diagonal() - mean.square() if self.correction == "bias" else gram.diagonal()
+        worth = weight.square().sum(dim=0) * energy
+        kept = torch.argsort(worth, descending=True, stable=True)[:width].sort().values
+        bias = None if out.bias is None else out.bias.detach().float()
+        if self.correction == "bias":
+            removed = torch.ones_like(worth).index_fill(0, kept, 0)
+            bias = (0 if bias is None else bias) + weight @ (removed * mean)
+        new = refit(weight, gram, kept) if self.correction == "least_squares" else weight[:, kept]
+        model.replace(name, linear_of(new.to(DTYPE), bias))
+        for path in family.ffn_in:
+            into = layout.name(block, path)
+            layer = cast(nn.Linear, model.module.get_submodule(into))
+            rows = check_finite(layer.weight.detach(), self.name(), into)[kept]
+            model.replace(into, linear_of(rows, None if layer.bias is None else layer.bias[kept]))
+
+
+def kept_width(width: int, ratio: float) -> int:
+    """How many of `width` neurons stay: a multiple of 32 (of 8 below 1024), at least one such, never more."""
+    multiple = 32 if width >= 1024 else 8
+    return min(width, max(multiple, round(width * (1 - ratio) / multiple) * multiple))
+
+
+def refit(
+    weight: Float[Tensor, "out in"], gram: Float[Tensor, "in in"], kept: Int[Tensor, " kept"]
+) -> Float[Tensor, "out kept"]:
+    """The W' for which W' a[kept] comes nearest to W a in squared error: W G[:, K] (G[K, K] + λI)⁻¹.
+
+    In fp64; λ is 1e-4 of the mean diagonal, which keeps neurons that always fire together from being
+    given huge weights of opposite sign.
+    """
+    wide = gram.double()
+    inner = wide[kept][:, kept]
+    inner.diagonal().add_(1e-4 * inner.diagonal().mean().clamp(min=1e-30))
+    target = wide[kept] @ weight.double().T
+    factor, failed = torch.linalg.cholesky_ex(inner)
+    solved = (
+        torch.linalg.lstsq(inner, target).solution if failed.item() else torch.cholesky_solve(target, factor)
+    )
+    return solved.T.float()
