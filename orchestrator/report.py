@@ -33,6 +33,7 @@ th { text-align: right; font-weight: 600; color: #57606a; border-bottom: 1px sol
 td { text-align: right; padding: 6px 10px; border-bottom: 1px solid #eceef0; white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; padding-left: 0; white-space: normal; }
 td small { color: #8a929b; font-size: 12px; }
+.text th, .text td { text-align: left; white-space: normal; }
 tr.original td { color: #b42318; }
 .name { display: inline-block; margin-left: 8px; padding: 0 7px; border-radius: 9px; background: #e7f0ec;
   color: #21634a; font-size: 12px; white-space: nowrap; }
@@ -277,7 +278,8 @@ def _failures(results: Results) -> str:
     ]
     head = "<tr><th>recipe</th><th>kind</th><th>reason</th></tr>"
     count = ", ".join(f"{len(found)} {kind}" for kind, found in sorted(kinds.items()))
-    return f'<h2>Failed or over a limit: {count}</h2><div class="scroll"><table>{head}{"".join(rows)}</table></div>'
+    table = f'<div class="scroll text"><table>{head}{"".join(rows)}</table></div>'
+    return f"<h2>Failed or over a limit: {count}</h2>{table}"
 
 
 def _environment(results: Results) -> str:
