@@ -184,7 +184,11 @@ def _merged(config: Any, key: str, value: Any, problems: list[Problem]) -> Any:
     for part in reversed(key.split(".")):
         nested = {part: nested}
     try:
-        return OmegaConf.merge(config, nested)
+        try:
+            return OmegaConf.merge(config, nested)
+        except TypeError:  # an override that puts a range in the place of a list: nothing to merge
+            OmegaConf.update(config, key, value, merge=False)
+            return config
     except ConfigKeyError as error:
         wrong = str(error.full_key)
         near = re.search(r"Did you mean[^']*'([^']+)'", str(error))

@@ -52,7 +52,9 @@ def forecast(prepared: Prepared, search: Search, store: ArtifactStore) -> Foreca
     distinct = {recipe.id: recipe for lineage in lineages for recipe in lineage}
     left = [recipe for recipe in distinct.values() if store.record(f"artifacts/{recipe.id}") is None]
     known = seconds_by_technique(store)
-    steps = sum(known.get(r.steps[-1].name(), _operations(r.steps[-1], prepared) / ASSUMED_FLOPS) for r in left)
+    steps = sum(
+        known.get(r.steps[-1].name(), _operations(r.steps[-1], prepared) / ASSUMED_FLOPS) for r in left
+    )
     evaluation = prepared.materials.evaluation
     tokens = evaluation.samples * evaluation.tokens
     measuring = len(possible) * known.get("measuring", _forward(prepared) * tokens / ASSUMED_FLOPS)
@@ -67,11 +69,11 @@ def seconds_by_technique(store: ArtifactStore) -> Mapping[str, float]:
     """The mean seconds that each technique's step, and `measuring`, took in all that the store remembers."""
     seen: dict[str, list[float]] = {}
     for key in store.records("results/"):
-        record = store.record(key) or {}
-        steps = record.pop("recipe", {"steps": []})["steps"]
-        exclusive = "latency" in record.pop("meters", [])
-        outcome = outcome_from_dict(record)
-        if not isinstance(outcome, Success) or exclusive:
+        record = store.record(key)
+        if record is None:
+            continue
+        steps, outcome = record["recipe"]["steps"], outcome_from_dict(record["result"])
+        if not isinstance(outcome, Success) or "latency" in record["meters"]:
             continue
         seen.setdefault("measuring", []).append(outcome.measurement.seconds)
         if steps and outcome.seconds > 0.01:

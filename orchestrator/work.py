@@ -15,7 +15,6 @@ from jobs.job import (
     Failure,
     Job,
     Materials,
-    Measurement,
     Outcome,
     Success,
     outcome_from_dict,
@@ -48,16 +47,16 @@ def _work(job: Job, workplace: Workplace) -> Outcome:
     store = open_store(workplace.store)
     done = store.record(_result_key(job))
     if done is not None:
-        return outcome_from_dict(done)
+        return outcome_from_dict(done["result"])
     workplace.scratch.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=workplace.scratch) as scratch:
         outcome = _attempt(job, workplace, store, Path(scratch))
     if isinstance(outcome, Failure):
         return outcome  # another attempt may go better: only results are committed
-    record = {**outcome_to_dict(outcome), "recipe": job.recipe.to_dict(), "meters": list(job.meters)}
+    record = {"result": outcome_to_dict(outcome), "recipe": job.recipe.to_dict(), "meters": list(job.meters)}
     if store.commit(_result_key(job), record):
         return outcome
-    return outcome_from_dict(_committed(store, _result_key(job)))
+    return outcome_from_dict(_committed(store, _result_key(job))["result"])
 
 
 def _attempt(job: Job, workplace: Workplace, store: ArtifactStore, scratch: Path) -> Outcome:
@@ -93,15 +92,6 @@ def artifact_of(recipe: Recipe, store: ArtifactStore) -> ArtifactRef | None:
         return None
     ref = ArtifactRef(**record)
     return ref if store.has(ref) else None
-
-
-def found(job: Job, store: ArtifactStore) -> Measurement | None:
-    """The committed measurement of a job, if there is one."""
-    record = store.record(_result_key(job))
-    if record is None:
-        return None
-    outcome = outcome_from_dict(record)
-    return outcome.measurement if isinstance(outcome, Success) else None
 
 
 def _fetched(store: ArtifactStore, ref: ArtifactRef, folder: Path) -> Path:

@@ -1,0 +1,240 @@
+"""Whole studies of a tiny model, inline: what is shared, resumed, refused, and left behind by a kill."""
+
+from __future__ import annotations
+
+import functools
+import json
+import multiprocessing
+import os
+import signal
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.executor import InlineExecutor
+from cluster.store import LocalStore, open_store
+from jobs import models, run
+from jobs.job import Failure, Job, Outcome
+from orchestrator.config import load
+from orchestrator.export import export_member
+from orchestrator.launch import OtherStudy, launch
+from orchestrator.ledger import Ledger
+from orchestrator.prepare import Prepared, prepare
+from orchestrator.results import Results
+from orchestrator.service import only_one
+from orchestrator.work import Workplace, work
+
+
+def unseen(status: object) -> None:
+    pass
+
+
+def workplace(prepared: Prepared) -> Workplace:
+    store = Path(prepared.config.store)
+    return Workplace(prepared.materials, str(store), store / "scratch")
+
+
+def run_inline(prepared: Prepared, do: Callable[[Job], Outcome] | None = None) -> Results:
+    return launch(prepared, unseen, executor=InlineExecutor(), do=do)
+
+
+def test_a_study_ends_with_a_front_of_measured_files(prepared: Callable[..., Prepared]) -> None:
+    ready = prepared()
+    results = run_inline(ready)
+    assert [c.state for c in results.candidates] == ["measured"] * 6
+    assert results.members
+    store = open_store(ready.config.store)
+    written = json.loads((ready.folder / "front.json").read_text())
+    assert [member["id"] for member in written["members"]] == results.members
+    for member in written["members"]:
+        assert store.record(f"artifacts/{member['id']}") is not None
+    for candidate in results.candidates:
+        assert candidate.measurement is not None
+        assert candidate.measurement.metrics["size_bytes"] == candidate.size_bytes
+    assert results.original.recipe.steps == ()
+    assert (ready.folder / "report.html").stat().st_size > 1000
+
+
+def test_what_another_study_made_is_found_and_not_made_again(prepared: Callable[..., Prepared]) -> None:
+    run_inline(prepared())
+    ran: list[Job] = []
+
+    def count(job: Job) -> Outcome:
+        ran.append(job)
+        return work(job, workplace(prepared()))
+
+    attempted: list[Job] = []
+    original_attempt = run.attempt
+    try:
+        run.attempt = lambda job, *rest, **more: attempted.append(job) or original_attempt(job, *rest, **more)  # type: ignore[assignment,func-returns-value]
+        run_inline(prepared("name=other"), count)
+    finally:
+        run.attempt = original_attempt
+    assert len(ran) >= 6
+    assert attempted == []
+
+
+def test_a_finished_study_runs_nothing_when_it_is_started_again(prepared: Callable[..., Prepared]) -> None:
+    first = run_inline(prepared())
+    second = run_inline(prepared(), lambda job: pytest.fail(f"{job.recipe} ran again"))
+    assert second.members == first.members
+
+
+def test_a_study_goes_on_with_more_candidates(prepared: Callable[..., Prepared]) -> None:
+    run_inline(prepared("search.candidates=2"))
+    results = run_inline(prepared("search.candidates=4"))
+    assert [c.state for c in results.candidates] == ["measured"] * 5
+
+
+def test_a_folder_that_holds_another_study_is_refused(prepared: Callable[..., Prepared]) -> None:
+    run_inline(prepared("search.candidates=1"))
+    with pytest.raises(OtherStudy, match="holds a study with another model"):
+        run_inline(prepared("search.candidates=1", "search.seed=5"))
+
+
+def test_two_processes_never_run_one_study(prepared: Callable[..., Prepared]) -> None:
+    ready = prepared()
+    with only_one(ready.folder), pytest.raises(BlockingIOError):
+        run_inline(ready)
+
+
+def test_a_candidate_that_fails_is_recorded_with_its_reason_and_the_study_goes_on(
+    prepared: Callable[..., Prepared],
+) -> None:
+    ready = prepared()
+
+    def flaky(job: Job) -> Outcome:
+        if any(step.name() == "rtn" for step in job.recipe.steps):
+            return Failure("diverged", "perplexity came out as nan")
+        return work(job, workplace(ready))
+
+    results = run_inline(ready, flaky)
+    failed = [c for c in results.candidates if c.state == "failed"]
+    assert failed
+    assert {c.failure.kind for c in failed if c.failure} == {"diverged"}
+    assert len(failed) + sum(c.state == "measured" for c in results.candidates) == 6
+
+
+def test_a_lost_worker_is_tried_again(prepared: Callable[..., Prepared]) -> None:
+    ready = prepared("search.candidates=2")
+    tries: Counter[str] = Counter()
+
+    def dying(job: Job) -> Outcome:
+        tries[job.id] += 1
+        if tries[job.id] == 1:
+            raise ConnectionError("the worker went away")
+        return work(job, workplace(ready))
+
+    results = run_inline(ready, dying)
+    assert all(c.state == "measured" for c in results.candidates)
+    assert all(c.attempts >= 2 for c in results.candidates)
+
+
+def test_a_limit_on_the_size_binds(prepared: Callable[..., Prepared]) -> None:
+    limit = prepared().plan.original_cost.size_bytes * 0.6
+    results = run_inline(prepared(f"objectives.size_bytes.limit={limit}"))
+    smaller = [c for c in results.candidates if c is not results.original]
+    assert smaller
+    assert all(c.size_bytes <= limit for c in smaller)
+    assert all(c.recipe.steps for c in results.candidates if c.id in results.members)
+
+
+def test_an_exported_member_is_read_back_to_the_model_that_was_measured(
+    prepared: Callable[..., Prepared], tmp_path: Path
+) -> None:
+    import torch
+
+    ready = prepared()
+    results = run_inline(ready)
+    member = export_member(ready.folder, "smallest", tmp_path / "out")
+    exported = models.load(tmp_path / "out")
+    record = open_store(ready.config.store).record(f"artifacts/{member['id']}")
+    assert record is not None
+    held = next((Path(ready.config.store) / "objects").glob(f"*/{record['digest']}"))
+    tokens = torch.arange(24)[None]
+    with torch.inference_mode():
+        ours, theirs = exported.module(tokens).logits, models.load(held).module(tokens).logits
+    assert torch.equal(ours, theirs)
+    size = (tmp_path / "out" / "model.safetensors").stat().st_size
+    assert size == member["metrics"]["size_bytes"]
+    assert json.loads((tmp_path / "out" / "recipe.json").read_text())["id"] == results.members[0]
+    with pytest.raises(FileExistsError):
+        export_member(ready.folder, "smallest", tmp_path / "out")
+    with pytest.raises(LookupError, match="no member is called"):
+        export_member(ready.folder, "prettiest", tmp_path / "other")
+
+
+KILLS = 14
+
+
+def _run_until(file: Path, log: Path, kill_at: int) -> None:
+    """Run the study inline in this process and die by SIGKILL at the `kill_at`-th thing that could be torn."""
+    left = [kill_at]
+
+    def reach() -> None:
+        left[0] -= 1
+        if left[0] == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def torn(owner: Any, name: str) -> None:
+        whole = getattr(owner, name)
+
+        @functools.wraps(whole)
+        def stepped(*given: Any, **named: Any) -> Any:
+            reach()
+            value = whole(*given, **named)
+            reach()
+            return value
+
+        setattr(owner, name, stepped)
+
+    torn(Ledger, "append")
+    torn(LocalStore, "commit")
+    torn(LocalStore, "put")
+    attempt = run.attempt
+
+    def counted(job: Job, *given: Any, **named: Any) -> Any:
+        with log.open("a") as stream:  # outside the ledger, in one write
+            stream.write(f"{time.time_ns()} {job.id}\n")
+        return attempt(job, *given, **named)
+
+    run.attempt = counted
+    run_inline(prepare(load(file)))
+
+
+@pytest.mark.timeout(240)
+def test_killed_anywhere_the_same_command_goes_on_and_no_committed_candidate_runs_again(
+    study_file: Path, tmp_path: Path, prepared: Callable[..., Prepared]
+) -> None:
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(["orchestrator.launch", "jobs.run", "jobs.techniques.rtn", "pytest"])
+    log = tmp_path / "executions.log"
+    log.touch()
+    killed = 0
+    for round in range(100):
+        # Every process dies a little later in its life than the last, at another kind of step.
+        child = processes.Process(
+            target=_run_until, args=(study_file, log, 2 + 2 * round if round < KILLS else 0)
+        )
+        child.start()
+        child.join()
+        if child.exitcode == 0:
+            break
+        assert child.exitcode == -signal.SIGKILL
+        killed += 1
+    assert killed >= 10
+    ready = prepared()
+    committed = {
+        file.stem: file.stat().st_mtime_ns for file in Path(ready.config.store).glob("records/results/*.json")
+    }
+    runs = [line.split() for line in log.read_text().splitlines()]
+    assert len(committed) >= 6
+    assert {job for _, job in runs} == set(committed)
+    assert all(int(at) < committed[job] for at, job in runs)
+    assert len(runs) <= len(committed) + killed
+    results = run_inline(ready, lambda job: pytest.fail(f"{job.recipe} ran again"))
+    assert [c.state for c in results.candidates] == ["measured"] * 6

@@ -1,0 +1,48 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from jobs import techniques
+from jobs.job import Failure, Measurement, Success
+from jobs.recipe import Origin, Recipe
+from orchestrator.ledger import Ledger
+from orchestrator.study import Began, Cost, Ended, Event, Exhausted, Proposed, Started
+
+RECIPE = Recipe(Origin("m", "d", 1)).then(techniques.load("rtn")(bits=3, group=64))
+EVENTS: list[Event] = [
+    Began(),
+    Proposed(RECIPE, {"bits": "rtn", "bits.rtn.bits": 3}, Cost(10, 20, 3)),
+    Proposed(RECIPE, {"bits": "skip"}, None, "it does not fit"),
+    Started("job", 1),
+    Ended(
+        "job", 1, Success("digest", 12, Measurement({"accuracy": 0.5}, {"accuracy": 0.1}, ("accuracy",)), 1.5)
+    ),
+    Ended("job", 2, Failure("diverged", "NaN", "trace")),
+    Exhausted("nothing left"),
+]
+
+
+def test_events_come_back_as_they_were_in_their_order(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "ledger.db")
+    for event in EVENTS:
+        ledger.append(event)
+    ledger.close()
+    again = Ledger(tmp_path / "ledger.db", read_only=True)
+    assert [event for _, event in again.events()] == EVENTS
+    assert all(at > 1e9 for at, _ in again.events())
+
+
+def test_notes_are_replaced(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "ledger.db")
+    assert ledger.noted("digest") is None
+    ledger.note("digest", "1")
+    ledger.note("digest", "2")
+    assert ledger.noted("digest") == "2"
+
+
+def test_a_number_that_is_none_is_refused(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "ledger.db")
+    with pytest.raises(ValueError, match="JSON"):
+        ledger.append(Proposed(RECIPE, {"ratio": float("nan")}, None))

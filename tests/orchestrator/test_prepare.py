@@ -1,0 +1,133 @@
+"""What is wrong with a study is told at once, each with its place, and nothing is started."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from orchestrator.config import InvalidStudy, load
+from orchestrator.prepare import Prepared, prepare
+
+
+def problems(file: Path, *overrides: str) -> list[str]:
+    with pytest.raises(InvalidStudy) as raised:
+        prepare(load(file, overrides))
+    return raised.value.lines
+
+
+def test_a_valid_study_is_prepared(prepared: Callable[..., Prepared]) -> None:
+    ready = prepared()
+    assert ready.plan.meters == ("size", "text")
+    assert ready.plan.timers == ()
+    assert ready.plan.original_cost.size_bytes == ready.layout.size_bytes()
+
+
+def test_an_override_replaces_what_the_file_says(prepared: Callable[..., Prepared]) -> None:
+    assert prepared("search.candidates=3", "name=other").config.search.candidates == 3
+    assert prepared("search.candidates=3").digest == prepared().digest
+    assert prepared("search.seed=3").digest != prepared().digest
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("search.candidats=3", "command line search.candidats: got candidats, expected a known key: did you mean candidates?"),
+        ("search.candidates=many", "command line search.candidates: got 'many', expected a whole number"),
+        ("search.candidates=0", "command line search.candidates: got 0, expected at least 1"),
+        ("search.algorithm=magic", "command line search.algorithm: got magic, expected one of nsga2, random"),
+        ("task=poetry", "command line task: got poetry, expected causal-lm or embedding"),
+        ("target.threads=1000", "expected 1 to"),
+        ("target.runtime=abacus", "got abacus, expected one of"),
+        ("cluster.slots=some", "got 'some', expected auto or a whole number from 1"),
+        ("objectives.accuracy.goal=up", "got 'up', expected min or max"),
+        ("objectives.speed.goal=max", "objectives.speed: got nothing measures 'speed' for task causal-lm"),
+        ("objectives.agreement.goal=max", "objectives.agreement: got nothing measures 'agreement' for task causal-lm"),
+        ("objectives.choice_accuracy.goal=max", "data.choices: got nothing, expected a .jsonl of items"),
+        ("name=a/b", "name: got 'a/b', expected letters, digits"),
+        ("store=s3://bucket/x", "store: got s3://bucket/x, expected a local folder"),
+        ("data.evaluation.tokens=100000000", "data.evaluation: got"),
+        ("data.calibration.path=/nowhere.txt", "data.calibration: got"),
+        ("data.evaluation.part=[0.9,0.1]", "data.evaluation: got part=[0.9, 0.1] must be a rising pair"),
+        ("space.bits.rtn.bits=[3,5]", "space.bits.rtn.bits: got 5, expected a value in {2, 3, 4, 8}"),
+        ("space.bits.rtn.bits=[]", "space.bits.rtn.bits: got an empty list, expected at least one value"),
+        ("space.bits.rtn.bit=[3]", "space.bits.rtn.bit: got bit, expected an option of rtn, did you mean bits?"),
+        ("space.bits.rtm={}", "space.bits.rtm: got rtm, expected a technique"),
+        ("space.width.prune_ffn.ratio={low: 0.5, high: 0.2}", "got low=0.5 and high=0.2, expected low below high"),
+        ("space.width.prune_ffn.ratio={low: 0.5}", "expected {low: …, high: …} within"),
+        ("space.width.prune_ffn.ratio=1.5", "got 1.5, expected a value in [0, 0.9]"),
+        ("space.later={distill: {steps: 3}}", "distill cannot follow rtn"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_told_with_its_key_what_was_got_and_what_was_expected(
+    study_file: Path, override: str, expected: str
+) -> None:
+    lines = problems(study_file, override)
+    assert any(expected in line for line in lines), lines
+
+
+def test_every_problem_is_told_at_once_with_its_line(study_file: Path) -> None:
+    text = (
+        study_file.read_text().replace("bits: [3, 4, 8]", "bits: [3, 4, 9]").replace("goal: max", "goal: up")
+    )
+    study_file.write_text(text + "serch: {candidates: 5}\n")
+    found = {line.split(": ")[0] for line in problems(study_file)}
+    where = {key: number for number, key in enumerate(text.splitlines(), 1)}
+    accuracy = next(n for line, n in where.items() if "accuracy" in line)
+    bits = next(n for line, n in where.items() if "rtn" in line)
+    assert found == {
+        f"{study_file}:{accuracy} objectives.accuracy.goal",
+        f"{study_file}:{bits} space.bits.rtn.bits",
+        f"{study_file}:{len(where) + 1} serch",
+    }
+
+
+@pytest.mark.parametrize("text", ["", "a: [", "- 1\n- 2\n", "a: 1\na: 2\n"])
+def test_a_file_that_is_no_study_is_refused_without_a_traceback(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "study.yaml"
+    file.write_text(text)
+    assert all(line.startswith(str(file)) for line in problems(file))
+
+
+def test_a_missing_file_is_refused(tmp_path: Path) -> None:
+    assert "No such file" in problems(tmp_path / "none.yaml")[0]
+
+
+def test_a_model_folder_without_config_is_refused(study_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (line,) = problems(study_file, f"model={tmp_path / 'empty'}")
+    assert "has no config.json" in line
+
+
+def test_a_model_folder_with_pickled_weights_only_is_refused(study_file: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "pickled"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    (folder / "pytorch_model.bin").write_bytes(b"")
+    (line,) = problems(study_file, f"model={folder}")
+    assert "only pickled weights" in line
+
+
+def test_a_model_that_brings_code_of_its_own_is_refused(study_file: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "coded"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "auto_map": {"AutoModel": "x.Y"}}))
+    (line,) = problems(study_file, f"model={folder}")
+    assert "auto_map" in line
+
+
+def test_data_that_a_technique_needs_must_be_given(study_file: Path) -> None:
+    text = study_file.read_text()
+    study_file.write_text("\n".join(line for line in text.splitlines() if "calibration" not in line))
+    (line,) = problems(study_file)
+    assert "data.calibration: got nothing, expected a text: drop_layers, prune_ffn needs it" in line
+
+
+def test_the_known_size_of_choices_is_that_of_the_layout(prepared: Callable[..., Prepared]) -> None:
+    ready = prepared()
+    choices = {knob: domain.values[-1] for knob, domain in ready.space.knobs().items()}  # type: ignore[union-attr]
+    recipe = ready.space.recipe(ready.plan.original.origin, choices)
+    assert [step.name() for step in recipe.steps] == ["drop_layers", "prune_ffn", "rtn"]
+    assert ready.known(choices) == {"size_bytes": recipe.layout(ready.layout).size_bytes()}

@@ -1,0 +1,303 @@
+"""The Study by events alone: late, repeated, out of order."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from jobs import techniques
+from jobs.job import Failure, Job, Measurement, Success
+from jobs.recipe import Origin, Recipe
+from orchestrator.front import Objective
+from orchestrator.study import (
+    Began,
+    Command,
+    Cost,
+    Ended,
+    Exhausted,
+    Plan,
+    Proposed,
+    Record,
+    Run,
+    Started,
+    Study,
+    Tell,
+)
+
+ORIGIN = Origin("model", "data", 0)
+ORIGINAL = Recipe(ORIGIN)
+DROP = techniques.load("drop_layers")
+RTN = techniques.load("rtn")
+PRUNE = techniques.load("prune_ffn")
+
+
+def plan(candidates: int = 2, timers: bool = False, limit: float | None = None) -> Plan:
+    objectives = [Objective("size_bytes", "min", limit), Objective("accuracy", "max")]
+    if timers:
+        objectives.append(Objective("decode_ms", "min"))
+    return Plan(
+        original=ORIGINAL,
+        original_cost=Cost(100, 1000, 10),
+        objectives=tuple(objectives),
+        candidates=candidates,
+        meters=("text",),
+        timers=("latency",) if timers else (),
+        timed=frozenset({"decode_ms"} if timers else ()),
+        materials_digest="m",
+    )
+
+
+def proposal(recipe: Recipe, size: int = 50, macs: int = 500) -> Proposed:
+    return Proposed(recipe, {"choice": recipe.id}, Cost(size, macs, 10))
+
+
+def measured(accuracy: float, size: float = 50, **more: float) -> Success:
+    return Success("artifact", 1, Measurement({"size_bytes": size, "accuracy": accuracy, **more}), 1.0)
+
+
+def runs(commands: list[Command]) -> list[Run]:
+    return [command for command in commands if isinstance(command, Run)]
+
+
+def only_run(commands: list[Command]) -> Run:
+    (run,) = runs(commands)
+    return run
+
+
+def end(study: Study, run: Run, outcome: Success | Failure) -> list[Command]:
+    return study.handle(Ended(run.job.id, run.attempt, outcome))
+
+
+def begun(plan: Plan) -> tuple[Study, Run]:
+    """A study whose original is being measured."""
+    study = Study(plan)
+    return study, only_run(study.handle(Began()))
+
+
+DROPPED = ORIGINAL.then(DROP(count=1))
+QUANTIZED = DROPPED.then(RTN(bits=4))
+
+
+def test_everything_waits_for_the_original() -> None:
+    study, original = begun(plan())
+    assert runs(study.handle(proposal(DROPPED))) == []
+    assert only_run(end(study, original, measured(0.5))).job.recipe == DROPPED
+
+
+def test_a_shared_prefix_runs_once() -> None:
+    study, original = begun(plan(candidates=2))
+    end(study, original, measured(0.5))
+    first = only_run(study.handle(proposal(DROPPED.then(RTN(bits=4)))))
+    assert first.job == Job(DROPPED, (), "m")
+    assert runs(study.handle(proposal(DROPPED.then(RTN(bits=8))))) == []
+    children = runs(end(study, first, measured(0.0)))
+    assert [run.job.recipe.steps[-1] for run in children] == [RTN(bits=4), RTN(bits=8)]
+    assert study.reused == 1
+
+
+def test_an_intermediate_model_that_becomes_a_candidate_is_measured_without_being_made_again() -> None:
+    study, original = begun(plan(candidates=2))
+    end(study, original, measured(0.5))
+    prefix = only_run(study.handle(proposal(QUANTIZED)))
+    assert runs(study.handle(proposal(DROPPED))) == []
+    after = runs(end(study, prefix, measured(0.0)))
+    assert [(run.job.recipe, run.job.meters) for run in after] == [
+        (DROPPED, ("text",)),
+        (QUANTIZED, ("text",)),
+    ]
+
+
+def test_a_repeated_result_is_counted_once() -> None:
+    study, original = begun(plan())
+    end(study, original, measured(0.5))
+    run = only_run(study.handle(proposal(DROPPED)))
+    assert end(study, run, measured(0.4)) != []
+    assert end(study, run, measured(0.9)) == []
+    assert study.candidates[DROPPED.id].measurement == measured(0.4).measurement
+
+
+def test_a_late_writer_of_an_earlier_attempt_is_fenced_off() -> None:
+    study, original = begun(plan())
+    end(study, original, measured(0.5))
+    first = only_run(study.handle(proposal(DROPPED)))
+    second = only_run(end(study, first, Failure("preempted", "the node went away")))
+    assert second.attempt == first.attempt + 1
+    assert end(study, first, measured(0.9)) == []
+    end(study, second, measured(0.4))
+    assert study.candidates[DROPPED.id].measurement == measured(0.4).measurement
+
+
+def test_results_of_unknown_jobs_are_ignored() -> None:
+    study, _ = begun(plan())
+    assert study.handle(Ended("nobody", 1, measured(0.4))) == []
+    assert study.handle(Started("nobody", 1)) == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "tries"), [("invalid", 1), ("diverged", 1), ("out_of_memory", 2), ("bug", 3), ("timeout", 3)]
+)
+def test_how_often_a_failure_is_tried_follows_its_kind(kind: str, tries: int) -> None:
+    study, original = begun(plan())
+    end(study, original, measured(0.5))
+    run = only_run(study.handle(proposal(DROPPED)))
+    for attempt in itertools.count(1):
+        commands = end(study, run, Failure(kind, "why"))  # type: ignore[arg-type]
+        if not runs(commands):
+            break
+        run = only_run(commands)
+        assert run.alone == (kind == "out_of_memory")
+    assert attempt == tries
+    candidate = study.candidates[DROPPED.id]
+    assert candidate.state == "failed"
+    assert candidate.failure == Failure(kind, "why")  # type: ignore[arg-type]
+    assert Tell({"choice": DROPPED.id}, candidate.failure) in commands
+
+
+def test_a_preempted_attempt_is_never_counted_against_the_candidate() -> None:
+    study, original = begun(plan())
+    end(study, original, measured(0.5))
+    run = only_run(study.handle(proposal(DROPPED)))
+    for _ in range(20):
+        run = only_run(end(study, run, Failure("preempted", "spot")))
+    end(study, run, measured(0.4))
+    assert study.candidates[DROPPED.id].state == "measured"
+
+
+def test_what_was_to_be_made_from_a_failed_prefix_fails_with_it_and_the_study_goes_on() -> None:
+    study, original = begun(plan(candidates=2))
+    end(study, original, measured(0.5))
+    prefix = only_run(study.handle(proposal(QUANTIZED)))
+    end(study, prefix, Failure("invalid", "no such block"))
+    failure = study.candidates[QUANTIZED.id].failure
+    assert failure is not None
+    assert "no such block" in failure.message
+    late = DROPPED.then(RTN(bits=8))
+    assert runs(study.handle(proposal(late))) == []
+    assert study.candidates[late.id].state == "failed"
+    assert study.stage == "done"
+
+
+def test_a_candidate_over_a_size_limit_never_runs() -> None:
+    study, original = begun(plan(limit=60))
+    end(study, original, measured(0.5))
+    commands = study.handle(proposal(DROPPED, size=61))
+    assert runs(commands) == []
+    assert study.candidates[DROPPED.id].state == "over_limit"
+    assert [type(command) for command in commands] == [Record, Tell]
+    assert study.proposed == 0
+    assert runs(study.handle(proposal(QUANTIZED, size=60))) != []
+
+
+def test_a_proposal_that_cannot_be_made_fails_without_running() -> None:
+    study, _ = begun(plan())
+    commands = study.handle(Proposed(DROPPED, {"choice": 1}, None, "count is too large"))
+    assert runs(commands) == []
+    assert study.candidates[DROPPED.id].failure == Failure("invalid", "count is too large")
+
+
+def test_a_candidate_proposed_twice_is_told_again_and_counted_once() -> None:
+    study, original = begun(plan())
+    end(study, original, measured(0.5))
+    end(study, only_run(study.handle(proposal(DROPPED))), measured(0.4))
+    again = study.handle(Proposed(DROPPED, {"other": "choices"}, Cost(50, 500, 10)))
+    assert again == [Tell({"other": "choices"}, {"size_bytes": 50, "accuracy": 0.4})]
+    assert study.proposed == 1
+
+
+def test_timings_come_at_the_end_and_only_for_what_may_be_on_the_front() -> None:
+    study, original = begun(plan(candidates=2, timers=True))
+    assert original.alone
+    assert original.job.meters == ("text", "latency")
+    end(study, original, measured(0.5, size=100, decode_ms=10.0))
+    good, bad = ORIGINAL.then(RTN(bits=4)), ORIGINAL.then(RTN(bits=3))
+    better = only_run(study.handle(proposal(good, size=50)))
+    worse = only_run(study.handle(proposal(bad, size=60)))
+    assert runs(end(study, worse, measured(0.3, size=60))) == []
+    assert study.stage == "searching"
+    timing = only_run(end(study, better, measured(0.4, size=50)))
+    assert timing == Run(Job(good, ("latency",), "m"), 2, alone=True)
+    assert study.stage == "timing"
+    end(study, timing, Success("artifact", 1, Measurement({"decode_ms": 5.0}), 0.0))
+    measurement = study.candidates[good.id].measurement
+    assert measurement is not None
+    assert measurement.metrics == {"size_bytes": 50, "accuracy": 0.4, "decode_ms": 5.0}
+    assert study.stage == "done"
+
+
+def test_a_dominated_candidate_that_computes_less_may_still_be_the_fastest() -> None:
+    study, original = begun(plan(candidates=2, timers=True))
+    end(study, original, measured(0.5, size=100, decode_ms=10.0))
+    good, lean = ORIGINAL.then(RTN(bits=4)), ORIGINAL.then(PRUNE(ratio=0.5))
+    first = only_run(study.handle(proposal(good, size=50, macs=1000)))
+    second = only_run(study.handle(proposal(lean, size=60, macs=500)))
+    end(study, first, measured(0.4, size=50))
+    timings = runs(end(study, second, measured(0.3, size=60)))
+    assert {run.job.recipe for run in timings} == {good, lean}
+
+
+def test_a_search_that_learns_is_told_estimates_of_what_is_timed_later() -> None:
+    study, original = begun(plan(candidates=2, timers=True))
+    end(study, original, measured(0.5, size=100, decode_ms=10.0))
+    commands = end(study, only_run(study.handle(proposal(DROPPED, macs=500))), measured(0.4))
+    (told,) = [command for command in commands if isinstance(command, Tell)]
+    assert told.result == {"size_bytes": 50, "accuracy": 0.4, "decode_ms": 5.0}
+    recorded = [command.candidate for command in commands if isinstance(command, Record)]
+    assert recorded[0].measurement is not None
+    assert "decode_ms" not in recorded[0].measurement.metrics
+
+
+def test_a_study_that_proposals_run_out_of_ends() -> None:
+    study, original = begun(plan(candidates=10))
+    end(study, original, measured(0.5))
+    run = only_run(study.handle(proposal(DROPPED)))
+    study.handle(Exhausted("every choice was proposed"))
+    assert not study.wants(slots=2)
+    end(study, run, measured(0.4))
+    assert study.stage == "done"
+
+
+def test_a_failed_original_ends_the_study() -> None:
+    study, original = begun(plan())
+    study.handle(proposal(DROPPED))
+    end(study, original, Failure("invalid", "no such model"))
+    assert not study.wants(slots=2)
+    assert study.stage == "done"
+    assert study.candidates[DROPPED.id].state == "failed"
+
+
+def test_proposals_are_wanted_while_a_slot_could_run_dry_and_not_all_at_once() -> None:
+    study, _ = begun(plan(candidates=100))
+    asked = 0
+    while study.wants(slots=2):
+        asked += 1
+        study.handle(proposal(ORIGINAL.then(PRUNE(ratio=asked / 200))))
+    assert 2 < asked < 10
+
+
+def test_replaying_the_events_rebuilds_the_study_after_any_number_of_kills() -> None:
+    events = []
+    study = Study(plan(candidates=3, timers=True))
+
+    def take(event: object) -> list[Command]:
+        events.append(event)
+        return study.handle(event)  # type: ignore[arg-type]
+
+    original = only_run(take(Began()))
+    take(Ended(original.job.id, original.attempt, measured(0.5, size=100, decode_ms=10.0)))
+    prefix = only_run(take(proposal(QUANTIZED)))
+    take(Started(prefix.job.id, prefix.attempt))
+    take(proposal(DROPPED))
+    # A kill here; what was an intermediate model is a candidate now, and its job has another id.
+    resumed = runs(take(Began()))
+    assert [run.job.meters for run in resumed] == [("text",)]
+    take(Ended(prefix.job.id, prefix.attempt, measured(0.0)))  # late, from the killed process's worker
+    assert study.candidates[DROPPED.id].measurement is None
+    after = take(Ended(resumed[0].job.id, resumed[0].attempt, measured(0.4)))
+    take(Ended(only_run(after).job.id, only_run(after).attempt, measured(0.3, size=20)))
+    copy = Study(study.plan)
+    for event in events:
+        copy.handle(event)
+    assert copy.candidates == study.candidates
+    assert (copy.running, copy.stage, copy.reused) == (study.running, study.stage, study.reused)
+    assert copy.candidates[DROPPED.id].measurement == measured(0.4).measurement
