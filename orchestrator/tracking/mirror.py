@@ -246,7 +246,9 @@ class StudyRuns:
         # Without a server MLflow would put the files in whatever folder the process runs in.
         file = _file_of(uri)
         location = (file.parent / "mlflow-artifacts" / study).as_uri() if file else None
-        return str(self._client.create_experiment(study, artifact_location=location))
+        # An experiment without a kind opens in the UI's view of chat traces instead of training runs.
+        kind = {"mlflow.experimentKind": "custom_model_development"}
+        return str(self._client.create_experiment(study, artifact_location=location, tags=kind))
 
 
 def _candidate_tags(candidate: Mapping[str, Any]) -> dict[str, str]:
