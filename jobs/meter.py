@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from jobs.families import Task
@@ -54,3 +54,10 @@ class Meter:
     tasks: tuple[Task, ...]
     measure: Callable[[Subject], Measurement]
     exclusive: bool = False
+
+
+def mean_and_error(values: Float[Tensor, " items"]) -> tuple[float, float]:
+    """The mean and its standard error, which is 0 for a single item: one says nothing about spread."""
+    if len(values) < 2:
+        return values.mean().item(), 0.0
+    return values.mean().item(), (values.std() / math.sqrt(len(values))).item()

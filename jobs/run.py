@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import time
 import traceback
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from jobs import data, models
+from jobs import data, memory, models
 from jobs.context import Context, Report
 from jobs.job import Failure, FailureKind, Job, Materials, Measurement, TextSource
 from jobs.measure import measure
@@ -59,7 +58,7 @@ def attempt(
     except Exception as error:  # noqa: BLE001 - the worker boundary: failures cross it as data
         return failure(error)
     finally:
-        gc.collect()  # modules hold cycles; a warm worker must not keep the last model
+        memory.release()  # a warm worker must not keep the last model
 
 
 def failure(error: BaseException) -> Failure:

@@ -1,0 +1,91 @@
+"""How often the artifact finds the right one of several continuations."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from jobs import data
+from jobs.data import Question
+from jobs.job import Measurement
+from jobs.meter import Meter, Subject, mean_and_error
+from jobs.models import Tokenizer
+
+
+@dataclass(frozen=True)
+class _Encoded:
+    """Each choice as the tokens of `context` and then its own; all choices share the context's."""
+
+    context: list[int]
+    endings: list[list[int]]
+
+
+def measure(subject: Subject) -> Measurement:
+    """choice_accuracy: the choice of the highest log-likelihood given the context is the right one.
+    choice_accuracy_norm: the same with the log-likelihood divided by the choice's UTF-8 bytes, so that
+    short choices have no advantage. Errors are standard errors over the items."""
+    if subject.materials.choices is None:
+        raise ValueError("choice accuracy needs multiple-choice items; give the study data.choices")
+    questions = data.choices(subject.materials.choices)
+    questions = questions[: max(1, math.ceil(subject.fidelity * len(questions)))]
+    plain, normalised = [], []
+    for question in questions:
+        scores = likelihoods(subject.model.module, subject.model.tokenizer, question)
+        lengths = torch.tensor([len(choice.encode()) for choice in question.choices])
+        plain.append(scores.argmax().item() == question.answer)
+        normalised.append((scores / lengths).argmax().item() == question.answer)
+    accuracy, error = mean_and_error(torch.tensor(plain).double())
+    accuracy_norm, error_norm = mean_and_error(torch.tensor(normalised).double())
+    return Measurement(
+        {"choice_accuracy": accuracy, "choice_accuracy_norm": accuracy_norm},
+        {"choice_accuracy": error, "choice_accuracy_norm": error_norm},
+    )
+
+
+@torch.inference_mode()
+def likelihoods(module: nn.Module, tokenizer: Tokenizer, question: Question) -> Float[Tensor, " choices"]:
+    """The log-likelihood (nats) of each choice as the continuation of the context.
+
+    Raises FloatingPointError where the model gives no finite ones.
+    """
+    encoded = _encode(tokenizer, question)
+    longest = max(len(ending) for ending in encoded.endings)
+    # Filled up on the right: what stands after the text cannot change what a causal model says before it.
+    rows = torch.tensor(
+        [encoded.context + ending + [0] * (longest - len(ending)) for ending in encoded.endings]
+    )
+    logits = module(rows, use_cache=False, logits_to_keep=longest + 1).logits
+    found = []
+    for row, ending in zip(logits, encoded.endings, strict=True):
+        said = torch.log_softmax(row[: len(ending)].float(), dim=-1)
+        found.append(said.gather(1, torch.tensor(ending).unsqueeze(1)).sum())
+    scores = torch.stack(found)
+    if not bool(torch.isfinite(scores).all()):
+        raise FloatingPointError(f"the log-likelihoods of {question.choices} came out as {scores.tolist()}")
+    return scores
+
+
+def _encode(tokenizer: Tokenizer, question: Question) -> _Encoded:
+    def tokens(text: str) -> list[int]:
+        return list(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+
+    context = tokens(question.context)
+    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    if not context and start is not None:
+        # A first token can only be predicted from something.
+        return _Encoded([start], [tokens(choice) for choice in question.choices])
+    # Tokenized together, since a word's tokens depend on what stands before it; a choice that changes
+    # the context's own last token is tokenized alone.
+    endings = []
+    for choice in question.choices:
+        whole = tokens(question.context + choice)
+        kept = whole[: len(context)] == context and len(whole) > len(context)
+        endings.append(whole[len(context) :] if kept else tokens(choice))
+    return _Encoded(context, endings)
+
+
+METER = Meter(metrics=("choice_accuracy", "choice_accuracy_norm"), tasks=("causal-lm",), measure=measure)

@@ -1,0 +1,15 @@
+"""How long an encoder takes for one text."""
+
+from __future__ import annotations
+
+from jobs.job import Measurement
+from jobs.meter import Meter, Subject
+from jobs.meters.latency import metrics_of, time_quietly
+
+
+def measure(subject: Subject) -> Measurement:
+    """prefill_ms: for `prompt_tokens` at once, timed as `latency` times a causal model."""
+    return time_quietly(subject, new_tokens=0)
+
+
+METER = Meter(metrics=metrics_of(["prefill"]), tasks=("embedding",), measure=measure, exclusive=True)
