@@ -28,7 +28,7 @@ def unpack(packed: UInt8[Tensor, "out row_bytes"], bits: int, in_features: int) 
     pieces = packed.view(out_features, -1, bits).to(torch.int64)
     words = (pieces << (torch.arange(bits, device=packed.device) * 8)).sum(dim=-1)
     shifts = torch.arange(8, device=packed.device) * bits
-    values = (words.unsqueeze(-1) >> shifts) & (2**bits - 1)
+    values: Tensor = (words.unsqueeze(-1) >> shifts) & (2**bits - 1)
     return values.to(torch.uint8).view(out_features, -1)[:, :in_features]
 
 

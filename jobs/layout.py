@@ -12,7 +12,8 @@ from typing import Any
 from jobs.families import Family, family
 from jobs.technique import Form
 
-_ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "U8": 1}
+# In the order in which safetensors lays them out.
+_ITEM_BYTES = {"I64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2, "U8": 1}
 
 
 @dataclass(frozen=True)
@@ -131,8 +132,9 @@ class Layout:
         """The size of the safetensors file, to the byte: the header, padded to 8 bytes, and the tensors."""
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         offset = 0
-        # safetensors lays tensors out by falling alignment of their type, then by name.
-        in_file = sorted(self.tensors().items(), key=lambda item: (-_ITEM_BYTES[item[1].dtype], item[0]))
+        # safetensors lays tensors out by type, the widest first, then by name.
+        places = {dtype: place for place, dtype in enumerate(_ITEM_BYTES)}
+        in_file = sorted(self.tensors().items(), key=lambda item: (places[item[1].dtype], item[0]))
         for name, tensor in in_file:
             end = offset + tensor.size_bytes
             header[name] = {

@@ -245,7 +245,7 @@ def _reshape(model: Model, layout: Layout) -> None:
 def _check_tensors(folder: Path, tensors: Mapping[str, Tensor], layout: Layout) -> None:
     held = {name: TensorSpec(_DTYPE_NAMES[t.dtype], tuple(t.shape)) for name, t in tensors.items()}
     if held != layout.tensors():
-        wrong = sorted(set(held.items()) ^ set(layout.tensors().items()))[:3]
+        wrong = sorted({name for name, _ in held.items() ^ layout.tensors().items()})[:3]
         raise ValueError(f"{folder / WEIGHTS} does not hold what {LAYOUT} says: {wrong}")
 
 

@@ -1,0 +1,34 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from jobs.knobs import Choice, Range
+
+
+@pytest.mark.parametrize("value", [0.0, 1, 0.5])
+def test_a_range_holds_its_ends_and_what_is_between(value: float) -> None:
+    assert value in Range(0, 1)
+
+
+@pytest.mark.parametrize("value", [-0.1, 1.1, math.nan, math.inf, True, "0.5", None])
+def test_a_range_refuses_what_is_no_number_within_it(value: object) -> None:
+    assert value not in Range(0, 1)
+
+
+def test_a_whole_range_refuses_fractions_and_spells_values_one_way() -> None:
+    domain = Range(0, 8, integer=True)
+    assert 1.5 not in domain
+    assert 2.0 in domain
+    assert isinstance(domain.normal(2.0), int)
+    assert isinstance(Range(0, 1).normal(1), float)
+    assert str(domain) == "whole numbers in [0, 8]"
+
+
+def test_a_choice_of_numbers_takes_no_booleans_nor_the_other_way_round() -> None:
+    assert True not in Choice((1, 2))
+    assert 1 not in Choice((True, False))
+    assert 1.0 in Choice((1, 2))
+    assert Choice((2, 4)).normal(4.0) == 4
+    assert str(Choice((2, 4))) == "{2, 4}"

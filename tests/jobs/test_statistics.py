@@ -1,0 +1,115 @@
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from jobs import models
+from jobs.context import Context, Report
+from jobs.statistics import Statistics
+from jobs.techniques.svd_llm import SvdLlm
+
+SILENT: Report = lambda share, what: None  # noqa: E731
+
+
+def tokens() -> Tensor:
+    return torch.randint(3, 512, (6, 24), generator=torch.Generator().manual_seed(0))
+
+
+def inputs_of(model: models.Model, linear: str) -> Tensor:
+    seen: list[Tensor] = []
+    layer = model.module.get_submodule(linear)
+    hook = layer.register_forward_pre_hook(lambda module, args: seen.append(args[0].flatten(0, -2)))
+    model.module(tokens())
+    hook.remove()
+    return torch.cat(seen).double()
+
+
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_every_linear_has_the_gram_matrix_of_what_it_reads(
+    family: str, request: pytest.FixtureRequest
+) -> None:
+    model = models.load(request.getfixturevalue(f"tiny_{family}"))
+    grams = Statistics(None, "key").grams(model, tokens(), SILENT)
+    for linear in model.linears():
+        x = inputs_of(model, linear)
+        gram = (x.T @ x / len(x)).float()
+        assert torch.allclose(grams.gram(linear), gram, atol=1e-4 * gram.abs().max().item())
+        assert torch.allclose(grams.mean(linear), x.mean(dim=0).float(), atol=1e-4)
+
+
+def test_linears_that_read_the_same_share_one_matrix(tiny_llama: Path) -> None:
+    model = models.load(tiny_llama)
+    grams = Statistics(None, "key").grams(model, tokens(), SILENT)
+    block = [names for owner, names in grams.sharing.items() if owner.startswith("model.layers.0.")]
+    assert [[name.rpartition(".")[2] for name in names] for names in block] == [
+        ["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"],
+    ]  # fmt: skip
+    with pytest.raises(LookupError, match="nonsense"):
+        grams.gram("nonsense")
+
+
+def test_factored_linears_have_statistics_too(tiny_llama: Path, tmp_path: Path) -> None:
+    context = Context(Statistics(None, "key"), tmp_path, 0, calibration=tokens())
+    model = SvdLlm(keep=0.5).compress(models.load(tiny_llama), context)
+    grams = Statistics(None, "other").grams(model, tokens(), SILENT)
+    name = "model.layers.1.self_attn.k_proj.u"
+    x = inputs_of(model, name)
+    assert torch.allclose(grams.gram(name), (x.T @ x / len(x)).float(), rtol=1e-2, atol=1e-3)
+
+
+def test_the_influence_of_a_block_is_how_far_it_turns_the_hidden_state(tiny_llama: Path) -> None:
+    model = models.load(tiny_llama)
+    model.blocks[1].self_attn.o_proj.weight.zero_()
+    model.blocks[1].mlp.down_proj.weight.zero_()
+    influence = Statistics(None, "key").block_influence(model, tokens(), SILENT)
+    states = model.module(tokens(), output_hidden_states=True).hidden_states
+    cosine = nn.functional.cosine_similarity(states[0].float(), states[1].float(), dim=-1).mean()
+    assert influence[0].item() == pytest.approx(1 - cosine.item(), abs=1e-5)
+    assert influence[1].item() == pytest.approx(0, abs=1e-5)
+    assert influence.min() == influence[1]
+
+
+def test_what_was_computed_once_is_read_from_its_file(tiny_llama: Path, tmp_path: Path) -> None:
+    model = models.load(tiny_llama)
+    first = Statistics(tmp_path, "key").grams(model, tokens(), SILENT)
+
+    def refuse(share: float, what: str) -> None:
+        raise AssertionError("computed again")
+
+    again = Statistics(tmp_path, "key").grams(model, tokens(), refuse)
+    assert again.sharing == {owner: list(names) for owner, names in first.sharing.items()}
+    name = "model.layers.0.mlp.down_proj"
+    assert torch.equal(again.gram(name), first.gram(name))
+    assert [file.name for file in tmp_path.iterdir()] == ["key-gram.safetensors"]
+    with pytest.raises(AssertionError, match="computed again"):
+        Statistics(tmp_path, "another").grams(model, tokens(), refuse)
+
+
+def test_the_files_used_longest_ago_make_room(tmp_path: Path) -> None:
+    def some() -> tuple[dict[str, Tensor], dict[str, str]]:
+        return {"x": torch.zeros(1000)}, {}
+
+    for place, key in enumerate(("old", "older")):
+        Statistics(tmp_path, key).stored("kind", some)
+        os.utime(tmp_path / f"{key}-kind.safetensors", (1000 - place, 1000 - place))
+    kept = Statistics(tmp_path, "new", limit_bytes=9000).stored("kind", some)
+    assert {file.name for file in tmp_path.iterdir()} == {"old-kind.safetensors", "new-kind.safetensors"}
+    assert list(kept) == ["x"]
+    assert kept["x"].shape == (1000,)
+    tight = Statistics(tmp_path, "newest", limit_bytes=1).stored("kind", some)
+    assert [file.name for file in tmp_path.iterdir()] == ["newest-kind.safetensors"]
+    assert len(tight) == 1
+    assert kept["x"].sum() == 0  # open files outlive their eviction
+
+
+def test_nan_is_refused_with_the_layer_that_reads_it(tiny_llama: Path) -> None:
+    model = models.load(tiny_llama)
+    model.blocks[2].input_layernorm.weight[0] = float("nan")
+    with pytest.raises(ValueError, match=r"model\.layers\.2\.self_attn\.q_proj gives NaN"):
+        Statistics(None, "key").grams(model, tokens(), SILENT)
+    with pytest.raises(ValueError, match=r"model\.layers\.2 gives NaN"):
+        Statistics(None, "key").block_influence(model, tokens(), SILENT)

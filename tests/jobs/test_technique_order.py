@@ -1,0 +1,43 @@
+from __future__ import annotations
+
+import pytest
+
+from jobs import techniques
+from jobs.technique import check_order
+
+
+def order(*names: str) -> None:
+    check_order([techniques.load(name) for name in names])
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        (),
+        ("drop_layers", "prune_ffn", "svd_llm", "gptq"),
+        ("svd_llm", "drop_layers", "rtn"),
+        ("gptq", "drop_layers"),
+        ("drop_layers", "drop_layers"),
+    ],
+)
+def test_sensible_orders_are_accepted(names: tuple[str, ...]) -> None:
+    order(*names)
+
+
+@pytest.mark.parametrize(
+    ("names", "reason"),
+    [
+        (("gptq", "prune_ffn"), "prune_ffn cannot follow gptq: it works on dense linears"),
+        (("rtn", "gptq"), "gptq cannot follow rtn"),
+        (("svd_llm", "prune_ffn"), "put prune_ffn before svd_llm"),
+        (("svd_llm", "svd_llm"), "svd_llm leaves factored ones"),
+    ],
+)
+def test_senseless_orders_are_refused_with_the_reason(names: tuple[str, ...], reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        order(*names)
+
+
+def test_an_unknown_technique_is_refused_with_the_nearest_known_one() -> None:
+    with pytest.raises(LookupError, match="did you mean gptq"):
+        techniques.load("gtpq")
