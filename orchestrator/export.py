@@ -59,7 +59,9 @@ def _picked(found: dict[str, Any], pick: str) -> dict[str, Any]:
     objectives = [Objective(o["metric"], o["goal"], o["limit"]) for o in found["objectives"]]
     front = ParetoFront(objectives, {id: member["metrics"] for id, member in members.items()})
     if pick not in PICKS:
-        raise LookupError(f"no member is called {pick!r}; give one of {', '.join(PICKS)} or the start of an id")
+        raise LookupError(
+            f"no member is called {pick!r}; give one of {', '.join(PICKS)} or the start of an id"
+        )
     return dict(members[front.pick(pick)])
 
 

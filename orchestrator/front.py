@@ -84,7 +84,9 @@ def hypervolume(
     """
     bound = np.asarray(reference, dtype=np.float64)
     points = np.asarray(losses, dtype=np.float64).reshape(-1, len(bound))
-    return _swept(points[(points < bound).all(axis=1)], bound)
+    inside = np.unique(points[(points < bound).all(axis=1)], axis=0)
+    signs = [Objective(str(column)) for column in range(len(bound))]
+    return _swept(inside[nondominated(inside, signs)], bound)
 
 
 def _swept(points: NDArray[np.float64], bound: NDArray[np.float64]) -> float:
@@ -115,9 +117,16 @@ class ParetoFront:
     members: dict[str, Metrics] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        given, self.members = self.members, {}
-        for id, metrics in given.items():
-            self.add(id, metrics)
+        for metrics in self.members.values():
+            losses(metrics, self.objectives)
+        kept = {
+            id: dict(metrics)
+            for id, metrics in self.members.items()
+            if not any(objective.broken_by(metrics[objective.metric]) for objective in self.objectives)
+        }
+        rows = np.array([[m[o.metric] for o in self.objectives] for m in kept.values()])
+        best = nondominated(rows, self.objectives)
+        self.members = {id: metrics for (id, metrics), good in zip(kept.items(), best, strict=True) if good}
 
     def add(self, id: str, metrics: Metrics) -> bool:
         """Offer a point; whether it is on the front now. Members that it dominates leave.

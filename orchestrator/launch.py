@@ -22,6 +22,10 @@ from orchestrator.study import Study
 from orchestrator.tracking import MLflowTracker, NoTracker, Tracker
 from orchestrator.work import Workplace, work
 
+WRITE_SECONDS = 1.0
+"""How often status and front are written, at most: what a person reads need not be newer. Where there are very
+many candidates it is done more seldom, so that it takes no more than a fiftieth of the time."""
+
 Show = Callable[[Status], None]
 
 
@@ -112,23 +116,26 @@ class _Watch:
         self._prepared = prepared
         self._show = show
         self._began = time.time()
-        self._ended_before = _ended(study)
-        self._ended = -1
+        self._ended_before = sum(c.state in ("measured", "failed") for c in study.candidates.values())
+        self._written, self._pause = 0.0, 0.0
         self._results: Results | None = None
 
     def __call__(self, study: Study) -> None:
-        if _ended(study) != self._ended:
+        if time.time() - self._written >= self._pause:
             self.write(study)
-        self._show(self._status(study))
 
     def write(self, study: Study) -> None:
-        """Bring the files up to date; called at every end of a candidate and at the very end."""
-        self._ended = _ended(study)
+        """Bring the files up to date; called now and then, and at the very end."""
+        began = time.time()
         folder = self._prepared.folder
         if study.original.measurement is not None:
             self._results = _judged(self._prepared, study)
             write_json(folder / "front.json", front_json(self._results))
-        write_status(folder, self._status(study))
+        status = self._status(study)
+        write_status(folder, status)
+        self._show(status)
+        self._written = time.time()
+        self._pause = max(WRITE_SECONDS, 50 * (self._written - began))
 
     def _status(self, study: Study) -> Status:
         name = self._prepared.config.name
@@ -138,15 +145,6 @@ class _Watch:
 def _judged(prepared: Prepared, study: Study) -> Results:
     candidates = list(study.candidates.values())
     return judge(prepared.config.name, prepared.plan.objectives, study.original, candidates)
-
-
-def _ended(study: Study) -> int:
-    """A number that changes whenever a candidate's result does."""
-    return sum(
-        (candidate.state in ("measured", "failed"))
-        + len(candidate.measurement.metrics if candidate.measurement else ())
-        for candidate in study.candidates.values()
-    )
 
 
 def is_running(folder: Path) -> bool:

@@ -151,9 +151,14 @@ class Study:
         self.candidates: dict[str, Candidate] = {}
         self.exhausted: str | None = None
         self.reused = 0
+        self.proposed = 0
+        """How many candidates the search has proposed that may run; the original is none of them."""
         self._nodes: dict[str, _Node] = {}
         self._by_job: dict[str, str] = {}
         self._timing = False
+        # What is under way, kept beside the states it follows from: they are asked for at every turn.
+        self._busy: set[str] = set()
+        self._open: set[str] = set()
         self._add_candidate(plan.original, {}, plan.original_cost)
 
     @property
@@ -161,14 +166,9 @@ class Study:
         return self.candidates[self.plan.original.id]
 
     @property
-    def proposed(self) -> int:
-        """How many candidates the search has proposed that may run; the original is none of them."""
-        return sum(c.state != "over_limit" for c in self.candidates.values()) - 1
-
-    @property
     def running(self) -> int:
         """How many jobs are under way or ready to be."""
-        return sum(node.job is not None for node in self._nodes.values())
+        return len(self._busy)
 
     @property
     def stage(self) -> Stage:
@@ -184,8 +184,7 @@ class Study:
         """
         if self._timing or self.exhausted is not None or self.original.failure is not None:
             return False
-        active = sum(candidate.state in ("waiting", "running") for candidate in self.candidates.values())
-        return self.proposed < self.plan.candidates and self.running <= slots and active < 4 * slots
+        return self.proposed < self.plan.candidates and self.running <= slots and len(self._open) < 4 * slots
 
     def handle(self, event: Event) -> list[Command]:
         """Take one event in; what is to be done because of it."""
@@ -205,6 +204,7 @@ class Study:
     def _handle_began(self) -> list[Command]:
         for node in self._nodes.values():
             node.job = None
+        self._busy.clear()
         return [command for node in list(self._nodes.values()) for command in self._next(node)]
 
     def _handle_proposed(self, event: Proposed) -> list[Command]:
@@ -215,6 +215,7 @@ class Study:
             failure = Failure("invalid", event.refused or "the recipe cannot be applied to this model")
             failed = Candidate(event.recipe, "failed", 0, event.choices, failure=failure)
             self.candidates[failed.id] = failed
+            self.proposed += 1
             return [Record(failed), Tell(event.choices, failure)]
         broken = [
             o for o in self.plan.objectives if o.metric == "size_bytes" and o.broken_by(event.cost.size_bytes)
@@ -224,11 +225,13 @@ class Study:
             self.candidates[over.id] = over
             why = f"size_bytes={event.cost.size_bytes} breaks the limit of {broken[0].limit:g}"
             return [Record(over), Tell(event.choices, Failure("invalid", why))]
+        self.proposed += 1
         return self._add_candidate(event.recipe, event.choices, event.cost)
 
     def _add_candidate(self, recipe: Recipe, choices: Mapping[str, Value], cost: Cost) -> list[Command]:
         candidate = Candidate(recipe, "waiting", cost.size_bytes, choices)
         self.candidates[candidate.id] = candidate
+        self._open.add(candidate.id)
         lineage = recipe.lineage()
         nodes = [self._nodes.setdefault(step.id, _Node(step)) for step in lineage]
         for parent, child in itertools.pairwise(nodes):
@@ -253,6 +256,7 @@ class Study:
         if node is None or node.job is None or node.job.id != event.job_id or event.attempt != node.attempt:
             return []  # late or repeated: this attempt was given up, or its result is counted already
         job, node.job = node.job, None
+        self._busy.discard(node.recipe.id)
         if isinstance(event.outcome, Failure):
             return self._handle_failure(node, job, event.outcome)
         return self._handle_success(node, job, event.outcome)
@@ -360,6 +364,7 @@ class Study:
         job = Job(node.recipe, tuple(meters), self.plan.materials_digest)
         node.job = job
         node.attempt += 1
+        self._busy.add(node.recipe.id)
         self._by_job[job.id] = node.recipe.id
         return Run(job, node.attempt, alone)
 
@@ -371,6 +376,8 @@ class Study:
         before = self.candidates[node.recipe.id]
         after = dataclasses.replace(before, state=state, attempts=node.attempt, **changes)  # type: ignore[arg-type]
         self.candidates[after.id] = after
+        if state in ("measured", "failed"):
+            self._open.discard(after.id)
         return [Record(after)] if state in ("measured", "failed") else []
 
     def _told(self, candidate: Candidate, choices: Mapping[str, Value]) -> list[Command]:

@@ -1,0 +1,1 @@
+"""What is measured and stated in benchmarks/LOG.md; none of it is a test."""
