@@ -76,32 +76,46 @@ def train(
     Raises FloatingPointError as soon as the training diverges.
     """
     started = time.perf_counter()
+    hooks = _hooks(module)
+    with _single_rank():
+        engine = _start(module, training)
+        try:
+            losses, peak = _run(engine, iter(batches), loss_of, training, report)
+        finally:
+            _stop(engine, module)
+            _restore_hooks(hooks)
+    return TrainingLog(tuple(losses), peak, time.perf_counter() - started)
+
+
+def _run(
+    engine: Any,
+    batches: Iterator[Tensor],
+    loss_of: Callable[[nn.Module, Tensor], Tensor],
+    training: Training,
+    report: Report,
+) -> tuple[list[float], float]:
+    """Take all steps; the loss of each and the peak of memory."""
     losses: list[float] = []
     peak = 0.0
-    engine = _start(module, training)
-    try:
-        source = iter(batches)
-        for step in range(training.steps):
-            for group in engine.optimizer.param_groups:
-                group["lr"] = training.rate(step)
-            parts = []
-            for _ in range(training.accumulate):
-                loss = loss_of(engine, next(source))
-                parts.append(loss.item())
-                if not math.isfinite(parts[-1]):
-                    raise FloatingPointError(f"the loss became {parts[-1]} at step {step + 1}")
-                engine.backward(loss)
-                peak = max(peak, memory.held_gib())
-                engine.step()
+    for step in range(training.steps):
+        for group in engine.optimizer.param_groups:
+            group["lr"] = training.rate(step)
+        parts = []
+        for _ in range(training.accumulate):
+            loss = loss_of(engine, next(batches))
+            parts.append(loss.item())
+            if not math.isfinite(parts[-1]):
+                raise FloatingPointError(f"the loss became {parts[-1]} at step {step + 1}")
+            engine.backward(loss)
             peak = max(peak, memory.held_gib())
-            losses.append(fmean(parts))
-            _refuse_divergence(losses)
-            if engine.skipped_steps:
-                raise FloatingPointError(f"the gradient became infinite or NaN at step {step + 1}")
-            report((step + 1) / training.steps, f"step {step + 1} of {training.steps}, loss {losses[-1]:.4f}")
-    finally:
-        _stop(engine, module)
-    return TrainingLog(tuple(losses), peak, time.perf_counter() - started)
+            engine.step()
+        peak = max(peak, memory.held_gib())
+        losses.append(fmean(parts))
+        _refuse_divergence(losses)
+        if engine.skipped_steps:
+            raise FloatingPointError(f"the gradient became infinite or NaN at step {step + 1}")
+        report((step + 1) / training.steps, f"step {step + 1} of {training.steps}, loss {losses[-1]:.4f}")
+    return losses, peak
 
 
 def _refuse_divergence(losses: list[float]) -> None:
@@ -122,19 +136,18 @@ def _start(module: nn.Module, training: Training) -> Any:
     import deepspeed  # takes seconds: only who trains pays them
 
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    with _single_rank():
-        if not distributed.is_initialized():
-            # Kept for as long as the process lives, since DeepSpeed keeps references to its groups.
-            backend = "nccl" if torch.cuda.is_available() else "gloo"
-            store = distributed.HashStore()  # type: ignore[attr-defined]  # exported, but not to mypy
-            distributed.init_process_group(backend, store=store, rank=0, world_size=1)
-            # The shared-memory op serves ranks that talk to each other; one rank need not compile it.
-            deepspeed.ops.__compatible_ops__ = {}
-        deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
-        engine, *_ = deepspeed.initialize(
-            model=module, model_parameters=trained, config=_config(training), dist_init_required=False
-        )
-        memory.release()  # DeepSpeed made its optimizer states with a step of zeros
+    if not distributed.is_initialized():
+        # Kept for as long as the process lives, since DeepSpeed keeps references to its groups.
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        store = distributed.HashStore()  # type: ignore[attr-defined]  # exported, but not to mypy
+        distributed.init_process_group(backend, store=store, rank=0, world_size=1)
+        # The shared-memory op serves ranks that talk to each other; one rank need not compile it.
+        deepspeed.ops.__compatible_ops__ = {}
+    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+    engine, *_ = deepspeed.initialize(
+        model=module, model_parameters=trained, config=_config(training), dist_init_required=False
+    )
+    memory.release()  # DeepSpeed made its optimizer states with a step of zeros
     return engine
 
 
@@ -195,3 +208,21 @@ def _make_plain(module: nn.Module, values: dict[int, Tensor]) -> None:
             name: None if parameter is None else fresh[id(parameter)]
             for name, parameter in part._parameters.items()
         }
+
+
+_Hooks = dict[nn.Module, dict[str, dict[int, object]]]
+
+
+def _hooks(module: nn.Module) -> _Hooks:
+    """The hooks of each submodule, by the attribute that holds them."""
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return {part: {kind: dict(getattr(part, kind)) for kind in kinds} for part in module.modules()}
+
+
+def _restore_hooks(before: _Hooks) -> None:
+    """Take off the hooks that DeepSpeed leaves behind; they would keep its engine in memory."""
+    for part, kinds in before.items():
+        for kind, hooks in kinds.items():
+            present = getattr(part, kind)
+            for key in [key for key in present if key not in hooks]:
+                del present[key]

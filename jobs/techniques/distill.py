@@ -42,7 +42,7 @@ class Distill(Technique):
     needs: ClassVar[frozenset[Need]] = frozenset({"teacher", "training"})
     accepts: ClassVar[frozenset[Form]] = frozenset({"dense", "factored"})
 
-    temperature: float = knob(2.0, Range(1.0, 8.0), "softens both predictions before they are compared")
+    temperature: float = knob(1.0, Range(1.0, 8.0), "softens both predictions before they are compared")
     hard_weight: float = knob(0.1, Range(0.0, 1.0), "weight of the text's own next token in the loss")
     learning_rate: float = knob(3e-4, Range(1e-6, 1e-2, log=True), "the highest rate, after the warm-up")
     steps: int = knob(

@@ -1,0 +1,130 @@
+"""Training through DeepSpeed: it learns, is repeatable at every ZeRO stage, stops when it diverges, leaves no trace."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from jobs import engine
+from jobs.engine import Training
+
+
+class Net(nn.Module):
+    """Two linears that share one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Linear(8, 8)
+        self.second = nn.Linear(8, 8)
+        self.second.weight = self.first.weight
+        self.fixed = nn.Parameter(torch.ones(3), requires_grad=False)
+        self.to(torch.bfloat16)
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(torch.tanh(self.first(x)))
+
+
+def rows(count: int = 1000) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(32, 8, generator=generator).bfloat16() for _ in range(count)]
+
+
+def off(module: nn.Module, batch: Tensor) -> Tensor:
+    """How far the module is from halving its input."""
+    return nn.functional.mse_loss(module(batch).float(), batch.float() / 2)
+
+
+def quiet(share: float, what: str) -> None:
+    del share, what
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_every_zero_stage_learns_the_same_and_leaves_a_plain_module(stage: int) -> None:
+    expected = Net()
+    plain = engine.train(expected, rows(), off, Training(1e-2, 30), quiet)
+    module = Net()
+    log = engine.train(module, rows(), off, Training(1e-2, 30, zero_stage=stage), quiet)
+    assert log.losses[-1] < 0.8 * log.losses[0]
+    assert log.losses == pytest.approx(plain.losses, rel=0.1)
+    assert module.second.weight is module.first.weight
+    assert {type(parameter) for parameter in module.parameters()} == {nn.Parameter}
+    assert not any(parameter.requires_grad for parameter in module.parameters())
+    assert not any(part._forward_hooks or part._forward_pre_hooks for part in module.modules())
+    assert not module.training
+    torch.testing.assert_close(module.first.weight, expected.first.weight, rtol=0.05, atol=0.01)
+
+
+def test_what_requires_no_gradient_stays() -> None:
+    module = Net()
+    module.first.weight.requires_grad_(False)
+    before = module.first.weight.clone()
+    engine.train(module, rows(), off, Training(1e-2, 5), quiet)
+    assert torch.equal(module.first.weight, before)
+    assert not torch.equal(module.first.bias, Net().first.bias)
+
+
+def test_the_same_training_twice_gives_the_same_weights() -> None:
+    one, other = Net(), Net()
+    for module in (one, other):
+        engine.train(module, rows(), off, Training(1e-2, 5), quiet)
+    assert torch.equal(one.first.weight, other.first.weight)
+
+
+def test_masters_of_fp32_keep_updates_too_small_for_bf16() -> None:
+    module = Net()
+    before = module.first.weight.clone()
+    # One step of 1e-4 is below half of bf16's spacing at most of these weights; forty add up.
+    engine.train(module, rows(), off, Training(1e-4, 40, warmup=0.0, decay="linear"), quiet)
+    large = before.abs() > 0.125
+    assert (module.first.weight != before)[large].float().mean() > 0.5
+
+
+def test_gathering_gradients_over_two_batches_equals_one_batch_of_both() -> None:
+    halves = rows()
+    wholes = [torch.cat(pair) for pair in zip(halves[::2], halves[1::2], strict=True)]
+    one, other = Net(), Net()
+    engine.train(one, halves, off, Training(1e-2, 5, accumulate=2), quiet)
+    engine.train(other, wholes, off, Training(1e-2, 5), quiet)
+    torch.testing.assert_close(one.first.weight, other.first.weight, rtol=0.05, atol=0.01)
+
+
+def test_a_loss_that_is_not_finite_stops_the_training_and_frees_the_module() -> None:
+    module = Net()
+    with pytest.raises(FloatingPointError, match="at step 1"):
+        engine.train(module, rows(), lambda m, x: m(x).float().sum() * math.nan, Training(1e-2, 5), quiet)
+    assert {type(parameter) for parameter in module.parameters()} == {nn.Parameter}
+    assert math.isfinite(engine.train(module, rows(), off, _trainable(module), quiet).losses[0])
+
+
+def _trainable(module: nn.Module) -> Training:
+    module.requires_grad_(True)
+    return Training(1e-2, 1)
+
+
+def test_a_loss_that_rises_far_above_its_start_stops_the_training() -> None:
+    grows = iter(range(1000))
+
+    def growing(module: nn.Module, batch: Tensor) -> Tensor:
+        return off(module, batch) * (1 + next(grows) ** 2)
+
+    with pytest.raises(FloatingPointError, match="lower learning_rate"):
+        engine.train(Net(), rows(), growing, Training(1e-6, 50), quiet)
+
+
+def test_the_rate_rises_then_falls_and_is_never_zero() -> None:
+    for decay in ("cosine", "linear"):
+        training = Training(1.0, 20, warmup=0.2, decay=decay)
+        rates = [training.rate(step) for step in range(20)]
+        assert max(rates) == 1.0
+        assert rates[:4] == sorted(rates[:4])
+        assert rates[4:] == sorted(rates[4:], reverse=True)
+        assert min(rates) > 0
+
+
+def test_every_step_is_reported() -> None:
+    shares: list[float] = []
+    engine.train(Net(), rows(), off, Training(1e-3, 4), lambda share, what: shares.append(share))
+    assert shares == [0.25, 0.5, 0.75, 1.0]

@@ -1,0 +1,24 @@
+"""One measurement joins all meters and says where it was taken."""
+
+import importlib.metadata
+from pathlib import Path
+
+from jobs.job import Materials, Target, TextSource
+from jobs.measure import environment, measure
+from jobs.meter import Subject
+
+
+def test_all_meters_are_joined_with_environment_and_seconds(tiny_llama: Path, text_file: Path) -> None:
+    materials = Materials(str(tiny_llama), "causal-lm", TextSource(str(text_file), 2, 16))
+    found = measure(["text", "size"], Subject(tiny_llama, tiny_llama, materials))
+    assert set(found.metrics) == {"perplexity", "accuracy", "size_bytes"}
+    assert found.environment == environment(Target())
+    assert found.seconds > 0
+
+
+def test_the_environment_names_machine_libraries_and_threads() -> None:
+    found = environment(Target(threads=3))
+    assert found["torch"] == importlib.metadata.version("torch")
+    assert found["threads"] == "3"
+    assert found["cpu"]
+    assert environment(Target(threads=2)) != found

@@ -1,0 +1,150 @@
+"""Each number means what it says: checked against slow obvious versions and hand-worked cases."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from jobs import models
+from jobs.data import Question
+from jobs.job import Materials, TextSource
+from jobs.meter import Subject, mean_and_error
+from jobs.meters import agreement, choices, size, text
+
+
+@pytest.fixture
+def subject(tiny_llama: Path, text_file: Path) -> Subject:
+    materials = Materials(str(tiny_llama), "causal-lm", TextSource(str(text_file), samples=6, tokens=20))
+    return Subject(tiny_llama, tiny_llama, materials)
+
+
+@pytest.fixture
+def encoder(tiny_bert: Path, text_file: Path) -> Subject:
+    materials = Materials(str(tiny_bert), "embedding", TextSource(str(text_file), samples=6, tokens=20))
+    return Subject(tiny_bert, tiny_bert, materials)
+
+
+def questions(subject: Subject, file: Path, *items: dict[str, object]) -> Subject:
+    file.write_text("\n".join(json.dumps(item) for item in items))
+    return dataclasses.replace(subject, materials=dataclasses.replace(subject.materials, choices=str(file)))
+
+
+class Certain(nn.Module):
+    """Says with near certainty that the next token is this one plus 1; ten outcomes."""
+
+    def forward(self, rows: Tensor, use_cache: bool, logits_to_keep: int = 0) -> SimpleNamespace:
+        del use_cache
+        logits = 50.0 * nn.functional.one_hot((rows + 1) % 10, 10).float()
+        return SimpleNamespace(logits=logits[:, -logits_to_keep:])
+
+
+def test_perplexity_and_accuracy_are_those_of_the_obvious_loop(subject: Subject) -> None:
+    rows = subject.evaluation()
+    losses, hits = [], []
+    with torch.no_grad():
+        for row in rows:
+            said = subject.model.module(row[None]).logits[0].float().log_softmax(-1)
+            for at in range(len(row) - 1):
+                losses.append(-said[at, row[at + 1]].item())
+                hits.append(said[at].argmax().item() == row[at + 1].item())
+    found = text.measure(subject)
+    assert found.metrics["perplexity"] == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-3)
+    assert found.metrics["accuracy"] == pytest.approx(sum(hits) / len(hits))
+
+
+def test_a_model_that_is_sure_and_right_has_perplexity_1() -> None:
+    loss, hits = text.score(Certain(), torch.arange(20).view(2, 10) % 10)
+    assert loss.exp().tolist() == pytest.approx([1.0, 1.0])
+    assert hits.tolist() == [1.0, 1.0]
+
+
+def test_errors_of_text_are_clustered_by_window(subject: Subject) -> None:
+    losses, hits = text.score(subject.model.module, subject.evaluation())
+    found = text.measure(subject)
+    assert found.errors["accuracy"] == pytest.approx(hits.std().item() / math.sqrt(6), rel=1e-3)
+    clustered = losses.mean().exp().item() * losses.std().item() / math.sqrt(6)
+    assert found.errors["perplexity"] == pytest.approx(clustered, rel=1e-2)
+
+
+def test_fidelity_reads_the_first_windows(subject: Subject) -> None:
+    half = dataclasses.replace(subject, fidelity=0.5)
+    assert torch.equal(half.evaluation(), subject.evaluation()[:3])
+    assert len(dataclasses.replace(subject, fidelity=0.01).evaluation()) == 1
+
+
+def test_a_model_of_nan_is_no_measurement(subject: Subject) -> None:
+    next(subject.model.blocks.parameters()).fill_(math.nan)
+    with pytest.raises(FloatingPointError, match="perplexity"):
+        text.measure(subject)
+
+
+def test_the_error_of_a_mean_is_the_deviation_over_the_root_of_the_number() -> None:
+    assert mean_and_error(torch.tensor([1.0, 2.0, 3.0, 4.0])) == pytest.approx((2.5, 0.6454972))
+    assert mean_and_error(torch.tensor([3.0])) == (3.0, 0.0)
+
+
+def test_the_likelihood_of_a_choice_is_that_of_its_tokens_after_the_context(subject: Subject) -> None:
+    question = Question("The operator", (" is", " was defined elsewhere"), 0)
+    found = choices.likelihoods(subject.model.module, subject.model.tokenizer, question)
+    context = subject.model.tokenizer("The operator").input_ids
+    for choice, score in zip(question.choices, found, strict=True):
+        whole = subject.model.tokenizer("The operator" + choice).input_ids
+        with torch.no_grad():
+            said = subject.model.module(torch.tensor([whole])).logits[0].float().log_softmax(-1)
+        expected = sum(said[at - 1, whole[at]].item() for at in range(len(context), len(whole)))
+        assert score.item() == pytest.approx(expected, abs=0.05)
+
+
+def test_a_choice_without_context_is_predicted_from_the_first_token(subject: Subject) -> None:
+    found = choices.likelihoods(subject.model.module, subject.model.tokenizer, Question("", ("a", "b"), 0))
+    with torch.no_grad():
+        said = subject.model.module(torch.tensor([[1]])).logits[0, -1].float().log_softmax(-1)
+    ids = [subject.model.tokenizer(letter).input_ids[0] for letter in "ab"]
+    torch.testing.assert_close(found, said[ids], rtol=0.02, atol=0.02)
+
+
+def test_choice_accuracy_counts_right_answers(subject: Subject, tmp_path: Path) -> None:
+    options = [" name", " statement list", " of"]
+    item = {"context": "An expression", "choices": options, "answer": 0}
+    scores = choices.likelihoods(
+        subject.model.module, subject.model.tokenizer, Question("An expression", tuple(options), 0)
+    )
+    best = int(scores.argmax())
+    right, wrong = {**item, "answer": best}, {**item, "answer": (best + 1) % 3}
+    found = choices.measure(questions(subject, tmp_path / "q.jsonl", right, right, right, wrong))
+    assert found.metrics["choice_accuracy"] == 0.75
+    assert found.errors["choice_accuracy"] == pytest.approx(0.25)
+
+
+def test_the_normalised_choice_does_not_favour_short_ones(subject: Subject, tmp_path: Path) -> None:
+    # Of a random model every token is about equally unlikely, so fewer tokens win unless lengths count.
+    item = {"context": "A", "choices": [" b", " the value of the expression and the statement"], "answer": 1}
+    found = choices.measure(questions(subject, tmp_path / "q.jsonl", item))
+    assert found.metrics == {"choice_accuracy": 0.0, "choice_accuracy_norm": 1.0}
+
+
+def test_choices_without_items_are_refused_with_the_cure(subject: Subject) -> None:
+    with pytest.raises(ValueError, match=r"data\.choices"):
+        choices.measure(subject)
+
+
+def test_an_original_agrees_with_itself_and_less_with_a_damaged_model(
+    encoder: Subject, tmp_path: Path
+) -> None:
+    assert agreement.measure(encoder).metrics["agreement"] == pytest.approx(1.0, abs=1e-6)
+    model = models.load(encoder.original)
+    del model.blocks[1]
+    models.save(model, tmp_path / "smaller", {})
+    found = agreement.measure(dataclasses.replace(encoder, folder=tmp_path / "smaller"))
+    assert found.metrics["agreement"] < 0.9999
+    assert found.errors["agreement"] > 0
+
+
+def test_the_size_is_that_of_the_weight_files(subject: Subject) -> None:
+    expected = (subject.folder / "model.safetensors").stat().st_size
+    assert size.measure(subject).metrics == {"size_bytes": float(expected)}

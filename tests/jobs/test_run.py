@@ -1,0 +1,146 @@
+"""One job on a worker: the original or one step is made, measured on its files, and every failure is data."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from jobs import models
+from jobs.job import Failure, Job, Materials, TextSource
+from jobs.recipe import Origin, Recipe
+from jobs.run import Made, attempt, failure
+from jobs.techniques.distill import Distill
+from jobs.techniques.drop_layers import DropLayers
+
+ROOT = Recipe(Origin("model", "data", seed=0))
+
+
+@pytest.fixture
+def materials(tiny_llama: Path, text_file: Path) -> Materials:
+    def source(low: float, high: float) -> TextSource:
+        return TextSource(str(text_file), 8, 32, part=(low, high))
+
+    return Materials(str(tiny_llama), "causal-lm", source(0, 0.3), source(0.3, 0.6), source(0.6, 1))
+
+
+def run(
+    recipe: Recipe,
+    materials: Materials,
+    place: Path,
+    *,
+    parent: Path | None = None,
+    built: Path | None = None,
+) -> Made | Failure:
+    job = Job(recipe, ("text", "size"), "materials")
+    return attempt(
+        job, materials, parent, built, place / "artifact", place / "cache", lambda share, what: None
+    )
+
+
+@pytest.fixture
+def root(materials: Materials, tmp_path: Path) -> Path:
+    """The original's artifact."""
+    made = run(ROOT, materials, tmp_path / "root")
+    assert isinstance(made, Made)
+    assert made.built
+    return tmp_path / "root" / "artifact"
+
+
+def test_the_originals_artifact_is_the_original_in_bf16(root: Path, tiny_llama: Path) -> None:
+    held, original = models.load(root), models.load(tiny_llama)
+    for name, tensor in original.module.state_dict().items():
+        assert torch.equal(held.module.state_dict()[name], tensor), name
+    assert (root / "model.safetensors").stat().st_size == original.layout().size_bytes()
+
+
+def test_a_step_is_made_from_its_parent_and_says_how(
+    root: Path, materials: Materials, tmp_path: Path
+) -> None:
+    recipe = ROOT.then(DropLayers(count=1))
+    made = run(recipe, materials, tmp_path, parent=root)
+    assert isinstance(made, Made), made
+    assert made.built
+    assert len(models.load(tmp_path / "artifact").blocks) == 3
+    about = json.loads((tmp_path / "artifact" / models.LAYOUT).read_text())
+    assert Recipe.from_dict(about["recipe"]) == recipe
+    assert about["text"] == "drop_layers(count=1)"
+    weights = tmp_path / "artifact" / models.WEIGHTS
+    assert made.measurement.metrics["size_bytes"] == weights.stat().st_size
+
+
+def test_a_recovery_reads_teacher_and_training_text(root: Path, materials: Materials, tmp_path: Path) -> None:
+    smaller = run(ROOT.then(DropLayers(count=1)), materials, tmp_path / "a", parent=root)
+    assert isinstance(smaller, Made)
+    step = Distill(steps=8, batch=2, learning_rate=3e-3)
+    recipe = ROOT.then(DropLayers(count=1)).then(step)
+    made = run(recipe, materials, tmp_path / "b", parent=tmp_path / "a" / "artifact")
+    assert isinstance(made, Made), made
+    assert made.measurement.metrics["perplexity"] != smaller.measurement.metrics["perplexity"]
+
+
+def test_what_was_built_is_only_measured(root: Path, materials: Materials, tmp_path: Path) -> None:
+    made = run(ROOT, materials, tmp_path, built=root)
+    assert isinstance(made, Made)
+    assert not made.built
+    assert not (tmp_path / "artifact").exists()
+
+
+def test_a_step_that_cannot_be_applied_is_invalid(root: Path, materials: Materials, tmp_path: Path) -> None:
+    failed = run(ROOT.then(DropLayers(count=4)), materials, tmp_path, parent=root)
+    assert isinstance(failed, Failure)
+    assert failed.kind == "invalid"
+    assert "drop_layers.count=4" in failed.message
+
+
+def test_a_step_that_leaves_nan_diverged(
+    root: Path, materials: Materials, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def spoil(self: DropLayers, model: models.Model, context: object) -> models.Model:
+        next(model.blocks.parameters()).fill_(torch.nan)
+        return model
+
+    monkeypatch.setattr(DropLayers, "compress", spoil)
+    monkeypatch.setattr(DropLayers, "outline", lambda self, layout: layout)
+    failed = run(ROOT.then(DropLayers(count=1)), materials, tmp_path, parent=root)
+    assert isinstance(failed, Failure)
+    assert failed.kind == "diverged"
+
+
+def test_a_step_that_leaves_what_its_outline_did_not_say_is_a_bug(
+    root: Path, materials: Materials, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(DropLayers, "outline", lambda self, layout: layout)
+    failed = run(ROOT.then(DropLayers(count=1)), materials, tmp_path, parent=root)
+    assert isinstance(failed, Failure)
+    assert failed.kind == "bug"
+    assert "outline" in failed.message
+
+
+def test_a_text_that_is_too_short_is_invalid(materials: Materials, root: Path, tmp_path: Path) -> None:
+    evaluation = dataclasses.replace(materials.evaluation, samples=10**6)
+    failed = run(ROOT, dataclasses.replace(materials, evaluation=evaluation), tmp_path, built=root)
+    assert isinstance(failed, Failure)
+    assert failed.kind == "invalid"
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (ValueError("x"), "invalid"),
+        (FloatingPointError("x"), "diverged"),
+        (MemoryError(), "out_of_memory"),
+        (torch.OutOfMemoryError("x"), "out_of_memory"),
+        (
+            RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"),
+            "out_of_memory",
+        ),
+        (RuntimeError("shapes differ"), "bug"),
+        (KeyError("x"), "bug"),
+    ],
+)
+def test_the_kind_of_a_failure_follows_from_the_exception(error: Exception, kind: str) -> None:
+    found = failure(error)
+    assert found.kind == kind
+    assert type(error).__name__ in found.traceback

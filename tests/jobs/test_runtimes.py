@@ -1,0 +1,63 @@
+"""A runtime runs what is in the files: packed linears as dense ones, token by token as all at once."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from jobs import models, runtimes
+from jobs.layers import PackedLinear
+from jobs.layout import Packing
+from jobs.runtimes import on_torch
+
+
+def packed_copy(original: Path, folder: Path) -> Path:
+    """The model with one linear rounded to packed 8-bit integers."""
+    model = models.load(original)
+    name = "model.layers.0.mlp.up_proj"
+    weight = model.module.get_submodule(name).weight.float()
+    scales = weight.abs().amax(dim=1, keepdim=True) / 127
+    integers = (weight / scales).round().clamp(-128, 127).long() + 128
+    model.replace(name, PackedLinear.of(integers, scales, None, Packing(8, 0, True), None))
+    models.save(model, folder, {})
+    return folder
+
+
+def test_the_torch_runtime_unpacks_once_what_the_file_holds(tiny_llama: Path, tmp_path: Path) -> None:
+    folder = packed_copy(tiny_llama, tmp_path / "packed")
+    held = models.load(folder).module.get_submodule("model.layers.0.mlp.up_proj")
+    run = on_torch.load(folder).module.get_submodule("model.layers.0.mlp.up_proj")
+    assert isinstance(held, PackedLinear)
+    assert isinstance(run, nn.Linear)
+    assert torch.equal(run.weight, held.weight().to(models.DTYPE))
+
+
+def test_decoding_token_by_token_says_what_the_whole_text_says(tiny_llama: Path) -> None:
+    tokens = torch.randint(512, (1, 12), generator=torch.Generator().manual_seed(0))
+    runner = runtimes.load("torch").start(tiny_llama)
+    found = [runner.prefill(tokens[:, :8])]
+    found += [runner.decode(tokens[:, at : at + 1]) for at in range(8, 12)]
+    expected = models.load(tiny_llama).module(tokens).logits[:, 7:]
+    torch.testing.assert_close(torch.cat(found, dim=1), expected, rtol=0.05, atol=0.02)
+
+
+def test_a_prefill_forgets_what_came_before(tiny_llama: Path) -> None:
+    tokens = torch.arange(8).view(1, 8)
+    runner = runtimes.load("torch").start(tiny_llama)
+    fresh = runner.prefill(tokens)
+    runner.decode(tokens[:, :1])
+    assert torch.equal(runner.prefill(tokens), fresh)
+
+
+def test_an_encoder_runs_whole_texts_only(tiny_bert: Path) -> None:
+    runner = runtimes.load("torch").start(tiny_bert)
+    assert runner.prefill(torch.arange(8).view(1, 8)).shape == (1, 8, 64)
+    with pytest.raises(ValueError, match="prefill"):
+        runner.decode(torch.zeros(1, 1, dtype=torch.int64))
+
+
+def test_an_unknown_runtime_is_refused_with_the_nearest_known_one() -> None:
+    assert "torch" in runtimes.names()
+    with pytest.raises(LookupError, match="did you mean torch"):
+        runtimes.load("torhc")
