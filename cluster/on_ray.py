@@ -218,6 +218,8 @@ def connect(address: str | None, slots: int | None, gpus: float | None) -> tuple
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Ray prints each lost worker to our standard output; `wait` reports them.
     os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".")
+    # Ray would run workers at a low priority: on a busy machine the timings would tell of the others.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     import ray
 
     if ray.is_initialized():
