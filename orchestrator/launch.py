@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +27,8 @@ WRITE_SECONDS = 1.0
 """How often status and front are written, at most: what a person reads need not be newer. Where there are very
 many candidates it is done more seldom, so that it takes no more than a fiftieth of the time."""
 
+SCRATCH = "scratch"
+
 Show = Callable[[Status], None]
 
 
@@ -47,6 +50,7 @@ def launch(
     """
     folder = prepared.folder
     with only_one(folder):
+        shutil.rmtree(folder / SCRATCH, ignore_errors=True)  # what a killed process left half done
         ledger = Ledger(folder / "ledger.db")
         _claim(ledger, prepared, overrides)
         tracker = _tracker(prepared)
@@ -98,7 +102,8 @@ def _claim(ledger: Ledger, prepared: Prepared, overrides: tuple[str, ...]) -> No
 
 def _work(prepared: Prepared) -> Work:
     store = Path(prepared.config.store).expanduser().resolve()
-    return functools.partial(work, workplace=Workplace(prepared.materials, str(store), store / "scratch"))
+    scratch = store / prepared.config.name / SCRATCH
+    return functools.partial(work, workplace=Workplace(prepared.materials, str(store), scratch, store / "cache"))
 
 
 def _tracker(prepared: Prepared) -> Tracker:

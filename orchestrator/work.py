@@ -25,11 +25,16 @@ from jobs.recipe import Recipe
 
 @dataclass(frozen=True)
 class Workplace:
-    """What all work of a study shares. scratch: a folder on the worker's own disk, best on the store's file system."""
+    """What all work of a study shares.
+
+    scratch: where jobs in progress lie, best on the store's file system; it is the study's own.
+    cache: where statistics lie that any study's jobs may share.
+    """
 
     materials: Materials
     store: str
     scratch: Path
+    cache: Path
 
 
 def work(job: Job, workplace: Workplace) -> Outcome:
@@ -68,7 +73,7 @@ def _attempt(job: Job, workplace: Workplace, store: ArtifactStore, scratch: Path
         parent=None if parent is None or built is not None else _fetched(store, parent, scratch / "parent"),
         built=None if built is None else _fetched(store, built, scratch / "built"),
         folder=scratch / "made",
-        cache=workplace.scratch / "statistics",
+        cache=workplace.cache,
         report=_unreported,
     )
     if isinstance(made, Failure):

@@ -35,7 +35,7 @@ def unseen(status: object) -> None:
 
 def workplace(prepared: Prepared) -> Workplace:
     store = Path(prepared.config.store)
-    return Workplace(prepared.materials, str(store), store / "scratch")
+    return Workplace(prepared.materials, str(store), prepared.folder / "scratch", store / "cache")
 
 
 def run_inline(prepared: Prepared, do: Callable[[Job], Outcome] | None = None) -> Results:
