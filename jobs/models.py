@@ -148,6 +148,8 @@ def tokenizer_digest(folder: Path) -> str:
 
 def load(folder: Path, device: str = "cpu") -> Model:
     """The model of a folder, an original's or one that `save` wrote, in bf16, in eval mode, without gradients."""
+    # Workers load a model for every job.
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     config = transformers.AutoConfig.from_pretrained(folder)
     kind = family(config.model_type)
     if (folder / LAYOUT).is_file():

