@@ -204,6 +204,11 @@ def tokenizer(folder: Path) -> Tokenizer:
     return cast(Tokenizer, found)
 
 
+def vocabulary(folder: Path) -> int:
+    """How many token ids a model of this folder knows."""
+    return int(json.loads((folder / "config.json").read_text())["vocab_size"])
+
+
 def tasks_of(folder: Path) -> tuple[Task, ...]:
     """What a model of this folder can be compressed for."""
     return family(json.loads((folder / "config.json").read_text())["model_type"]).tasks

@@ -46,19 +46,32 @@ def attempt(
     cache: where statistics that jobs share are kept.
     Never raises: what goes wrong comes back as a Failure.
     """
+    memory.settle()
     try:
-        started = time.perf_counter()
-        if built is None:
-            _make(job, materials, parent, folder, cache, report)
-        seconds = time.perf_counter() - started
-        report(1.0, "measuring")
-        original = models.locate(materials.model)
-        subject = Subject(built or folder, original, materials, job.fidelity)
-        return Made(measure(job.meters, subject), seconds, built is None)
+        return _attempt(job, materials, parent, built, folder, cache, report)
     except Exception as error:  # noqa: BLE001 - the worker boundary: failures cross it as data
         return failure(error)
     finally:
-        memory.release()  # a warm worker must not keep the last model
+        memory.release()  # here the frames that held the model are gone
+
+
+def _attempt(
+    job: Job,
+    materials: Materials,
+    parent: Path | None,
+    built: Path | None,
+    folder: Path,
+    cache: Path,
+    report: Report,
+) -> Made:
+    started = time.perf_counter()
+    if built is None:
+        _make(job, materials, parent, folder, cache, report)
+    seconds = time.perf_counter() - started
+    report(1.0, "measuring")
+    original = models.locate(materials.model)
+    subject = Subject(built or folder, original, materials, job.fidelity)
+    return Made(measure(job.meters, subject), seconds, built is None)
 
 
 def failure(error: BaseException) -> Failure:

@@ -90,8 +90,15 @@ class Technique(ABC):
                 )
 
     def __str__(self) -> str:
-        shown = ", ".join(f"{name}={value}" for name, value in self.options().items())
-        return f"{self.name()}({shown})"
+        """The name, the first option, and all others that are not at their defaults."""
+        fields = dataclasses.fields(self)
+        options = [(field.name, getattr(self, field.name), field.default) for field in fields]
+        shown = [
+            f"{name}={value}"
+            for position, (name, value, default) in enumerate(options)
+            if position == 0 or value != default
+        ]
+        return f"{self.name()}({', '.join(shown)})"
 
 
 def check_order(steps: Sequence[type[Technique]]) -> None:

@@ -9,12 +9,8 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
@@ -253,7 +249,7 @@ def _run(prepared: Prepared, overrides: tuple[str, ...]) -> None:
     from orchestrator.progress import Display
 
     try:
-        with _interruptible(), Display(_err()) as display:
+        with Display(_err()) as display:
             results = launch(prepared, display.show, overrides)
     except KeyboardInterrupt:
         _err().print(f"Interrupted. What ended is kept; go on with: slimfront resume {prepared.folder}")
@@ -269,20 +265,6 @@ def _run(prepared: Prepared, overrides: tuple[str, ...]) -> None:
     _err().print(f"Report: {prepared.folder / 'report.html'}")
     if not results.members:
         raise typer.Exit(1)
-
-
-@contextmanager
-def _interruptible() -> Iterator[None]:
-    """Let SIGTERM end a search as Ctrl-C does."""
-
-    def interrupt(signum: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _prepared(study: Path, overrides: list[str] | None) -> Prepared:

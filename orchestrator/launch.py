@@ -5,9 +5,12 @@ from __future__ import annotations
 import functools
 import json
 import shutil
+import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 
 from cluster.executor import Executor
 from cluster.on_ray import RayExecutor
@@ -75,7 +78,10 @@ def launch(
         )
         watch = _Watch(prepared, study, show)
         try:
-            Service(study, prepared, searching, running, ledger, tracker, do or _work(prepared), watch).run()
+            with _interruptible():
+                Service(
+                    study, prepared, searching, running, ledger, tracker, do or _work(prepared), watch
+                ).run()
         finally:
             running.close()
             watch.write(study)
@@ -85,6 +91,20 @@ def launch(
         (folder / "report.html").write_text(page)
         tracker.finish(results, page)
         return results
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Let SIGTERM end a study as Ctrl-C does. Ray takes the signal when it starts, so this comes after it."""
+
+    def interrupt(signum: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _claim(ledger: Ledger, prepared: Prepared, overrides: tuple[str, ...]) -> None:

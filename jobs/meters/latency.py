@@ -30,11 +30,11 @@ def measure(subject: Subject) -> Measurement:
 def time_quietly(subject: Subject, new_tokens: int) -> Measurement:
     """Time the artifact in the target's runtime until machine and timings are quiet, up to three times.
 
-    The error of each metric is its spread: half of the range from the 10th to the 90th percentile of the
-    single timings. Where no try was quiet, the one of the least spread stands and is marked unreliable.
+    The error of each metric is its spread: half of the interquartile range of the single timings. Single
+    outliers, which every machine has, show in the 90th percentile and do not move a median. Where no try was quiet, the one of the least spread stands and is marked unreliable.
     """
     target = subject.materials.target
-    vocabulary = len(models.tokenizer(subject.original))
+    vocabulary = models.vocabulary(subject.original)
     request = Request(
         str(subject.folder), target.runtime, target.threads, target.prompt_tokens, new_tokens, vocabulary
     )
@@ -53,8 +53,8 @@ def summary(timings: Timings) -> Measurement:
     for part, milliseconds in (("prefill", timings.prefill_ms), ("decode", timings.decode_ms)):
         if not milliseconds:
             continue
-        low, middle, high = (float(value) for value in np.percentile(milliseconds, [10, 50, 90]))
-        found = {f"{part}_ms": middle, f"{part}_p90_ms": high}
+        low, middle, high, tail = (float(value) for value in np.percentile(milliseconds, [25, 50, 75, 90]))
+        found = {f"{part}_ms": middle, f"{part}_p90_ms": tail}
         metrics |= found
         errors[f"{part}_ms"] = (high - low) / 2
         if errors[f"{part}_ms"] > _SPREAD * middle or timings.others > _OTHERS:
