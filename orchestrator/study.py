@@ -109,8 +109,9 @@ Stage = Literal["searching", "timing", "done"]
 class Plan:
     """What a study is to do, fixed when it starts.
 
-    meters: taken of every candidate. timers: exclusive ones, taken of the original first of all, and of what
-    may be on the front once the search has ended. timed: the metrics that the timers give.
+    meters: taken of every candidate. timers: exclusive ones, taken in a row once the search has ended, of the
+    original and of what may be on the front, so that a machine that drifts does so for all of them; of the
+    original also at the start, which gives estimates their unit. timed: the objectives that the timers give.
     """
 
     original: Recipe
@@ -132,6 +133,7 @@ class _Node:
     artifact: str | None = None
     wanted: bool = False
     measured: bool = False
+    timed: bool = False
     failure: Failure | None = None
     job: Job | None = None
     attempt: int = 0
@@ -159,7 +161,7 @@ class Study:
         # What is under way, kept beside the states it follows from: they are asked for at every turn.
         self._busy: set[str] = set()
         self._open: set[str] = set()
-        self._add_candidate(plan.original, {}, plan.original_cost)
+        self._enter(plan.original, {}, plan.original_cost)
 
     @property
     def original(self) -> Candidate:
@@ -228,18 +230,22 @@ class Study:
         self.proposed += 1
         return self._add_candidate(event.recipe, event.choices, event.cost)
 
-    def _add_candidate(self, recipe: Recipe, choices: Mapping[str, Value], cost: Cost) -> list[Command]:
+    def _enter(self, recipe: Recipe, choices: Mapping[str, Value], cost: Cost) -> list[_Node]:
+        """Put a candidate and its lineage into the trie; the nodes from the original to it."""
         candidate = Candidate(recipe, "waiting", cost.size_bytes, choices)
         self.candidates[candidate.id] = candidate
         self._open.add(candidate.id)
-        lineage = recipe.lineage()
-        nodes = [self._nodes.setdefault(step.id, _Node(step)) for step in lineage]
+        nodes = [self._nodes.setdefault(step.id, _Node(step)) for step in recipe.lineage()]
         for parent, child in itertools.pairwise(nodes):
             if child.recipe.id not in parent.children:
                 parent.children.append(child.recipe.id)
             else:
                 self.reused += 1
         nodes[-1].wanted, nodes[-1].cost = True, cost
+        return nodes
+
+    def _add_candidate(self, recipe: Recipe, choices: Mapping[str, Value], cost: Cost) -> list[Command]:
+        nodes = self._enter(recipe, choices, cost)
         failed = next((node for node in nodes if node.failure is not None), None)
         if failed is not None:
             return self._fail(nodes[-1], _inherited(failed))
@@ -266,6 +272,7 @@ class Study:
         commands: list[Command] = []
         if job.meters:
             node.measured = True
+            node.timed = job.meters == self.plan.timers
             candidate = self.candidates[node.recipe.id]
             before = candidate.measurement
             measurement = success.measurement if before is None else before.joined(success.measurement)
@@ -319,11 +326,11 @@ class Study:
         return [self._run(node, self.plan.timers, alone=True)] if self._to_be_timed(node) else []
 
     def _to_be_timed(self, node: _Node) -> bool:
-        """Whether this candidate lacks timings and may need them."""
+        """Whether this candidate is to be timed now."""
         candidate = self.candidates.get(node.recipe.id)
-        if not self._timing or not self.plan.timers or candidate is None or candidate.measurement is None:
+        if not self._timing or not self.plan.timers or node.timed or candidate is None:
             return False
-        return not self.plan.timed <= set(candidate.measurement.metrics) and self.may_be_on_front(candidate)
+        return candidate is self.original or self.may_be_on_front(candidate)
 
     def may_be_on_front(self, candidate: Candidate) -> bool:
         """Whether no other candidate is surely at least as good: on all that is measured, and by its cost no slower."""

@@ -31,7 +31,8 @@ def time_quietly(subject: Subject, new_tokens: int) -> Measurement:
     """Time the artifact in the target's runtime until machine and timings are quiet, up to three times.
 
     The error of each metric is its spread: half of the interquartile range of the single timings. Single
-    outliers, which every machine has, show in the 90th percentile and do not move a median. Where no try was quiet, the one of the least spread stands and is marked unreliable.
+    outliers, which every machine has, show in the 90th percentile and do not move a median. Where no try
+    was quiet, the one of the least spread stands and is marked unreliable.
     """
     target = subject.materials.target
     vocabulary = models.vocabulary(subject.original)
