@@ -252,7 +252,8 @@ def _run(prepared: Prepared, overrides: tuple[str, ...]) -> None:
         with Display(_err()) as display:
             results = launch(prepared, display.show, overrides)
     except KeyboardInterrupt:
-        _err().print(f"Interrupted. What ended is kept; go on with: slimfront resume {prepared.folder}")
+        said = f"Interrupted. What ended is kept; go on with: slimfront resume {prepared.folder}"
+        _err().print(said, soft_wrap=True)
         raise typer.Exit(130) from None
     except BlockingIOError:
         _fail(f"another process runs the study in {prepared.folder}; see slimfront status {prepared.folder}")

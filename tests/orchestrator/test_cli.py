@@ -61,7 +61,12 @@ def test_a_study_on_ray_is_interrupted_killed_resumed_looked_at_and_exported(
     study_file: Path, tmp_path: Path
 ) -> None:
     runs = tmp_path / "runs" / "tiny"
-    objectives = ["objectives.decode_ms.goal=min", "target.new_tokens=4", "target.prompt_tokens=16"]
+    objectives = [
+        "objectives.decode_ms.goal=min",
+        "target.new_tokens=4",
+        "target.prompt_tokens=16",
+        "search.candidates=3",
+    ]
     command = [sys.executable, "-m", "orchestrator", "search", str(study_file), *objectives]
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
 
@@ -84,7 +89,10 @@ def test_a_study_on_ray_is_interrupted_killed_resumed_looked_at_and_exported(
 
     killed = started_until(3)
     killed.kill()
-    killed.communicate(timeout=60)
+    killed.wait()  # its pipes stay open for as long as Ray's idle agents, a minute
+    for pipe in (killed.stdout, killed.stderr):
+        assert pipe is not None
+        pipe.close()
     before = {file: file.stat().st_mtime_ns for file in tmp_path.glob("runs/records/results/*.json")}
 
     done = slimfront("resume", runs, cwd=tmp_path)
