@@ -127,10 +127,9 @@ def status(folder: Folder, as_json: AsJson = False) -> None:
         return
     current = Status(**found)
     ended = current.measured + current.failed
+    stage = "" if current.stage == "done" else f", {current.stage}"
     state = "running" if running else ("done" if current.stage == "done" else "stopped; resume goes on")
-    _out().print(
-        f"{current.study}: {state}, {current.stage}, {ended}/{current.candidates + 1} ended, {line(current)}"
-    )
+    _out().print(f"{current.study}: {state}{stage}, {ended}/{current.candidates + 1} ended, {line(current)}")
 
 
 @app.command()

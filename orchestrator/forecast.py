@@ -9,9 +9,9 @@ from statistics import fmean
 from cluster.store import ArtifactStore
 from jobs.job import Success, outcome_from_dict
 from jobs.technique import Technique
+from orchestrator.events import Proposed
 from orchestrator.prepare import Prepared
 from orchestrator.search import Search
-from orchestrator.study import Proposed
 
 ASSUMED_FLOPS = 1e11
 """Operations a second of one slot, where nothing like the job has run here yet: one core of a server CPU."""

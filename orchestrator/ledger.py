@@ -12,7 +12,7 @@ from typing import Any
 
 from jobs.job import outcome_from_dict, outcome_to_dict
 from jobs.recipe import Recipe
-from orchestrator.study import Began, Cost, Ended, Event, Exhausted, Proposed, Started
+from orchestrator.events import Began, Cost, Ended, Event, Exhausted, Proposed, Started
 
 _SCHEMA = """
 create table if not exists about (key text primary key, value text not null);

@@ -18,9 +18,9 @@ from jobs.layout import Layout
 from jobs.recipe import Origin, Recipe
 from orchestrator import search
 from orchestrator.config import Evaluation, InvalidStudy, Loaded, StudyConfig, Text
+from orchestrator.events import Cost, Plan, Proposed
 from orchestrator.front import Objective
 from orchestrator.space import Choices, Problem, SearchSpace, parse
-from orchestrator.study import Cost, Plan, Proposed
 
 T = TypeVar("T")
 

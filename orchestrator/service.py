@@ -11,10 +11,11 @@ from pathlib import Path
 
 from cluster.executor import Executor, Resources
 from jobs.job import Failure, Job, Outcome
+from orchestrator.events import Began, Command, Ended, Event, Exhausted, Record, Run, Started, Tell
 from orchestrator.ledger import Ledger
 from orchestrator.prepare import Prepared
 from orchestrator.search import Search
-from orchestrator.study import Began, Command, Ended, Event, Exhausted, Record, Run, Started, Study, Tell
+from orchestrator.study import Study
 from orchestrator.tracking import Tracker
 
 WAIT_SECONDS = 1.0

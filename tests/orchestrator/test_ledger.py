@@ -7,8 +7,8 @@ import pytest
 from jobs import techniques
 from jobs.job import Failure, Measurement, Success
 from jobs.recipe import Origin, Recipe
+from orchestrator.events import Began, Cost, Ended, Event, Exhausted, Proposed, Started
 from orchestrator.ledger import Ledger
-from orchestrator.study import Began, Cost, Ended, Event, Exhausted, Proposed, Started
 
 RECIPE = Recipe(Origin("m", "d", 1)).then(techniques.load("rtn")(bits=3, group=64))
 EVENTS: list[Event] = [

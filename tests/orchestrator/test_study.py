@@ -7,8 +7,7 @@ import pytest
 from jobs import techniques
 from jobs.job import Failure, Job, Measurement, Success
 from jobs.recipe import Origin, Recipe
-from orchestrator.front import Objective
-from orchestrator.study import (
+from orchestrator.events import (
     Began,
     Command,
     Cost,
@@ -19,9 +18,10 @@ from orchestrator.study import (
     Record,
     Run,
     Started,
-    Study,
     Tell,
 )
+from orchestrator.front import Objective
+from orchestrator.study import Study
 
 ORIGIN = Origin("model", "data", 0)
 ORIGINAL = Recipe(ORIGIN)

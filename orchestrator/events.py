@@ -1,0 +1,119 @@
+"""Events and commands: what a Study is told, and what it answers. Plain data; events are what the ledger keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from jobs.job import Failure, Job, Outcome
+from jobs.knobs import Value
+from jobs.recipe import Recipe
+from orchestrator.candidate import Candidate
+from orchestrator.front import Objective
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What is known of a candidate before anything runs, from its layout alone.
+
+    size_bytes: of the weights' file, exact.
+    decode_macs, linears: multiply-adds per token, and into how many layers they are divided: a model with
+        no more of either, and no more bytes, is taken to be no slower.
+    """
+
+    size_bytes: int
+    decode_macs: int
+    linears: int
+
+
+@dataclass(frozen=True)
+class Proposed:
+    """The search chose a candidate. `refused` tells why it can't be made at all, from shapes alone."""
+
+    recipe: Recipe
+    choices: Mapping[str, Value]
+    cost: Cost | None
+    refused: str | None = None
+
+
+@dataclass(frozen=True)
+class Began:
+    """A process took the study up, new or where another left it: nothing is running."""
+
+
+@dataclass(frozen=True)
+class Started:
+    """An attempt was handed to the executor."""
+
+    job_id: str
+    attempt: int
+
+
+@dataclass(frozen=True)
+class Ended:
+    """What came of an attempt."""
+
+    job_id: str
+    attempt: int
+    outcome: Outcome
+
+
+@dataclass(frozen=True)
+class Exhausted:
+    """The search has nothing more to propose."""
+
+    reason: str
+
+
+Event = Began | Proposed | Started | Ended | Exhausted
+
+
+@dataclass(frozen=True)
+class Run:
+    """Hand this attempt to the executor. alone: with nothing else on its node, for a timing or after memory ran out."""
+
+    job: Job
+    attempt: int
+    alone: bool
+
+
+@dataclass(frozen=True)
+class Tell:
+    """Tell the search what came of its choices, a failure where they failed.
+
+    Timings that are not measured yet stand in it as estimates: they steer, and are reported nowhere.
+    """
+
+    choices: Mapping[str, Value]
+    result: Mapping[str, float] | Failure
+
+
+@dataclass(frozen=True)
+class Record:
+    """The candidate changed: mirror it to the tracker."""
+
+    candidate: Candidate
+
+
+Command = Run | Tell | Record
+Stage = Literal["searching", "timing", "done"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a study is to do, fixed when it starts.
+
+    meters: taken of every candidate. timers: exclusive ones, taken in a row once the search has ended, of the
+    original and of what may be on the front, so that a machine that drifts does so for all of them; of the
+    original also at the start, which gives estimates their unit. timed: the objectives that the timers give.
+    """
+
+    original: Recipe
+    original_cost: Cost
+    objectives: tuple[Objective, ...]
+    candidates: int
+    meters: tuple[str, ...]
+    timers: tuple[str, ...]
+    timed: frozenset[str]
+    materials_digest: str
