@@ -61,13 +61,7 @@ def test_a_study_on_ray_is_interrupted_killed_resumed_looked_at_and_exported(
     study_file: Path, tmp_path: Path
 ) -> None:
     runs = tmp_path / "runs" / "tiny"
-    objectives = [
-        "objectives.decode_ms.goal=min",
-        "target.new_tokens=4",
-        "target.prompt_tokens=16",
-        "search.candidates=3",
-    ]
-    command = [sys.executable, "-m", "orchestrator", "search", str(study_file), *objectives]
+    command = [sys.executable, "-m", "orchestrator", "search", str(study_file)]
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
 
     def started_until(committed: int) -> subprocess.Popen[str]:
@@ -96,9 +90,7 @@ def test_a_study_on_ray_is_interrupted_killed_resumed_looked_at_and_exported(
     before = {file: file.stat().st_mtime_ns for file in tmp_path.glob("runs/records/results/*.json")}
 
     done = slimfront("resume", runs, cwd=tmp_path)
-    # On a busy machine every timing may be too noisy for the front, which is then empty.
-    members = json.loads(slimfront("front", runs, "--json", cwd=tmp_path).stdout)["members"]
-    assert done.returncode == (0 if members else 1), done.stderr
+    assert done.returncode == 0, done.stderr
     assert "Pareto front of tiny" in done.stdout
     assert "done" in slimfront("status", runs, cwd=tmp_path).stdout
     assert all(file.stat().st_mtime_ns == at for file, at in before.items())
@@ -107,9 +99,8 @@ def test_a_study_on_ray_is_interrupted_killed_resumed_looked_at_and_exported(
     assert shown["study"] == "tiny"
     assert {"size_bytes", "accuracy"} <= set(shown["original"]["metrics"])
     assert (runs / "report.html").is_file()
-    if members:
-        picked = shown["members"][0]["id"]
-        exported = slimfront("export", runs, tmp_path / "out", "--pick", picked[:10], cwd=tmp_path)
-        assert exported.returncode == 0, exported.stderr
-        size = (tmp_path / "out" / "model.safetensors").stat().st_size
-        assert size == shown["members"][0]["metrics"]["size_bytes"]
+    picked = shown["members"][0]["id"]
+    exported = slimfront("export", runs, tmp_path / "out", "--pick", picked[:10], cwd=tmp_path)
+    assert exported.returncode == 0, exported.stderr
+    size = (tmp_path / "out" / "model.safetensors").stat().st_size
+    assert size == shown["members"][0]["metrics"]["size_bytes"]
