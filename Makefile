@@ -42,7 +42,7 @@ wheel: $(VENV)/installed
 	$(BIN)/pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir build/wheel .
 	$(BIN)/python -m venv build/wheel/venv
 	$(BIN)/python -c "import site; print(site.getsitepackages()[0])" > build/wheel/libraries
-	cp build/wheel/libraries build/wheel/venv/lib/python3.*/site-packages/libraries.pth
+	build/wheel/venv/bin/python -c "import shutil, site; shutil.copy('build/wheel/libraries', site.getsitepackages()[0] + '/libraries.pth')"
 	build/wheel/venv/bin/pip install --quiet --disable-pip-version-check --no-deps --force-reinstall build/wheel/*.whl
 	cd build/wheel && venv/bin/slimfront doctor && venv/bin/slimfront techniques >/dev/null
 
