@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -107,11 +106,6 @@ def replayed(prepared: Prepared, ledger: Ledger, search: Search) -> Study:
             if isinstance(command, Tell):
                 search.tell([(command.choices, command.result)])
     return study
-
-
-def started_at(ledger: Ledger) -> float:
-    """When the study first began, in seconds since 1970; now, if it has not."""
-    return next((at for at, _ in ledger.events()), time.time())
 
 
 @contextmanager
