@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import cast
 
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor, nn
 
 from jobs.layout import LinearSpec, Packing
@@ -102,6 +102,61 @@ class PackedLinear(nn.Module):
         return linear_of(self.weight().to(dtype), self.bias)
 
 
+class SparseLinear(nn.Module):
+    """A linear of which only the weights that are not zero are held, row by row, and a bit for each place.
+
+    A file of it is smaller where fewer than 15 of 16 weights are kept. The weight is made anew at each
+    call, which is slow; `jobs.runtimes` unpacks once, after loading.
+    """
+
+    mask: Tensor
+    values: Tensor
+    bias: nn.Parameter | None
+
+    def __init__(self, spec: LinearSpec, device: torch.device | str | None = None) -> None:
+        super().__init__()
+        self.spec = spec
+        for name in ("mask", "values"):
+            tensor = spec.tensors()[name]
+            dtype = torch.uint8 if name == "mask" else torch.bfloat16
+            self.register_buffer(name, torch.zeros(tensor.shape, dtype=dtype, device=device))
+        bias = torch.zeros(spec.out_features, dtype=torch.bfloat16, device=device) if spec.bias else None
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
+
+    @staticmethod
+    def of(
+        weight: Float[Tensor, "out in"], kept: Bool[Tensor, "out in"], bias: Tensor | None
+    ) -> SparseLinear:
+        """The layer that holds the weights where `kept` is true, whatever their values."""
+        out_features, in_features = weight.shape
+        spec = LinearSpec(out_features, in_features, bias is not None, kept=int(kept.sum().item()))
+        layer = SparseLinear(spec, weight.device)
+        layer.mask.copy_(pack(kept, 1))
+        layer.values.copy_(weight[kept])
+        if bias is not None:
+            cast(nn.Parameter, layer.bias).data.copy_(bias)
+        return layer
+
+    def kept(self) -> Bool[Tensor, "out in"]:
+        """Which weights are held."""
+        return unpack(self.mask, 1, self.spec.in_features).bool()
+
+    def weight(self) -> Float[Tensor, "out in"]:
+        """The weight with its zeros, in bf16."""
+        kept = self.kept()
+        return torch.zeros(kept.shape, dtype=self.values.dtype, device=kept.device).masked_scatter_(
+            kept, self.values
+        )
+
+    def forward(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return nn.functional.linear(x, self.weight().to(x.dtype), bias)
+
+    def dense(self, dtype: torch.dtype) -> nn.Linear:
+        """The same layer with its weight unpacked once, in `dtype`."""
+        return linear_of(self.weight().to(dtype), self.bias)
+
+
 class LowRankLinear(nn.Module):
     """A linear of low rank: y = u(v(x)) with v: in → rank (no bias) and u: rank → out."""
 
@@ -132,7 +187,7 @@ def check_finite(weight: Tensor, technique: str, name: str) -> Tensor:
 
 def spec_of(layer: nn.Module) -> LinearSpec | None:
     """How a linear is stored; None for a module that is no linear."""
-    if isinstance(layer, PackedLinear):
+    if isinstance(layer, (PackedLinear, SparseLinear)):
         return layer.spec
     if isinstance(layer, nn.Linear):
         return LinearSpec(layer.out_features, layer.in_features, layer.bias is not None)

@@ -9,9 +9,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from jobs.families import Family, family
+from jobs.families import Family, FeedForward, Task, family
 from jobs.technique import Form
 
+_FORMAT = 2
+"""Of slimfront.json; files of another are refused."""
 # In the order in which safetensors lays them out.
 _ITEM_BYTES = {"I64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2, "U8": 1}
 
@@ -51,17 +53,24 @@ class Packing:
 
 @dataclass(frozen=True)
 class LinearSpec:
-    """One linear layer as it is stored: y = x Wᵀ + b with W of [out, in], dense in bf16 or packed."""
+    """One linear layer as it is stored: y = x Wᵀ + b with W of [out, in], dense in bf16, packed or sparse.
+
+    kept: how many weights a sparse one holds, beside one bit for each place; None where it is not sparse.
+    """
 
     out_features: int
     in_features: int
     bias: bool
     packing: Packing | None = None
+    kept: int | None = None
 
     def tensors(self) -> dict[str, TensorSpec]:
         """The tensors that hold it, by their names within the layer."""
         found: dict[str, TensorSpec] = {}
-        if self.packing is None:
+        if self.kept is not None:
+            found["mask"] = TensorSpec("U8", (self.out_features, math.ceil(self.in_features / 8)))
+            found["values"] = TensorSpec("BF16", (self.kept,))
+        elif self.packing is None:
             found["weight"] = TensorSpec("BF16", (self.out_features, self.in_features))
         else:
             groups = self.packing.groups(self.in_features)
@@ -79,12 +88,18 @@ class LinearSpec:
 class Layout:
     """Every tensor of a model's file.
 
+    blocks: the full name of the list of blocks. head_width: of one attention head; queries_per_key: how many
+        query heads share one head of keys and values.
     linears: the linears inside the blocks, by their full names. One that was factorized stands as two:
         `NAME.v` (in → rank) and `NAME.u` (rank → out).
     others: all other tensors (embeddings, norms, head), by their full names.
     """
 
     family: Family
+    task: Task
+    blocks: str
+    head_width: int
+    queries_per_key: int
     linears: Mapping[str, LinearSpec]
     others: Mapping[str, TensorSpec]
 
@@ -95,17 +110,30 @@ class Layout:
 
     def block_of(self, name: str) -> int:
         """The index of the block that a tensor or linear of this full name lies in; -1 outside the blocks."""
-        prefix = self.family.blocks + "."
+        prefix = self.blocks + "."
         return int(name[len(prefix) :].split(".", 1)[0]) if name.startswith(prefix) else -1
 
     def name(self, block: int, path: str) -> str:
         """The full name of what lies at `path` in a block."""
-        return f"{self.family.blocks}.{block}.{path}"
+        return f"{self.blocks}.{block}.{path}"
+
+    def feed_forwards(self) -> list[tuple[int, FeedForward]]:
+        """The feed-forward networks, with the block that each lies in. Some families' configs say how many a
+        block has; a factorized one counts too."""
+        return [
+            (block, one)
+            for block in range(self.depth)
+            for one in self.family.feed_forwards
+            if self.name(block, one.out) in self.linears or self.name(block, f"{one.out}.v") in self.linears
+        ]
 
     def forms_of(self, name: str) -> frozenset[Form]:
         """The forms of the linear of this full name: a thin one may be packed as well."""
+        spec = self.linears[name]
         shape: Form = "factored" if name.endswith((".u", ".v")) else "dense"
-        return frozenset({shape}) if self.linears[name].packing is None else frozenset({shape, "packed"})
+        stored: list[Form] = ["packed"] if spec.packing is not None else []
+        stored += ["sparse"] if spec.kept is not None else []
+        return frozenset({shape, *stored})
 
     def forms(self) -> frozenset[Form]:
         """Which forms of linears the model holds."""
@@ -159,15 +187,29 @@ class Layout:
 
     def to_dict(self) -> dict[str, Any]:
         return {
+            "format": _FORMAT,
             "family": self.family.name,
+            "task": self.task,
+            "blocks": self.blocks,
+            "head_width": self.head_width,
+            "queries_per_key": self.queries_per_key,
             "linears": {name: dataclasses.asdict(spec) for name, spec in self.linears.items()},
             "others": {name: dataclasses.asdict(spec) for name, spec in self.others.items()},
         }
 
     @staticmethod
     def from_dict(record: Mapping[str, Any]) -> Layout:
+        if record.get("format") != _FORMAT:
+            raise ValueError(
+                f"the model was written in format {record.get('format', 1)} of slimfront, this is format "
+                f"{_FORMAT}: make it again"
+            )
         return Layout(
             family(record["family"]),
+            record["task"],
+            record["blocks"],
+            record["head_width"],
+            record["queries_per_key"],
             {
                 name: LinearSpec(
                     **{**spec, "packing": Packing(**spec["packing"]) if spec["packing"] else None}

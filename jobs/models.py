@@ -20,9 +20,10 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.initialization import no_init_weights
+from transformers.pytorch_utils import Conv1D
 
 from jobs.families import Family, Task, family, names
-from jobs.layers import LowRankLinear, PackedLinear, spec_of
+from jobs.layers import LowRankLinear, PackedLinear, SparseLinear, linear_of, spec_of
 from jobs.layout import Layout, LinearSpec, TensorSpec
 
 WEIGHTS = "model.safetensors"
@@ -49,8 +50,27 @@ class Model:
     folder: Path
 
     @property
+    def task(self) -> Task:
+        return _task(self.config)
+
+    @property
+    def base(self) -> nn.Module:
+        """The model without a head: embeddings, blocks and final norm."""
+        return cast(nn.Module, getattr(self.module, _base_name(self.module), self.module))
+
+    @property
+    def base_prefix(self) -> str:
+        """What stands before the full names of the base model's parts: nothing where it is the whole."""
+        return "" if self.base is self.module else f"{_base_name(self.module)}."
+
+    @property
+    def blocks_name(self) -> str:
+        """The full name of the list of blocks."""
+        return self.base_prefix + self.family.blocks
+
+    @property
     def blocks(self) -> nn.ModuleList:
-        return cast(nn.ModuleList, self.module.get_submodule(self.family.blocks))
+        return cast(nn.ModuleList, self.module.get_submodule(self.blocks_name))
 
     @property
     def config(self) -> transformers.PretrainedConfig:
@@ -62,7 +82,7 @@ class Model:
 
     def linears(self) -> dict[str, nn.Module]:
         """Every linear inside the blocks (those that a factorization made too), by its full name."""
-        prefix = self.family.blocks + "."
+        prefix = self.blocks_name + "."
         return {
             name: module
             for name, module in self.module.named_modules()
@@ -83,7 +103,10 @@ class Model:
             for name, tensor in _distinct_tensors(self.module).items()
             if name not in held
         }
-        return Layout(self.family, specs, others)
+        heads, keys = _heads(self.config)
+        return Layout(
+            self.family, self.task, self.blocks_name, _head_width(self.config), heads // keys, specs, others
+        )
 
 
 def locate(source: str) -> Path:
@@ -154,14 +177,17 @@ def load(folder: Path, device: str = "cpu") -> Model:
     kind = family(config.model_type)
     if (folder / LAYOUT).is_file():
         layout = Layout.from_dict(json.loads((folder / LAYOUT).read_text())["layout"])
-        module = _empty_module(config, kind, "cpu")
-        _reshape(Model(module, kind, folder), layout)
+        module = _empty_module(config, "cpu")
+        model = Model(module, kind, folder)
+        _reshape(model, layout)
         tensors = load_file(folder / WEIGHTS)
         _check_tensors(folder, tensors, layout)
         module.load_state_dict(tensors, strict=False, assign=True)
         _tie(module)
+        fit_heads(model)
     else:
-        module = _auto_class(kind).from_pretrained(folder, dtype=DTYPE, use_safetensors=True)
+        module = _auto_class(config).from_pretrained(folder, dtype=DTYPE, use_safetensors=True)
+        _unite(module)
     module.to(device)
     module.requires_grad_(False)
     return Model(module.eval(), kind, folder)
@@ -171,7 +197,7 @@ def original_layout(folder: Path) -> Layout:
     """The layout of an original, from its config alone: no weights are read."""
     config = transformers.AutoConfig.from_pretrained(folder)
     kind = family(config.model_type)
-    return Model(_empty_module(config, kind, "meta"), kind, folder).layout()
+    return Model(_empty_module(config, "meta"), kind, folder).layout()
 
 
 def save(model: Model, folder: Path, about: Mapping[str, Any]) -> None:
@@ -181,7 +207,7 @@ def save(model: Model, folder: Path, about: Mapping[str, Any]) -> None:
     """
     folder.mkdir(parents=True, exist_ok=True)
     config = copy.deepcopy(model.config)
-    setattr(config, model.family.depth_key, len(model.blocks))
+    config.num_hidden_layers = len(model.blocks)
     widths = _ffn_widths(model.layout())
     if len(widths) == 1:
         setattr(config, model.family.ffn_key, widths.pop())
@@ -209,20 +235,76 @@ def vocabulary(folder: Path) -> int:
     return int(json.loads((folder / "config.json").read_text())["vocab_size"])
 
 
-def tasks_of(folder: Path) -> tuple[Task, ...]:
-    """What a model of this folder can be compressed for."""
-    return family(json.loads((folder / "config.json").read_text())["model_type"]).tasks
+def task_of(folder: Path) -> Task:
+    """What the model of this folder does, by the architecture that its config names."""
+    return _task(transformers.AutoConfig.from_pretrained(folder))
 
 
-def _auto_class(kind: Family) -> Any:
-    return transformers.AutoModelForCausalLM if "causal-lm" in kind.tasks else transformers.AutoModel
+def fit_heads(model: Model) -> None:
+    """Tell each attention module how many heads its linears make, where it remembers their number."""
+    attention = model.family.attention
+    width = _head_width(model.config)
+    for block in model.blocks:
+        module: Any = block.get_submodule(attention.module)
+        out = block.get_submodule(attention.out)
+        first = out.v if isinstance(out, LowRankLinear) else out
+        rows = cast(LinearSpec, spec_of(first)).in_features
+        for name, value in (
+            *((name, rows // width) for name in ("num_heads", "num_attention_heads", "n_heads")),
+            *((name, rows) for name in ("split_size", "all_head_size")),
+        ):
+            if hasattr(module, name):
+                setattr(module, name, value)
 
 
-def _empty_module(config: transformers.PretrainedConfig, kind: Family, device: str) -> nn.Module:
+def _task(config: transformers.PretrainedConfig) -> Task:
+    architecture = next(iter(config.architectures or []), "")
+    if architecture.endswith("ForSequenceClassification"):
+        return "classification"
+    return "embedding" if family(config.model_type).encoder else "causal-lm"
+
+
+def _heads(config: transformers.PretrainedConfig) -> tuple[int, int]:
+    """How many heads the queries of the original have, and how many its keys and values."""
+    heads = int(config.num_attention_heads)
+    return heads, int(getattr(config, "num_key_value_heads", None) or heads)
+
+
+def _head_width(config: transformers.PretrainedConfig) -> int:
+    width = getattr(config, "true_hidden_size", None) or config.hidden_size
+    return int(getattr(config, "head_dim", None) or width // config.num_attention_heads)
+
+
+def _base_name(module: nn.Module) -> str:
+    return str(cast(Any, module).base_model_prefix)
+
+
+def _auto_class(config: transformers.PretrainedConfig) -> Any:
+    return {
+        "causal-lm": transformers.AutoModelForCausalLM,
+        "classification": transformers.AutoModelForSequenceClassification,
+        "embedding": transformers.AutoModel,
+    }[_task(config)]
+
+
+def _unite(module: nn.Module) -> None:
+    """Replace GPT-2's Conv1D, a linear that holds its weight transposed, by the linear it is."""
+    for name, part in list(module.named_modules()):
+        if isinstance(part, Conv1D):
+            parent, _, child = name.rpartition(".")
+            setattr(module.get_submodule(parent), child, linear_of(part.weight.T.contiguous(), part.bias))
+
+
+def _empty_module(config: transformers.PretrainedConfig, device: str) -> nn.Module:
     """A module without weights. On the CPU its parameters are memory never touched, and the buffers that
     no file holds (rotary frequencies) are right; on `meta` there are only shapes."""
     with torch.device(device), no_init_weights():
-        module = cast(nn.Module, _auto_class(kind).from_config(config, dtype=DTYPE))
+        # In fp32, since some compute buffers (GPT-J's sinusoids) in the dtype that they are made in.
+        module = cast(nn.Module, _auto_class(config).from_config(config, dtype=torch.float32))
+        for parameter in module.parameters():
+            parameter.data = torch.empty_like(parameter, dtype=DTYPE)
+    cast(Any, module.config).dtype = DTYPE
+    _unite(module)
     _tie(module)
     return module
 
@@ -232,7 +314,7 @@ def _tie(module: nn.Module) -> None:
 
 
 def _reshape(model: Model, layout: Layout) -> None:
-    """Give an empty module the linears of `layout`, still without weights."""
+    """Give an empty module the linears of `layout`, and other tensors of its shapes, still without weights."""
     linears = model.linears()
     for name, spec in layout.linears.items():
         parent, _, child = name.rpartition(".")
@@ -242,11 +324,35 @@ def _reshape(model: Model, layout: Layout) -> None:
             continue
         if spec.packing is not None:
             model.replace(name, PackedLinear(spec, "meta"))
+        elif spec.kept is not None:
+            model.replace(name, SparseLinear(spec, "meta"))
         else:
             model.replace(
                 name,
                 nn.Linear(spec.in_features, spec.out_features, spec.bias, device="meta", dtype=DTYPE),
             )
+    for name, tensor in layout.others.items():
+        _resize(model.module, name, tensor.shape)
+
+
+def _resize(module: nn.Module, name: str, shape: tuple[int, ...]) -> None:
+    """Give a parameter of this full name another shape, if it has not that one already."""
+    owner, _, child = name.rpartition(".")
+    part: Any = module.get_submodule(owner)
+    held = getattr(part, child)
+    if held is None:  # a bias that a step has added
+        held = torch.empty(0, dtype=DTYPE)
+    if tuple(held.shape) == shape or not isinstance(held, (nn.Parameter, Tensor)):
+        return
+    setattr(
+        part, child, nn.Parameter(torch.empty(shape, dtype=held.dtype, device="meta"), requires_grad=False)
+    )
+    if isinstance(part, nn.LayerNorm):
+        part.normalized_shape = shape
+    if isinstance(part, nn.Embedding):
+        part.num_embeddings, part.embedding_dim = shape
+    if isinstance(part, nn.Linear) and child == "weight":
+        part.out_features, part.in_features = shape
 
 
 def _check_tensors(folder: Path, tensors: Mapping[str, Tensor], layout: Layout) -> None:
@@ -273,8 +379,11 @@ def _written_dtype(tensor: Tensor) -> torch.dtype:
 
 
 def _ffn_widths(layout: Layout) -> set[int]:
-    out = layout.family.ffn_out
-    names = [layout.name(block, path) for block in range(layout.depth) for path in (out, f"{out}.v")]
+    names = [
+        layout.name(block, path)
+        for block, one in layout.feed_forwards()
+        for path in (one.out, f"{one.out}.v")
+    ]
     return {layout.linears[name].in_features for name in names if name in layout.linears}
 
 

@@ -255,20 +255,19 @@ def _influence(model: Model, calibration: Rows, report: Report) -> tuple[dict[st
             hook.remove()
     influence = 1 - sums / calibration.numel()
     for index, value in enumerate(influence):
-        _finite(value, f"{model.family.blocks}.{index}")
+        _finite(value, f"{model.blocks_name}.{index}")
     return {"influence": influence}, {}
 
 
 @torch.no_grad()
 def _run(model: Model, calibration: Rows, report: Report, what: str) -> None:
     """All of calibration through the blocks, without the head, whose logits nobody reads here."""
-    base: Any = getattr(model.module, "base_model", model.module)
     device = next(model.module.parameters()).device
     rows = max(1, _TOKENS_AT_ONCE // calibration.shape[1])
-    options = {"use_cache": False} if "causal-lm" in model.family.tasks else {}
+    options = {"use_cache": False} if not model.family.encoder else {}
     for start in range(0, len(calibration), rows):
         report(start / len(calibration), what)
-        base(calibration[start : start + rows].to(device), **options)
+        model.base(calibration[start : start + rows].to(device), **options)
 
 
 def _finite(tensor: Tensor, layer: str) -> Tensor:

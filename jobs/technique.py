@@ -12,13 +12,15 @@ from jobs.knobs import Domain, Value
 
 if TYPE_CHECKING:
     from jobs.context import Context
+    from jobs.families import Family, Task
     from jobs.layout import Layout
     from jobs.models import Model
 
 Kind = Literal["depth", "width", "rank", "bits", "recovery"]
 Need = Literal["calibration", "teacher", "gradients", "training"]
-Form = Literal["dense", "factored", "packed"]
-"""How a linear layer holds its weights: one float matrix, two thin ones, or packed integers with scales."""
+Form = Literal["dense", "factored", "packed", "sparse"]
+"""How a linear layer holds its weights: one float matrix, two thin ones, packed integers with scales, or the
+places and values of those that are not zero."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,6 @@ class Technique(ABC):
     kind: ClassVar[Kind]
     paper: ClassVar[str]
     version: ClassVar[int] = 1
-    families: ClassVar[tuple[str, ...]] = ("llama", "bert")
     needs: ClassVar[frozenset[Need]] = frozenset()
     accepts: ClassVar[frozenset[Form]] = frozenset({"dense"})
     leaves: ClassVar[frozenset[Form]] = frozenset()
@@ -63,6 +64,17 @@ class Technique(ABC):
     def options(self) -> dict[str, Value]:
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
+    @classmethod
+    def refusal(cls, family: Family, task: Task) -> str | None:
+        """Why models of this family, for this task, cannot be treated; None where they can."""
+        return None
+
+    @property
+    def exact(self) -> bool:
+        """Whether `outline` tells the layout itself. Where the data decide what each layer gets, it tells
+        one of the same names and of at least as many bytes."""
+        return True
+
     @property
     def identity(self) -> bool:
         """Whether these options change nothing (a ratio of 0, no steps): such a step is left out of a recipe."""
@@ -70,7 +82,7 @@ class Technique(ABC):
 
     @abstractmethod
     def outline(self, layout: Layout) -> Layout:
-        """The layout of the model after this step, exactly, from shapes alone.
+        """The layout of the model after this step, from shapes alone (see `exact`).
 
         Raises ValueError where the step cannot be applied to a model of this layout, naming technique,
         layer, value and range.
@@ -81,7 +93,11 @@ class Technique(ABC):
         """Carry the step out. Changes `model` in place and returns it; its layout is then `outline`'s."""
 
     def check_forms(self, layout: Layout) -> None:
-        """Refuse, with a ValueError, a layout that holds linears of a form this technique does not accept."""
+        """Refuse, with a ValueError, a layout of a family, or with linears of a form, that this technique
+        does not do."""
+        reason = self.refusal(layout.family, layout.task)
+        if reason is not None:
+            raise ValueError(f"{self.name()} does not do {layout.family.name} ({layout.task}): {reason}")
         for name in layout.linears:
             for form in sorted(layout.forms_of(name) - self.accepts):
                 raise ValueError(

@@ -182,11 +182,17 @@ def export(
 @app.command()
 def techniques(as_json: AsJson = False) -> None:
     """List the techniques: what they are, need and work on."""
+    from jobs import families
     from jobs import techniques as known
 
     rows: list[dict[str, Any]] = []
     for name in known.names():
         technique = known.load(name)
+        refused = {
+            one: reason
+            for one in families.names()
+            if (reason := technique.refusal(families.family(one), families.family(one).tasks[0])) is not None
+        }
         rows.append(
             {
                 "name": name,
@@ -194,7 +200,8 @@ def techniques(as_json: AsJson = False) -> None:
                 "version": technique.version,
                 "paper": technique.paper,
                 "needs": sorted(technique.needs),
-                "families": list(technique.families),
+                "families": [one for one in families.names() if one not in refused],
+                "refuses": refused,
                 "works_on": sorted(technique.accepts),
                 "leaves": sorted(technique.leaves),
                 "options": {option: str(domain) for option, domain in technique.domains().items()},
@@ -211,7 +218,7 @@ def techniques(as_json: AsJson = False) -> None:
             row["kind"],
             options,
             "\n".join(row["needs"]),
-            "\n".join(row["families"]),
+            "all" if not row["refuses"] else "all but " + ", ".join(row["refuses"]),
             row["paper"],
         )
     _out().print(table)

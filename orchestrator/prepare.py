@@ -127,7 +127,7 @@ def prepare(loaded: Loaded) -> Prepared:
     if folder is not None:
         check(
             "task",
-            (task in models.tasks_of(folder), f"got {config.task}, expected {models.tasks_of(folder)}"),
+            (task == models.task_of(folder), f"got {config.task}, expected {models.task_of(folder)}"),
         )
     materials = _materials(config, task)
     plan_meters = _meters(config, task, materials, attempt)

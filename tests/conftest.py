@@ -1,14 +1,19 @@
-"""Real small things to test with: a tiny Llama and a tiny BERT with a tokenizer, and some text."""
+"""Real small things to test with: a tiny model of each family with a tokenizer, and some text."""
 
 from __future__ import annotations
 
 import pydoc_data.topics
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from jobs import families
+from jobs.families import Task
 
 VOCABULARY = 512
 
@@ -39,30 +44,70 @@ def words(text_file: Path) -> transformers.PreTrainedTokenizerFast:
     )
 
 
+Tiny = Callable[..., Path]
+
+
 @pytest.fixture(scope="session")
-def tiny_llama(tmp_path_factory: pytest.TempPathFactory, words: transformers.PreTrainedTokenizerFast) -> Path:
+def tiny(tmp_path_factory: pytest.TempPathFactory, words: transformers.PreTrainedTokenizerFast) -> Tiny:
+    """The folder of a random model of a family and task (without one, the family's first), made once."""
+    made: dict[tuple[str, Task], Path] = {}
+
+    def folder_of(family: str, task: Task | None = None) -> Path:
+        kind = families.family(family)
+        task = task or kind.tasks[0]
+        if (family, task) not in made:
+            torch.manual_seed(0)
+            build = {
+                "causal-lm": transformers.AutoModelForCausalLM,
+                "classification": transformers.AutoModelForSequenceClassification,
+                "embedding": transformers.AutoModel,
+            }[task]
+            folder = tmp_path_factory.mktemp("models") / f"tiny-{family}"
+            build.from_config(config_of(family)).save_pretrained(folder)
+            words.save_pretrained(folder)
+            made[family, task] = folder
+        return made[family, task]
+
+    return folder_of
+
+
+def config_of(family: str) -> transformers.PretrainedConfig:
+    """Width 64, heads of 16, a few blocks; grouped queries where the family has them."""
+    every = {"vocab_size": VOCABULARY, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    wide = {"hidden_size": 64, "intermediate_size": 160, "num_attention_heads": 4, **every}
+    decoder = {**wide, "num_hidden_layers": 4, "max_position_embeddings": 256}
+    encoder = {**wide, "num_hidden_layers": 3, "max_position_embeddings": 300}
+    grouped = {**decoder, "num_key_value_heads": 2}
+    old = {"n_embd": 64, "n_layer": 4, "n_head": 4, "n_positions": 256, **every}
+    given: dict[str, dict[str, Any]] = {
+        "llama": {**grouped, "tie_word_embeddings": True},
+        "mistral": grouped,
+        "qwen2": grouped,
+        "qwen3": {**grouped, "head_dim": 16},
+        "gemma3_text": {**grouped, "head_dim": 16},
+        "phi": decoder,
+        "opt": {**decoder, "ffn_dim": 160, "word_embed_proj_dim": 64},
+        "gpt2": old,
+        "gpt_neo": {**every, "hidden_size": 64, "num_layers": 4, "num_heads": 4, "max_position_embeddings": 256,
+                    "attention_types": [[["global", "local"], 2]]},
+        "gptj": {**old, "rotary_dim": 8},
+        "gpt_neox": decoder,
+        "bert": encoder,
+        "roberta": encoder,
+        "distilbert": {**every, "dim": 64, "hidden_dim": 160, "n_layers": 3, "n_heads": 4},
+        "mobilebert": {**encoder, "intra_bottleneck_size": 32, "true_hidden_size": 32, "embedding_size": 32,
+                       "num_feedforward_networks": 2},
+    }  # fmt: skip
+    return transformers.AutoConfig.for_model(family, **given[family])
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tiny: Tiny) -> Path:
     """A random Llama of 4 blocks, width 64, grouped-query attention, tied embeddings."""
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=64, intermediate_size=160, num_hidden_layers=4,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256,
-        tie_word_embeddings=True, bos_token_id=1, eos_token_id=2, pad_token_id=0,
-    )  # fmt: skip
-    folder = tmp_path_factory.mktemp("models") / "tiny-llama"
-    transformers.LlamaForCausalLM(config).save_pretrained(folder)
-    words.save_pretrained(folder)
-    return folder
+    return tiny("llama")
 
 
 @pytest.fixture(scope="session")
-def tiny_bert(tmp_path_factory: pytest.TempPathFactory, words: transformers.PreTrainedTokenizerFast) -> Path:
+def tiny_bert(tiny: Tiny) -> Path:
     """A random BERT of 3 blocks, width 64."""
-    torch.manual_seed(0)
-    config = transformers.BertConfig(
-        vocab_size=VOCABULARY, hidden_size=64, intermediate_size=160, num_hidden_layers=3,
-        num_attention_heads=4, max_position_embeddings=256, pad_token_id=0,
-    )  # fmt: skip
-    folder = tmp_path_factory.mktemp("models") / "tiny-bert"
-    transformers.BertModel(config).save_pretrained(folder)
-    words.save_pretrained(folder)
-    return folder
+    return tiny("bert")

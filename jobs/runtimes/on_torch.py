@@ -1,6 +1,6 @@
 """The runtime `torch`: eager PyTorch in bf16.
 
-Packed linears are unpacked once, when the model is loaded: the file is small, but speed and memory here
+Packed and sparse linears are unpacked once, when the model is loaded: the file is small, but speed and memory here
 are those of a bf16 model of the same shape. Only fewer and smaller matrices make this runtime faster.
 """
 
@@ -14,15 +14,15 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from jobs import models
-from jobs.layers import PackedLinear
+from jobs.layers import PackedLinear, SparseLinear
 from jobs.models import Model
 
 
 def load(folder: Path, device: str = "cpu") -> Model:
-    """The model of a folder with every packed linear unpacked to a dense bf16 one."""
+    """The model of a folder with every packed or sparse linear unpacked to a dense bf16 one."""
     model = models.load(folder, device)
     for name, layer in model.linears().items():
-        if isinstance(layer, PackedLinear):
+        if isinstance(layer, (PackedLinear, SparseLinear)):
             model.replace(name, layer.dense(models.DTYPE))
     return model
 
@@ -37,7 +37,7 @@ class TorchRunner:
 
     def __init__(self, model: Model) -> None:
         self._module = cast(Any, model.module)
-        self._decodes = "causal-lm" in model.family.tasks
+        self._decodes = model.task == "causal-lm"
         self._cache: Any = None
 
     @torch.inference_mode()

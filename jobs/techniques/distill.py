@@ -64,7 +64,7 @@ class Distill(Technique):
         if context.teacher is None or context.training is None:
             raise ValueError("distill needs the teacher and training text; give the study data.training")
         teacher = context.teacher().module
-        predicts = "causal-lm" in model.family.tasks
+        predicts = model.task == "causal-lm"
         loss_of = self._prediction_loss(teacher) if predicts else _state_loss(teacher)
         rows = context.training.to(context.device)
         at_once = _largest_divisor(self.batch, _TOKENS_AT_ONCE // rows.shape[1])

@@ -26,7 +26,7 @@ class DropLayers(Technique):
     kind: ClassVar[Kind] = "depth"
     paper: ClassVar[str] = "Men et al. 2024, ShortGPT, arXiv:2403.03853"
     needs: ClassVar[frozenset[Need]] = frozenset({"calibration"})
-    accepts: ClassVar[frozenset[Form]] = frozenset({"dense", "factored", "packed"})
+    accepts: ClassVar[frozenset[Form]] = frozenset({"dense", "factored", "packed", "sparse"})
 
     count: int = knob(2, Range(0, 256, integer=True), "how many blocks to remove")
 
@@ -45,7 +45,7 @@ class DropLayers(Technique):
         for index in range(1, depth):
             if self.count and _block(layout, index) != first:
                 raise ValueError(
-                    f"drop_layers.count={self.count}: block {index} ({layout.family.blocks}.{index}) has "
+                    f"drop_layers.count={self.count}: block {index} ({layout.blocks}.{index}) has "
                     f"other shapes than block 0, so the size without the least of them is not known "
                     f"beforehand; put drop_layers before what shapes blocks one by one"
                 )
@@ -73,11 +73,14 @@ def keep(model: Model, kept: list[int]) -> None:
             # Attention finds its keys and values in the cache by this number.
             if hasattr(module, "layer_idx"):
                 cast(Any, module).layer_idx = place
-    model.replace(model.family.blocks, nn.ModuleList(blocks))
+    model.replace(model.blocks_name, nn.ModuleList(blocks))
     config: Any = model.config
     if getattr(config, "layer_types", None):
         config.layer_types = [config.layer_types[index] for index in kept]
-    setattr(config, model.family.depth_key, len(kept))
+    if getattr(config, "attention_layers", None):  # GPT-Neo's, written twice
+        config.attention_layers = [config.attention_layers[index] for index in kept]
+        config.attention_types = [[[kind], 1] for kind in config.attention_layers]
+    config.num_hidden_layers = len(kept)
 
 
 def _block(layout: Layout, index: int) -> dict[str, object]:

@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from jobs.context import Context
+from jobs.families import FeedForward
 from jobs.knobs import Choice, Range, knob
 from jobs.layers import check_finite, linear_of
 from jobs.layout import Layout
@@ -48,17 +49,16 @@ class PruneFfn(Technique):
 
     def outline(self, layout: Layout) -> Layout:
         self.check_forms(layout)
-        family = layout.family
         changed = {}
-        for block in range(layout.depth):
-            name = layout.name(block, family.ffn_out)
+        for block, one in layout.feed_forwards():
+            name = layout.name(block, one.out)
             out = layout.linears[name]
             width = kept_width(out.in_features, self.ratio)
             if width == out.in_features:
                 continue
             bias = out.bias or self.correction == "bias"
             changed[name] = dataclasses.replace(out, in_features=width, bias=bias)
-            for path in family.ffn_in:
+            for path in one.into:
                 into = layout.name(block, path)
                 changed[into] = dataclasses.replace(layout.linears[into], out_features=width)
         return layout.with_linears(changed)
@@ -71,19 +71,18 @@ class PruneFfn(Technique):
         assert context.calibration is not None
         grams = context.statistics.grams(model, context.calibration, context.report)
         widths = set()
-        for block in range(layout.depth):
-            name = layout.name(block, model.family.ffn_out)
+        for block, one in layout.feed_forwards():
+            name = layout.name(block, one.out)
             context.report(block / layout.depth, name)
             width = expected.linears[name].in_features
-            self._prune(model, block, width, grams)
+            self._prune(model, block, one, width, grams)
             widths.add(width)
         if len(widths) == 1:
             setattr(model.config, model.family.ffn_key, widths.pop())
         return model
 
-    def _prune(self, model: Model, block: int, width: int, grams: Grams) -> None:
-        layout, family = model.layout(), model.family
-        name = layout.name(block, family.ffn_out)
+    def _prune(self, model: Model, block: int, one: FeedForward, width: int, grams: Grams) -> None:
+        name = f"{model.blocks_name}.{block}.{one.out}"
         out = cast(nn.Linear, model.module.get_submodule(name))
         if width == out.in_features:
             return
@@ -98,8 +97,8 @@ class PruneFfn(Technique):
             bias = (0 if bias is None else bias) + weight @ (removed * mean)
         new = refit(weight, gram, kept) if self.correction == "least_squares" else weight[:, kept]
         model.replace(name, linear_of(new.to(DTYPE), bias))
-        for path in family.ffn_in:
-            into = layout.name(block, path)
+        for path in one.into:
+            into = f"{model.blocks_name}.{block}.{path}"
             layer = cast(nn.Linear, model.module.get_submodule(into))
             rows = check_finite(layer.weight.detach(), self.name(), into)[kept]
             model.replace(into, linear_of(rows, None if layer.bias is None else layer.bias[kept]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar, cast
 
@@ -41,7 +42,7 @@ class SvdLlm(Technique):
             rank = rank_of(self.keep, spec.out_features, spec.in_features)
             linears[f"{name}.v"] = LinearSpec(rank, spec.in_features, bias=False)
             linears[f"{name}.u"] = LinearSpec(spec.out_features, rank, spec.bias)
-        return Layout(layout.family, linears, layout.others)
+        return dataclasses.replace(layout, linears=linears)
 
     def compress(self, model: Model, context: Context) -> Model:
         self.outline(model.layout())

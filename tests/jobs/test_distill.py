@@ -42,7 +42,7 @@ def apart(model: Model, original: Path, text_file: Path) -> float:
     """The mean KL divergence (or, for an encoder, squared distance) between a model and the original."""
     rows = data.windows_for(TextSource(str(text_file), 16, 32, part=(0.5, 1.0)), original)
     with torch.no_grad():
-        if "causal-lm" in model.family.tasks:
+        if model.task == "causal-lm":
             said = model.module(rows).logits.float().log_softmax(-1)
             taught = models.load(original).module(rows).logits.float().log_softmax(-1)
             return nn.functional.kl_div(said, taught, log_target=True, reduction="batchmean").item()
