@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -94,6 +94,14 @@ class Statistics:
         """1 − the mean cosine between what enters a block and what leaves it (Men et al. 2024,
         ShortGPT, arXiv:2403.03853, eq. 1): how much the block does to a token."""
         return self.stored("influence", lambda: _influence(model, calibration, report))["influence"]
+
+    def residual_gram(
+        self, model: Model, norms: Sequence[str], calibration: Rows, report: Report
+    ) -> Float[Tensor, "width width"]:
+        """The mean over these norms of E[x xᵀ] of the hidden states x that they are given, each divided by its
+        root mean square (after centring, where it is a LayerNorm): their weights are left out."""
+        compute = lambda: _residual_gram(model, norms, calibration, report)  # noqa: E731
+        return self.stored("residual", compute)["gram"]
 
     def stored(self, kind: str, compute: Callable[[], tuple[dict[str, Tensor], dict[str, str]]]) -> Stored:
         """The tensors of this kind, and the notes beside them, from the cache or else from `compute`."""
@@ -257,6 +265,32 @@ def _influence(model: Model, calibration: Rows, report: Report) -> tuple[dict[st
     for index, value in enumerate(influence):
         _finite(value, f"{model.blocks_name}.{index}")
     return {"influence": influence}, {}
+
+
+def _residual_gram(
+    model: Model, norms: Sequence[str], calibration: Rows, report: Report
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    total: Tensor | None = None
+
+    def add(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        nonlocal total
+        x = args[0].flatten(0, -2).float()
+        if isinstance(module, nn.LayerNorm):
+            x = x - x.mean(dim=-1, keepdim=True)
+        x = x * x.square().mean(dim=-1, keepdim=True).clamp(min=1e-12).rsqrt()
+        if total is None:
+            total = torch.zeros(x.shape[1], x.shape[1], device=x.device)
+        add_gram(total, x)
+
+    hooks = [model.module.get_submodule(name).register_forward_pre_hook(add) for name in norms]
+    try:
+        _run(model, calibration, report, "hidden states")
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert total is not None
+    mirror(total)
+    return {"gram": _finite(total.div_(calibration.numel() * len(norms)), "the residual stream")}, {}
 
 
 @torch.no_grad()

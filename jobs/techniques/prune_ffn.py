@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar, cast
 
 import torch
-from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import nn
 
 from jobs.context import Context
 from jobs.families import FeedForward
@@ -16,6 +15,7 @@ from jobs.knobs import Choice, Range, knob
 from jobs.layers import check_finite, linear_of
 from jobs.layout import Layout
 from jobs.models import DTYPE, Model
+from jobs.refit import refit
 from jobs.statistics import Grams
 from jobs.technique import Kind, Need, Technique
 
@@ -108,22 +108,3 @@ def kept_width(width: int, ratio: float) -> int:
     """How many of `width` neurons stay: a multiple of 32 (of 8 below 1024), at least one such, never more."""
     multiple = 32 if width >= 1024 else 8
     return min(width, max(multiple, round(width * (1 - ratio) / multiple) * multiple))
-
-
-def refit(
-    weight: Float[Tensor, "out in"], gram: Float[Tensor, "in in"], kept: Int[Tensor, " kept"]
-) -> Float[Tensor, "out kept"]:
-    """The W' for which W' a[kept] comes nearest to W a in squared error: W G[:, K] (G[K, K] + λI)⁻¹.
-
-    In fp64; λ is 1e-4 of the mean diagonal, which keeps neurons that always fire together from being
-    given huge weights of opposite sign.
-    """
-    wide = gram.double()
-    inner = wide[kept][:, kept]
-    inner.diagonal().add_(1e-4 * inner.diagonal().mean().clamp(min=1e-30))
-    target = wide[kept] @ weight.double().T
-    factor, failed = torch.linalg.cholesky_ex(inner)
-    solved = (
-        torch.linalg.lstsq(inner, target).solution if failed.item() else torch.cholesky_solve(target, factor)
-    )
-    return solved.T.float()
