@@ -26,6 +26,14 @@ _RECENT = 4
 """Steps whose mean loss is compared with the start's: single steps are too noisy to judge by."""
 
 
+AfterStep = Callable[[int], None]
+"""Called after each update with the number of steps done."""
+
+
+def _nothing(done: int) -> None:
+    del done
+
+
 @dataclass(frozen=True)
 class Training:
     """How to train. accumulate: batches per step. warmup: the share of steps over which the rate rises.
@@ -67,6 +75,8 @@ def train(
     loss_of: Callable[[nn.Module, Tensor], Tensor],
     training: Training,
     report: Report,
+    *,
+    after_step: AfterStep = _nothing,
 ) -> TrainingLog:
     """Train, in place, the parameters of a bf16 module that require gradients.
 
@@ -74,13 +84,23 @@ def train(
     The module keeps its mode: one in eval mode trains without dropout. Afterwards its parameters are plain
     ones again, as shared between names as before, and none requires gradients.
     Raises FloatingPointError as soon as the training diverges.
+
+    `after_step(done)` is called after each update with the number of steps done, for what follows a
+    schedule (a temperature, a share of masked weights), which the forward pass reads from attributes and
+    buffers. It must not write parameters: the optimizer holds fp32 masters of them, in slices that depend
+    on the ZeRO stage, and its next update would write those over it. What is to hold of the weights
+    (masked, rounded, of low rank) belongs into the forward pass: by
+    `torch.nn.utils.parametrize.register_parametrization(linear, "weight", part)` with `part` a module that
+    maps the trained weight to the one to compute with, and `remove_parametrizations(linear, "weight")`
+    afterwards, which leaves the mapped one. `weight * mask` has no gradient where the mask is zero, so what
+    is masked stays as it is, at every stage.
     """
     started = time.perf_counter()
     hooks = _hooks(module)
     with _single_rank():
         engine = _start(module, training)
         try:
-            losses, peak = _run(engine, iter(batches), loss_of, training, report)
+            losses, peak = _run(engine, iter(batches), loss_of, training, report, after_step)
         finally:
             _stop(engine, module)
             _restore_hooks(hooks)
@@ -93,6 +113,7 @@ def _run(
     loss_of: Callable[[nn.Module, Tensor], Tensor],
     training: Training,
     report: Report,
+    after_step: AfterStep,
 ) -> tuple[list[float], float]:
     """Take all steps; the loss of each and the peak of memory."""
     losses: list[float] = []
@@ -114,6 +135,7 @@ def _run(
         _refuse_divergence(losses)
         if engine.skipped_steps:
             raise FloatingPointError(f"the gradient became infinite or NaN at step {step + 1}")
+        after_step(step + 1)
         report((step + 1) / training.steps, f"step {step + 1} of {training.steps}, loss {losses[-1]:.4f}")
     return losses, peak
 

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from jobs import engine
 from jobs.engine import Training
@@ -128,3 +129,28 @@ def test_every_step_is_reported() -> None:
     shares: list[float] = []
     engine.train(Net(), rows(), off, Training(1e-3, 4), lambda share, what: shares.append(share))
     assert shares == [0.25, 0.5, 0.75, 1.0]
+
+
+class Masked(nn.Module):
+    def __init__(self, mask: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("mask", mask)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight * self.mask
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_weights_masked_in_the_forward_pass_stay_zero_and_the_others_learn(stage: int) -> None:
+    module = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8)).to(torch.bfloat16)
+    mask = (torch.rand(8, 8, generator=torch.Generator().manual_seed(2)) > 0.5).bfloat16()
+    before = module[0].weight.detach().clone()
+    parametrize.register_parametrization(module[0], "weight", Masked(mask))
+    done: list[int] = []
+    engine.train(module, rows(), off, Training(1e-2, 6, zero_stage=stage), quiet, after_step=done.append)
+    hidden = module[0].parametrizations.weight.original
+    assert torch.equal(hidden[mask == 0], before[mask == 0])
+    parametrize.remove_parametrizations(module[0], "weight")
+    assert not module[0].weight[mask == 0].any()
+    assert not torch.equal(module[0].weight[mask == 1], before[mask == 1])
+    assert done == [1, 2, 3, 4, 5, 6]
