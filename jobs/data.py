@@ -31,6 +31,14 @@ class Question:
 
 
 @dataclass(frozen=True)
+class Labelled:
+    """A text and its class: an index, or a name that the model's config knows."""
+
+    text: str
+    label: int | str
+
+
+@dataclass(frozen=True)
 class _Piece:
     """What `part` counts: a record of a .jsonl, a paragraph of a .txt, a string of a Python module."""
 
@@ -133,6 +141,21 @@ def choices(path: str | Path) -> list[Question]:
     if not questions:
         raise ValueError(f"{path} holds no items; expected one JSON object a line: context, choices, answer")
     return questions
+
+
+def labelled(path: str | Path) -> list[Labelled]:
+    """The texts of a .jsonl file with their labels; ValueError names the line that is wrong."""
+    texts = []
+    for number, record in _records(Path(path)):
+        text, label = record.get("text"), record.get("label")
+        if not isinstance(text, str):
+            raise ValueError(f"{path}:{number} text: got {text!r}, expected a string")
+        if not isinstance(label, (int, str)) or isinstance(label, bool):
+            raise ValueError(f"{path}:{number} label: got {label!r}, expected an index or a name")
+        texts.append(Labelled(text, label))
+    if not texts:
+        raise ValueError(f"{path} holds no texts; expected one JSON object a line: text, label")
+    return texts
 
 
 @lru_cache(maxsize=8)

@@ -65,7 +65,7 @@ class Family:
 
 
 def _separate(prefix: str, query: str, key: str, value: str, out: str) -> Attention:
-    return Attention(*(f"{prefix}.{name}" for name in (query, key, value, out)))
+    return Attention(f"{prefix}.{query}", f"{prefix}.{key}", f"{prefix}.{value}", f"{prefix}.{out}")
 
 
 _QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from jobs.families import Task
 from jobs.recipe import Recipe
 
 FailureKind = Literal["invalid", "diverged", "out_of_memory", "preempted", "timeout", "bug"]
@@ -46,14 +47,16 @@ class Materials:
     """What every job of a study shares: the original, the texts, the target.
 
     choices: a jsonl file of multiple-choice items (context, choices, answer), or None.
+    labelled: a jsonl file of texts to classify (text, label), or None.
     """
 
     model: str
-    task: Literal["causal-lm", "embedding"]
-    evaluation: TextSource
+    task: Task
+    evaluation: TextSource | None = None
     calibration: TextSource | None = None
     training: TextSource | None = None
     choices: str | None = None
+    labelled: str | None = None
     target: Target = Target()
 
 

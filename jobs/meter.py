@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -17,6 +17,8 @@ from jobs.job import Materials, Measurement
 
 if TYPE_CHECKING:
     from jobs.models import Model
+
+Reads = Literal["evaluation", "choices", "labelled"]
 
 
 @dataclass(frozen=True)
@@ -42,17 +44,21 @@ class Subject:
         """The windows to measure on: the first `fidelity` of them, so that all candidates see the same."""
         from jobs import data
 
+        if self.materials.evaluation is None:
+            raise ValueError("there is no text to measure on; give the study data.evaluation")
         windows = data.windows_for(self.materials.evaluation, self.original)
         return windows[: max(1, math.ceil(self.fidelity * len(windows)))]
 
 
 @dataclass(frozen=True)
 class Meter:
-    """metrics: what `measure` produces for these tasks. exclusive: nothing else may run on the machine meanwhile."""
+    """metrics: what `measure` produces for these tasks. reads: which of the study's data it needs.
+    exclusive: nothing else may run on the machine meanwhile."""
 
     metrics: tuple[str, ...]
     tasks: tuple[Task, ...]
     measure: Callable[[Subject], Measurement]
+    reads: Reads | None = None
     exclusive: bool = False
 
 

@@ -17,6 +17,7 @@ from typing import Any, cast
 
 import torch
 import transformers
+from jaxtyping import Float, Int
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.initialization import no_init_weights
@@ -79,6 +80,11 @@ class Model:
     @cached_property
     def tokenizer(self) -> Tokenizer:
         return tokenizer(self.folder)
+
+    def answer(self, rows: Int[Tensor, "batch tokens"]) -> Float[Tensor, "batch ..."]:
+        """The logits, of every next token or of the classes; the last hidden states for an embedding."""
+        said = self.module(rows)
+        return cast(Tensor, said.last_hidden_state if self.task == "embedding" else said.logits)
 
     def linears(self) -> dict[str, nn.Module]:
         """Every linear inside the blocks (those that a factorization made too), by its full name."""
@@ -233,6 +239,23 @@ def tokenizer(folder: Path) -> Tokenizer:
 def vocabulary(folder: Path) -> int:
     """How many token ids a model of this folder knows."""
     return int(json.loads((folder / "config.json").read_text())["vocab_size"])
+
+
+def check_vocabulary(folder: Path) -> None:
+    """Refuse, with a ValueError, a tokenizer that makes ids that the model's embedding has no row for. More
+    rows than ids are usual: embeddings are padded."""
+    ids = tokenizer(folder).get_vocab().values()
+    rows = vocabulary(folder)
+    if ids and max(ids) >= rows:
+        raise ValueError(
+            f"the tokenizer in {folder} makes ids up to {max(ids)}, and the embedding has {rows} rows: "
+            f"they belong to different models"
+        )
+
+
+def family_of(folder: Path) -> str:
+    """The name of the family of a folder's model."""
+    return str(json.loads((folder / "config.json").read_text())["model_type"])
 
 
 def task_of(folder: Path) -> Task:

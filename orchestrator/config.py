@@ -39,10 +39,13 @@ class Evaluation:
 
 @dataclass
 class Data:
-    evaluation: Evaluation = field(default_factory=Evaluation)
+    """choices: a .jsonl of multiple-choice items; labelled: a .jsonl of texts with labels, to classify."""
+
+    evaluation: Evaluation | None = None
     calibration: Text | None = None
     train: Text | None = None
     choices: str | None = None
+    labelled: str | None = None
 
 
 @dataclass

@@ -56,7 +56,7 @@ def forecast(prepared: Prepared, search: Search, store: ArtifactStore) -> Foreca
         known.get(r.steps[-1].name(), _operations(r.steps[-1], prepared) / ASSUMED_FLOPS) for r in left
     )
     evaluation = prepared.materials.evaluation
-    tokens = evaluation.samples * evaluation.tokens
+    tokens = 0 if evaluation is None else evaluation.samples * evaluation.tokens
     measuring = len(possible) * known.get("measuring", _forward(prepared) * tokens / ASSUMED_FLOPS)
     timing = len(possible) / 2 * TIMING_SECONDS if prepared.plan.timers else 0.0
     return Forecast(

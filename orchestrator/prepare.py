@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import TypeVar
 
 from jobs import data, meters, models, runtimes
-from jobs.families import Task
+from jobs.families import TASKS, Task, family
 from jobs.job import Job, Materials, Target, TextSource
 from jobs.layout import Layout
+from jobs.meter import Reads
 from jobs.recipe import Origin, Recipe
 from orchestrator import search
 from orchestrator.config import Evaluation, InvalidStudy, Loaded, StudyConfig, Text
@@ -119,7 +120,7 @@ def prepare(loaded: Loaded) -> Prepared:
             return None
 
     _check_values(config, check)
-    task: Task = "embedding" if config.task == "embedding" else "causal-lm"
+    task: Task = next((one for one in TASKS if one == config.task), "causal-lm")
     space, space_problems = parse(config.space)
     if "space" not in wrong:
         problems += space_problems
@@ -127,8 +128,10 @@ def prepare(loaded: Loaded) -> Prepared:
     if folder is not None:
         check(
             "task",
-            (task == models.task_of(folder), f"got {config.task}, expected {models.task_of(folder)}"),
+            (config.task == models.task_of(folder), f"got {config.task}, expected {models.task_of(folder)}"),
         )
+        attempt("model", lambda: models.check_vocabulary(folder), "a model and its own tokenizer")
+        problems += _refusals(space, folder, task)
     materials = _materials(config, task)
     plan_meters = _meters(config, task, materials, attempt)
     _check_data(config, materials, plan_meters, space, folder, problems, wrong)
@@ -152,6 +155,21 @@ def prepare(loaded: Loaded) -> Prepared:
     return Prepared(config, loaded.text, space, materials, layout, plan)
 
 
+def _refusals(space: SearchSpace, folder: Path, task: Task) -> list[Problem]:
+    """The techniques of the space that do not do models of this family for this task, with the reason."""
+    kind = family(models.family_of(folder))
+    found = []
+    for stage, options in space.stages.items():
+        for option in options:
+            reason = option.technique.refusal(kind, task)
+            if reason is not None:
+                name = option.technique.name()
+                found.append(
+                    Problem(f"space.{stage}.{name}", f"{name} does not do {kind.name} ({task}): {reason}")
+                )
+    return found
+
+
 def objectives_of(config: StudyConfig) -> tuple[Objective, ...]:
     return tuple(
         Objective(metric, "max" if spec.goal == "max" else "min", spec.limit)
@@ -173,7 +191,7 @@ def _check_values(config: StudyConfig, check: Check) -> None:
     check("name", (name_ok, f"got {config.name!r}, expected letters, digits, '.', '_' and '-'"))
     check(
         "task",
-        (config.task in ("causal-lm", "embedding"), f"got {config.task}, expected causal-lm or embedding"),
+        (config.task in TASKS, f"got {config.task}, expected one of {', '.join(TASKS)}"),
     )
     check("objectives", (bool(config.objectives), "got none, expected at least one metric with its goal"))
     for metric, spec in config.objectives.items():
@@ -184,18 +202,16 @@ def _check_values(config: StudyConfig, check: Check) -> None:
         ("search.seed", config.search.seed, 0),
         ("target.prompt_tokens", config.target.prompt_tokens, 1),
         ("target.new_tokens", config.target.new_tokens, 1),
-        ("data.evaluation.tokens", config.data.evaluation.tokens, 1),
-        ("data.evaluation.window", config.data.evaluation.window, 2),
     ):
         check(key, (value >= low, f"got {value}, expected at least {low}"))
     evaluation = config.data.evaluation
-    check(
-        "data.evaluation.window",
-        (
-            evaluation.window <= evaluation.tokens,
-            f"got {evaluation.window}, expected at most tokens={evaluation.tokens}",
-        ),
-    )
+    if evaluation is not None:
+        tokens, window = evaluation.tokens, evaluation.window
+        check("data.evaluation.tokens", (tokens >= 1, f"got {tokens}, expected at least 1"))
+        check(
+            "data.evaluation.window",
+            (2 <= window <= tokens, f"got {window}, expected 2 to tokens={tokens}"),
+        )
     cores = os.cpu_count() or 1
     threads = config.target.threads
     check(
@@ -226,10 +242,11 @@ def _materials(config: StudyConfig, task: Task) -> Materials:
     return Materials(
         model=config.model,
         task=task,
-        evaluation=_source(config.data.evaluation),
+        evaluation=None if config.data.evaluation is None else _source(config.data.evaluation),
         calibration=None if config.data.calibration is None else _source(config.data.calibration),
         training=None if config.data.train is None else _source(config.data.train),
         choices=config.data.choices,
+        labelled=config.data.labelled,
         target=Target(target.runtime, target.threads, target.prompt_tokens, target.new_tokens),
     )
 
@@ -254,7 +271,7 @@ def _meters(
         name = attempt(f"objectives.{metric}", lambda metric=metric: meters.producing(metric, task), what)
         if name is not None:
             found.add(name)
-    if task == "causal-lm":
+    if task == "causal-lm" and materials.evaluation is not None:
         found.add("text")
     if materials.choices is not None:
         found.add("choices")
@@ -275,13 +292,18 @@ def _check_data(
     needed_by = {
         need: [o.technique.name() for o in space.options() if need in o.technique.needs] for need in needs
     }
+    read_by = {reads: name for name in plan_meters if (reads := meters.load(name).reads) is not None}
     for key, source, need in (
-        ("data.evaluation", materials.evaluation, None),
+        ("data.evaluation", materials.evaluation, "evaluation"),
         ("data.calibration", materials.calibration, "calibration"),
         ("data.train", materials.training, "training"),
     ):
         if source is None:
-            if need in needs and key not in wrong:
+            if need == "evaluation" and need in read_by and key not in wrong:
+                problems.append(
+                    Problem(key, f"got nothing, expected a text: {read_by[need]} is measured on it")
+                )
+            elif need in needs and key not in wrong:
                 who = ", ".join(sorted(set(needed_by[need])))
                 problems.append(Problem(key, f"got nothing, expected a text: {who} needs it"))
             continue
@@ -293,15 +315,21 @@ def _check_data(
                 data.windows_for(source, folder)
         except (ValueError, OSError) as error:
             problems.append(Problem(key, f"got {error}"))
-    if config.data.choices is not None:
+    read: tuple[tuple[Reads, str | None, Callable[[str], object]], ...] = (
+        ("choices", materials.choices, data.choices),
+        ("labelled", materials.labelled, data.labelled),
+    )
+    for reads, file, parse_items in read:
+        if file is None:
+            if reads in read_by:
+                problems.append(
+                    Problem(f"data.{reads}", "got nothing, expected a .jsonl of items: an objective needs it")
+                )
+            continue
         try:
-            data.choices(config.data.choices)
+            parse_items(file)
         except (ValueError, OSError) as error:
-            problems.append(Problem("data.choices", f"got {error}"))
-    elif "choices" in plan_meters:
-        problems.append(
-            Problem("data.choices", "got nothing, expected a .jsonl of items: an objective needs it")
-        )
+            problems.append(Problem(f"data.{reads}", f"got {error}"))
 
 
 def _data_digest(materials: Materials) -> str:
@@ -312,11 +340,13 @@ def _data_digest(materials: Materials) -> str:
 
 def _measuring_digest(materials: Materials) -> str:
     """The digest of what meters read, and of the target that they measure for."""
-    choices = None
-    if materials.choices is not None:
-        choices = hashlib.sha256(Path(materials.choices).read_bytes()).hexdigest()
+    files = [
+        None if file is None else hashlib.sha256(Path(file).read_bytes()).hexdigest()
+        for file in (materials.choices, materials.labelled)
+    ]
     target = materials.target
-    parts = [data.digest(materials.evaluation), choices, materials.task]
+    text = None if materials.evaluation is None else data.digest(materials.evaluation)
+    parts = [text, *files, materials.task]
     return _digest([*parts, target.runtime, target.threads, target.prompt_tokens, target.new_tokens])
 
 

@@ -31,4 +31,4 @@ def vectors(module: nn.Module, rows: Int[Tensor, "windows tokens"]) -> Float[Ten
     return torch.cat([module(batch).last_hidden_state.float().mean(dim=1) for batch in batches])
 
 
-METER = Meter(metrics=("agreement",), tasks=("embedding",), measure=measure)
+METER = Meter(metrics=("agreement",), tasks=("embedding",), measure=measure, reads="evaluation")

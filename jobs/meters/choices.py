@@ -88,4 +88,9 @@ def _encode(tokenizer: Tokenizer, question: Question) -> _Encoded:
     return _Encoded(context, endings)
 
 
-METER = Meter(metrics=("choice_accuracy", "choice_accuracy_norm"), tasks=("causal-lm",), measure=measure)
+METER = Meter(
+    metrics=("choice_accuracy", "choice_accuracy_norm"),
+    tasks=("causal-lm",),
+    measure=measure,
+    reads="choices",
+)

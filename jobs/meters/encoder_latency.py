@@ -1,4 +1,4 @@
-"""How long an encoder takes for one text."""
+"""How long an encoder, or a classifier, takes for one text."""
 
 from __future__ import annotations
 
@@ -12,4 +12,6 @@ def measure(subject: Subject) -> Measurement:
     return time_quietly(subject, new_tokens=0)
 
 
-METER = Meter(metrics=metrics_of(["prefill"]), tasks=("embedding",), measure=measure, exclusive=True)
+METER = Meter(
+    metrics=metrics_of(["prefill"]), tasks=("embedding", "classification"), measure=measure, exclusive=True
+)

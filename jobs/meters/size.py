@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from jobs.families import TASKS
 from jobs.job import Measurement
 from jobs.meter import Meter, Subject
 
@@ -14,4 +15,4 @@ def measure(subject: Subject) -> Measurement:
     return Measurement({"size_bytes": float(sum(file.stat().st_size for file in files))})
 
 
-METER = Meter(metrics=("size_bytes",), tasks=("causal-lm", "embedding"), measure=measure)
+METER = Meter(metrics=("size_bytes",), tasks=TASKS, measure=measure)

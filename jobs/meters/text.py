@@ -50,4 +50,4 @@ def score(
     return losses.double(), hits
 
 
-METER = Meter(metrics=("perplexity", "accuracy"), tasks=("causal-lm",), measure=measure)
+METER = Meter(metrics=("perplexity", "accuracy"), tasks=("causal-lm",), measure=measure, reads="evaluation")

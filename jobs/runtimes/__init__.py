@@ -15,7 +15,8 @@ _PREFIX = "on_"
 
 
 class Runner(Protocol):
-    """An artifact, ready to run one sequence at a time. An encoder's outputs are its last hidden states."""
+    """An artifact, ready to run one sequence at a time. An encoder's outputs are its last hidden states, a
+    classifier's its classes' logits."""
 
     def prefill(self, tokens: Int[Tensor, "1 tokens"]) -> Float[Tensor, "1 outputs width"]:
         """Start anew with these tokens; returns the logits of the next token (an encoder: all states)."""

@@ -36,6 +36,7 @@ class TorchRunner:
     """A model with the KV cache of the sequence it is at."""
 
     def __init__(self, model: Model) -> None:
+        self._model = model
         self._module = cast(Any, model.module)
         self._decodes = model.task == "causal-lm"
         self._cache: Any = None
@@ -43,7 +44,7 @@ class TorchRunner:
     @torch.inference_mode()
     def prefill(self, tokens: Int[Tensor, "1 tokens"]) -> Float[Tensor, "1 outputs width"]:
         if not self._decodes:
-            return cast(Tensor, self._module(tokens).last_hidden_state)
+            return self._model.answer(tokens)
         output = self._module(tokens, use_cache=True, logits_to_keep=1)
         self._cache = output.past_key_values
         return cast(Tensor, output.logits)

@@ -61,8 +61,7 @@ def step_of(technique: type[Technique]) -> Technique:
 def outputs(model: Model) -> Tensor:
     tokens = torch.randint(3, 512, (2, 16), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        found = model.module(tokens)
-    return found.logits if model.task == "causal-lm" else found.last_hidden_state
+        return model.answer(tokens)
 
 
 def test_it_declares_what_it_is(technique: type[Technique]) -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,7 +15,7 @@ from jobs import models
 from jobs.data import Question
 from jobs.job import Materials, TextSource
 from jobs.meter import Subject, mean_and_error
-from jobs.meters import agreement, choices, size, text
+from jobs.meters import agreement, choices, labels, size, text
 
 
 @pytest.fixture
@@ -148,3 +149,32 @@ def test_an_original_agrees_with_itself_and_less_with_a_damaged_model(
 def test_the_size_is_that_of_the_weight_files(subject: Subject) -> None:
     expected = (subject.folder / "model.safetensors").stat().st_size
     assert size.measure(subject).metrics == {"size_bytes": float(expected)}
+
+
+def classifier(tiny: Callable[..., Path], file: Path, *items: dict[str, object]) -> Subject:
+    folder = tiny("bert", "classification")
+    file.write_text("\n".join(json.dumps(item) for item in items))
+    return Subject(folder, folder, Materials(str(folder), "classification", labelled=str(file)))
+
+
+def test_a_classifiers_accuracy_is_the_share_of_texts_it_labels_right(
+    tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = tiny("bert", "classification")
+    texts = ["An expression", "A list of names, and more", "if x: pass"]
+    tokenizer, module = models.tokenizer(folder), models.load(folder).module
+    with torch.no_grad():
+        said = [module(torch.tensor([tokenizer(one).input_ids])).logits.argmax().item() for one in texts]
+    items = [{"text": one, "label": label} for one, label in zip(texts, said, strict=True)]
+    assert labels.measure(classifier(tiny, tmp_path / "a.jsonl", *items)).metrics == {"accuracy": 1.0}
+    items[0]["label"] = f"LABEL_{1 - said[0]}"  # a name that the config knows, and the wrong one
+    found = labels.measure(classifier(tiny, tmp_path / "b.jsonl", *items))
+    assert found.metrics["accuracy"] == pytest.approx(2 / 3)
+
+
+def test_a_label_that_the_model_does_not_know_is_refused(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    for label in (2, "joy"):
+        with pytest.raises(
+            ValueError, match=f"{label!r}.*is none of the model's: LABEL_0, LABEL_1 or 0 to 1"
+        ):
+            labels.measure(classifier(tiny, tmp_path / "x.jsonl", {"text": "An expression", "label": label}))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -38,7 +39,7 @@ def test_an_override_replaces_what_the_file_says(prepared: Callable[..., Prepare
         ("search.candidates=many", "command line search.candidates: got 'many', expected a whole number"),
         ("search.candidates=0", "command line search.candidates: got 0, expected at least 1"),
         ("search.algorithm=magic", "command line search.algorithm: got magic, expected one of nsga2, random"),
-        ("task=poetry", "command line task: got poetry, expected causal-lm or embedding"),
+        ("task=poetry", "command line task: got poetry, expected one of causal-lm, classification, embedding"),
         ("target.threads=1000", "expected 1 to"),
         ("target.runtime=abacus", "got abacus, expected one of"),
         ("cluster.slots=some", "got 'some', expected auto or a whole number from 1"),
@@ -131,3 +132,17 @@ def test_the_known_size_of_choices_is_that_of_the_layout(prepared: Callable[...,
     recipe = ready.space.recipe(ready.plan.original.origin, choices)
     assert [step.name() for step in recipe.steps] == ["drop_layers", "prune_ffn", "rtn"]
     assert ready.known(choices) == {"size_bytes": recipe.layout(ready.layout).size_bytes()}
+
+
+def test_a_tokenizer_of_another_model_is_refused(study_file: Path, tiny_llama: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "mixed"
+    shutil.copytree(tiny_llama, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "vocab_size": 300}))
+    (line,) = problems(study_file, f"model={folder}")
+    assert "makes ids up to 511, and the embedding has 300 rows" in line
+
+
+def test_a_classifier_needs_texts_with_labels(study_file: Path, tiny: Callable[..., Path]) -> None:
+    lines = problems(study_file, f"model={tiny('bert', 'classification')}", "task=classification")
+    assert [line for line in lines if "data.labelled: got nothing" in line]
