@@ -5,16 +5,21 @@ One rank: the process group lives inside the process, without a launcher, a port
 
 from __future__ import annotations
 
+import json
 import math
 import os
+import shutil
+import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, distributed, nn
 
 from jobs import memory
@@ -22,8 +27,19 @@ from jobs.context import Report
 
 _BUCKET = 5_000_000
 """Elements of a gradient bucket: DeepSpeed's default of 5e8 would allocate gigabytes for one rank."""
+_MARKER = "checkpoint.json"
+_BEST = "best.safetensors"
 _RECENT = 4
 """Steps whose mean loss is compared with the start's: single steps are too noisy to judge by."""
+
+
+LossOf = Callable[[nn.Module, Tensor], Tensor]
+AfterStep = Callable[[int], None]
+"""Called after each update with the number of steps done."""
+
+
+def _nothing(done: int) -> None:
+    del done
 
 
 @dataclass(frozen=True)
@@ -52,21 +68,50 @@ class Training:
 
 
 @dataclass(frozen=True)
+class HeldOut:
+    """Batches never trained on, whose mean loss is taken before the first step, after each `every` steps and
+    after the last. Training ends when it has not fallen `patience` times in a row; the weights of the lowest
+    are restored."""
+
+    batches: Sequence[Tensor]
+    every: int
+    patience: int
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """Where a training leaves what it needs to go on after an interruption, after each `every` steps.
+
+    folder: this training's own; it must outlive the attempt, and the caller removes it. DeepSpeed reads its
+    files back as pickles, which can run code: nobody else may write there. A checkpoint holds 14 bytes for
+    each trained weight, and the last one stays until the next is complete.
+    """
+
+    folder: Path
+    every: int
+
+
+@dataclass(frozen=True)
 class TrainingLog:
     """losses: one a step. peak_gib: the most memory held at the end of a step's backward pass or update,
-    of the device where there is one, else of this process."""
+    of the device where there is one, else of this process. held_out: as often as it was taken."""
 
     losses: tuple[float, ...]
     peak_gib: float
     seconds: float
+    held_out: tuple[float, ...] = ()
 
 
 def train(
     module: nn.Module,
     batches: Iterable[Tensor],
-    loss_of: Callable[[nn.Module, Tensor], Tensor],
+    loss_of: LossOf,
     training: Training,
     report: Report,
+    *,
+    after_step: AfterStep = _nothing,
+    held_out: HeldOut | None = None,
+    checkpoints: Checkpoints | None = None,
 ) -> TrainingLog:
     """Train, in place, the parameters of a bf16 module that require gradients.
 
@@ -74,48 +119,152 @@ def train(
     The module keeps its mode: one in eval mode trains without dropout. Afterwards its parameters are plain
     ones again, as shared between names as before, and none requires gradients.
     Raises FloatingPointError as soon as the training diverges.
+
+    `after_step(done)` is called after each update with the number of steps done, for what follows a
+    schedule (a temperature, a share of masked weights), which the forward pass reads from attributes and
+    buffers. It must not write parameters: the optimizer holds fp32 masters of them, in slices that depend
+    on the ZeRO stage, and its next update would write those over it. What is to hold of the weights
+    (masked, rounded, of low rank) belongs into the forward pass: by
+    `torch.nn.utils.parametrize.register_parametrization(linear, "weight", part)` with `part` a module that
+    maps the trained weight to the one to compute with, and `remove_parametrizations(linear, "weight")`
+    afterwards, which leaves the mapped one. `weight * mask` has no gradient where the mask is zero, so what
+    is masked stays as it is, at every stage.
+
+    With `checkpoints`, the same call made again after an interruption goes on from the last checkpoint, to
+    the same result: `batches` must be the same ones from the start, and `after_step` is called once with
+    the number of steps that are done already.
     """
     started = time.perf_counter()
     hooks = _hooks(module)
+    course = _Course(loss_of, training, report, after_step, held_out, checkpoints)
     with _single_rank():
         engine = _start(module, training)
         try:
-            losses, peak = _run(engine, iter(batches), loss_of, training, report)
+            course.run(engine, iter(batches))
         finally:
             _stop(engine, module)
             _restore_hooks(hooks)
-    return TrainingLog(tuple(losses), peak, time.perf_counter() - started)
+    if course.best:
+        with torch.no_grad():
+            for name, parameter in module.named_parameters():
+                if name in course.best:
+                    parameter.copy_(course.best[name])
+    seconds = time.perf_counter() - started
+    return TrainingLog(tuple(course.losses), course.peak_gib, seconds, tuple(course.held_losses))
 
 
-def _run(
-    engine: Any,
-    batches: Iterator[Tensor],
-    loss_of: Callable[[nn.Module, Tensor], Tensor],
-    training: Training,
-    report: Report,
-) -> tuple[list[float], float]:
-    """Take all steps; the loss of each and the peak of memory."""
-    losses: list[float] = []
-    peak = 0.0
-    for step in range(training.steps):
+@dataclass
+class _Course:
+    """One training and how far it is. best: the trained weights at the lowest held-out loss, on the CPU."""
+
+    loss_of: LossOf
+    training: Training
+    report: Report
+    after_step: AfterStep
+    held_out: HeldOut | None
+    checkpoints: Checkpoints | None
+    losses: list[float] = field(default_factory=list)
+    held_losses: list[float] = field(default_factory=list)
+    best: dict[str, Tensor] = field(default_factory=dict)
+    peak_gib: float = 0.0
+
+    def run(self, engine: Any, batches: Iterator[Tensor]) -> None:
+        """Take all steps, or those left."""
+        self._resume(engine)
+        if self.losses:
+            for _ in range(len(self.losses) * self.training.accumulate):
+                next(batches)
+            self.after_step(len(self.losses))
+        else:
+            self._judge(engine)
+        while len(self.losses) < self.training.steps and not self._gave_up():
+            self._step(engine, batches)
+            done = len(self.losses)
+            self.after_step(done)
+            self._judge(engine)
+            self._save(engine)
+            share = done / self.training.steps
+            self.report(share, f"step {done} of {self.training.steps}, loss {self.losses[-1]:.4f}")
+
+    def _step(self, engine: Any, batches: Iterator[Tensor]) -> None:
+        step = len(self.losses)
         for group in engine.optimizer.param_groups:
-            group["lr"] = training.rate(step)
+            group["lr"] = self.training.rate(step)
         parts = []
-        for _ in range(training.accumulate):
-            loss = loss_of(engine, next(batches))
+        for _ in range(self.training.accumulate):
+            loss = self.loss_of(engine, next(batches))
             parts.append(loss.item())
             if not math.isfinite(parts[-1]):
                 raise FloatingPointError(f"the loss became {parts[-1]} at step {step + 1}")
             engine.backward(loss)
-            peak = max(peak, memory.held_gib())
+            self.peak_gib = max(self.peak_gib, memory.held_gib())
             engine.step()
-        peak = max(peak, memory.held_gib())
-        losses.append(fmean(parts))
-        _refuse_divergence(losses)
+        self.peak_gib = max(self.peak_gib, memory.held_gib())
+        self.losses.append(fmean(parts))
+        _refuse_divergence(self.losses)
         if engine.skipped_steps:
             raise FloatingPointError(f"the gradient became infinite or NaN at step {step + 1}")
-        report((step + 1) / training.steps, f"step {step + 1} of {training.steps}, loss {losses[-1]:.4f}")
-    return losses, peak
+
+    def _judge(self, engine: Any) -> None:
+        """Take the held-out loss, if it is time, and keep the weights if they are the best so far."""
+        done, held = len(self.losses), self.held_out
+        if held is None or (done % held.every and done < self.training.steps):
+            return
+        with torch.no_grad():
+            sums = [len(batch) * self.loss_of(engine, batch).item() for batch in held.batches]
+        loss = sum(sums) / sum(len(batch) for batch in held.batches)
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"the held-out loss became {loss} after {done} steps")
+        if not self.held_losses or loss < min(self.held_losses):
+            self.best = _trained_values(engine.module)
+        self.held_losses.append(loss)
+
+    def _gave_up(self) -> bool:
+        if self.held_out is None or not self.held_losses:
+            return False
+        since_best = len(self.held_losses) - 1 - self.held_losses.index(min(self.held_losses))
+        return since_best >= self.held_out.patience
+
+    def _save(self, engine: Any) -> None:
+        """Write a checkpoint, if it is time. It counts from the moment that the marker names it."""
+        done, places = len(self.losses), self.checkpoints
+        if places is None or done % places.every or done == self.training.steps:
+            return
+        before = self._marker()
+        places.folder.mkdir(parents=True, exist_ok=True)
+        # A name of its own: an attempt that was given up may still be writing beside this one.
+        folder = Path(tempfile.mkdtemp(dir=places.folder, prefix=f"step-{done}-"))
+        engine.save_checkpoint(
+            str(places.folder), folder.name, save_latest=False, exclude_frozen_parameters=True
+        )
+        save_file(self.best, folder / _BEST)
+        marker = {
+            "training": asdict(self.training), "folder": folder.name, "losses": self.losses,
+            "held_losses": self.held_losses,
+        }  # fmt: skip
+        beside = folder / _MARKER
+        beside.write_text(json.dumps(marker))
+        os.replace(beside, places.folder / _MARKER)
+        if before is not None:
+            shutil.rmtree(places.folder / before["folder"], ignore_errors=True)
+
+    def _resume(self, engine: Any) -> None:
+        """Put everything back to where the last checkpoint was written, if there is one."""
+        marker = self._marker()
+        if marker is None or self.checkpoints is None:
+            return
+        folder = self.checkpoints.folder
+        if marker["training"] != asdict(self.training):
+            raise ValueError(f"{folder} holds a checkpoint of another training: {marker['training']}")
+        engine.load_checkpoint(str(folder), marker["folder"], load_module_strict=False)
+        self.best = load_file(folder / marker["folder"] / _BEST)
+        self.losses, self.held_losses = marker["losses"], marker["held_losses"]
+
+    def _marker(self) -> dict[str, Any] | None:
+        if self.checkpoints is None or not (self.checkpoints.folder / _MARKER).is_file():
+            return None
+        marker: dict[str, Any] = json.loads((self.checkpoints.folder / _MARKER).read_text())
+        return marker
 
 
 def _refuse_divergence(losses: list[float]) -> None:
@@ -186,6 +335,15 @@ def _single_rank() -> Iterator[None]:
                 del os.environ[name]
             else:
                 os.environ[name] = value
+
+
+def _trained_values(module: nn.Module) -> dict[str, Tensor]:
+    """Copies, on the CPU, of the parameters that are trained, by name."""
+    import deepspeed
+
+    trained = {name: one for name, one in module.named_parameters() if one.requires_grad}
+    with deepspeed.zero.GatheredParameters(list(trained.values()), modifier_rank=None):
+        return {name: parameter.detach().to("cpu", copy=True) for name, parameter in trained.items()}
 
 
 def _stop(engine: Any, module: nn.Module) -> None:

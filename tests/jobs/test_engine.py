@@ -1,10 +1,13 @@
 """Training through DeepSpeed: it learns, is repeatable at every ZeRO stage, stops when it diverges, leaves no trace."""
 
+import contextlib
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from jobs import engine
 from jobs.engine import Training
@@ -128,3 +131,89 @@ def test_every_step_is_reported() -> None:
     shares: list[float] = []
     engine.train(Net(), rows(), off, Training(1e-3, 4), lambda share, what: shares.append(share))
     assert shares == [0.25, 0.5, 0.75, 1.0]
+
+
+class Masked(nn.Module):
+    mask: Tensor
+
+    def __init__(self, mask: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("mask", mask)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight * self.mask
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_weights_masked_in_the_forward_pass_stay_zero_and_the_others_learn(stage: int) -> None:
+    module = nn.Linear(8, 8).to(torch.bfloat16)
+    mask = (torch.rand(8, 8, generator=torch.Generator().manual_seed(2)) > 0.5).bfloat16()
+    before = module.weight.detach().clone()
+    parametrize.register_parametrization(module, "weight", Masked(mask))
+    done: list[int] = []
+    engine.train(module, rows(), off, Training(1e-2, 6, zero_stage=stage), quiet, after_step=done.append)
+    hidden = module.get_parameter("parametrizations.weight.original")
+    assert torch.equal(hidden[mask == 0], before[mask == 0])
+    parametrize.remove_parametrizations(module, "weight")
+    assert not module.weight[mask == 0].any()
+    assert not torch.equal(module.weight[mask == 1], before[mask == 1])
+    assert done == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_training_stops_when_held_out_rows_get_worse_and_leaves_the_best_weights(stage: int) -> None:
+    """After 20 steps it is asked for the opposite of what it is judged by."""
+    wishes = [torch.cat([x, x / 2 if step < 20 else -x], dim=1) for step, x in enumerate(rows(400))]
+    held = engine.HeldOut([torch.cat([x, x / 2], dim=1) for x in rows(2)], every=5, patience=2)
+
+    def wished(module: nn.Module, batch: Tensor) -> Tensor:
+        x, goal = batch.chunk(2, dim=1)
+        return nn.functional.mse_loss(module(x).float(), goal.float())
+
+    module = Net()
+    log = engine.train(module, wishes, wished, Training(1e-2, 400, zero_stage=stage), quiet, held_out=held)
+    best = log.held_out.index(min(log.held_out))
+    assert best > 0
+    assert len(log.losses) == 5 * (len(log.held_out) - 1) == 5 * (best + 2) < 400
+    with torch.no_grad():
+        left = sum(wished(module, batch).item() for batch in held.batches) / 2
+    assert left == pytest.approx(min(log.held_out), rel=1e-3)
+
+
+class Interrupted(Exception):  # noqa: N818 - it is no error of the training
+    pass
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_training_interrupted_and_called_again_ends_as_one_that_was_not(stage: int, tmp_path: Path) -> None:
+    training = Training(1e-2, 12, accumulate=2, zero_stage=stage)
+    held = engine.HeldOut(rows(2), every=3, patience=10)
+    whole = Net()
+    expected = engine.train(whole, rows(), off, training, quiet, held_out=held)
+    places = engine.Checkpoints(tmp_path / "checkpoints", every=4)
+    told: list[int] = []
+
+    def interrupt(done: int) -> None:
+        told.append(done)
+        if done == 10 and len(told) == 10:
+            raise Interrupted
+
+    module = Net()
+    for _ in range(2):
+        with contextlib.suppress(Interrupted):
+            log = engine.train(
+                module, rows(), off, training, quiet, after_step=interrupt, held_out=held, checkpoints=places
+            )
+            break
+        module = Net()
+    assert told == [*range(1, 11), 8, 9, 10, 11, 12]
+    assert log.losses == pytest.approx(expected.losses, rel=1e-6)
+    assert log.held_out == pytest.approx(expected.held_out, rel=1e-6)
+    torch.testing.assert_close(module.first.weight, whole.first.weight, rtol=1e-6, atol=0)
+
+
+def test_a_checkpoint_of_another_training_is_refused(tmp_path: Path) -> None:
+    places = engine.Checkpoints(tmp_path, every=1)
+    engine.train(Net(), rows(), off, Training(1e-3, 2), quiet, checkpoints=places)
+    with pytest.raises(ValueError, match="another training"):
+        engine.train(Net(), rows(), off, Training(1e-4, 2), quiet, checkpoints=places)
