@@ -19,11 +19,15 @@ from torch import Tensor, nn
 
 from jobs.context import Report
 from jobs.models import Model
+from jobs.streaming import stream
 
 Rows = Int[Tensor, "samples tokens"]
 
 _TOKENS_AT_ONCE = 2048
 _TILE = 512
+
+Part = tuple[dict[str, Tensor], dict[str, str]]
+"""Named tensors, and notes to keep beside them."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +75,7 @@ class Grams:
 class Statistics:
     """The statistics of one parent model on one calibration text.
 
-    folder: where they are kept as `KEY-KIND.safetensors`; None keeps them in memory.
+    folder: where they are kept as `KEY-KIND.PART.safetensors`; None keeps them in memory.
     key: names the pair of model and text.
     limit_bytes: of the folder; the least recently used files beyond it are removed after each write.
 
@@ -87,8 +91,11 @@ class Statistics:
 
     def grams(self, model: Model, calibration: Rows, report: Report) -> Grams:
         """The Gram matrix and the mean of every linear's inputs; ValueError names a linear that reads NaN."""
-        stored = self.stored("gram", lambda: _grams(model, calibration, report))
-        return Grams(stored, json.loads(stored.about["sharing"]))
+        stored = self.streamed("gram", lambda: _grams(model, calibration, report))
+        sharing: dict[str, tuple[str, ...]] = {}
+        for note in stored.about.values():
+            sharing |= json.loads(note)
+        return Grams(stored, sharing)
 
     def block_influence(self, model: Model, calibration: Rows, report: Report) -> Float[Tensor, " blocks"]:
         """1 − the mean cosine between what enters a block and what leaves it (Men et al. 2024,
@@ -105,17 +112,60 @@ class Statistics:
 
     def stored(self, kind: str, compute: Callable[[], tuple[dict[str, Tensor], dict[str, str]]]) -> Stored:
         """The tensors of this kind, and the notes beside them, from the cache or else from `compute`."""
+        return self.streamed(kind, lambda: iter([compute()]))
+
+    def streamed(self, kind: str, compute: Callable[[], Iterator[Part]]) -> Stored:
+        """The same in parts, each written before the next is computed: one at a time is held in memory."""
         if kind not in self._memory:
             if self._folder is None:
-                tensors, about = compute()
-                self._memory[kind] = Stored(tuple(tensors), tensors.__getitem__, about)
+                self._memory[kind] = _joined([_held(*part) for part in compute()])
             else:
-                file = self._folder / f"{self._key}-{kind}.safetensors"
-                if not file.is_file():
-                    _write(file, *compute())
-                    _evict(self._folder, self._limit_bytes, file)
-                self._memory[kind] = _open(file)
+                files = _Files(self._folder, f"{self._key}-{kind}")
+                found = files.open()
+                if found is None:
+                    files.write(compute())
+                    found = files.open()
+                    _evict(self._folder, self._limit_bytes, files.stem)
+                if found is None:
+                    raise LookupError(f"the statistics {files.stem} in {self._folder} vanished while written")
+                self._memory[kind] = found
         return self._memory[kind]
+
+
+@dataclass(frozen=True)
+class _Files:
+    """The files of one kind of statistics: its parts, and a last one without tensors that says how many."""
+
+    folder: Path
+    stem: str
+
+    def open(self) -> Stored | None:
+        """What they hold; None where they are not complete."""
+        try:
+            parts = int(_open(self._file("parts")).about["parts"])
+            return _joined([_open(self._file(str(part))) for part in range(parts)])
+        except FileNotFoundError:
+            return None
+
+    def write(self, parts: Iterator[Part]) -> None:
+        number = 0
+        for number, part in enumerate(parts, start=1):
+            _write(self._file(str(number - 1)), *part)
+        _write(self._file("parts"), {}, {"parts": str(number)})
+
+    def _file(self, part: str) -> Path:
+        return self.folder / f"{self.stem}.{part}.safetensors"
+
+
+def _held(tensors: dict[str, Tensor], about: dict[str, str]) -> Stored:
+    return Stored(tuple(tensors), tensors.__getitem__, about)
+
+
+def _joined(parts: Sequence[Stored]) -> Stored:
+    """Several of which no name is in two."""
+    owners = {name: part for part in parts for name in part.names}
+    about = {key: note for part in parts for key, note in part.about.items()}
+    return Stored(tuple(owners), lambda name: owners[name][name], about)
 
 
 def _write(file: Path, tensors: dict[str, Tensor], about: dict[str, str]) -> None:
@@ -137,8 +187,8 @@ def _open(file: Path) -> Stored:
     return Stored(tuple(opened.keys()), opened.get_tensor, about)  # type: ignore[no-untyped-call]
 
 
-def _evict(folder: Path, limit_bytes: int, keep: Path) -> None:
-    """Remove the files used longest ago, but `keep`, until the folder is within its limit."""
+def _evict(folder: Path, limit_bytes: int, keep: str) -> None:
+    """Remove the files used longest ago, but those of the stem `keep`, until the folder is within its limit."""
     found = []
     for file in [*folder.glob("*.safetensors"), *folder.glob("*.partial")]:
         try:
@@ -150,17 +200,17 @@ def _evict(folder: Path, limit_bytes: int, keep: Path) -> None:
     for _, size, file in sorted(found):
         if total <= limit_bytes:
             return
-        if file != keep:
+        if not file.name.startswith(f"{keep}."):
             file.unlink(missing_ok=True)
             total -= size
 
 
 @dataclass
 class _Inputs:
-    """Sums over what the linears read, while calibration runs.
+    """Sums over what the linears of one block read, while calibration runs.
 
     Linears that are given the very same tensor share one sum, under the name of the first; `seen` holds
-    the tensors of the block that runs, so that none is freed and its identity taken by another.
+    the tensors of the pass that runs, so that none is freed and its identity taken by another.
     """
 
     sums: dict[str, Tensor] = field(default_factory=dict)
@@ -223,16 +273,23 @@ def _as_it_is() -> Iterator[None]:
     yield
 
 
-def _grams(model: Model, calibration: Rows, report: Report) -> tuple[dict[str, Tensor], dict[str, str]]:
-    inputs = _Inputs()
-    hooks = [layer.register_forward_pre_hook(inputs.reads(name)) for name, layer in model.linears().items()]
-    hooks += [block.register_forward_pre_hook(inputs.enter_block, with_kwargs=True) for block in model.blocks]
-    try:
-        _run(model, calibration, report, "Gram matrices")
-    finally:
-        for hook in hooks:
-            hook.remove()
-    tokens = calibration.numel()
+def _grams(model: Model, calibration: Rows, report: Report) -> Iterator[Part]:
+    """Block by block: held are the Gram matrices of one, beside one hidden state per token."""
+    linears = model.linears()
+    for visit in stream(model, calibration, report, "Gram matrices"):
+        inputs = _Inputs()
+        inside = {name: part for name, part in linears.items() if name.startswith(f"{visit.name}.")}
+        hooks = [layer.register_forward_pre_hook(inputs.reads(name)) for name, layer in inside.items()]
+        hooks.append(visit.block.register_forward_pre_hook(inputs.enter_block, with_kwargs=True))
+        try:
+            visit.leave()
+        finally:
+            for hook in hooks:
+                hook.remove()
+        yield _gram_part(visit.name, inputs, calibration.numel())
+
+
+def _gram_part(block: str, inputs: _Inputs, tokens: int) -> Part:
     tensors: dict[str, Tensor] = {}
     for linear, total in inputs.sums.items():
         mirror(total)
@@ -241,7 +298,7 @@ def _grams(model: Model, calibration: Rows, report: Report) -> tuple[dict[str, T
     sharing: dict[str, list[str]] = {}
     for linear, owner in inputs.owners.items():
         sharing.setdefault(owner, []).append(linear)
-    return tensors, {"sharing": json.dumps(sharing)}
+    return tensors, {block: json.dumps(sharing)}
 
 
 def _influence(model: Model, calibration: Rows, report: Report) -> tuple[dict[str, Tensor], dict[str, str]]:

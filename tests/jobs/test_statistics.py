@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from jobs import models
 from jobs.context import Context, Report
 from jobs.statistics import Statistics
+from jobs.techniques.drop_layers import keep
 from jobs.techniques.svd_llm import SvdLlm
 
 SILENT: Report = lambda share, what: None  # noqa: E731
@@ -84,7 +86,33 @@ def test_what_was_computed_once_is_read_from_its_file(tiny_llama: Path, tmp_path
     assert again.sharing == {owner: list(names) for owner, names in first.sharing.items()}
     name = "model.layers.0.mlp.down_proj"
     assert torch.equal(again.gram(name), first.gram(name))
-    assert [file.name for file in tmp_path.iterdir()] == ["key-gram.safetensors"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == [
+        *(f"key-gram.{block}.safetensors" for block in range(4)), "key-gram.parts.safetensors"
+    ]  # fmt: skip
+
+
+def test_statistics_of_which_a_part_is_gone_are_computed_again(tiny_llama: Path, tmp_path: Path) -> None:
+    model = models.load(tiny_llama)
+    name = "model.layers.0.mlp.down_proj"
+    first = Statistics(tmp_path, "key").grams(model, tokens(), SILENT).gram(name)
+    (tmp_path / "key-gram.0.safetensors").unlink()
+    assert torch.equal(Statistics(tmp_path, "key").grams(model, tokens(), SILENT).gram(name), first)
+
+
+def test_memory_for_gram_matrices_does_not_grow_with_depth(tiny_llama: Path, tmp_path: Path) -> None:
+    def peak_bytes(depth: int) -> int:
+        model = models.load(tiny_llama)
+        keep(model, list(range(depth)))
+        seen = []
+
+        def look(share: float, what: str) -> None:
+            held = (one for one in gc.get_objects() if type(one) is Tensor)
+            seen.append(sum(one.nbytes for one in held if one.dtype == torch.float32))
+
+        Statistics(tmp_path, f"depth-{depth}").grams(model, tokens(), look)
+        return max(seen)
+
+    assert peak_bytes(4) < 1.1 * peak_bytes(2)
     with pytest.raises(AssertionError, match="computed again"):
         Statistics(tmp_path, "another").grams(model, tokens(), refuse)
 
@@ -95,13 +123,18 @@ def test_the_files_used_longest_ago_make_room(tmp_path: Path) -> None:
 
     for place, key in enumerate(("old", "older")):
         Statistics(tmp_path, key).stored("kind", some)
-        os.utime(tmp_path / f"{key}-kind.safetensors", (1000 - place, 1000 - place))
+        for part in ("0", "parts"):
+            os.utime(tmp_path / f"{key}-kind.{part}.safetensors", (1000 - place, 1000 - place))
     kept = Statistics(tmp_path, "new", limit_bytes=9000).stored("kind", some)
-    assert {file.name for file in tmp_path.iterdir()} == {"old-kind.safetensors", "new-kind.safetensors"}
+    assert {file.name for file in tmp_path.glob("*.0.*")} == {
+        "old-kind.0.safetensors", "new-kind.0.safetensors"
+    }  # fmt: skip
     assert list(kept) == ["x"]
     assert kept["x"].shape == (1000,)
     tight = Statistics(tmp_path, "newest", limit_bytes=1).stored("kind", some)
-    assert [file.name for file in tmp_path.iterdir()] == ["newest-kind.safetensors"]
+    assert {file.name for file in tmp_path.iterdir()} == {
+        "newest-kind.0.safetensors", "newest-kind.parts.safetensors"
+    }  # fmt: skip
     assert len(tight) == 1
     assert kept["x"].sum() == 0  # open files outlive their eviction
 
