@@ -64,7 +64,10 @@ class TargetSpec:
 
 @dataclass
 class SearchSpec:
+    """order: `given` keeps the stages as they stand, `any` searches their order too."""
+
     algorithm: str = "random"
+    order: str = "given"
     candidates: int = 24
     seed: int = 0
 

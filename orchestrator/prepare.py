@@ -63,6 +63,7 @@ class Prepared:
                 for stage, options in self.space.stages.items()
                 for option in options
             ],
+            list(self.space.orders),
             [(o.metric, o.goal, o.limit) for o in self.plan.objectives],
             self.config.search.algorithm,
         ]
@@ -121,7 +122,7 @@ def prepare(loaded: Loaded) -> Prepared:
 
     _check_values(config, check)
     task: Task = next((one for one in TASKS if one == config.task), "causal-lm")
-    space, space_problems = parse(config.space)
+    space, space_problems = parse(config.space, config.search.order == "any")
     if "space" not in wrong:
         problems += space_problems
     folder = attempt("model", lambda: models.locate(config.model), "a model folder, a hub id or package:NAME")
@@ -226,6 +227,8 @@ def _check_values(config: StudyConfig, check: Check) -> None:
         "search.algorithm",
         (algorithm in algorithms, f"got {algorithm}, expected one of {', '.join(algorithms)}"),
     )
+    order = config.search.order
+    check("search.order", (order in ("given", "any"), f"got {order}, expected given or any"))
     slots = config.cluster.slots
     whole = isinstance(slots, int) and not isinstance(slots, bool) and slots >= 1
     check(

@@ -15,6 +15,10 @@ from jobs.recipe import Origin, Recipe
 from jobs.technique import Technique, check_order
 
 SKIP = "skip"
+ORDER = "order"
+_THEN = ", "
+_MOST_STAGES = 6
+"""720 orders: with more stages, most of the search would go into their order."""
 Choices = Mapping[str, Value]
 """What a search chose: a technique (or `skip`) per stage, and a value for every knob, used or not."""
 
@@ -30,13 +34,20 @@ class Option:
 
 @dataclass(frozen=True)
 class SearchSpace:
-    """stages: in the order in which they are applied; every stage may also be skipped."""
+    """stages: in the order in which they are applied; every stage may also be skipped.
+
+    orders: where the order is searched as well, all that make sense, each as the stages' names.
+    """
 
     stages: Mapping[str, tuple[Option, ...]]
+    orders: tuple[tuple[str, ...], ...] = ()
 
     def knobs(self) -> dict[str, Domain]:
-        """Every knob by its full name: `STAGE` chooses the technique, `STAGE.TECHNIQUE.OPTION` its option."""
+        """Every knob by its full name: `STAGE` chooses the technique, `STAGE.TECHNIQUE.OPTION` its option;
+        `order`, where it is searched, names the stages from the first to the last."""
         found: dict[str, Domain] = {}
+        if self.orders:
+            found[ORDER] = Choice(tuple(_THEN.join(order) for order in self.orders))
         for stage, options in self.stages.items():
             found[stage] = Choice((SKIP, *(option.technique.name() for option in options)))
             for option in options:
@@ -47,8 +58,9 @@ class SearchSpace:
     def recipe(self, origin: Origin, choices: Choices) -> Recipe:
         """The recipe of these choices. Steps that change nothing, and recoveries of nothing, are left out."""
         recipe = Recipe(origin)
-        for stage, options in self.stages.items():
-            for option in options:
+        order = str(choices[ORDER]).split(_THEN) if self.orders else self.stages
+        for stage in order:
+            for option in self.stages[stage]:
                 name = option.technique.name()
                 if choices[stage] != name:
                     continue
@@ -67,7 +79,7 @@ class SearchSpace:
 
     def size(self) -> float:
         """How many different choices there are; infinite with a continuous knob."""
-        total = 1.0
+        total = float(max(1, len(self.orders)))
         for options in self.stages.values():
             total *= 1 + sum(_count(option.searched) for option in options)
         return total
@@ -81,10 +93,11 @@ class Problem:
     message: str
 
 
-def parse(given: Mapping[str, Any]) -> tuple[SearchSpace, list[Problem]]:
+def parse(given: Mapping[str, Any], any_order: bool = False) -> tuple[SearchSpace, list[Problem]]:
     """The space that the study's `space:` describes, and all that is wrong with it.
 
     An option's value may be one value (fixed), a list (one of these) or `{low, high}` (anything between).
+    any_order: search the order of the stages too, among all that the techniques' forms allow.
     """
     problems: list[Problem] = []
     stages: dict[str, tuple[Option, ...]] = {}
@@ -100,9 +113,28 @@ def parse(given: Mapping[str, Any]) -> tuple[SearchSpace, list[Problem]]:
     if not given:
         problems.append(Problem("space", "got no stage, expected at least one"))
     space = SearchSpace(stages)
+    if ORDER in stages and any_order:
+        problems.append(Problem(f"space.{ORDER}", "got a stage of this name, expected another: it is a knob"))
+    if not problems and any_order:
+        return _in_any_order(space)
     if not problems:
         problems += _order_problems(space)
     return space, problems
+
+
+def _in_any_order(space: SearchSpace) -> tuple[SearchSpace, list[Problem]]:
+    """The same space with every order of its stages that makes sense, the given one first if it does."""
+    if len(space.stages) > _MOST_STAGES:
+        message = f"got {len(space.stages)} stages, expected at most {_MOST_STAGES} to search their order"
+        return space, [Problem("space", message)]
+    possible = [
+        order
+        for order in itertools.permutations(space.stages)
+        if not _order_problems(SearchSpace({stage: space.stages[stage] for stage in order}))
+    ]
+    if not possible:
+        return space, _order_problems(space)
+    return SearchSpace(space.stages, tuple(possible)), []
 
 
 def _rounded(value: Value) -> Value:
