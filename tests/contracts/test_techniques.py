@@ -66,7 +66,7 @@ def outputs(model: Model) -> Tensor:
 
 
 def test_it_declares_what_it_is(technique: type[Technique]) -> None:
-    assert technique.kind in ("depth", "width", "rank", "bits", "recovery")
+    assert technique.kind in ("depth", "width", "sparsity", "rank", "bits", "recovery")
     assert technique.paper
     assert technique.needs <= {"calibration", "teacher", "gradients", "training"}
     for family in map(families.family, families.names()):
