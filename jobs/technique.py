@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from jobs.layout import Layout
     from jobs.models import Model
 
-Kind = Literal["depth", "width", "rank", "bits", "recovery"]
+Kind = Literal["depth", "width", "sparsity", "rank", "bits", "recovery"]
 Need = Literal["calibration", "teacher", "gradients", "training"]
 Form = Literal["dense", "factored", "packed", "sparse"]
 """How a linear layer holds its weights: one float matrix, two thin ones, packed integers with scales, or the

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from jobs import grids
 from jobs.context import Context
+from jobs.hessian import inverse_factor
 from jobs.knobs import Choice, Range, knob
 from jobs.layers import PackedLinear, check_finite
 from jobs.layout import Layout, Packing
@@ -107,7 +108,7 @@ def quantize(
     order = (
         torch.arange(in_features) if natural else torch.argsort(gram.diagonal(), descending=True, stable=True)
     )
-    factor = _inverse_factor(gram[order][:, order], options)
+    factor = inverse_factor(gram[order][:, order], options.damping, options.name())
     # What a column's error costs, were it not mended: the energy of its input.
     costs = grids.grouped(gram.diagonal().unsqueeze(0), packing)[0] if options.clip else None
     grid = grids.fit(grids.grouped(weight, packing), packing, costs)
@@ -140,21 +141,3 @@ def quantize(
     restored = torch.empty_like(integers)
     restored[order] = integers
     return restored.T, grids.Grid(scales.T, zeros.T, packing.bits)
-
-
-def _inverse_factor(gram: Float[Tensor, "in in"], options: Gptq) -> Float[Tensor, "in in"]:
-    """U, upper triangular, with UᵀU = (H + λI)⁻¹: row i holds how the error of input i spreads to later ones.
-
-    λ is a share of the mean diagonal and grows tenfold where the matrix still has no Cholesky factor.
-    """
-    damping = options.damping
-    mean = gram.diagonal().mean().clamp(min=torch.finfo(gram.dtype).tiny)
-    for _ in range(6):
-        damped = gram + torch.diag(torch.full_like(gram.diagonal(), (damping * mean).item()))
-        lower, failed = torch.linalg.cholesky_ex(damped)
-        if not failed.item():
-            inverse, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-            if not failed.item():
-                return cast(Tensor, inverse)
-        damping *= 10
-    raise ValueError(f"gptq: the Gram matrix of the inputs is not positive even with damping={damping:g}")

@@ -1,0 +1,68 @@
+"""Masks: train a sparse model with its zeros kept, dense while it trains and sparse again after."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import cast
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from jobs.layers import SparseLinear
+from jobs.models import DTYPE, Model
+
+Masks = Mapping[str, Bool[Tensor, "out in"]]
+"""Which weights are kept, by the full name of their linear: one byte a weight."""
+
+
+def densify(model: Model) -> Masks:
+    """Replace, in place, every sparse linear by a dense one of the same weight, zeros included.
+
+    Returns what `hold`, `apply` and `sparsify` need. The new linears do not require gradients.
+    """
+    masks = {}
+    for name, layer in model.linears().items():
+        if isinstance(layer, SparseLinear):
+            masks[name] = layer.kept()
+            model.replace(name, layer.dense(DTYPE))
+    return masks
+
+
+def hold(model: Model, masks: Masks) -> None:
+    """Let the masked linears compute with what is kept of their weights, until `sparsify`.
+
+    What is trained is then `NAME.parametrizations.weight.original`: no gradient reaches a place that is
+    masked, so it stays zero whatever copies of the weights an optimizer keeps, as `jobs.engine` asks.
+    """
+    for name, kept in masks.items():
+        parametrize.register_parametrization(model.module.get_submodule(name), "weight", _Kept(kept))
+
+
+@torch.no_grad()
+def apply(model: Model, masks: Masks) -> None:
+    """Set every weight that is masked to zero, in place: for a training loop that updates the weights
+    themselves, after each update."""
+    for name, kept in masks.items():
+        model.module.get_submodule(name).get_parameter("weight").masked_fill_(~kept, 0)
+
+
+def sparsify(model: Model, masks: Masks) -> None:
+    """Replace, in place, each masked linear by a sparse one of the weights that are kept, whatever their
+    values: it is of the layout it was of before `densify`."""
+    for name, kept in masks.items():
+        layer = cast(nn.Linear, model.module.get_submodule(name))
+        model.replace(name, SparseLinear.of(layer.weight.detach(), kept, layer.bias))
+
+
+class _Kept(nn.Module):
+    kept: Tensor
+
+    def __init__(self, kept: Bool[Tensor, "out in"]) -> None:
+        super().__init__()
+        self.register_buffer("kept", kept, persistent=False)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        # Not a product: 0 times what is infinite is NaN.
+        return weight.masked_fill(~self.kept, 0)

@@ -1,0 +1,67 @@
+"""wanda: remove the weights of each output that the inputs' activations make least of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from jaxtyping import Float
+from torch import Tensor
+
+from jobs.context import Context
+from jobs.knobs import Choice, Range, knob
+from jobs.layout import Layout
+from jobs.models import Model
+from jobs.sparsity import PATTERNS, Sparsity, dense_weight, keep
+from jobs.technique import Form, Kind, Need, Technique
+
+
+@dataclass(frozen=True)
+class Wanda(Technique):
+    """Removes the weights of least |W_ij| · ‖X_j‖₂, compared within each row, and stores the rest sparse.
+
+    ‖X_j‖₂ is the norm of input j over the calibration text, read from the Gram matrix of the parent: as in
+    gptq, predecessors are not pruned yet when it is taken, so one pass serves every sparsity and pattern.
+    """
+
+    kind: ClassVar[Kind] = "sparsity"
+    paper: ClassVar[str] = "Sun et al. 2023, Wanda, arXiv:2306.11695"
+    needs: ClassVar[frozenset[Need]] = frozenset({"calibration"})
+    accepts: ClassVar[frozenset[Form]] = frozenset({"dense", "factored"})
+    leaves: ClassVar[frozenset[Form]] = frozenset({"sparse"})
+
+    sparsity: float = knob(0.5, Range(0.0, 0.95), "share of the weights to remove; half where pattern is n:m")
+    pattern: str = knob("unstructured", Choice(PATTERNS), "where weights may go; n:m keeps n of m neighbours")
+
+    @property
+    def target(self) -> Sparsity:
+        return Sparsity(self.sparsity, self.pattern)
+
+    @property
+    def identity(self) -> bool:
+        return self.target.identity
+
+    def outline(self, layout: Layout) -> Layout:
+        return self.target.outline(layout, self)
+
+    def compress(self, model: Model, context: Context) -> Model:
+        expected = self.outline(model.layout()).linears
+        if self.identity:
+            return model
+        assert context.calibration is not None
+        grams = context.statistics.grams(model, context.calibration, context.report)
+        linears = model.linears()
+        for done, (owner, names) in enumerate(grams.sharing.items()):
+            context.report(done / len(grams.sharing), owner)
+            energy = grams.gram(owner).diagonal()
+            for name in names:
+                if expected[name].kept is None:
+                    continue
+                weight = dense_weight(linears[name], self.name(), name)
+                keep(model, name, weight, self.target.of_rows(scores(weight, energy.to(weight.device))))
+        return model
+
+
+def scores(weight: Float[Tensor, "out in"], energy: Float[Tensor, " in"]) -> Float[Tensor, "out in"]:
+    """|W_ij| · ‖X_j‖₂ up to a factor (Sun et al., eq. 1); `energy` is E[x_j²]."""
+    return weight.abs() * energy.sqrt()
