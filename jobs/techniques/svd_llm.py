@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, cast
 
@@ -10,104 +10,163 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from jobs import lowrank
 from jobs.context import Context
-from jobs.knobs import Range, knob
-from jobs.layers import LowRankLinear, check_finite, linear_of
-from jobs.layout import Layout, LinearSpec
+from jobs.knobs import Choice, knob
+from jobs.layers import LowRankLinear
+from jobs.layout import Layout
 from jobs.models import DTYPE, Model
+from jobs.statistics import add_gram, mirror
+from jobs.streaming import Visit, stream
 from jobs.technique import Form, Kind, Need, Technique
 
 
 @dataclass(frozen=True)
 class SvdLlm(Technique):
-    """Factorizes every linear of the blocks so that both factors hold the share `keep` of its weights."""
+    """Factorizes every linear of the blocks so that its output on calibration text changes least.
+
+    update, of the factor u (Wang et al., section 3.3):
+        none        leaves it alone: with the parent's own inputs it is already the best there is for its v.
+        sequential  solves for it anew, block by block, with the inputs that the compressed predecessors
+                    give. Costs two passes over the text for every candidate; nothing of it can be shared.
+    """
 
     kind: ClassVar[Kind] = "rank"
     paper: ClassVar[str] = "Wang et al. 2024, SVD-LLM, arXiv:2403.07378"
+    version: ClassVar[int] = 2
     needs: ClassVar[frozenset[Need]] = frozenset({"calibration"})
     leaves: ClassVar[frozenset[Form]] = frozenset({"factored"})
 
-    keep: float = knob(0.8, Range(0.05, 1.0), "share of the weights to keep; 1 leaves the linear as it is")
+    keep: float = knob(0.8, lowrank.KEEP, lowrank.KEEP_HELP)
+    allocation: str = knob("uniform", lowrank.ALLOCATION, lowrank.ALLOCATION_HELP)
+    update: str = knob(
+        "none", Choice(("none", "sequential")), "whether to fit u to what compressed predecessors give"
+    )
 
     @property
     def identity(self) -> bool:
         return self.keep == 1
 
+    @property
+    def exact(self) -> bool:
+        return self.identity or self.allocation == "uniform"
+
     def outline(self, layout: Layout) -> Layout:
         self.check_forms(layout)
-        if self.identity:
-            return layout
-        linears = {}
-        for name, spec in layout.linears.items():
-            rank = rank_of(self.keep, spec.out_features, spec.in_features)
-            linears[f"{name}.v"] = LinearSpec(rank, spec.in_features, bias=False)
-            linears[f"{name}.u"] = LinearSpec(spec.out_features, rank, spec.bias)
-        return dataclasses.replace(layout, linears=linears)
+        return lowrank.outline(layout, self.keep, self.allocation)
 
     def compress(self, model: Model, context: Context) -> Model:
-        self.outline(model.layout())
+        layout = model.layout()
+        self.outline(layout)
         if self.identity:
             return model
-        directions = context.statistics.stored("svd", lambda: _all_directions(model, context))
-        for name, layer in model.linears().items():
-            dense = cast(nn.Linear, layer)
-            rank = rank_of(self.keep, dense.out_features, dense.in_features)
-            weight = check_finite(dense.weight.detach().float(), self.name(), name)
-            u, v = factors(
-                weight,
-                directions[f"{name}.vectors"][:, :rank].to(weight.device),
-                directions[f"{name}.values"][:rank].to(weight.device),
-            )
-            model.replace(
-                name, LowRankLinear(linear_of(v.to(DTYPE), None), linear_of(u.to(DTYPE), dense.bias))
-            )
+        terms = lowrank.decomposed(
+            model, context, self.name(), "svd-whitened", lambda: _weighing(model, context)
+        )
+        ranks = lowrank.ranks_of(layout.linears, terms, self.keep, self.allocation)
+        if self.update == "none":
+            lowrank.factorize(model, context, terms, ranks)
+        else:
+            _factorize_in_sequence(model, context, terms, ranks)
         return model
 
 
-def rank_of(keep: float, out_features: int, in_features: int) -> int:
-    """The rank at which two factors hold the share `keep` of the weights, rounded down, at least 1."""
-    return max(1, int(keep * out_features * in_features / (out_features + in_features)))
+def root_of(gram: Float[Tensor, "in in"]) -> Float[Tensor, "in in"]:
+    """S with S Sᵀ = G, in fp32: then ‖(W − W')S‖ is the error on the text (Wang et al., eq. 5).
 
-
-def directions_of(
-    weight: Float[Tensor, "out in"], gram: Float[Tensor, "in in"]
-) -> tuple[Float[Tensor, "out full"], Float[Tensor, " full"]]:
-    """The left singular vectors and the singular values of W S, where S Sᵀ is the inputs' Gram matrix.
-
-    The error on calibration text is ‖(W − W')S‖ (Wang et al., eq. 5), so any such S does: the Cholesky
-    factor, or where the Gram is singular its square root.
+    Any such S gives the same factors: the Cholesky factor, or where the Gram matrix is singular its square root.
     """
-    root, failed = torch.linalg.cholesky_ex(gram)
+    wide = gram.double()
+    root, failed = torch.linalg.cholesky_ex(wide)
     if failed.item():
-        values, vectors = torch.linalg.eigh(gram.double())
-        root = (vectors * values.clamp(min=0).sqrt()).to(gram.dtype)
-    u, s, _ = torch.linalg.svd(weight @ root, full_matrices=False)
-    return u, s
+        values, vectors = torch.linalg.eigh(wide)
+        root = vectors * values.clamp(min=0).sqrt()
+    return cast(Tensor, root.float())
 
 
-def factors(
-    weight: Float[Tensor, "out in"], vectors: Float[Tensor, "out rank"], values: Float[Tensor, " rank"]
-) -> tuple[Float[Tensor, "out rank"], Float[Tensor, "rank in"]]:
-    """u and v with u v = U Uᵀ W, singular values shared evenly between them.
-
-    That is the paper's U Σ Vᵀ S⁻¹ truncated (Uᵀ W S = Σ Vᵀ), written so that S need not be inverted.
-    """
-    share = values.clamp(min=1e-6 * values[0].clamp(min=1e-30)).sqrt()
-    return vectors * share, (vectors.T @ weight) / share.unsqueeze(1)
-
-
-def _all_directions(model: Model, context: Context) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Per linear, as many directions as the largest rank has: one decomposition serves every rank."""
+def _weighing(model: Model, context: Context) -> lowrank.Weigh:
     assert context.calibration is not None
     grams = context.statistics.grams(model, context.calibration, context.report)
-    tensors = {}
-    linears = model.linears()
-    for done, (name, layer) in enumerate(linears.items()):
-        context.report(done / len(linears), name)
-        dense = cast(nn.Linear, layer)
-        weight = check_finite(dense.weight.detach().float(), SvdLlm.name(), name)
-        vectors, values = directions_of(weight, grams.gram(name).to(weight.device))
-        most = rank_of(1.0, dense.out_features, dense.in_features)
-        tensors[f"{name}.vectors"] = vectors[:, :most].contiguous()
-        tensors[f"{name}.values"] = values[:most].contiguous()
-    return tensors, {}
+    return lambda name, weight: weight @ root_of(grams.gram(name).to(weight.device))
+
+
+def updated(
+    weight: Float[Tensor, "out in"],
+    u: Float[Tensor, "out rank"],
+    v: Float[Tensor, "rank in"],
+    gram: Float[Tensor, "in in"],
+) -> Float[Tensor, "out rank"]:
+    """The u' that makes u' v x nearest to W x over the inputs x of this Gram matrix: W G vᵀ (v G vᵀ)⁻¹
+    (Wang et al., section 3.3), in fp64.
+
+    What is solved for is the difference to u, with a ridge of 1e-4 of the mean diagonal: where the inputs
+    tell nothing u stays as it is, and the error is never larger than u's.
+    """
+    wide_v, wide_u = v.double(), u.double()
+    half = gram.double() @ wide_v.T
+    inner = wide_v @ half
+    inner.diagonal().add_(1e-4 * inner.diagonal().mean().clamp(min=1e-30))
+    missing = (weight.double() - wide_u @ wide_v) @ half
+    factor, failed = torch.linalg.cholesky_ex(inner)
+    if failed.item():
+        raise ValueError(
+            "svd_llm: the Gram matrix of a compressed layer's inputs holds NaN or is not positive"
+        )
+    return (wide_u + torch.cholesky_solve(missing.T, factor).T).float()
+
+
+def _factorize_in_sequence(
+    model: Model, context: Context, terms: Mapping[str, Tensor], ranks: Mapping[str, int]
+) -> None:
+    """Per block: put all factors in, see what they read, solve for every u, and go on with the outputs.
+
+    All linears of a block are solved for from one pass, in which those before them in the block are
+    factored, though their u is not updated yet: a pass for each would be four to six times as many.
+    """
+    assert context.calibration is not None
+    for visit in stream(model, context.calibration, context.report, "fitting the factors"):
+        block = {
+            name: cast(nn.Linear, layer)
+            for name, layer in model.linears().items()
+            if name.startswith(f"{visit.name}.")
+        }
+        thin: dict[str, LowRankLinear] = {}
+        for name, dense in block.items():
+            thin[name] = lowrank.factored(dense, terms[f"{name}.u"], terms[f"{name}.v"], ranks[name], name)
+            model.replace(name, thin[name])
+        for names, gram in _grams(visit, thin):
+            for name in names:
+                u, v = cast(nn.Linear, thin[name].u), cast(nn.Linear, thin[name].v)
+                better = updated(block[name].weight.detach(), u.weight, v.weight, gram)
+                u.weight.data.copy_(better.to(DTYPE))
+
+
+def _grams(visit: Visit, layers: Mapping[str, LowRankLinear]) -> list[tuple[list[str], Tensor]]:
+    """The sums of x xᵀ over what these layers of a block read, each with the names of its readers: those
+    that are given the very same tensor share one."""
+    sums: dict[str, Tensor] = {}
+    owners: dict[str, str] = {}
+    seen: list[tuple[Tensor, str]] = []
+
+    def reads(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            x = args[0]
+            owners[name] = next((owner for tensor, owner in seen if tensor is x), name)
+            if owners[name] == name:
+                seen.append((x, name))
+                if name not in sums:
+                    sums[name] = torch.zeros(x.shape[-1], x.shape[-1], device=x.device)
+                add_gram(sums[name], x.flatten(0, -2))
+
+        return hook
+
+    hooks = [layer.register_forward_pre_hook(reads(name)) for name, layer in layers.items()]
+    hooks.append(visit.block.register_forward_pre_hook(lambda module, args: seen.clear()))
+    try:
+        visit.run()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for total in sums.values():
+        mirror(total)
+    return [([name for name in owners if owners[name] == owner], sums[owner]) for owner in sums]

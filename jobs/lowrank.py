@@ -1,0 +1,171 @@
+"""Low rank: what every factorization of linears shares: ranks from a budget, the layout, the two thin layers.
+
+Each technique says in which norm the error counts. A linear W is decomposed once in that norm, W = Σ uᵢ vᵢ by
+falling weight; the factors of rank r are the first r terms, so one decomposition serves every rank.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import cast
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from jobs.context import Context
+from jobs.knobs import Choice, Range
+from jobs.layers import LowRankLinear, check_finite, linear_of
+from jobs.layout import Layout, LinearSpec
+from jobs.models import DTYPE, Model
+
+KEEP = Range(0.05, 1.0)
+KEEP_HELP = "share of the weights to keep; 1 leaves the linears as they are"
+ALLOCATION = Choice(("uniform", "global"))
+ALLOCATION_HELP = "the same share for every linear, or more for those that lose more by it"
+
+Weigh = Callable[[str, Float[Tensor, "out in"]], Float[Tensor, "out columns"]]
+"""A linear's weight times the root of the norm's matrix: what is decomposed in its place. Given its full name."""
+
+
+def rank_of(keep: float, out_features: int, in_features: int) -> int:
+    """The rank at which two factors hold the share `keep` of the weights, rounded down, at least 1."""
+    return max(1, int(keep * out_features * in_features / (out_features + in_features)))
+
+
+def outline(layout: Layout, keep: float, allocation: str) -> Layout:
+    """The layout once every linear is factored.
+
+    With `global` only the sum is known: the stand-in's ranks are the uniform ones, some of them one more, so
+    that they spend the whole budget.
+    """
+    if keep == 1:
+        return layout
+    ranks = {
+        name: rank_of(keep, spec.out_features, spec.in_features) for name, spec in layout.linears.items()
+    }
+    if allocation == "global":
+        left = _budget(layout.linears, keep) - sum(
+            rank * _cost(layout.linears[name]) for name, rank in ranks.items()
+        )
+        for name in ranks:
+            if left <= 0:
+                break
+            ranks[name] += 1
+            left -= _cost(layout.linears[name])
+    linears = {}
+    for name, spec in layout.linears.items():
+        linears[f"{name}.v"] = LinearSpec(ranks[name], spec.in_features, bias=False)
+        linears[f"{name}.u"] = LinearSpec(spec.out_features, ranks[name], spec.bias)
+    return dataclasses.replace(layout, linears=linears)
+
+
+def ranks_of(
+    linears: Mapping[str, LinearSpec], terms: Mapping[str, Tensor], keep: float, allocation: str
+) -> dict[str, int]:
+    """The rank of each linear; `terms` holds its singular values as `NAME.values` (see `decomposed`)."""
+    if allocation == "global":
+        spectra = {name: terms[f"{name}.values"] for name in linears}
+        return allocated(linears, spectra, _budget(linears, keep))
+    return {name: rank_of(keep, spec.out_features, spec.in_features) for name, spec in linears.items()}
+
+
+def allocated(
+    linears: Mapping[str, LinearSpec], spectra: Mapping[str, Float[Tensor, " full"]], budget: float
+) -> dict[str, int]:
+    """Ranks for which the sum of the linears' relative errors is least while the factors hold at most
+    `budget` weights.
+
+    Another rank for a linear lowers its squared error by the square of the next singular value and costs
+    in + out weights; the best ratio comes first, which is the optimum up to the last rank that still fits.
+    Squared errors are counted relative to the squared norm of the linear's whole output: in raw units the
+    few layers with huge activations would get all, though norms in the model undo their size.
+
+    Every linear has at least rank 1, whatever the budget, and at most the rank where two factors hold as
+    many weights as the one did.
+    """
+    ranks = dict.fromkeys(linears, 1)
+    left = budget - sum(_cost(spec) for spec in linears.values())
+    steps: list[tuple[float, str, int]] = []
+    for name, spec in linears.items():
+        energies = spectra[name].double().square()
+        worth = energies / energies.sum().clamp(min=1e-300) / _cost(spec)
+        most = rank_of(1.0, spec.out_features, spec.in_features)
+        steps += [(-gain, name, rank) for rank, gain in enumerate(worth[1:most].tolist(), start=2)]
+    for _, name, rank in sorted(steps):
+        cost = _cost(linears[name])
+        if cost <= left and ranks[name] == rank - 1:
+            ranks[name] = rank
+            left -= cost
+    return ranks
+
+
+def decomposed(
+    model: Model, context: Context, technique: str, kind: str, weighing: Callable[[], Weigh]
+) -> Mapping[str, Tensor]:
+    """Per linear the factors up to the rank where they hold as many weights as it did, `NAME.u` [out, most]
+    and `NAME.v` [most, in] in bf16, and all its singular values, `NAME.values`; from the cache where they are.
+
+    kind: names the norm in the cache. weighing: called once, before the first linear is weighed.
+    """
+
+    def found() -> Iterator[tuple[str, Tensor]]:
+        weigh = weighing()
+        linears = model.linears()
+        for done, (name, layer) in enumerate(linears.items()):
+            context.report(done / len(linears), f"decomposing {name}")
+            dense = cast(nn.Linear, layer)
+            weight = check_finite(dense.weight.detach(), technique, name).float()
+            u, v, values = terms_of(weight, weigh(name, weight))
+            most = rank_of(1.0, dense.out_features, dense.in_features)
+            yield f"{name}.u", u[:, :most].to(DTYPE).contiguous()
+            yield f"{name}.v", v[:most].to(DTYPE).contiguous()
+            yield f"{name}.values", values
+
+    return context.statistics.stored(kind, lambda: (dict(found()), {}))
+
+
+def terms_of(
+    weight: Float[Tensor, "out in"], weighed: Float[Tensor, "out columns"]
+) -> tuple[Float[Tensor, "out full"], Float[Tensor, "full in"], Float[Tensor, " full"]]:
+    """u, v and the singular values of `weighed`, falling. For each r, u[:, :r] v[:r] = U Uᵀ W with the first
+    r left singular vectors U of `weighed`.
+
+    With weighed = W S this is the best matrix of rank r in ‖(W − W')S‖ (Eckart and Young 1936): that best
+    one is U Σ Vᵀ S⁻¹ truncated, and Uᵀ W S = Σ Vᵀ, so that S need not be inverted and may be singular.
+    Each singular value is shared evenly between u and v, to make the best of bf16's range.
+    """
+    vectors, values, _ = torch.linalg.svd(weighed, full_matrices=False)
+    share = values.clamp(min=1e-6 * values[0].clamp(min=1e-30)).sqrt()
+    return vectors * share, (vectors.T @ weight) / share.unsqueeze(1), values
+
+
+def factored(
+    dense: nn.Linear, u: Float[Tensor, "out most"], v: Float[Tensor, "most in"], rank: int, name: str
+) -> LowRankLinear:
+    """The layer of this rank that takes the place of `dense`, with its bias."""
+    most = len(v)
+    if not 1 <= rank <= most:
+        raise ValueError(f"rank={rank} of {name} is outside [1, {most}]")
+    device = dense.weight.device
+    first = linear_of(v[:rank].to(device, DTYPE).clone(), None)
+    second = linear_of(u[:, :rank].to(device, DTYPE).contiguous(), dense.bias)
+    return LowRankLinear(first, second)
+
+
+def factorize(model: Model, context: Context, terms: Mapping[str, Tensor], ranks: Mapping[str, int]) -> None:
+    """Replace every linear by its factors."""
+    for done, (name, layer) in enumerate(model.linears().items()):
+        context.report(done / len(ranks), name)
+        dense = cast(nn.Linear, layer)
+        model.replace(name, factored(dense, terms[f"{name}.u"], terms[f"{name}.v"], ranks[name], name))
+
+
+def _cost(spec: LinearSpec) -> int:
+    """The weights that one more rank adds."""
+    return spec.out_features + spec.in_features
+
+
+def _budget(linears: Mapping[str, LinearSpec], keep: float) -> float:
+    return keep * sum(spec.out_features * spec.in_features for spec in linears.values())

@@ -1,0 +1,63 @@
+"""asvd: replace each linear by two thin ones, the best of their rank where strong inputs count more."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from jobs import lowrank
+from jobs.context import Context
+from jobs.knobs import Range, knob
+from jobs.layout import Layout
+from jobs.models import Model
+from jobs.technique import Form, Kind, Need, Technique
+
+
+@dataclass(frozen=True)
+class Asvd(Technique):
+    """Decomposes W S, where S scales each input by its size to the power `alpha` (Yuan et al., eq. 3 to 6).
+
+    The size of an input is its root mean square on calibration text, the diagonal of the Gram matrix,
+    where the paper takes the mean magnitude: so one pass serves the other techniques too. The paper's
+    search for ranks by perplexity is left to the study, or to `allocation`. What svd_llm knows besides is
+    how the inputs go together.
+    """
+
+    kind: ClassVar[Kind] = "rank"
+    paper: ClassVar[str] = "Yuan et al. 2023, ASVD, arXiv:2312.05821"
+    needs: ClassVar[frozenset[Need]] = frozenset({"calibration"})
+    leaves: ClassVar[frozenset[Form]] = frozenset({"factored"})
+
+    keep: float = knob(0.8, lowrank.KEEP, lowrank.KEEP_HELP)
+    allocation: str = knob("uniform", lowrank.ALLOCATION, lowrank.ALLOCATION_HELP)
+    alpha: float = knob(0.5, Range(0.0, 2.0), "how much more strong inputs count; 0 is svd")
+
+    @property
+    def identity(self) -> bool:
+        return self.keep == 1
+
+    @property
+    def exact(self) -> bool:
+        return self.identity or self.allocation == "uniform"
+
+    def outline(self, layout: Layout) -> Layout:
+        self.check_forms(layout)
+        return lowrank.outline(layout, self.keep, self.allocation)
+
+    def compress(self, model: Model, context: Context) -> Model:
+        layout = model.layout()
+        self.outline(layout)
+        if self.identity:
+            return model
+        # Every alpha has a decomposition of its own.
+        kind = f"svd-scaled-{self.alpha!r}"
+        terms = lowrank.decomposed(model, context, self.name(), kind, lambda: self._weighing(model, context))
+        ranks = lowrank.ranks_of(layout.linears, terms, self.keep, self.allocation)
+        lowrank.factorize(model, context, terms, ranks)
+        return model
+
+    def _weighing(self, model: Model, context: Context) -> lowrank.Weigh:
+        assert context.calibration is not None
+        grams = context.statistics.grams(model, context.calibration, context.report)
+        # The root mean square to the power alpha.
+        return lambda name, weight: weight * grams.gram(name).diagonal().to(weight.device) ** (self.alpha / 2)
