@@ -6,13 +6,13 @@ import dataclasses
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from jobs.families import Family, FeedForward, Task, family
 from jobs.technique import Form
 
-_FORMAT = 2
+_FORMAT = 3
 """Of slimfront.json; files of another are refused."""
 # In the order in which safetensors lays them out.
 _ITEM_BYTES = {"I64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2, "U8": 1}
@@ -36,11 +36,25 @@ class Packing:
 
     group 0 is one scale per output channel. Where `group` does not divide the inputs, the last group of
     each row is the shorter rest (SmolLM2's width of 576 in groups of 128 is 4 groups and a half one).
+    real_zeros: zero points are fp16 numbers; otherwise whole ones of a byte.
+    input_scales: each input is multiplied by an fp16 number of its own before the weights meet it.
+    activation_bits: inputs are rounded to so many bits, token by token, when the linear is called; 16 leaves
+        them alone. Only with whole-row symmetric packing, where the integers' products are scaled once.
     """
 
     bits: int
     group: int
     symmetric: bool
+    real_zeros: bool = False
+    input_scales: bool = False
+    activation_bits: int = 16
+
+    def __post_init__(self) -> None:
+        if self.activation_bits != 16 and (self.group or not self.symmetric):
+            raise ValueError(
+                f"activation_bits={self.activation_bits} needs a symmetric packing with group=0, this has "
+                f"symmetric={self.symmetric}, group={self.group}"
+            )
 
     def groups(self, in_features: int) -> int:
         """How many groups a row of `in_features` weights has."""
@@ -78,7 +92,10 @@ class LinearSpec:
             found["packed"] = TensorSpec("U8", (self.out_features, row_bytes))
             found["scales"] = TensorSpec("F16", (self.out_features, groups))
             if not self.packing.symmetric:
-                found["zeros"] = TensorSpec("U8", (self.out_features, groups))
+                dtype = "F16" if self.packing.real_zeros else "U8"
+                found["zeros"] = TensorSpec(dtype, (self.out_features, groups))
+            if self.packing.input_scales:
+                found["input_scales"] = TensorSpec("F16", (self.in_features,))
         if self.bias:
             found["bias"] = TensorSpec("BF16", (self.out_features,))
         return found
@@ -91,8 +108,11 @@ class Layout:
     blocks: the full name of the list of blocks. head_width: of one attention head; queries_per_key: how many
         query heads share one head of keys and values.
     linears: the linears inside the blocks, by their full names. One that was factorized stands as two:
-        `NAME.v` (in → rank) and `NAME.u` (rank → out).
-    others: all other tensors (embeddings, norms, head), by their full names.
+        `NAME.v` (in → rank) and `NAME.u` (rank → out). One whose rounding error a term of low rank mends stands
+        as three: these two and `NAME.rounded`.
+    others: all other tensors (norms, embeddings of positions), by their full names.
+    tables: the token embedding, as a linear from the width's to the vocabulary's side, and the head, unless it
+        is the embedding's weight (then only its bias, if it has one, is in the file, among the others).
     """
 
     family: Family
@@ -102,6 +122,7 @@ class Layout:
     queries_per_key: int
     linears: Mapping[str, LinearSpec]
     others: Mapping[str, TensorSpec]
+    tables: Mapping[str, LinearSpec] = field(default_factory=dict)
 
     @property
     def depth(self) -> int:
@@ -149,10 +170,17 @@ class Layout:
             {name: dataclasses.replace(spec, packing=packing) for name, spec in self.linears.items()}
         )
 
+    def with_tables_packed(self, packing: Packing) -> Layout:
+        """The same layout with token embedding and head packed."""
+        return dataclasses.replace(
+            self,
+            tables={name: dataclasses.replace(spec, packing=packing) for name, spec in self.tables.items()},
+        )
+
     def tensors(self) -> dict[str, TensorSpec]:
         """Every tensor of the file by its full name."""
         found = dict(self.others)
-        for name, spec in self.linears.items():
+        for name, spec in (*self.linears.items(), *self.tables.items()):
             found |= {f"{name}.{part}": tensor for part, tensor in spec.tensors().items()}
         return found
 
@@ -177,7 +205,8 @@ class Layout:
     def parameters(self) -> int:
         """How many weights the model computes with, packed ones counted one by one."""
         linear = sum(
-            spec.out_features * (spec.in_features + int(spec.bias)) for spec in self.linears.values()
+            spec.out_features * (spec.in_features + int(spec.bias))
+            for spec in (*self.linears.values(), *self.tables.values())
         )
         return linear + sum(math.prod(tensor.shape) for tensor in self.others.values())
 
@@ -195,6 +224,7 @@ class Layout:
             "queries_per_key": self.queries_per_key,
             "linears": {name: dataclasses.asdict(spec) for name, spec in self.linears.items()},
             "others": {name: dataclasses.asdict(spec) for name, spec in self.others.items()},
+            "tables": {name: dataclasses.asdict(spec) for name, spec in self.tables.items()},
         }
 
     @staticmethod
@@ -210,14 +240,15 @@ class Layout:
             record["blocks"],
             record["head_width"],
             record["queries_per_key"],
-            {
-                name: LinearSpec(
-                    **{**spec, "packing": Packing(**spec["packing"]) if spec["packing"] else None}
-                )
-                for name, spec in record["linears"].items()
-            },
+            {name: _linear_spec(spec) for name, spec in record["linears"].items()},
             {
                 name: TensorSpec(spec["dtype"], tuple(spec["shape"]))
                 for name, spec in record["others"].items()
             },
+            {name: _linear_spec(spec) for name, spec in record["tables"].items()},
         )
+
+
+def _linear_spec(record: Mapping[str, Any]) -> LinearSpec:
+    packing = Packing(**record["packing"]) if record["packing"] else None
+    return LinearSpec(**{**record, "packing": packing})

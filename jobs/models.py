@@ -24,7 +24,16 @@ from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
 from jobs.families import Family, Task, family, names
-from jobs.layers import LowRankLinear, PackedLinear, SparseLinear, linear_of, spec_of
+from jobs.layers import (
+    CorrectedLinear,
+    LowRankLinear,
+    PackedEmbedding,
+    PackedLinear,
+    SparseLinear,
+    TiedHead,
+    linear_of,
+    spec_of,
+)
 from jobs.layout import Layout, LinearSpec, TensorSpec
 
 WEIGHTS = "model.safetensors"
@@ -95,6 +104,39 @@ class Model:
             if name.startswith(prefix) and spec_of(module) is not None
         }
 
+    def tables(self) -> dict[str, nn.Module]:
+        """The token embedding and the head, by their full names. A head that is tied to the embedding is no
+        table of its own (see `tied_head`)."""
+        module: Any = self.module
+        found = {_name_in(module, module.get_input_embeddings()): module.get_input_embeddings()}
+        head = module.get_output_embeddings()
+        if head is not None and self.tied_head() is None:
+            found[_name_in(module, head)] = head
+        return found
+
+    def tied_head(self) -> str | None:
+        """The full name of a head whose weight is the token embedding's."""
+        module: Any = self.module
+        embedding, head = module.get_input_embeddings(), module.get_output_embeddings()
+        tied = isinstance(head, TiedHead) or (
+            isinstance(head, nn.Linear) and head.weight is getattr(embedding, "weight", None)
+        )
+        return _name_in(module, head) if tied else None
+
+    def replace_embedding(self, embedding: nn.Module) -> None:
+        """Put `embedding`, a plain or packed one, in the place of the token embedding; a tied head stays tied."""
+        name, head = next(iter(self.tables())), self.tied_head()
+        if head is not None:
+            bias = self.module.get_submodule(head).bias
+            tied: nn.Module
+            if isinstance(embedding, PackedEmbedding):
+                tied = TiedHead(embedding, cast(nn.Parameter | None, bias))
+            else:
+                tied = linear_of(cast(Tensor, embedding.weight), cast(Tensor | None, bias))
+                tied.weight = cast(nn.Parameter, embedding.weight)
+            self.replace(head, tied)
+        self.replace(name, embedding)
+
     def replace(self, name: str, layer: nn.Module) -> None:
         """Put `layer` in the place of the submodule of this full name."""
         parent, _, child = name.rpartition(".")
@@ -103,7 +145,8 @@ class Model:
     def layout(self) -> Layout:
         """The layout of the file that `save` would write now."""
         specs = {name: cast(LinearSpec, spec_of(layer)) for name, layer in self.linears().items()}
-        held = {f"{name}.{part}" for name, spec in specs.items() for part in spec.tensors()}
+        tables = {name: cast(LinearSpec, spec_of(table)) for name, table in self.tables().items()}
+        held = {f"{name}.{part}" for name, spec in (specs | tables).items() for part in spec.tensors()}
         others = {
             name: TensorSpec(_DTYPE_NAMES[_written_dtype(tensor)], tuple(tensor.shape))
             for name, tensor in _distinct_tensors(self.module).items()
@@ -111,8 +154,9 @@ class Model:
         }
         heads, keys = _heads(self.config)
         return Layout(
-            self.family, self.task, self.blocks_name, _head_width(self.config), heads // keys, specs, others
-        )
+            self.family, self.task, self.blocks_name, _head_width(self.config), heads // keys, specs, others,
+            tables,
+        )  # fmt: skip
 
 
 def locate(source: str) -> Path:
@@ -189,7 +233,8 @@ def load(folder: Path, device: str = "cpu") -> Model:
         tensors = load_file(folder / WEIGHTS)
         _check_tensors(folder, tensors, layout)
         module.load_state_dict(tensors, strict=False, assign=True)
-        _tie(module)
+        if not isinstance(cast(Any, module).get_input_embeddings(), PackedEmbedding):
+            _tie(module)
         fit_heads(model)
     else:
         module = _auto_class(config).from_pretrained(folder, dtype=DTYPE, use_safetensors=True)
@@ -270,7 +315,7 @@ def fit_heads(model: Model) -> None:
     for block in model.blocks:
         module: Any = block.get_submodule(attention.module)
         out = block.get_submodule(attention.out)
-        first = out.v if isinstance(out, LowRankLinear) else out
+        first = out.v if isinstance(out, (LowRankLinear, CorrectedLinear)) else out
         rows = cast(LinearSpec, spec_of(first)).in_features
         for name, value in (
             *((name, rows // width) for name in ("num_heads", "num_attention_heads", "n_heads")),
@@ -296,6 +341,11 @@ def _heads(config: transformers.PretrainedConfig) -> tuple[int, int]:
 def _head_width(config: transformers.PretrainedConfig) -> int:
     width = getattr(config, "true_hidden_size", None) or config.hidden_size
     return int(getattr(config, "head_dim", None) or width // config.num_attention_heads)
+
+
+def _name_in(module: nn.Module, part: nn.Module) -> str:
+    """The full name of a part."""
+    return next(str(name) for name, found in module.named_modules() if found is part)
 
 
 def _base_name(module: nn.Module) -> str:
@@ -341,7 +391,9 @@ def _reshape(model: Model, layout: Layout) -> None:
     linears = model.linears()
     for name, spec in layout.linears.items():
         parent, _, child = name.rpartition(".")
-        if child == "v" and name not in linears:
+        if child == "rounded":
+            model.replace(parent, CorrectedLinear(nn.Identity(), nn.Identity(), nn.Identity()))
+        elif child == "v" and name not in linears and f"{parent}.rounded" not in layout.linears:
             model.replace(parent, LowRankLinear(nn.Identity(), nn.Identity()))
         if name in linears and spec_of(linears[name]) == spec:
             continue
@@ -356,6 +408,15 @@ def _reshape(model: Model, layout: Layout) -> None:
             )
     for name, tensor in layout.others.items():
         _resize(model.module, name, tensor.shape)
+    for name, table in model.tables().items():
+        spec = layout.tables[name]
+        if spec.packing is None:
+            for part, tensor in spec.tensors().items():
+                _resize(model.module, f"{name}.{part}", tensor.shape)
+        elif isinstance(table, nn.Embedding):
+            model.replace_embedding(PackedEmbedding(spec, table, "meta"))
+        else:
+            model.replace(name, PackedLinear(spec, "meta"))
 
 
 def _resize(module: nn.Module, name: str, shape: tuple[int, ...]) -> None:

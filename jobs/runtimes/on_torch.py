@@ -14,16 +14,21 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from jobs import models
-from jobs.layers import PackedLinear, SparseLinear
+from jobs.layers import PackedEmbedding, PackedLinear, SparseLinear
 from jobs.models import Model
 
 
 def load(folder: Path, device: str = "cpu") -> Model:
-    """The model of a folder with every packed or sparse linear unpacked to a dense bf16 one."""
+    """The model of a folder with every packed or sparse linear unpacked to a dense bf16 one.
+
+    A linear that rounds its activations still does.
+    """
     model = models.load(folder, device)
-    for name, layer in model.linears().items():
+    for name, layer in (*model.linears().items(), *model.tables().items()):
         if isinstance(layer, (PackedLinear, SparseLinear)):
             model.replace(name, layer.dense(models.DTYPE))
+        elif isinstance(layer, PackedEmbedding):
+            model.replace_embedding(layer.dense(models.DTYPE))
     return model
 
 

@@ -9,11 +9,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from jobs import grids
+from jobs import grids, packing
 from jobs.context import Context
 from jobs.hessian import inverse_factor
 from jobs.knobs import Choice, Range, knob
-from jobs.layers import PackedLinear, check_finite
+from jobs.layers import check_finite
 from jobs.layout import Layout, Packing
 from jobs.models import Model
 from jobs.technique import Form, Kind, Need, Technique
@@ -38,11 +38,11 @@ class Gptq(Technique):
     accepts: ClassVar[frozenset[Form]] = frozenset({"dense", "factored"})
     leaves: ClassVar[frozenset[Form]] = frozenset({"packed"})
 
-    bits: int = knob(4, Choice((2, 3, 4, 8)), "bits per weight")
-    group: int = knob(
-        64, Choice((0, 32, 64, 128)), "weights of a row that share a scale; 0 for the whole row"
-    )
-    symmetric: bool = knob(False, Choice((False, True)), "grids centred on zero, without zero points")
+    bits: int = packing.bits_knob(4)
+    group: int = packing.group_knob()
+    symmetric: bool = packing.symmetric_knob()
+    embedding_bits: int = packing.embedding_bits_knob()
+    correction_rank: int = packing.correction_rank_knob()
     order: str = knob(
         "activation", Choice(("natural", "activation")), "which input first: as stored, or the strongest"
     )
@@ -58,8 +58,7 @@ class Gptq(Technique):
         return Packing(self.bits, self.group, self.symmetric)
 
     def outline(self, layout: Layout) -> Layout:
-        self.check_forms(layout)
-        return layout.packed(self.packing)
+        return packing.outline(self, layout)
 
     def compress(self, model: Model, context: Context) -> Model:
         self.outline(model.layout())
@@ -74,19 +73,16 @@ class Gptq(Technique):
                 check_finite(layer.weight.detach(), self.name(), name) for name, layer in layers.items()
             ]
             weight = torch.cat(weights).float()
-            integers, grid = quantize(weight, grams.gram(names[0]).to(weight.device), self)
-            zeros = grids.stored_zeros(grid, self.packing)
+            gram = grams.gram(names[0]).to(weight.device)
+            integers, grid = quantize(weight, gram, self)
             start = 0
             for name, layer in layers.items():
                 rows = slice(start, start + layer.out_features)
                 start = rows.stop
-                model.replace(
-                    name,
-                    PackedLinear.of(
-                        integers[rows], grid.scales[rows], None if zeros is None else zeros[rows],
-                        self.packing, layer.bias,
-                    ),
-                )  # fmt: skip
+                own = grids.Grid(grid.scales[rows], grid.zeros[rows], grid.bits)
+                packing.pack_linear(model, name, integers[rows], own, self.packing)
+                packing.correct(model, name, weight[rows], gram, self)
+        packing.pack_tables(model, self)
         return model
 
 

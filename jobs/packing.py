@@ -1,0 +1,171 @@
+"""Packing: what the techniques that round weights to few bits share: their options, their outline, what they leave."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Protocol, cast
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from jobs import grids
+from jobs.knobs import Choice, Range, knob
+from jobs.layers import CorrectedLinear, PackedEmbedding, PackedLinear, check_finite, linear_of, spec_of
+from jobs.layout import Layout, LinearSpec, Packing
+from jobs.low_rank import best_factors
+from jobs.models import DTYPE, Model
+
+_ROWS = 4096
+"""Rows of an embedding that are rounded at once: in fp32, a vocabulary of them would fill memory."""
+
+
+class Packs(Protocol):
+    """A technique that packs every linear of the blocks alike."""
+
+    @property
+    def packing(self) -> Packing: ...
+    @property
+    def embedding_bits(self) -> int: ...
+    @property
+    def correction_rank(self) -> int: ...
+    def name(self) -> str: ...
+    def check_forms(self, layout: Layout) -> None: ...
+
+
+def bits_knob(default: int) -> Any:
+    return knob(default, Choice((2, 3, 4, 8)), "bits per weight")
+
+
+def group_knob() -> Any:
+    return knob(64, Choice((0, 32, 64, 128)), "weights of a row that share a scale; 0 for the whole row")
+
+
+def symmetric_knob() -> Any:
+    return knob(False, Choice((False, True)), "grids centred on zero, without zero points")
+
+
+def embedding_bits_knob() -> Any:
+    return knob(
+        16, Choice((16, 8, 4)), "bits per weight of token embedding and head; 16 leaves them as they are"
+    )
+
+
+def correction_rank_knob() -> Any:
+    return knob(
+        0, Range(0, 4096, integer=True), "rank of the bf16 term that mends the rounding error; 0 for none"
+    )
+
+
+def outline(step: Packs, layout: Layout) -> Layout:
+    """The layout after a step that packs; ValueError where it cannot be applied.
+
+    Thin linears of a factorization get no correction: they are of low rank themselves.
+    """
+    step.check_forms(layout)
+    linears = {}
+    for name, spec in layout.linears.items():
+        packed = dataclasses.replace(spec, packing=step.packing)
+        rank = _rank(step, name)
+        if rank == 0:
+            linears[name] = packed
+            continue
+        limit = min(spec.out_features, spec.in_features)
+        if rank > limit:
+            raise ValueError(
+                f"{step.name()}.correction_rank={rank} is outside [0, {limit}]: {name} is "
+                f"{spec.out_features} by {spec.in_features}"
+            )
+        linears[f"{name}.rounded"] = packed
+        linears[f"{name}.v"] = LinearSpec(rank, spec.in_features, bias=False)
+        linears[f"{name}.u"] = LinearSpec(spec.out_features, rank, bias=False)
+    changed = dataclasses.replace(layout, linears=linears)
+    return changed if step.embedding_bits == 16 else changed.with_tables_packed(_table_packing(step))
+
+
+def pack_linear(
+    model: Model,
+    name: str,
+    integers: Float[Tensor, "out in"],
+    grid: grids.Grid,
+    packing: Packing,
+    input_scales: Float[Tensor, " in"] | None = None,
+) -> None:
+    """Put the packed linear of these integers and their grid in the place of the dense one of this full name."""
+    bias = cast(nn.Linear, model.module.get_submodule(name)).bias
+    zeros = grids.stored_zeros(grid, packing)
+    model.replace(name, PackedLinear.of(integers, grid.scales, zeros, packing, bias, input_scales))
+
+
+def correct(
+    model: Model,
+    name: str,
+    weight: Float[Tensor, "out in"],
+    gram: Float[Tensor, "in in"] | None,
+    step: Packs,
+) -> None:
+    """Mend the packed linear of this full name by two thin ones beside it, of the rank that `step` says.
+
+    They are the best of their rank on what rounding took from `weight`, measured on inputs of this Gram
+    matrix (Liu et al. 2024, EoRA, arXiv:2410.21271); without one, on the weights alone (Zhang et al. 2024,
+    LQER, arXiv:2402.02446, eq. 7).
+    """
+    rank = _rank(step, name)
+    if rank:
+        packed = cast(PackedLinear, model.module.get_submodule(name))
+        u, v = best_factors(weight - packed.weight(), gram, rank)
+        thin = linear_of(v.to(DTYPE), None), linear_of(u.to(DTYPE), None)
+        model.replace(name, CorrectedLinear(packed, *thin))
+
+
+def pack_tables(model: Model, step: Packs) -> None:
+    """Round token embedding and head to the nearest values of grids that clip where the squared error of the
+    weights gains by it. A head tied to the embedding stays tied."""
+    if step.embedding_bits == 16:
+        return
+    packing = _table_packing(step)
+    for name, table in model.tables().items():
+        weight = cast(Tensor, table.weight).detach()
+        spec = dataclasses.replace(cast(LinearSpec, spec_of(table)), packing=packing)
+        if isinstance(table, nn.Embedding):
+            embedding = PackedEmbedding(spec, table, weight.device)
+            _fill(embedding, check_finite(weight, step.name(), name))
+            model.replace_embedding(embedding)
+        else:
+            head = PackedLinear(spec, weight.device)
+            _fill(head, check_finite(weight, step.name(), name))
+            head.bias = cast(nn.Linear, table).bias
+            model.replace(name, head)
+
+
+def round_to_nearest(
+    weight: Float[Tensor, "out in"],
+    packing: Packing,
+    importance: Float[Tensor, "groups columns"] | None = None,
+) -> tuple[Float[Tensor, "out in"], grids.Grid]:
+    """The integers nearest to a weight, and the grid that `grids.fit` gives it."""
+    grouped = grids.grouped(weight, packing)
+    grid = grids.fit(grouped, packing, importance)
+    return grid.integers(grouped).flatten(1)[:, : weight.shape[1]], grid
+
+
+def _rank(step: Packs, name: str) -> int:
+    return 0 if name.endswith((".u", ".v")) else step.correction_rank
+
+
+def _table_packing(step: Packs) -> Packing:
+    return Packing(step.embedding_bits, step.packing.group, step.packing.symmetric)
+
+
+def _fill(layer: PackedLinear | PackedEmbedding, weight: Float[Tensor, "out in"]) -> None:
+    packing = layer.packing
+    equal = torch.ones_like(grids.grouped(weight[:1], packing)[0], dtype=torch.float32)
+    for at in range(0, len(weight), _ROWS):
+        rows = slice(at, at + _ROWS)
+        integers, grid = round_to_nearest(weight[rows].float(), packing, equal)
+        zeros = grids.stored_zeros(grid, packing)
+        some = PackedLinear.of(integers, grid.scales, zeros, packing, None)
+        layer.packed[rows] = some.packed
+        layer.scales[rows] = some.scales
+        if not packing.symmetric:
+            layer.zeros[rows] = some.zeros
