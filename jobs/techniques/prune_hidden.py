@@ -15,7 +15,7 @@ from jobs.context import Context
 from jobs.families import Family, Task
 from jobs.knobs import Range, knob
 from jobs.layers import check_finite, linear_of
-from jobs.layout import Layout, TensorSpec
+from jobs.layout import Layout, LinearSpec, TensorSpec
 from jobs.models import DTYPE, Model
 from jobs.technique import Kind, Need, Technique
 from jobs.techniques.prune_ffn import kept_width
@@ -59,24 +59,30 @@ class PruneHidden(Technique):
         width = kept_width(parts.width, self.ratio)
         if width == parts.width:
             return layout
-        others, linears = dict(layout.others), dict(layout.linears)
+        others, linears, tables = dict(layout.others), dict(layout.linears), dict(layout.tables)
         for name in parts.tables:
-            others[name] = TensorSpec("BF16", (others[name].shape[0], width))
+            if name in tables:
+                tables[name] = dataclasses.replace(tables[name], in_features=width)
+            else:
+                others[f"{name}.weight"] = TensorSpec("BF16", (others[f"{name}.weight"].shape[0], width))
         for norm, readers in parts.norms.items():
             centred = f"{norm}.bias" in others
             for tensor in ("weight", "bias") if centred else ("weight",):
                 others[f"{norm}.{tensor}"] = TensorSpec("BF16", (width,))
             for reader in readers:
-                if reader == parts.head:
-                    others[f"{reader}.weight"] = TensorSpec("BF16", (parts.outputs, width))
-                    if centred:
-                        others[f"{reader}.bias"] = TensorSpec("BF16", (parts.outputs,))
-                else:
+                if reader in linears:
                     old = linears[reader]
                     linears[reader] = dataclasses.replace(old, in_features=width, bias=old.bias or centred)
+        bias = parts.head_bias or f"{parts.final_norm}.bias" in others
+        head = LinearSpec(parts.outputs, width, bias)
+        if layout.task == "causal-lm":
+            others.pop(f"{parts.head}.bias", None)  # a tied head's
+            tables[parts.head] = head
+        else:
+            others |= {f"{parts.head}.{part}": tensor for part, tensor in head.tensors().items()}
         for writer in parts.writers:
             linears[writer] = dataclasses.replace(linears[writer], out_features=width)
-        return dataclasses.replace(layout, linears=linears, others=others)
+        return dataclasses.replace(layout, linears=linears, others=others, tables=tables)
 
     def compress(self, model: Model, context: Context) -> Model:
         layout = model.layout()
@@ -101,33 +107,40 @@ class Parts:
     def __init__(self, layout: Layout) -> None:
         family = layout.family
         prefix = layout.blocks.removesuffix(family.blocks)
-        self.tables = [f"{prefix}{name}.weight" for name in family.tables]
+        self.tables = [prefix + name for name in family.tables]
         self.head = "lm_head" if layout.task == "causal-lm" else "score"
-        final = prefix + family.final_norm
-        if f"{final}.weight" not in layout.others:
+        self.final_norm = prefix + family.final_norm
+        if f"{self.final_norm}.weight" not in layout.others:
             raise ValueError(
-                f"prune_hidden needs a norm before each layer and at the end: this {family.name} has no {final}"
+                f"prune_hidden needs a norm before each layer and at the end: this {family.name} has no "
+                f"{self.final_norm}"
             )
         self.norms = {
             layout.name(block, norm): [layout.name(block, path) for path in readers]
             for block in range(layout.depth)
             for norm, readers in family.reads.items()
         }
-        self.norms[final] = [self.head]
+        self.norms[self.final_norm] = [self.head]
         self.writers = [
             layout.name(block, path)
             for block in range(layout.depth)
             for path in (family.attention.out, *(one.out for one in family.feed_forwards))
         ]
-        self.outputs, self.width = layout.others.get(
-            f"{self.head}.weight", layout.others[self.tables[0]]
-        ).shape
-        widths = {layout.others[name].shape[1] for name in self.tables}
+        tensors = layout.tensors()
+        for name in (*self.tables, self.head):
+            if f"{name}.packed" in tensors:
+                raise ValueError(
+                    f"prune_hidden cannot rotate {name}, which is packed; put it before quantization"
+                )
+        widths = {tensors[f"{name}.weight"].shape[1] for name in self.tables}
+        self.width = layout.others[f"{self.final_norm}.weight"].shape[0]
         if widths != {self.width}:
             raise ValueError(
                 f"prune_hidden: the embeddings are {sorted(widths)} wide and the blocks {self.width}; "
                 f"only equal widths can be rotated together"
             )
+        head = tensors.get(f"{self.head}.weight", tensors[f"{self.tables[0]}.weight"])
+        self.outputs, self.head_bias = head.shape[0], f"{self.head}.bias" in tensors
 
 
 def axes(gram: Float[Tensor, "width width"], kept: int, centred: bool) -> Float[Tensor, "width kept"]:
@@ -158,7 +171,7 @@ def rotate(model: Model, parts: Parts, basis: Float[Tensor, "width kept"]) -> No
     # A tied head is the embedding's own tensor: both are read before either is changed.
     head_weight = head.weight.detach().double()
     for name in parts.tables:
-        table: Any = module.get_submodule(name.removesuffix(".weight"))
+        table: Any = module.get_submodule(name)
         table.weight = _parameter(table.weight.detach().double() @ basis)
         table.embedding_dim = kept
     for writer in parts.writers:

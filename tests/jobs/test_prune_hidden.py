@@ -11,6 +11,7 @@ from torch import Tensor
 
 from jobs import models
 from jobs.context import Context
+from jobs.layout import LinearSpec
 from jobs.models import Model
 from jobs.statistics import Statistics
 from jobs.techniques.prune_hidden import Parts, PruneHidden, axes, rotate
@@ -89,8 +90,8 @@ def test_less_is_lost_than_by_cutting_in_random_directions(
 
 def test_a_tied_head_becomes_a_matrix_of_its_own(tiny: Callable[..., Path], tmp_path: Path) -> None:
     layout = models.original_layout(tiny("llama"))
-    assert "lm_head.weight" not in layout.others
-    assert PruneHidden(ratio=0.25).outline(layout).others["lm_head.weight"].shape == (512, 48)
+    assert "lm_head" not in layout.tables
+    assert PruneHidden(ratio=0.25).outline(layout).tables["lm_head"] == LinearSpec(512, 48, bias=False)
 
 
 def test_norms_in_the_stream_are_refused_with_the_reason(tiny: Callable[..., Path]) -> None:
