@@ -1,0 +1,139 @@
+"""Our GPTQ, SparseGPT and Wanda beside llm-compressor's: same model, same calibration rows, same evaluation windows.
+
+Run from the repository's root: python -m benchmarks.peers --peer PYTHON [--rows N] [--only TEXT] [--json FILE]
+PYTHON is the interpreter of an environment of its own in which llmcompressor is installed. Each side makes its
+weights; both are then measured by the same meter, in bf16, on 16,384 tokens of Brown news.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from benchmarks.techniques import DECODER, texts
+from jobs import data, models, techniques
+from jobs.context import Context
+from jobs.layers import linear_of
+from jobs.measure import measure
+from jobs.meter import Subject
+from jobs.models import Model
+from jobs.statistics import Statistics
+
+
+@dataclass(frozen=True)
+class Case:
+    """One comparison: our technique with its options, and the peer's recipes, of which the best counts."""
+
+    technique: str
+    options: dict[str, Any]
+    peers: tuple[dict[str, Any], ...]
+
+    def __str__(self) -> str:
+        return f"{self.technique}({', '.join(f'{name}={value}' for name, value in self.options.items())})"
+
+
+def _gptq(bits: int, symmetric: bool, actorder: str | None) -> dict[str, Any]:
+    return {"kind": "gptq", "bits": bits, "group": 64, "symmetric": symmetric, "actorder": actorder}
+
+
+CASES = (
+    *(
+        Case("gptq", {"bits": bits, "group": 64}, (_gptq(bits, False, "static"), _gptq(bits, True, None)))
+        for bits in (4, 3)
+    ),
+    *(
+        Case(kind, {"sparsity": 0.5, "pattern": pattern}, ({"kind": kind, "mask": mask},))
+        for kind in ("sparsegpt", "wanda")
+        for pattern, mask in (("unstructured", "0:0"), ("2:4", "2:4"))
+    ),
+)
+
+
+def perplexity(model: Model, tokens: int) -> float:
+    """Of the model as it would be shipped: written, loaded again, measured."""
+    folder = models.locate(DECODER)
+    with tempfile.TemporaryDirectory() as scratch:
+        models.save(model, Path(scratch), {})
+        materials = texts(encoder=False, quick=tokens < 16384)
+        return measure(["text"], Subject(Path(scratch), folder, materials)).metrics["perplexity"]
+
+
+def ours(case: Case, rows: torch.Tensor, statistics: Statistics, tokens: int) -> tuple[float, float]:
+    """The perplexity and the seconds of our technique; statistics that are shared are counted once, by the first."""
+    with tempfile.TemporaryDirectory() as scratch:
+        context = Context(statistics, Path(scratch), seed=0, calibration=rows)
+        started = time.perf_counter()
+        step = techniques.load(case.technique).of(case.options)
+        model = step.compress(models.load(models.locate(DECODER)), context)
+        return perplexity(model, tokens), time.perf_counter() - started
+
+
+def theirs(peer: str, recipe: dict[str, Any], rows: Path, tokens: int) -> tuple[float, float]:
+    """The perplexity and the seconds of the peer's recipe."""
+    folder = models.locate(DECODER)
+    with tempfile.TemporaryDirectory() as scratch:
+        out = Path(scratch) / "weights.safetensors"
+        script = Path(__file__).parent / "peer_llmcompressor.py"
+        subprocess.run(
+            [peer, str(script), str(folder), str(rows), json.dumps(recipe), str(out)],
+            check=True, cwd=scratch, capture_output=True,
+        )  # fmt: skip
+        model = models.load(folder)
+        with safe_open(out, framework="pt") as held:
+            seconds = float(held.metadata()["seconds"])
+            for name, layer in model.linears().items():
+                weight = held.get_tensor(name).to(models.DTYPE)
+                model.replace(name, linear_of(weight, layer.bias))  # type: ignore[arg-type]
+        return perplexity(model, tokens), seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--peer", required=True, help="python of an environment with llmcompressor")
+    parser.add_argument("--rows", type=int, default=64, help="calibration windows of 512 tokens")
+    parser.add_argument("--tokens", type=int, default=16384, help="of evaluation text (16384 or 8192)")
+    parser.add_argument("--only", default="", help="run the cases that contain this")
+    parser.add_argument("--json", type=Path, help="write all numbers to this file as well")
+    options = parser.parse_args()
+    folder = models.locate(DECODER)
+    source = texts(encoder=False, quick=False).calibration
+    assert source is not None
+    rows = data.windows_for(source, folder)[: options.rows]
+    found: list[dict[str, Any]] = []
+    print(f"original: perplexity {perplexity(models.load(folder), options.tokens):.2f}", flush=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        file = Path(scratch) / "rows.safetensors"
+        save_file({"rows": rows.contiguous()}, file)
+        statistics = Statistics(Path(scratch) / "statistics", "original")
+        for case in CASES:
+            if options.only not in str(case):
+                continue
+            quality, seconds = ours(case, rows, statistics, options.tokens)
+            peers = [(*theirs(options.peer, recipe, file, options.tokens), recipe) for recipe in case.peers]
+            best = min(peers, key=lambda one: one[0])
+            found.append(
+                {"case": str(case), "perplexity": quality, "seconds": seconds, "peers": peers,
+                 "ratio": quality / best[0]}
+            )  # fmt: skip
+            print(
+                f"{case}: {quality:.2f} ({seconds:.0f} s); llm-compressor "
+                + "; ".join(f"{p:.2f} ({s:.0f} s) {recipe}" for p, s, recipe in peers)
+                + f"; ratio {quality / best[0]:.4f}",
+                flush=True,
+            )
+    if options.json:
+        options.json.write_text(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    main()
