@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from jobs import masks, models
+from jobs import engine, masks, models
 from jobs.context import Context
 from jobs.layers import SparseLinear
 from jobs.models import Model
@@ -108,3 +108,25 @@ def test_a_weight_that_training_made_zero_stays_among_the_kept(sparse: Model) ->
         layer.get_parameter("weight").data.zero_()
     masks.sparsify(sparse, kept)
     assert sparse.layout() == layout
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_held_masks_outlive_the_engines_masters_in_fp32(stage: int, sparse: Model) -> None:
+    layout, before = sparse.layout(), zeros(sparse)
+    kept = masks.densify(sparse)
+    sparse.blocks.requires_grad_(True)
+    masks.hold(sparse, kept)
+    log = engine.train(
+        sparse.module,
+        iter([TOKENS] * 6),
+        lambda module, rows: module(rows, labels=rows).loss,
+        engine.Training(1e-3, 6, zero_stage=stage),
+        lambda share, what: None,
+    )
+    masks.sparsify(sparse, kept)
+    after = zeros(sparse)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert sparse.layout() == layout
+    assert log.losses[-1] < log.losses[0]
+    with torch.no_grad():
+        assert sparse.module(TOKENS, labels=TOKENS).loss.item() < log.losses[0]
