@@ -5,7 +5,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobs.layers import LowRankLinear, PackedLinear, check_finite, linear_of, pack, spec_of, unpack
+from jobs.layers import (
+    LowRankLinear,
+    PackedLinear,
+    SparseLinear,
+    check_finite,
+    linear_of,
+    pack,
+    spec_of,
+    unpack,
+)
 from jobs.layout import LinearSpec, Packing
 
 
@@ -56,6 +65,22 @@ def test_a_low_rank_linear_is_two_linears_in_a_row() -> None:
     x = torch.randn(4, 5)
     made = LowRankLinear(linear_of(v, None), linear_of(u, torch.ones(3)))(x)
     assert torch.allclose(made, x @ v.T @ u.T + 1, atol=1e-5)
+
+
+@given(rows=st.integers(1, 5), columns=st.integers(1, 20), seed=st.integers(0, 99))
+def test_a_sparse_linear_computes_what_the_masked_dense_one_does(rows: int, columns: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(rows, columns, generator=generator).bfloat16()
+    kept = torch.rand(rows, columns, generator=generator) < 0.4
+    bias = torch.randn(rows, generator=generator).bfloat16()
+    x = torch.randn(3, columns, generator=generator).bfloat16()
+    layer = SparseLinear.of(weight, kept, bias)
+    masked = linear_of(weight * kept, bias)
+    assert torch.equal(layer(x), masked(x))
+    assert torch.equal(layer.dense(torch.bfloat16)(x), masked(x))
+    assert torch.equal(layer.kept(), kept)
+    assert layer.spec == LinearSpec(rows, columns, True, kept=int(kept.sum()))
+    assert layer.values.tolist() == weight[kept].tolist()
 
 
 def test_a_linear_knows_how_it_is_stored() -> None:

@@ -1,0 +1,132 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from jobs import engine, masks, models
+from jobs.context import Context
+from jobs.layers import SparseLinear
+from jobs.models import Model
+from jobs.statistics import Statistics
+from jobs.techniques.magnitude import Magnitude
+
+
+@pytest.fixture
+def sparse(tiny_llama: Path, tmp_path: Path) -> Model:
+    context = Context(Statistics(None, "key"), tmp_path, 0)
+    return Magnitude(sparsity=0.6).compress(models.load(tiny_llama), context)
+
+
+TOKENS = torch.randint(3, 512, (2, 16), generator=torch.Generator().manual_seed(1))
+
+
+def zeros(model: Model) -> dict[str, Tensor]:
+    found = {}
+    for name, layer in model.linears().items():
+        assert isinstance(layer, SparseLinear)
+        found[name] = ~layer.kept()
+    return found
+
+
+def update(model: Model, optimizer: torch.optim.Optimizer) -> float:
+    loss = model.module(TOKENS, labels=TOKENS).loss
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return loss.item()
+
+
+def test_dense_and_sparse_again_is_the_same_model(sparse: Model) -> None:
+    layout, state = sparse.layout(), sparse.module.state_dict()
+    with torch.no_grad():
+        before = sparse.module(TOKENS).logits
+    kept = masks.densify(sparse)
+    assert sparse.layout().forms() == {"dense"}
+    assert set(kept) == set(sparse.linears())
+    with torch.no_grad():
+        assert torch.equal(sparse.module(TOKENS).logits, before)
+    masks.sparsify(sparse, kept)
+    assert sparse.layout() == layout
+    assert all(torch.equal(state[name], tensor) for name, tensor in sparse.module.state_dict().items())
+
+
+def test_linears_that_are_not_sparse_are_left_alone(tiny_llama: Path) -> None:
+    model = models.load(tiny_llama)
+    layers = model.linears()
+    assert masks.densify(model) == {}
+    assert all(model.linears()[name] is layer for name, layer in layers.items())
+
+
+def test_masks_applied_after_each_update_keep_the_same_places_zero(sparse: Model) -> None:
+    layout, before = sparse.layout(), zeros(sparse)
+    kept = masks.densify(sparse)
+    trained = [layer.get_parameter("weight").requires_grad_(True) for layer in sparse.linears().values()]
+    optimizer = torch.optim.Adam(trained, 1e-3)
+    losses = []
+    for _ in range(4):
+        losses.append(update(sparse, optimizer))
+        assert any(bool(weight[~mask].any()) for weight, mask in zip(trained, kept.values(), strict=True))
+        masks.apply(sparse, kept)
+    assert not any(bool(weight[~mask].any()) for weight, mask in zip(trained, kept.values(), strict=True))
+    masks.sparsify(sparse, kept)
+    after = zeros(sparse)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert sparse.layout() == layout
+    assert losses[-1] < losses[0]
+
+
+def test_held_masks_let_no_update_reach_what_is_zero_and_the_rest_learn(sparse: Model) -> None:
+    layout, before = sparse.layout(), zeros(sparse)
+    values = {name: layer.values.clone() for name, layer in sparse.linears().items()}
+    kept = masks.densify(sparse)
+    sparse.blocks.requires_grad_(True)
+    masks.hold(sparse, kept)
+    trained = [parameter for parameter in sparse.module.parameters() if parameter.requires_grad]
+    assert sum(one.ndim == 2 for one in trained) == len(kept)
+    optimizer = torch.optim.AdamW(trained, 1e-3, weight_decay=0.1)
+    losses = [update(sparse, optimizer) for _ in range(4)]
+    raw = [one for one in trained if one.ndim == 2]
+    assert not any(bool(one[~mask].any()) for one, mask in zip(raw, kept.values(), strict=True))
+    masks.sparsify(sparse, kept)
+    after = zeros(sparse)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert sparse.layout() == layout
+    assert losses[-1] < losses[0]
+    assert all(not torch.equal(values[name], layer.values) for name, layer in sparse.linears().items())
+    assert not any(
+        parameter.requires_grad for name, parameter in sparse.module.named_parameters() if "proj" in name
+    )
+
+
+def test_a_weight_that_training_made_zero_stays_among_the_kept(sparse: Model) -> None:
+    layout = sparse.layout()
+    kept = masks.densify(sparse)
+    for layer in sparse.linears().values():
+        layer.get_parameter("weight").data.zero_()
+    masks.sparsify(sparse, kept)
+    assert sparse.layout() == layout
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_held_masks_outlive_the_engines_masters_in_fp32(stage: int, sparse: Model) -> None:
+    layout, before = sparse.layout(), zeros(sparse)
+    kept = masks.densify(sparse)
+    sparse.blocks.requires_grad_(True)
+    masks.hold(sparse, kept)
+    log = engine.train(
+        sparse.module,
+        iter([TOKENS] * 6),
+        lambda module, rows: module(rows, labels=rows).loss,
+        engine.Training(1e-3, 6, zero_stage=stage),
+        lambda share, what: None,
+    )
+    masks.sparsify(sparse, kept)
+    after = zeros(sparse)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert sparse.layout() == layout
+    assert log.losses[-1] < log.losses[0]
+    with torch.no_grad():
+        assert sparse.module(TOKENS, labels=TOKENS).loss.item() < log.losses[0]
