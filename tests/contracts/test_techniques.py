@@ -99,9 +99,15 @@ def test_the_outline_is_the_layout_and_the_size_of_what_is_written(
     expected = step.outline(models.original_layout(original))
     made = step.compress(model, context)
     assert made is model
-    assert made.layout() == expected
     models.save(made, context.workdir / "made", {})
-    assert (context.workdir / "made" / models.WEIGHTS).stat().st_size == expected.size_bytes()
+    size_bytes = (context.workdir / "made" / models.WEIGHTS).stat().st_size
+    assert size_bytes == made.layout().size_bytes()
+    if step.exact:
+        assert made.layout() == expected
+    else:
+        assert made.layout().tensors().keys() == expected.tensors().keys()
+        # The header tells each tensor's place, with a digit more or less.
+        assert size_bytes <= expected.size_bytes() + 4096
 
 
 def test_a_written_model_computes_what_it_did_in_memory(
