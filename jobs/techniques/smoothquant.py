@@ -23,10 +23,10 @@ class Smoothquant(Technique):
     """Divides each input by s and multiplies its weights by s, which leaves the product as it is, then
     rounds weights (per output channel) and activations (per token, as they come) to 8 bits, symmetrically.
 
-    Integers multiply integers, with a scale per token that is found when it comes. The paper folds 1/s into the norm before, and so
-    smooths only what reads a norm; here the linear holds 1/s, an fp16 number per input, as awq's does, and
-    every linear is smoothed. The file is as small as that of 8-bit weights; runtimes without integer
-    products round as well, so that quality is that of integers, and win no speed by it.
+    Integers multiply integers. The paper folds 1/s into the norm before, and so smooths only what reads a
+    norm; here the linear holds 1/s, an fp16 number per input, as awq's does, and every linear is smoothed.
+    The file is as small as that of 8-bit weights. Runtimes without integer products round activations as
+    well, so that quality is that of integers, and win no speed by it.
     """
 
     kind: ClassVar[Kind] = "bits"
