@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from jobs.layout import Packing
@@ -18,7 +18,8 @@ _SHRINKS = 10
 class Grid:
     """The values scale · (q − zero) for whole q in [0, 2**bits), one grid per row and group.
 
-    scales are fp32 tensors whose values are fp16 numbers, since the file holds them so; zeros are whole.
+    scales are fp32 tensors whose values are fp16 numbers, since the file holds them so; zeros are whole,
+    or with real zeros fp16 numbers too.
     """
 
     scales: Float[Tensor, "rows groups"]
@@ -93,6 +94,8 @@ def _error(
     return torch.einsum("rgc,gc->rg", squares, importance)
 
 
-def stored_zeros(grid: Grid, packing: Packing) -> UInt8[Tensor, "rows groups"] | None:
-    """The zero points as the file holds them; a symmetric packing holds none."""
-    return None if packing.symmetric else grid.zeros.to(torch.uint8)
+def stored_zeros(grid: Grid, packing: Packing) -> Tensor | None:
+    """The zero points [rows, groups] as the file holds them, bytes or fp16; a symmetric packing holds none."""
+    if packing.symmetric:
+        return None
+    return grid.zeros.to(torch.float16 if packing.real_zeros else torch.uint8)

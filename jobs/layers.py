@@ -168,7 +168,7 @@ class RoundingLinear(nn.Module):
         read = x.float() if self.input_scales is None else x.float() * self.input_scales
         steps = read.abs().amax(dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny) / self.top
         whole = (read / steps).round_().to(self.integers.dtype)
-        product = nn.functional.linear(whole, self.integers).float() * steps * self.scales
+        product: Tensor = nn.functional.linear(whole, self.integers).float() * steps * self.scales
         return (product if self.bias is None else product + self.bias).to(x.dtype)
 
 

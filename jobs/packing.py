@@ -108,7 +108,7 @@ def correct(
 
     They are the best of their rank on what rounding took from `weight`, measured on inputs of this Gram
     matrix (Liu et al. 2024, EoRA, arXiv:2410.21271); without one, on the weights alone (Zhang et al. 2024,
-    LQER, arXiv:2402.02446, eq. 7).
+    LQER, arXiv:2402.02446).
     """
     rank = _rank(step, name)
     if rank:

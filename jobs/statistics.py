@@ -50,7 +50,7 @@ class Stored(Mapping[str, Tensor]):
 
 @dataclass(frozen=True)
 class Grams:
-    """What each linear inside the blocks reads, over all calibration tokens x: E[x xᵀ] and E[x].
+    """What each linear inside the blocks reads, over all calibration tokens x: E[x xᵀ], E[x] and max |x|.
 
     sharing: the linears that read the same input (queries, keys and values do), under the first of them.
     """
@@ -64,6 +64,10 @@ class Grams:
 
     def mean(self, linear: str) -> Float[Tensor, " in"]:
         return self.stored[f"{self._owner(linear)}.mean"]
+
+    def peak(self, linear: str) -> Float[Tensor, " in"]:
+        """max |x| of each input."""
+        return self.stored[f"{self._owner(linear)}.peak"]
 
     def _owner(self, linear: str) -> str:
         for owner, readers in self.sharing.items():
@@ -215,6 +219,7 @@ class _Inputs:
 
     sums: dict[str, Tensor] = field(default_factory=dict)
     totals: dict[str, Tensor] = field(default_factory=dict)
+    peaks: dict[str, Tensor] = field(default_factory=dict)
     owners: dict[str, str] = field(default_factory=dict)
     seen: list[tuple[Tensor, str]] = field(default_factory=list)
 
@@ -238,7 +243,9 @@ class _Inputs:
             width = x.shape[1]
             self.sums[linear] = torch.zeros(width, width, device=x.device)
             self.totals[linear] = torch.zeros(width, device=x.device)
+            self.peaks[linear] = torch.zeros(width, device=x.device)
         self.totals[linear] += x.sum(dim=0, dtype=torch.float32)
+        self.peaks[linear] = torch.maximum(self.peaks[linear], x.abs().amax(dim=0).float())
         add_gram(self.sums[linear], x)
 
 
@@ -295,6 +302,7 @@ def _gram_part(block: str, inputs: _Inputs, tokens: int) -> Part:
         mirror(total)
         tensors[f"{linear}.gram"] = _finite(total.div_(tokens), linear)
         tensors[f"{linear}.mean"] = inputs.totals[linear].div_(tokens)
+        tensors[f"{linear}.peak"] = inputs.peaks[linear]
     sharing: dict[str, list[str]] = {}
     for linear, owner in inputs.owners.items():
         sharing.setdefault(owner, []).append(linear)

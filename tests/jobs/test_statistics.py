@@ -41,6 +41,7 @@ def test_every_linear_has_the_gram_matrix_of_what_it_reads(
         gram = (x.T @ x / len(x)).float()
         assert torch.allclose(grams.gram(linear), gram, atol=1e-4 * gram.abs().max().item())
         assert torch.allclose(grams.mean(linear), x.mean(dim=0).float(), atol=1e-4)
+        assert torch.equal(grams.peak(linear), x.abs().amax(dim=0).float())
 
 
 def test_linears_that_read_the_same_share_one_matrix(tiny_llama: Path) -> None:

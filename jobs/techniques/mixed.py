@@ -1,0 +1,122 @@
+"""mixed: give each linear the bits that it needs, within an average, and round it as gptq does."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from jobs import grids, packing
+from jobs.context import Context
+from jobs.knapsack import least_error
+from jobs.knobs import Range, knob
+from jobs.layers import check_finite
+from jobs.layout import Layout, LinearSpec, Packing
+from jobs.models import Model
+from jobs.technique import Form, Kind, Need, Technique
+from jobs.techniques.gptq import Gptq, quantize
+
+_BITS = (2, 3, 4, 8)
+
+
+@dataclass(frozen=True)
+class Mixed(Technique):
+    """Gives each linear 2, 3, 4 or 8 bits so that the outputs' summed error is least at `average_bits`.
+
+    A linear's error at some bits is tr(E G Eᵀ), E what rounding to nearest on clipped grids takes from its
+    weights and G the Gram matrix of its inputs: the second-order loss of HAWQ-V2 with the Gram matrix as
+    the Hessian, which it is of the layer's own squared error. They choose on a Pareto front by hand; the
+    sum is minimized here exactly, as a knapsack. Then each linear is rounded with gptq's error feedback.
+    The average counts the bits of the integers; scales and zero points come on top, alike for all choices.
+    """
+
+    kind: ClassVar[Kind] = "bits"
+    paper: ClassVar[str] = "Dong et al. 2019, HAWQ-V2, arXiv:1911.03852"
+    needs: ClassVar[frozenset[Need]] = frozenset({"calibration"})
+    accepts: ClassVar[frozenset[Form]] = frozenset({"dense", "factored"})
+    leaves: ClassVar[frozenset[Form]] = frozenset({"packed"})
+
+    average_bits: float = knob(3.5, Range(2.25, 8.0), "bits per weight, on average over the blocks' linears")
+    group: int = packing.group_knob()
+    symmetric: bool = packing.symmetric_knob()
+
+    @property
+    def exact(self) -> bool:
+        return False
+
+    def outline(self, layout: Layout) -> Layout:
+        """One linear after the other is given the next more bits than the average, the others the next
+        fewer, until as many bytes are spent as any assignment may."""
+        self.check_forms(layout)
+        low = max(bits for bits in _BITS if bits <= self.average_bits)
+        high = min(bits for bits in _BITS if bits >= self.average_bits)
+        left = self._budget(layout.linears) - sum(_bytes(spec, low) for spec in layout.linears.values())
+        changed = {}
+        for name, spec in layout.linears.items():
+            bits = high if left > 0 else low
+            left -= _bytes(spec, bits) - _bytes(spec, low)
+            changed[name] = dataclasses.replace(spec, packing=self._packing(bits))
+        return layout.with_linears(changed)
+
+    def compress(self, model: Model, context: Context) -> Model:
+        layout = model.layout()
+        self.outline(layout)
+        assert context.calibration is not None
+        errors = context.statistics.stored(
+            f"rounding-{self.group}-{'symmetric' if self.symmetric else 'asymmetric'}",
+            lambda: self._errors(model, context),
+        )
+        chosen = self.bits_of(layout.linears, errors)
+        grams = context.statistics.grams(model, context.calibration, context.report)
+        linears = model.linears()
+        for done, (name, bits) in enumerate(chosen.items()):
+            context.report(done / len(chosen), name)
+            weight = check_finite(cast(nn.Linear, linears[name]).weight.detach().float(), self.name(), name)
+            rounding = Gptq(bits=bits, group=self.group, symmetric=self.symmetric)
+            integers, grid = quantize(weight, grams.gram(name).to(weight.device), rounding)
+            packing.pack_linear(model, name, integers, grid, rounding.packing)
+        return model
+
+    def bits_of(self, linears: Mapping[str, LinearSpec], errors: Mapping[str, Tensor]) -> dict[str, int]:
+        """The bits of each linear, from its errors at 2, 3, 4 and 8 bits."""
+        costs = torch.tensor([[_bytes(spec, bits) for bits in _BITS] for spec in linears.values()])
+        losses = torch.stack([errors[name].cpu() for name in linears])
+        chosen = least_error(costs, losses, self._budget(linears))
+        return {name: _BITS[choice] for name, choice in zip(linears, chosen, strict=True)}
+
+    def _budget(self, linears: Mapping[str, LinearSpec]) -> int:
+        """Bytes of integers at the average."""
+        return math.floor(self.average_bits * sum(_bytes(spec, 1) for spec in linears.values()))
+
+    def _packing(self, bits: int) -> Packing:
+        return Packing(bits, self.group, self.symmetric)
+
+    def _errors(self, model: Model, context: Context) -> tuple[dict[str, Tensor], dict[str, str]]:
+        assert context.calibration is not None
+        grams = context.statistics.grams(model, context.calibration, context.report)
+        linears = model.linears()
+        found = {}
+        for done, (name, layer) in enumerate(linears.items()):
+            context.report(done / len(linears), f"rounding errors of {name}")
+            weight = check_finite(cast(nn.Linear, layer).weight.detach().float(), self.name(), name)
+            gram = grams.gram(name).to(weight.device)
+            found[name] = torch.tensor([_error(weight, gram, self._packing(bits)) for bits in _BITS])
+        return found, {}
+
+
+def _bytes(spec: LinearSpec, bits: int) -> int:
+    return spec.out_features * Packing(bits, 0, symmetric=True).row_bytes(spec.in_features)
+
+
+def _error(weight: Tensor, gram: Tensor, known: Packing) -> float:
+    """tr(E G Eᵀ) with E what rounding to nearest takes from the weight."""
+    energy = grids.grouped(gram.diagonal().unsqueeze(0), known)[0]
+    integers, grid = packing.round_to_nearest(weight, known, energy)
+    rounded = grid.values(grids.grouped(integers, known)).flatten(1)[:, : weight.shape[1]]
+    error = weight - rounded
+    return (error @ gram).mul_(error).sum().item()
