@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -105,6 +106,21 @@ def predictions(module: nn.Module, rows: Rows) -> Float[Tensor, "positions vocab
 def targets(rows: Rows) -> Int[Tensor, " positions"]:
     """The tokens that `predictions` are about."""
     return rows[:, 1:].flatten()
+
+
+def vocabulary(model: Model) -> int:
+    """How many tokens the model's embedding knows."""
+    return int(cast(Any, model.module).get_input_embeddings().weight.shape[0])
+
+
+def check_vocabularies(technique: str, student: Model, teacher: int) -> None:
+    """Refuse, with a ValueError, a teacher of another vocabulary than the student's."""
+    own = vocabulary(student)
+    if own != teacher:
+        raise ValueError(
+            f"{technique} cannot compare predictions: the student's vocabulary has {own} tokens, the "
+            f"teacher's {teacher}"
+        )
 
 
 def _rounds(order: Ids, batch: int, seed: int) -> Iterator[Ids]:

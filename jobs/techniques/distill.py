@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, ClassVar, cast
+from typing import ClassVar, cast
 
 import torch
 from jaxtyping import Float
@@ -101,11 +101,11 @@ class Distill(Technique):
         if self.top_k and model.task == "causal-lm":
             met = self.plan.met(rows, context.seed)
             cached = CachedTeacher(context, self.top_k, self.temperature, met)
-            _check_vocabularies(model, cached.vocabulary)
+            recovery.check_vocabularies(self.name(), model, cached.vocabulary)
             recovery.train(model, rows, self._cached_loss(rows, cached, context.device), self.plan, context)
             return model
         teacher = context.teacher()
-        _check_vocabularies(model, _vocabulary(teacher))
+        recovery.check_vocabularies(self.name(), model, recovery.vocabulary(teacher))
         with ExitStack() as reading:
             own, others = (
                 reading.enter_context(
@@ -156,16 +156,3 @@ def _answer(module: nn.Module, rows: Rows, task: Task) -> Tensor:
         return recovery.predictions(module, rows)
     said = module(rows)
     return cast(Tensor, said.logits if task == "classification" else said.last_hidden_state)
-
-
-def _vocabulary(model: Model) -> int:
-    return int(cast(Any, model.module).get_input_embeddings().weight.shape[0])
-
-
-def _check_vocabularies(student: Model, teacher: int) -> None:
-    own = _vocabulary(student)
-    if own != teacher:
-        raise ValueError(
-            f"distill cannot compare predictions: the student's vocabulary has {own} tokens, the teacher's "
-            f"{teacher}"
-        )

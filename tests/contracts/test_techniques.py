@@ -15,7 +15,12 @@ from jobs.models import Model
 from jobs.statistics import Statistics
 from jobs.technique import Technique
 
-GENTLE = {"drop_layers": {"count": 1}, "distill": {"steps": 2}}
+GENTLE = {
+    "drop_layers": {"count": 1},
+    "distill": {"steps": 2},
+    "finetune": {"steps": 2},
+    "synthesize": {"steps": 2, "samples": 4, "tokens": 16},
+}
 """Options for techniques whose defaults are too strong, or too slow, for a model of 4 blocks."""
 
 
