@@ -28,7 +28,7 @@ class LoraLinear(nn.Linear):
 
     def forward(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
         thin = nn.functional.linear(x, self.v)
-        return cast(Tensor, super().forward(x)) + nn.functional.linear(thin, self.u)
+        return super().forward(x) + nn.functional.linear(thin, self.u)
 
     def merged(self) -> nn.Linear:
         """The linear of the weight W + U V, rounded once, to the weight's dtype."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, cast
@@ -39,9 +38,7 @@ class Plan:
     patience: int = 0
 
     def trained(self, rows: Rows, seed: int) -> tuple[Ids, Ids]:
-        """The numbers of the rows to train on, in the order of the first round, and of those held out.
-
-        """
+        """The numbers of the rows to train on, in the order of the first round, and of those held out."""
         order = order_of(len(rows), seed)
         if not self.patience:
             return order, order[:0]
@@ -56,9 +53,7 @@ class Plan:
         return torch.cat([order[: self.steps * self.batch], held])
 
 
-def train(
-    model: Model, rows: Rows, loss_of: LossOf, plan: Plan, context: Context
-) -> None:
+def train(model: Model, rows: Rows, loss_of: LossOf, plan: Plan, context: Context) -> None:
     """Train, in place, those parameters of a model that require gradients, on rows of equal length.
 
     Where rows are held out, the best weights are left, and how it went is noted in the context.
@@ -68,7 +63,7 @@ def train(
     training = engine.Training(
         plan.learning_rate, plan.steps, plan.batch // at_once, zero_stage=plan.zero_stage
     )
-    watched = engine.HeldOut(held.split(at_once), max(1, plan.steps // 20), plan.patience)
+    watched = engine.HeldOut(torch.split(held, at_once), max(1, plan.steps // 20), plan.patience)
     places = context.checkpoints
     log = engine.train(
         model.module,

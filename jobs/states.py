@@ -26,28 +26,25 @@ class States:
         self.hidden: dict[int, Float[Tensor, "batch tokens width"]] = {}
         self._paths = model.family.attention
         self._head_width = model.layout().head_width
-        self._given: dict[str, Tensor] = {}
+        self.given: dict[str, Tensor] = {}
 
     def forget(self) -> None:
         """Let go of what was read, and of the graph that it hangs on."""
         self.hidden.clear()
-        self._given.clear()
+        self.given.clear()
 
     def queries_and_keys(self) -> tuple[Tensor, Tensor]:
         paths, width = self._paths, self._head_width
         if paths.fused is None:
-            query, key = (self._heads(self._given[path]) for path in (paths.query, paths.key))
+            query, key = (_by_heads(self.given[path], width) for path in (paths.query, paths.key))
         else:
-            mixed = self._given[paths.query]
+            mixed = self.given[paths.query]
             if paths.fused == "stacked":
-                query, key, _ = (self._heads(part) for part in mixed.chunk(3, dim=-1))
+                query, key, _ = (_by_heads(part, width) for part in mixed.chunk(3, dim=-1))
             else:
-                heads = mixed.unflatten(-1, (-1, 3 * width)).transpose(1, 2)
+                heads = _by_heads(mixed, 3 * width)
                 query, key = heads[..., :width], heads[..., width : 2 * width]
         return query, key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
-
-    def _heads(self, given: Float[Tensor, "batch tokens width"]) -> Tensor:
-        return given.unflatten(-1, (-1, self._head_width)).transpose(1, 2)
 
 
 @contextmanager
@@ -64,14 +61,12 @@ def read(model: Model, *, hidden: bool, attention: bool) -> Iterator[States]:
 
     def keep_given(path: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            states._given[path] = output
+            states.given[path] = output
 
         return hook
 
     if hidden:
-        hooks += [
-            block.register_forward_hook(keep_hidden(index)) for index, block in enumerate(model.blocks)
-        ]
+        hooks += [block.register_forward_hook(keep_hidden(index)) for index, block in enumerate(model.blocks)]
     if attention:
         paths = model.family.attention
         for path in sorted({paths.query, paths.key}):
@@ -81,6 +76,12 @@ def read(model: Model, *, hidden: bool, attention: bool) -> Iterator[States]:
     finally:
         for one in hooks:
             one.remove()
+
+
+def _by_heads(given: Float[Tensor, "batch tokens width"], head_width: int) -> Tensor:
+    """[batch, heads, tokens, head width]"""
+    batch, tokens, _ = given.shape
+    return given.view(batch, tokens, -1, head_width).transpose(1, 2)
 
 
 def counterparts(student: int, teacher: int) -> list[int]:
@@ -94,7 +95,9 @@ def hidden_distance(student: States, teacher: States) -> Float[Tensor, ""]:
     """The mean over the student's blocks of the mean squared error between the hidden states that they and
     their counterparts leave, each normalised over its width. ValueError where the widths differ."""
     pairs = enumerate(counterparts(len(student.hidden), len(teacher.hidden)))
-    return torch.stack([state_distance(student.hidden[own], teacher.hidden[other]) for own, other in pairs]).mean()
+    return torch.stack(
+        [state_distance(student.hidden[own], teacher.hidden[other]) for own, other in pairs]
+    ).mean()
 
 
 def state_distance(

@@ -95,10 +95,16 @@ class Synthesize(Technique):
     def _write(self, teacher: Model, context: Context) -> tuple[dict[str, Tensor], dict[str, str]]:
         longest = getattr(teacher.config, "max_position_embeddings", None) or self.tokens
         if self.tokens > longest:
-            raise ValueError(f"synthesize.tokens={self.tokens} is outside [16, {longest}]: the teacher reads no more")
+            raise ValueError(
+                f"synthesize.tokens={self.tokens} is outside [16, {longest}]: the teacher reads no more"
+            )
         sampling = synthesis.Sampling(self.samples, self.tokens, self.sampling_temperature, self.top_p)
         written = synthesis.write(teacher, sampling, context.seed, context.report)
-        origin = {"teacher": models.digest(teacher.folder), "seed": context.seed, **dataclasses.asdict(sampling)}
+        origin = {
+            "teacher": models.digest(teacher.folder),
+            "seed": context.seed,
+            **dataclasses.asdict(sampling),
+        }
         return dataclasses.asdict(written), {"origin": json.dumps(origin)}
 
     def _choose(self, stored: Stored, context: Context) -> recovery.Rows:

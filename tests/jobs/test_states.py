@@ -105,19 +105,23 @@ def test_the_attention_distance_is_the_mean_divergence_of_the_distributions(tiny
         for head in range(4):
             for position in range(12):
                 goal, said = (
-                    ((keys[row, head, : position + 1].float() @ queries[row, head, position].float()) / 4).softmax(0)
+                    (
+                        (keys[row, head, : position + 1].float() @ queries[row, head, position].float()) / 4
+                    ).softmax(0)
                     for queries, keys in ((goal_q, goal_k), (said_q, said_k))
                 )
                 parts.append((goal * (goal / said).log()).sum())
-    assert states.attention_distance(own, others).item() == pytest.approx(torch.stack(parts).mean().item(), rel=1e-4)
+    assert states.attention_distance(own, others).item() == pytest.approx(
+        torch.stack(parts).mean().item(), rel=1e-4
+    )
 
 
 def test_fewer_heads_are_compared_on_average_and_have_finite_gradients(tiny: Tiny) -> None:
     others, own = seen(sharpened(tiny("gpt2"))), seen(sharpened(tiny("gpt2")))
-    mixed = own._given["attn.c_attn"]
+    mixed = own.given["attn.c_attn"]
     # Without the last two heads of 16, in each of queries, keys and values.
     less = torch.cat([part[..., :32] for part in mixed.chunk(3, dim=-1)], dim=-1).requires_grad_()
-    own._given["attn.c_attn"] = less
+    own.given["attn.c_attn"] = less
     distance = states.attention_distance(own, others)
     distance.backward()
     assert distance.item() > 0

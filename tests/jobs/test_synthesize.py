@@ -116,7 +116,9 @@ def test_a_damaged_model_comes_nearer_to_the_original_without_any_text(sure: Pat
     model = damaged(sure)
     before, layout = apart(model), model.layout()
     given = context(sure, tmp_path)
-    step = Synthesize(samples=128, tokens=32, steps=60, batch=8, learning_rate=3e-3, hard_weight=0.0, keep=0.75)
+    step = Synthesize(
+        samples=128, tokens=32, steps=60, batch=8, learning_rate=3e-3, hard_weight=0.0, keep=0.75
+    )
     step.compress(model, given)
     assert apart(model) < 0.8 * before
     assert model.layout() == layout
