@@ -23,13 +23,15 @@ from jobs.job import (
 )
 from jobs.recipe import Recipe
 
+CHECKPOINTS = "checkpoints"
+
 
 @dataclass(frozen=True)
 class Workplace:
     """What all work of a study shares.
 
-    scratch: where jobs in progress lie, best on the store's file system; it is the study's own. Checkpoints
-        of a training lie there too, so that another attempt can go on from them.
+    scratch: where jobs in progress lie, best on the store's file system; it is the study's own. Beside it
+        lie the checkpoints of trainings, which outlive attempts and a study that was killed.
     cache: where statistics lie that any study's jobs may share.
     """
 
@@ -97,7 +99,7 @@ def _attempt(job: Job, workplace: Workplace, store: ArtifactStore, scratch: Path
 
 
 def _checkpoints(job: Job, workplace: Workplace) -> Path:
-    return workplace.scratch / "checkpoints" / job.recipe.id
+    return workplace.scratch.with_name(CHECKPOINTS) / job.recipe.id
 
 
 def artifact_of(recipe: Recipe, store: ArtifactStore) -> ArtifactRef | None:

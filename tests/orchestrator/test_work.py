@@ -20,7 +20,7 @@ def test_checkpoints_are_kept_until_the_training_has_gone_well(
     place = Workplace(ready.materials, ready.config.store, tmp_path / "scratch", tmp_path / "cache")
     root = ready.plan.original
     recipe = Recipe(root.origin, (Finetune(steps=60),))
-    folder = tmp_path / "scratch" / "checkpoints" / recipe.id
+    folder = tmp_path / "checkpoints" / recipe.id
     attempt, seen = run.attempt, []
     assert isinstance(work(Job(root, (), "materials"), place), Success)
 
