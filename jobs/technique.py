@@ -45,6 +45,8 @@ class Technique(ABC):
             if value not in domain:
                 raise ValueError(f"{self.name()}.{name}={value!r} is outside {domain}")
             object.__setattr__(self, name, domain.normal(value))
+        for name, value in self.idle().items():
+            object.__setattr__(self, name, value)
 
     @classmethod
     def name(cls) -> str:
@@ -60,6 +62,11 @@ class Technique(ABC):
     def of(cls, options: dict[str, Value]) -> Self:
         """The technique with these options; TypeError for unknown ones, ValueError for values out of range."""
         return cls(**options)
+
+    def idle(self) -> dict[str, Value]:
+        """The options that have no effect beside the others, with the value that they are then given: settings
+        that do the same must not make two recipes."""
+        return {}
 
     def options(self) -> dict[str, Value]:
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}

@@ -24,7 +24,7 @@ from orchestrator.results import Results, front_json, judge
 from orchestrator.service import Service, Work, only_one, replayed
 from orchestrator.study import Study
 from orchestrator.tracking import MLflowTracker, NoTracker, Tracker
-from orchestrator.work import Workplace, work
+from orchestrator.work import CHECKPOINTS, Workplace, work
 
 WRITE_SECONDS = 1.0
 """How often status and front are written, at most: what a person reads need not be newer. Where there are very
@@ -86,6 +86,7 @@ def launch(
             running.close()
             watch.write(study)
             ledger.close()
+        shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)  # of trainings that were given up
         results = _judged(prepared, study)
         page = report_html(results, prepared.text)
         (folder / "report.html").write_text(page)

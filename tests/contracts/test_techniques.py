@@ -20,8 +20,10 @@ from jobs.technique import Technique
 GENTLE = {
     "drop_layers": {"count": 1},
     "distill": {"steps": 2},
+    "finetune": {"steps": 2},
     "prune_heads": {"ratio": 0.5},
     "prune_hidden": {"ratio": 0.5},
+    "synthesize": {"steps": 2, "samples": 4, "tokens": 16},
 }
 """Options for techniques whose defaults are too strong, too weak or too slow for a model of 4 blocks."""
 
@@ -45,6 +47,7 @@ def context_for(original: Path, workdir: Path) -> Context:
         calibration=tokens,
         training=tokens,
         teacher=lambda: models.load(original),
+        teacher_statistics=Statistics(workdir / "statistics", "original"),
     )
 
 

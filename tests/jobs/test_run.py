@@ -13,6 +13,7 @@ from jobs.recipe import Origin, Recipe
 from jobs.run import Made, attempt, failure
 from jobs.techniques.distill import Distill
 from jobs.techniques.drop_layers import DropLayers
+from jobs.techniques.synthesize import Synthesize
 
 ROOT = Recipe(Origin("model", "data", seed=0))
 
@@ -78,6 +79,55 @@ def test_a_recovery_reads_teacher_and_training_text(root: Path, materials: Mater
     made = run(recipe, materials, tmp_path / "b", parent=tmp_path / "a" / "artifact")
     assert isinstance(made, Made), made
     assert made.measurement.metrics["perplexity"] != smaller.measurement.metrics["perplexity"]
+
+
+def test_what_a_step_notes_down_stands_beside_its_artifact_and_all_made_from_it(
+    root: Path, materials: Materials, tmp_path: Path
+) -> None:
+    damaged = ROOT.then(DropLayers(count=1))
+    written = damaged.then(Synthesize(samples=4, tokens=16, steps=1))
+    last = written.then(DropLayers(count=2))
+    parent, told = root, []
+    for recipe in (damaged, written, last):
+        made = run(recipe, materials, tmp_path / recipe.id, parent=parent)
+        assert isinstance(made, Made), made
+        parent = tmp_path / recipe.id / "artifact"
+        told.append(models.about(parent)["notes"])
+    assert told[0] == []
+    (note,) = told[1]
+    assert note["step"] == str(written.steps[-1])
+    assert note["written"]["samples"] == 4
+    assert told[2] == told[1]
+
+
+def test_a_training_cut_off_goes_on_in_the_next_attempt(
+    root: Path, materials: Materials, tmp_path: Path
+) -> None:
+    """The checkpoints outlive the attempt's own folder."""
+    recipe = ROOT.then(Distill(steps=60, learning_rate=3e-3))
+    seen: list[list[str]] = []
+
+    def attempted(name: str, checkpoints: Path, until: int) -> Made | Failure:
+        told: list[str] = []
+        seen.append(told)
+
+        def report(share: float, what: str) -> None:
+            if what.startswith("step "):
+                told.append(what)
+                if len(told) == until:
+                    raise RuntimeError("cut off")
+
+        place = tmp_path / name
+        job = Job(recipe, ("size",), "materials")
+        return attempt(job, materials, root, None, place / "artifact", place / "cache", report, checkpoints)
+
+    assert isinstance(attempted("whole", tmp_path / "unused", 1000), Made)
+    assert isinstance(attempted("first", tmp_path / "kept", 55), Failure)
+    assert isinstance(attempted("second", tmp_path / "kept", 1000), Made)
+    assert seen[1] + seen[2][5:] == seen[0]
+    whole, again = (models.load(tmp_path / name / "artifact") for name in ("whole", "second"))
+    for name, tensor in whole.module.state_dict().items():
+        torch.testing.assert_close(again.module.state_dict()[name], tensor, rtol=1e-6, atol=0)
 
 
 def test_what_was_built_is_only_measured(root: Path, materials: Materials, tmp_path: Path) -> None:
