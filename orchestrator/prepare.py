@@ -81,11 +81,14 @@ class Prepared:
         """About how much memory a job takes, from the original's size: what slots share is divided by it.
 
         Held in bf16 with its statistics and one layer in fp32, about 4 bytes a weight more than the file;
-        training holds gradients, fp32 masters and two moments, 2 + 2 + 4 + 8 bytes a weight, and a teacher.
+        training holds gradients, fp32 masters and two moments, 2 + 2 + 4 + 8 bytes a weight, and a teacher;
+        squared gradients are summed in fp32, beside activations.
         """
         parameters = self.layout.parameters()
         step = job.recipe.steps[-1] if job.recipe.steps else None
-        bytes_per_weight = 20 if step is not None and "training" in step.needs else 6
+        training = step is not None and step.needs & {"training", "teacher"}
+        squares = step is not None and "gradients" in step.needs
+        bytes_per_weight = 20 if training else 12 if squares else 6
         return round(WORKER_GIB + bytes_per_weight * parameters / 2**30, 3)
 
     def known(self, choices: Choices) -> Mapping[str, float]:
@@ -292,8 +295,15 @@ def _check_data(
 ) -> None:
     """That every text that is needed is there and long enough."""
     needs = space.needs()
+    if "gradients" in needs:
+        needs |= {"calibration"}  # the text that they are taken on
     needed_by = {
-        need: [o.technique.name() for o in space.options() if need in o.technique.needs] for need in needs
+        need: [
+            o.technique.name()
+            for o in space.options()
+            if need in o.technique.needs or (need == "calibration" and "gradients" in o.technique.needs)
+        ]
+        for need in needs
     }
     read_by = {reads: name for name in plan_meters if (reads := meters.load(name).reads) is not None}
     for key, source, need in (

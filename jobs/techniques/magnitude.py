@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from jobs.context import Context
-from jobs.knobs import Choice, Range, knob
+from jobs.knobs import Choice, Range, Value, knob
 from jobs.layout import Layout
 from jobs.models import Model
 from jobs.sparsity import PATTERNS, Sparsity, dense_weight, keep
@@ -27,6 +27,9 @@ class Magnitude(Technique):
 
     sparsity: float = knob(0.5, Range(0.0, 0.95), "share of the weights to remove; half where pattern is n:m")
     pattern: str = knob("unstructured", Choice(PATTERNS), "where weights may go; n:m keeps n of m neighbours")
+
+    def idle(self) -> dict[str, Value]:
+        return {} if self.target.group is None else {"sparsity": 0.5}
 
     @property
     def target(self) -> Sparsity:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from jobs.context import Context
 from jobs.hessian import inverse_factor
-from jobs.knobs import Choice, Range, knob
+from jobs.knobs import Choice, Range, Value, knob
 from jobs.layout import Layout
 from jobs.models import Model
 from jobs.sparsity import PATTERNS, Sparsity, dense_weight, highest, keep
@@ -41,6 +41,9 @@ class SparseGpt(Technique):
     damping: float = knob(
         0.01, Range(1e-4, 1.0, log=True), "share of the mean diagonal added to the diagonal"
     )
+
+    def idle(self) -> dict[str, Value]:
+        return {} if self.target.group is None else {"sparsity": 0.5}
 
     @property
     def target(self) -> Sparsity:

@@ -41,3 +41,8 @@ def test_the_norms_are_those_of_what_each_linear_reads(tiny_llama: Path, tmp_pat
         for row, stays in zip(found, kept, strict=True):
             assert row[stays].min() > row[~stays].max() * (1 - 1e-3)
         assert torch.equal(sparse.weight(), torch.where(kept, layer.get_parameter("weight"), 0))
+
+
+def test_settings_that_do_the_same_are_one_recipe() -> None:
+    assert Wanda(sparsity=0.3, pattern="2:4") == Wanda(sparsity=0.7, pattern="2:4")
+    assert Wanda(sparsity=0.3) != Wanda(sparsity=0.7)
