@@ -25,6 +25,7 @@ from torch import nn
 
 from jobs import data, lowrank, measure, models, techniques
 from jobs.context import Context
+from jobs.gradients import fisher
 from jobs.job import Materials, Target, TextSource
 from jobs.meter import Subject
 from jobs.models import Model
@@ -53,40 +54,70 @@ class Row:
         return " → ".join(shown) or "original"
 
 
+STEPS = 48
+"""Of each training here: enough to see what it does, few enough for two cores."""
+
+ALONE: tuple[Step, ...] = (
+    *(("drop_layers", {"count": count}) for count in (2, 4, 6)),
+    ("prune_ffn", {"ratio": 0.125}),
+    *(("prune_ffn", {"ratio": 0.25, "correction": way}) for way in ("none", "bias", "least_squares")),
+    ("prune_heads", {"ratio": 0.34}),
+    *(("prune_hidden", {"ratio": ratio}) for ratio in (0.05, 0.1)),
+    *((name, {"sparsity": share}) for name in ("magnitude", "wanda", "sparsegpt") for share in (0.25, 0.5)),
+    *((name, {"pattern": "2:4"}) for name in ("magnitude", "wanda", "sparsegpt")),
+    *(("optimal_brain_damage", {"sparsity": 0.5, "scope": scope}) for scope in ("layer", "model")),
+    ("gradual_prune", {"sparsity": 0.5, "steps": STEPS}),
+    *((name, {"keep": keep}) for name in ("svd", "asvd", "fw_svd", "svd_llm") for keep in (0.8, 0.95)),
+    ("svd_llm", {"keep": 0.8, "allocation": "global"}),
+    ("svd_llm", {"keep": 0.8, "update": "sequential"}),
+    ("anneal_rank", {"keep": 0.8, "steps": STEPS}),
+    *((name, {"bits": bits}) for name in ("rtn", "hqq", "awq", "gptq") for bits in (3, 4)),
+    *((name, {"bits": 8}) for name in ("rtn", "gptq")),
+    ("gptq", {"bits": 4, "symmetric": True}),
+    ("gptq", {"bits": 4, "group": 128}),
+    ("gptq", {"bits": 3, "order": "natural", "clip": False}),
+    ("gptq", {"bits": 4, "embedding_bits": 8}),
+    ("gptq", {"bits": 4, "embedding_bits": 4}),
+    ("gptq", {"bits": 3, "correction_rank": 16}),
+    ("smoothquant", {"alpha": 0.5}),
+    *(("mixed", {"average_bits": bits}) for bits in (3.0, 4.0)),
+    ("qat", {"bits": 3, "steps": STEPS}),
+)
+"""4 bits in groups of 32 are left out: the weights of this SmolLM2 were once rounded to such a grid, so that they
+would flatter every method."""
+
+CHAINS: tuple[tuple[Step, ...], ...] = (
+    (("drop_layers", {"count": 4}), ("distill", {"steps": STEPS}), ("gptq", {"bits": 4})),
+    (("gptq", {"bits": 4}), ("drop_layers", {"count": 4})),
+    (("drop_layers", {"count": 4}), ("gptq", {"bits": 4})),
+    (("prune_ffn", {"ratio": 0.25}), ("distill", {"steps": STEPS}), ("gptq", {"bits": 4})),
+    (("svd_llm", {"keep": 0.9}), ("distill", {"steps": STEPS}), ("gptq", {"bits": 8})),
+    (("prune_ffn", {"ratio": 0.125}), ("finetune", {"steps": STEPS}), ("mixed", {"average_bits": 3.5})),
+    (("drop_layers", {"count": 4}), ("synthesize", {"steps": STEPS, "samples": 32, "tokens": 128})),
+)
+
+_DECODERS_ONLY = ("prune_hidden", "finetune", "synthesize")
+_QUICK = ("", "rtn", "gptq", "prune_ffn", "wanda", "svd")
+
+
 def rows() -> list[Row]:
-    """Each technique alone, at two or three strengths. 4 bits in groups of 32 are left out: the weights of
-    this SmolLM2 were once rounded to such a grid, so that they would flatter every method."""
-    decoder: list[tuple[Step, ...]] = [
-        (),
-        *((("drop_layers", {"count": count}),) for count in (2, 4, 6)),
+    """The originals, each technique alone, then chains; the encoder without what it cannot do."""
+    every: list[tuple[Step, ...]] = [(), *((step,) for step in ALONE), *CHAINS]
+    encoder = [steps for steps in every if not any(name in _DECODERS_ONLY for name, _ in steps)]
+    return [
         *(
-            (("prune_ffn", {"ratio": ratio, "correction": way}),)
-            for ratio in (0.125, 0.25, 0.5)
-            for way in ("none", "bias", "least_squares")
-            if ratio == 0.25 or way == "least_squares"
+            Row(DECODER, steps, len(steps) < 2 and (steps[0][0] if steps else "") in _QUICK)
+            for steps in every
         ),
-        *((("svd_llm", {"keep": keep}),) for keep in (0.6, 0.8, 0.95)),
-        *((("rtn", {"bits": bits}),) for bits in (3, 4, 8)),
-        *((("gptq", {"bits": bits}),) for bits in (3, 4, 8)),
-        (("gptq", {"bits": 4, "symmetric": True}),),
-        (("gptq", {"bits": 4, "group": 128}),),
-        (("gptq", {"bits": 3, "clip": False}),),
-        (("gptq", {"bits": 3, "order": "natural"}),),
+        *(Row(ENCODER, _shallow(steps)) for steps in encoder),
     ]
-    if "distill" in techniques.names():
-        decoder.append((("drop_layers", {"count": 6}), ("distill", {"steps": 200})))
-    encoder: list[tuple[Step, ...]] = [
-        (),
-        *((("drop_layers", {"count": count}),) for count in (1, 2)),
-        *((("prune_ffn", {"ratio": ratio}),) for ratio in (0.25, 0.5)),
-        *((("svd_llm", {"keep": keep}),) for keep in (0.6, 0.8)),
-        *((("rtn", {"bits": bits}),) for bits in (3, 4, 8)),
-        *((("gptq", {"bits": bits}),) for bits in (3, 4, 8)),
-    ]
-    quick = ("", "rtn", "gptq", "prune_ffn")
-    return [Row(DECODER, steps, (steps[0][0] if steps else "") in quick and len(steps) < 2) for steps in decoder] + [
-        Row(ENCODER, steps) for steps in encoder
-    ]  # fmt: skip
+
+
+def _shallow(steps: tuple[Step, ...]) -> tuple[Step, ...]:
+    """The same for six blocks, of which fewer can go."""
+    return tuple(
+        (name, {"count": given["count"] // 2} if name == "drop_layers" else given) for name, given in steps
+    )
 
 
 def texts(encoder: bool, quick: bool) -> Materials:
@@ -110,6 +141,7 @@ def run(row: Row, cache: Path, quick: bool) -> dict[str, Any]:
     """Make and measure one row, in a process of its own, whose peak memory is then that of the making."""
     materials = texts(row.source == ENCODER, quick)
     folder = models.locate(row.source)
+    libraries = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     model, seconds = models.load(folder), 0.0
     key = row.source.removeprefix("package:")
     with tempfile.TemporaryDirectory() as scratch:
@@ -118,6 +150,8 @@ def run(row: Row, cache: Path, quick: bool) -> dict[str, Any]:
             if "calibration" in step.needs and step.kind != "depth":
                 assert context.calibration is not None
                 context.statistics.grams(model, context.calibration, context.report)  # shared: not counted
+            if "gradients" in step.needs:
+                fisher(model, context)  # shared too
             start = time.perf_counter()
             model = step.compress(model, context)
             seconds += time.perf_counter() - start
@@ -129,7 +163,7 @@ def run(row: Row, cache: Path, quick: bool) -> dict[str, Any]:
         same = outputs(models.load(Path(scratch) / "made")).equal(outputs(model))
     return {
         "model": row.source, "steps": str(row), **measured.metrics, "seconds": seconds,
-        "peak_memory_gib": peak, "reload_equal": same, "environment": dict(measured.environment),
+        "peak_memory_gib": peak - libraries, "reload_equal": same, "environment": dict(measured.environment),
     }  # fmt: skip
 
 
@@ -197,8 +231,23 @@ def claims(found: Sequence[dict[str, Any]], full_rank_perplexity: float | None) 
         ),
         "gptq beats rtn at 3 bits": holds(better, "gptq(bits=3)", "rtn(bits=3)"),
         "least squares beats none at 25 % of the neurons": holds(better, solved, plain),
-        "200 steps of distillation regain part of 6 dropped blocks": holds(
-            better, "drop_layers(count=6) → distill(steps=200)", "drop_layers(count=6)"
+        "sparsegpt beats wanda, and wanda beats magnitude, at 50 %": holds(
+            lambda solved, scored, plain: better(solved, scored) and better(scored, plain),
+            *(f"{name}(sparsity=0.5)" for name in ("sparsegpt", "wanda", "magnitude")),
+        ),
+        "whitened beats plain decomposition at 80 %": holds(better, "svd_llm(keep=0.8)", "svd(keep=0.8)"),
+        "awq and hqq beat rtn at 4 bits": holds(
+            lambda scaled, fitted, plain: better(scaled, plain) and better(fitted, plain),
+            *(f"{name}(bits=4)" for name in ("awq", "hqq", "rtn")),
+        ),
+        "mixed beats gptq at an average of 3 bits": holds(better, "mixed(average_bits=3.0)", "gptq(bits=3)"),
+        "training aware of rounding beats rtn at 3 bits": holds(
+            better, f"qat(bits=3, steps={STEPS})", "rtn(bits=3)"
+        ),
+        "prune, distil, quantize beats quantize, prune at equal bytes": holds(
+            lambda last, first: better(last, first) and last["size_bytes"] == first["size_bytes"],
+            f"drop_layers(count=4) → distill(steps={STEPS}) → gptq(bits=4)",
+            "gptq(bits=4) → drop_layers(count=4)",
         ),
     }
 
@@ -221,21 +270,30 @@ def table(found: Sequence[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", type=Path, help="write all numbers to this file as well")
+    parser.add_argument(
+        "--json", type=Path, help="write all numbers to this file, and go on from those in it"
+    )
     parser.add_argument("--quick", action="store_true", help="fewer rows, half the tokens")
     parser.add_argument("--only", default="", help="run the rows whose model or steps contain this")
     options = parser.parse_args()
     chosen = [
         row for row in rows() if (row.quick or not options.quick) and options.only in f"{row.source} {row}"
     ]
-    found = []
+    found = _already(options.json)
+    done = {(row["model"], row["steps"]) for row in found}
     # A process per row: peak memory is per process, and no row warms another's caches.
     fresh = multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1)
     with tempfile.TemporaryDirectory() as cache, fresh as pool:
         for row in chosen:
+            if (row.source, str(row)) in done:
+                continue
             found.append(pool.apply(run, (row, Path(cache), options.quick)))
             print(table(found[-1:]).splitlines()[-1], file=sys.stderr, flush=True)
+            if options.json:
+                options.json.write_text(json.dumps({"rows": found}, indent=1))
         full = pool.apply(full_rank, (options.quick,)) if not options.only else None
+    order = {(row.source, str(row)): place for place, row in enumerate(rows())}
+    found.sort(key=lambda row: order.get((row["model"], row["steps"]), len(order)))
     print(table(found))
     if full is not None:
         print(f"\nfactors of full rank: perplexity {full:.2f}")
@@ -245,6 +303,14 @@ def main() -> None:
         print(f"- {'not run' if holds is None else 'holds' if holds else 'FAILS'}: {claim}")
     if options.json:
         options.json.write_text(json.dumps({"rows": found, "full_rank": full, "claims": held}, indent=1))
+
+
+def _already(file: Path | None) -> list[dict[str, Any]]:
+    """The rows that an earlier run left in this file: they are not run again."""
+    if file is None or not file.is_file():
+        return []
+    held: list[dict[str, Any]] = json.loads(file.read_text())["rows"]
+    return held
 
 
 if __name__ == "__main__":
