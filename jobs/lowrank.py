@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
-from typing import cast
+from typing import SupportsFloat, cast
 
 import torch
 from jaxtyping import Float
@@ -66,7 +66,7 @@ def ranks_of(
     linears: Mapping[str, LinearSpec],
     keep: float,
     terms: Mapping[str, Tensor],
-    importance: Mapping[str, float] | None,
+    importance: Mapping[str, SupportsFloat] | None,
 ) -> dict[str, int]:
     """The rank of each linear: the same share for all where `importance` is None, else from one budget (see
     `allocated`). `terms` holds the singular values as `NAME.values` (see `decomposed`)."""
@@ -79,7 +79,7 @@ def ranks_of(
 def allocated(
     linears: Mapping[str, LinearSpec],
     spectra: Mapping[str, Float[Tensor, " full"]],
-    importance: Mapping[str, float],
+    importance: Mapping[str, SupportsFloat],
     budget: float,
 ) -> dict[str, int]:
     """Ranks for which the sum of the linears' squared errors, each times its importance, is least while the
@@ -99,7 +99,7 @@ def allocated(
     left = budget - sum(_cost(spec) for spec in linears.values())
     steps: list[tuple[float, str, int]] = []
     for name, spec in linears.items():
-        worth = spectra[name].double().square() * importance[name] / _cost(spec)
+        worth = spectra[name].double().square() * float(importance[name]) / _cost(spec)
         most = rank_of(1.0, spec.out_features, spec.in_features)
         steps += [(-gain, name, rank) for rank, gain in enumerate(worth[1:most].tolist(), start=2)]
     for _, name, rank in sorted(steps):

@@ -55,11 +55,7 @@ class Asvd(Technique):
         # Every alpha has a decomposition of its own.
         kind = f"svd-scaled-{self.alpha!r}"
         terms = lowrank.decomposed(model, context, self.name(), kind, lambda: self._rooting(model, context))
-        importance = None
-        if self.allocation == "global":
-            importance = {
-                name: value.item() for name, value in gradients.sensitivities(model, context).items()
-            }
+        importance = gradients.sensitivities(model, context) if self.allocation == "global" else None
         ranks = lowrank.ranks_of(layout.linears, self.keep, terms, importance)
         lowrank.factorize(model, context, terms, ranks)
         return model

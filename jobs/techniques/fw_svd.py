@@ -1,4 +1,4 @@
-"""fw_svd: replace each linear by two thin ones, the best of their rank where weights count by their Fisher information."""
+"""fw_svd: replace each linear by two thin ones, the best of their rank by the Fisher information of the weights."""
 
 from __future__ import annotations
 

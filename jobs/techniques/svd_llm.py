@@ -63,11 +63,7 @@ class SvdLlm(Technique):
         terms = lowrank.decomposed(
             model, context, self.name(), "svd-whitened", lambda: _rooting(model, context)
         )
-        importance = None
-        if self.allocation == "global":
-            importance = {
-                name: value.item() for name, value in gradients.sensitivities(model, context).items()
-            }
+        importance = gradients.sensitivities(model, context) if self.allocation == "global" else None
         ranks = lowrank.ranks_of(layout.linears, self.keep, terms, importance)
         if self.update == "none":
             lowrank.factorize(model, context, terms, ranks)
