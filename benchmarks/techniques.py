@@ -178,7 +178,7 @@ def full_rank(quick: bool) -> float:
         for name, layer in model.linears().items():
             assert isinstance(layer, nn.Linear)
             weight = layer.weight.float()
-            u, v, values = lowrank.terms_of(weight, weight @ root_of(grams.gram(name)))
+            u, v, values = lowrank.terms_of(weight, root_of(grams.gram(name)))
             model.replace(name, lowrank.factored(layer, u, v, len(values), name))
         models.save(model, Path(scratch) / "made", {})
         found = measure.measure(["text"], Subject(Path(scratch) / "made", folder, materials))

@@ -42,6 +42,51 @@ def fisher(model: Model, context: Context) -> Mapping[str, Tensor]:
     return context.statistics.stored("fisher", lambda: (_fisher(model, context), {}))
 
 
+def sensitivities(model: Model, context: Context) -> Mapping[str, Tensor]:
+    """E[g²] of each block linear, a number by its name: g is the loss's gradient by what the linear gives,
+    the mean is over its outputs and all tokens. The loss is `fisher`'s.
+
+    An error e of the outputs that is independent of g raises the loss by about ½ E[g²] E‖e‖², so errors of
+    different linears can be added. It is not read off the Fisher information of the weights, a mean of
+    (g x)²: a few tokens with huge inputs and no gradient would hide what all the others need.
+
+    Computed once for each parent and text; cheaper than `fisher`, since no weight gets a gradient.
+    """
+    return context.statistics.stored("sensitivity", lambda: (_sensitivities(model, context), {}))
+
+
+def _sensitivities(model: Model, context: Context) -> dict[str, Tensor]:
+    if context.calibration is None:
+        raise ValueError("gradients need a text to be taken on; give the study data.calibration")
+    sums = {name: torch.zeros((), dtype=torch.float64) for name in model.linears()}
+
+    def reads(total: Tensor) -> Callable[[nn.Module, Any, Tensor], None]:
+        def add(slope: Tensor) -> None:
+            total.add_(slope.float().square().mean().double().cpu())
+
+        def given(module: nn.Module, args: Any, output: Tensor) -> None:
+            output.register_hook(add)  # type: ignore[no-untyped-call]
+
+        return given
+
+    def enter(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        # Gradients start here: without one that asks for them, no graph would be kept.
+        args[0].requires_grad_(True)
+
+    hooks = [layer.register_forward_hook(reads(sums[name])) for name, layer in model.linears().items()]
+    hooks.append(model.blocks[0].register_forward_pre_hook(enter))
+    try:
+        with _squares_into({}, {}, model):
+            _run(model, context.calibration, context.report)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for name, total in sums.items():
+        if not bool(torch.isfinite(total.div_(len(context.calibration)))):
+            raise ValueError(f"{name} has NaN or infinite gradients on the calibration text")
+    return {name: total.float() for name, total in sums.items()}
+
+
 def _fisher(model: Model, context: Context) -> dict[str, Tensor]:
     if context.calibration is None:
         raise ValueError("gradients need a text to be taken on; give the study data.calibration")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
-from typing import cast
+from typing import SupportsFloat, cast
 
 import torch
 from jaxtyping import Float
@@ -25,8 +25,9 @@ KEEP_HELP = "share of the weights to keep; 1 leaves the linears as they are"
 ALLOCATION = Choice(("uniform", "global"))
 ALLOCATION_HELP = "the same share for every linear, or more for those that lose more by it"
 
-Weigh = Callable[[str, Float[Tensor, "out in"]], Float[Tensor, "out columns"]]
-"""A linear's weight times the root of the norm's matrix: what is decomposed in its place. Given its full name."""
+Root = Callable[[str, Float[Tensor, "out in"]], Tensor]
+"""R of the norm ‖(W − W')R‖ in which a linear's error counts, [in, in], or [in] where it is diagonal; given the
+linear's full name and its weight."""
 
 
 def rank_of(keep: float, out_features: int, in_features: int) -> int:
@@ -62,35 +63,43 @@ def outline(layout: Layout, keep: float, allocation: str) -> Layout:
 
 
 def ranks_of(
-    linears: Mapping[str, LinearSpec], terms: Mapping[str, Tensor], keep: float, allocation: str
+    linears: Mapping[str, LinearSpec],
+    keep: float,
+    terms: Mapping[str, Tensor],
+    importance: Mapping[str, SupportsFloat] | None,
 ) -> dict[str, int]:
-    """The rank of each linear; `terms` holds its singular values as `NAME.values` (see `decomposed`)."""
-    if allocation == "global":
-        spectra = {name: terms[f"{name}.values"] for name in linears}
-        return allocated(linears, spectra, _budget(linears, keep))
-    return {name: rank_of(keep, spec.out_features, spec.in_features) for name, spec in linears.items()}
+    """The rank of each linear: the same share for all where `importance` is None, else from one budget (see
+    `allocated`). `terms` holds the singular values as `NAME.values` (see `decomposed`)."""
+    if importance is None:
+        return {name: rank_of(keep, spec.out_features, spec.in_features) for name, spec in linears.items()}
+    spectra = {name: terms[f"{name}.values"] for name in linears}
+    return allocated(linears, spectra, importance, _budget(linears, keep))
 
 
 def allocated(
-    linears: Mapping[str, LinearSpec], spectra: Mapping[str, Float[Tensor, " full"]], budget: float
+    linears: Mapping[str, LinearSpec],
+    spectra: Mapping[str, Float[Tensor, " full"]],
+    importance: Mapping[str, SupportsFloat],
+    budget: float,
 ) -> dict[str, int]:
-    """Ranks for which the sum of the linears' relative errors is least while the factors hold at most
-    `budget` weights.
+    """Ranks for which the sum of the linears' squared errors, each times its importance, is least while the
+    factors hold at most `budget` weights.
 
     Another rank for a linear lowers its squared error by the square of the next singular value and costs
-    in + out weights; the best ratio comes first, which is the optimum up to the last rank that still fits.
-    Squared errors are counted relative to the squared norm of the linear's whole output: in raw units the
-    few layers with huge activations would get all, though norms in the model undo their size.
-
+    in + out weights; the best ratio comes first, which is the optimum up to the last ranks that still fit.
     Every linear has at least rank 1, whatever the budget, and at most the rank where two factors hold as
     many weights as the one did.
+
+    importance makes the errors comparable: what a unit of a linear's squared error adds to the loss. Two
+    that need no gradients were tried on SmolLM2 with svd_llm's norm and lost to uniform ranks: all alike,
+    by which the layers with huge activations get everything, and the inverse of the whole output's energy,
+    by which just these get next to nothing, since one token makes up most of that energy.
     """
     ranks = dict.fromkeys(linears, 1)
     left = budget - sum(_cost(spec) for spec in linears.values())
     steps: list[tuple[float, str, int]] = []
     for name, spec in linears.items():
-        energies = spectra[name].double().square()
-        worth = energies / energies.sum().clamp(min=1e-300) / _cost(spec)
+        worth = spectra[name].double().square() * float(importance[name]) / _cost(spec)
         most = rank_of(1.0, spec.out_features, spec.in_features)
         steps += [(-gain, name, rank) for rank, gain in enumerate(worth[1:most].tolist(), start=2)]
     for _, name, rank in sorted(steps):
@@ -102,22 +111,22 @@ def allocated(
 
 
 def decomposed(
-    model: Model, context: Context, technique: str, kind: str, weighing: Callable[[], Weigh]
+    model: Model, context: Context, technique: str, kind: str, rooting: Callable[[], Root]
 ) -> Mapping[str, Tensor]:
     """Per linear the factors up to the rank where they hold as many weights as it did, `NAME.u` [out, most]
     and `NAME.v` [most, in] in bf16, and all its singular values, `NAME.values`; from the cache where they are.
 
-    kind: names the norm in the cache. weighing: called once, before the first linear is weighed.
+    kind: names the norm in the cache. rooting: called once, before the first decomposition.
     """
 
     def found() -> Iterator[tuple[str, Tensor]]:
-        weigh = weighing()
+        root_of = rooting()
         linears = model.linears()
         for done, (name, layer) in enumerate(linears.items()):
             context.report(done / len(linears), f"decomposing {name}")
             dense = cast(nn.Linear, layer)
             weight = check_finite(dense.weight.detach(), technique, name).float()
-            u, v, values = terms_of(weight, weigh(name, weight))
+            u, v, values = terms_of(weight, root_of(name, weight))
             most = rank_of(1.0, dense.out_features, dense.in_features)
             yield f"{name}.u", u[:, :most].to(DTYPE).contiguous()
             yield f"{name}.v", v[:most].to(DTYPE).contiguous()
@@ -127,15 +136,17 @@ def decomposed(
 
 
 def terms_of(
-    weight: Float[Tensor, "out in"], weighed: Float[Tensor, "out columns"]
+    weight: Float[Tensor, "out in"], root: Tensor
 ) -> tuple[Float[Tensor, "out full"], Float[Tensor, "full in"], Float[Tensor, " full"]]:
-    """u, v and the singular values of `weighed`, falling. For each r, u[:, :r] v[:r] = U Uᵀ W with the first
-    r left singular vectors U of `weighed`.
+    """u, v and the singular values of W R, falling. For each r, u[:, :r] v[:r] = U Uᵀ W with U the first r
+    left singular vectors of W R; root is R, or its diagonal.
 
-    With weighed = W S this is the best matrix of rank r in ‖(W − W')S‖ (Eckart and Young 1936): that best
-    one is U Σ Vᵀ S⁻¹ truncated, and Uᵀ W S = Σ Vᵀ, so that S need not be inverted and may be singular.
-    Each singular value is shared evenly between u and v, to make the best of bf16's range.
+    This is the best matrix of rank r in ‖(W − W')R‖ (Eckart and Young 1936), and the squares of the
+    singular values left out sum up to its squared error. That best one is U Σ Vᵀ R⁻¹ truncated, and
+    Uᵀ W R = Σ Vᵀ, so that R need not be inverted and may be singular. Each singular value is shared evenly
+    between u and v, so that neither is rounded worse than the other where integers follow.
     """
+    weighed = weight @ root if root.ndim == 2 else weight * root
     vectors, values, _ = torch.linalg.svd(weighed, full_matrices=False)
     share = values.clamp(min=1e-6 * values[0].clamp(min=1e-30)).sqrt()
     return vectors * share, (vectors.T @ weight) / share.unsqueeze(1), values

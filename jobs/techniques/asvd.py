@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from jobs import lowrank
+from jaxtyping import Float
+from torch import Tensor
+
+from jobs import gradients, lowrank
 from jobs.context import Context
 from jobs.knobs import Range, knob
 from jobs.layout import Layout
@@ -51,13 +54,20 @@ class Asvd(Technique):
             return model
         # Every alpha has a decomposition of its own.
         kind = f"svd-scaled-{self.alpha!r}"
-        terms = lowrank.decomposed(model, context, self.name(), kind, lambda: self._weighing(model, context))
-        ranks = lowrank.ranks_of(layout.linears, terms, self.keep, self.allocation)
+        terms = lowrank.decomposed(model, context, self.name(), kind, lambda: self._rooting(model, context))
+        importance = gradients.sensitivities(model, context) if self.allocation == "global" else None
+        ranks = lowrank.ranks_of(layout.linears, self.keep, terms, importance)
         lowrank.factorize(model, context, terms, ranks)
         return model
 
-    def _weighing(self, model: Model, context: Context) -> lowrank.Weigh:
+    def _rooting(self, model: Model, context: Context) -> lowrank.Root:
         assert context.calibration is not None
         grams = context.statistics.grams(model, context.calibration, context.report)
-        # The root mean square to the power alpha.
-        return lambda name, weight: weight * grams.gram(name).diagonal().to(weight.device) ** (self.alpha / 2)
+        return lambda name, weight: scales(grams.gram(name).diagonal(), self.alpha).to(weight.device)
+
+
+def scales(energies: Float[Tensor, " in"], alpha: float) -> Float[Tensor, " in"]:
+    """The root of each input's mean square, to the power alpha; all times what makes their squares sum up to
+    the inputs' energy, so that the norm is on the average over weights that of the outputs' error."""
+    raw = energies.double() ** (alpha / 2)
+    return (raw * (energies.double().sum() / raw.square().sum().clamp(min=1e-300)).sqrt()).float()

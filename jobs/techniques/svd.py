@@ -5,6 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
 from jobs import lowrank
 from jobs.context import Context
 from jobs.knobs import knob
@@ -45,9 +49,13 @@ class Svd(Technique):
         self.outline(layout)
         if self.identity:
             return model
-        terms = lowrank.decomposed(
-            model, context, self.name(), "svd-plain", lambda: lambda name, weight: weight
-        )
-        ranks = lowrank.ranks_of(layout.linears, terms, self.keep, self.allocation)
+        terms = lowrank.decomposed(model, context, self.name(), "svd-plain", lambda: _ones)
+        # Squared changes of weights, summed over the whole model: what this decomposition makes least.
+        importance = dict.fromkeys(layout.linears, 1.0) if self.allocation == "global" else None
+        ranks = lowrank.ranks_of(layout.linears, self.keep, terms, importance)
         lowrank.factorize(model, context, terms, ranks)
         return model
+
+
+def _ones(name: str, weight: Float[Tensor, "out in"]) -> Float[Tensor, " in"]:
+    return torch.ones(weight.shape[1], device=weight.device)

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from jobs import lowrank
+from jobs import gradients, lowrank
 from jobs.context import Context
 from jobs.knobs import Choice, knob
 from jobs.layers import LowRankLinear
@@ -61,9 +61,10 @@ class SvdLlm(Technique):
         if self.identity:
             return model
         terms = lowrank.decomposed(
-            model, context, self.name(), "svd-whitened", lambda: _weighing(model, context)
+            model, context, self.name(), "svd-whitened", lambda: _rooting(model, context)
         )
-        ranks = lowrank.ranks_of(layout.linears, terms, self.keep, self.allocation)
+        importance = gradients.sensitivities(model, context) if self.allocation == "global" else None
+        ranks = lowrank.ranks_of(layout.linears, self.keep, terms, importance)
         if self.update == "none":
             lowrank.factorize(model, context, terms, ranks)
         else:
@@ -84,10 +85,10 @@ def root_of(gram: Float[Tensor, "in in"]) -> Float[Tensor, "in in"]:
     return cast(Tensor, root.float())
 
 
-def _weighing(model: Model, context: Context) -> lowrank.Weigh:
+def _rooting(model: Model, context: Context) -> lowrank.Root:
     assert context.calibration is not None
     grams = context.statistics.grams(model, context.calibration, context.report)
-    return lambda name, weight: weight @ root_of(grams.gram(name).to(weight.device))
+    return lambda name, weight: root_of(grams.gram(name).to(weight.device))
 
 
 def updated(

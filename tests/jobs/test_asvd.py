@@ -10,7 +10,7 @@ from jobs import models
 from jobs.context import Context
 from jobs.models import Model
 from jobs.statistics import Statistics
-from jobs.techniques.asvd import Asvd
+from jobs.techniques.asvd import Asvd, scales
 from jobs.techniques.svd import Svd
 
 
@@ -33,10 +33,18 @@ def products(model: Model, original: Path) -> dict[str, Tensor]:
 
 
 def test_without_scaling_it_is_svd(tiny_llama: Path) -> None:
-    scaled = made(Asvd(keep=0.5, alpha=0.0), tiny_llama).module.state_dict()
-    plain = made(Svd(keep=0.5), tiny_llama).module.state_dict()
-    assert scaled.keys() == plain.keys()
-    assert all(torch.equal(scaled[name], plain[name]) for name in plain)
+    scaled = products(made(Asvd(keep=0.5, alpha=0.0), tiny_llama), tiny_llama)
+    plain = products(made(Svd(keep=0.5), tiny_llama), tiny_llama)
+    assert all((scaled[name] - plain[name]).norm() < 0.01 * plain[name].norm() for name in plain)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0, 2.0])
+def test_the_scales_hold_the_energy_of_the_inputs(alpha: float) -> None:
+    energies = Tensor([4.0, 1.0, 0.0, 9.0])
+    found = scales(energies, alpha)
+    assert found.square().sum().item() == pytest.approx(14)
+    assert (found[0] / found[1]).item() == pytest.approx(2**alpha)
+    assert not scales(energies * 0, alpha).any()
 
 
 @pytest.mark.parametrize("alpha", [0.5, 1.0])
