@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jaxtyping import Int
 from torch import Tensor
@@ -24,6 +24,9 @@ class Context:
 
     calibration, training: token ids, one sequence of equal length per row.
     teacher: loads the original model anew at each call; the caller owns it.
+    teacher_statistics: what depends on the original and the training text alone, shared by all students.
+    checkpoints: a folder for a training's checkpoints that outlives the attempt, and is this recipe's own.
+    notes: what the technique wants told beside the model of how it was made; plain JSON, written by it.
     """
 
     statistics: Statistics
@@ -33,4 +36,7 @@ class Context:
     calibration: Int[Tensor, "samples tokens"] | None = None
     training: Int[Tensor, "samples tokens"] | None = None
     teacher: Callable[[], Model] | None = None
+    teacher_statistics: Statistics | None = None
+    checkpoints: Path | None = None
+    notes: dict[str, Any] = field(default_factory=dict)
     report: Report = lambda share, what: None

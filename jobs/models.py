@@ -275,6 +275,13 @@ def save(model: Model, folder: Path, about: Mapping[str, Any]) -> None:
     (folder / LAYOUT).write_text(json.dumps({**about, "layout": model.layout().to_dict()}, indent=1))
 
 
+def about(folder: Path) -> dict[str, Any]:
+    """What `save` was told of how the model of this folder came to be; nothing of a model it did not write."""
+    file = folder / LAYOUT
+    record: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
+    return {name: value for name, value in record.items() if name != "layout"}
+
+
 def tokenizer(folder: Path) -> Tokenizer:
     """The tokenizer of a model folder; it never runs code from the folder."""
     found = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)

@@ -6,6 +6,7 @@ import time
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,6 +34,15 @@ class Made:
     built: bool
 
 
+@dataclass(frozen=True)
+class _Places:
+    """The folders that `attempt` was given to write in."""
+
+    folder: Path
+    cache: Path
+    checkpoints: Path | None
+
+
 def attempt(
     job: Job,
     materials: Materials,
@@ -41,17 +51,20 @@ def attempt(
     folder: Path,
     cache: Path,
     report: Report,
+    checkpoints: Path | None = None,
 ) -> Made | Failure:
     """Make the artifact of `job.recipe` in `folder` (new or empty) and measure it.
 
     parent: the folder of the parent's artifact; None for the original, which has no parent.
     built: the folder of the artifact where it was made before; it is then only measured.
     cache: where statistics that jobs share are kept.
+    checkpoints: where a training leaves what another attempt at this recipe goes on from; the caller
+        removes it when none will come.
     Never raises: what goes wrong comes back as a Failure.
     """
     memory.settle()
     try:
-        return _attempt(job, materials, parent, built, folder, cache, report)
+        return _attempt(job, materials, parent, built, _Places(folder, cache, checkpoints), report)
     except Exception as error:  # noqa: BLE001 - the worker boundary: failures cross it as data
         return failure(error)
     finally:
@@ -63,17 +76,16 @@ def _attempt(
     materials: Materials,
     parent: Path | None,
     built: Path | None,
-    folder: Path,
-    cache: Path,
+    places: _Places,
     report: Report,
 ) -> Made:
     started = time.perf_counter()
     if built is None:
-        _make(job, materials, parent, folder, cache, report)
+        _make(job, materials, parent, places, report)
     seconds = time.perf_counter() - started
     report(1.0, "measuring")
     original = models.locate(materials.model)
-    subject = Subject(built or folder, original, materials, job.fidelity)
+    subject = Subject(built or places.folder, original, materials, job.fidelity)
     return Made(measure(job.meters, subject), seconds, built is None)
 
 
@@ -96,11 +108,10 @@ def _allocation_failed(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
 
 
-def _make(
-    job: Job, materials: Materials, parent: Path | None, folder: Path, cache: Path, report: Report
-) -> None:
-    """Write the artifact of a job's recipe, the original's or one step from its parent's, into `folder`."""
+def _make(job: Job, materials: Materials, parent: Path | None, places: _Places, report: Report) -> None:
+    """Write the artifact of a job's recipe, the original's or one step from its parent's, into its folder."""
     recipe = job.recipe
+    notes: list[dict[str, Any]] = []
     if recipe.parent is None:
         report(0.0, "writing the original")
         model = models.load(models.locate(materials.model))
@@ -110,10 +121,12 @@ def _make(
         step = recipe.steps[-1]
         report(0.0, str(step))
         model = models.load(parent, _device())
-        statistics = Statistics(cache, recipe.parent.id)
-        context = _context(step, materials, recipe.origin.seed, statistics, folder.parent, report)
+        context = _context(recipe, materials, places, report)
         model = _compressed(model, step, context)
-    models.save(model, folder, {"recipe": recipe.to_dict(), "text": str(recipe)})
+        notes = models.about(parent).get("notes", [])
+        if context.notes:
+            notes = [*notes, {"step": str(step), **context.notes}]
+    models.save(model, places.folder, {"recipe": recipe.to_dict(), "text": str(recipe), "notes": notes})
 
 
 def _compressed(model: Model, step: Technique, context: Context) -> Model:
@@ -133,23 +146,24 @@ def _compressed(model: Model, step: Technique, context: Context) -> Model:
     return model
 
 
-def _context(
-    step: Technique, materials: Materials, seed: int, statistics: Statistics, workdir: Path, report: Report
-) -> Context:
-    """What `step` needs, and no more: reading text that nobody asks for costs seconds."""
+def _context(recipe: Recipe, materials: Materials, places: _Places, report: Report) -> Context:
+    """What the recipe's last step needs, and no more: reading text that nobody asks for costs seconds."""
     original = models.locate(materials.model)
+    step, parent = recipe.steps[-1], recipe.lineage()[-2]
 
     def rows(source: TextSource | None) -> Tensor | None:
         return None if source is None else data.windows_for(source, original)
 
     return Context(
-        statistics=statistics,
-        workdir=workdir,
-        seed=seed,
+        statistics=Statistics(places.cache, parent.id),
+        workdir=places.folder.parent,
+        seed=recipe.origin.seed,
         device=_device(),
         calibration=rows(materials.calibration) if step.needs & {"calibration", "gradients"} else None,
         training=rows(materials.training) if "training" in step.needs else None,
         teacher=lambda: models.load(original, _device()),
+        teacher_statistics=Statistics(places.cache, recipe.lineage()[0].id),
+        checkpoints=places.checkpoints,
         report=report,
     )
 

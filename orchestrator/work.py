@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -27,7 +28,8 @@ from jobs.recipe import Recipe
 class Workplace:
     """What all work of a study shares.
 
-    scratch: where jobs in progress lie, best on the store's file system; it is the study's own.
+    scratch: where jobs in progress lie, best on the store's file system; it is the study's own. Checkpoints
+        of a training lie there too, so that another attempt can go on from them.
     cache: where statistics lie that any study's jobs may share.
     """
 
@@ -56,6 +58,9 @@ def _work(job: Job, workplace: Workplace) -> Outcome:
     workplace.scratch.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=workplace.scratch) as scratch:
         outcome = _attempt(job, workplace, store, Path(scratch))
+    if isinstance(outcome, Success) or outcome.kind in ("invalid", "diverged"):
+        # No other attempt will follow.
+        shutil.rmtree(_checkpoints(job, workplace), ignore_errors=True)
     if isinstance(outcome, Failure):
         return outcome  # another attempt may go better: only results are committed
     record = {"result": outcome_to_dict(outcome), "recipe": job.recipe.to_dict(), "meters": list(job.meters)}
@@ -75,6 +80,7 @@ def _attempt(job: Job, workplace: Workplace, store: ArtifactStore, scratch: Path
         folder=scratch / "made",
         cache=workplace.cache,
         report=_unreported,
+        checkpoints=_checkpoints(job, workplace),
     )
     if isinstance(made, Failure):
         return made
@@ -88,6 +94,10 @@ def _attempt(job: Job, workplace: Workplace, store: ArtifactStore, scratch: Path
             # measured on the copy that counts.
             return _attempt(job, workplace, store, scratch / "again")
     return Success(ref.digest, ref.size_bytes, made.measurement, made.seconds)
+
+
+def _checkpoints(job: Job, workplace: Workplace) -> Path:
+    return workplace.scratch / "checkpoints" / job.recipe.id
 
 
 def artifact_of(recipe: Recipe, store: ArtifactStore) -> ArtifactRef | None:

@@ -1,44 +1,52 @@
-"""Distillation: train the smaller model for some steps to say what the original says."""
+"""distill: train the smaller model for some steps to say what the original says."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import dataclasses
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
-from jobs import engine
+from jobs import recovery, states
 from jobs.context import Context
+from jobs.families import Task
 from jobs.knobs import Choice, Range, knob
 from jobs.layout import Layout
+from jobs.losses import Aim, Divergence, distillation_loss
 from jobs.models import Model
+from jobs.recovery import Ids, LossOf, Plan, Rows
+from jobs.states import States
+from jobs.teacher import CachedTeacher
 from jobs.technique import Form, Kind, Need, Technique
-
-_TOKENS_AT_ONCE = 512
-"""Tokens of one forward pass; a larger batch is gathered over several, which costs no memory."""
-_ROWS = 128
-"""Positions whose logits are held in fp32 at once: a vocabulary wide, they would fill memory."""
 
 
 @dataclass(frozen=True)
 class Distill(Technique):
     """Hinton et al. 2015: match the teacher's softened predictions, and partly the text itself.
 
-    The loss per token is (1 − hard_weight) · T² · KL(teacher_T ‖ student_T) + hard_weight · CE(text). An
-    encoder predicts no tokens: it matches the teacher's last hidden states instead, each normalised over
-    its width, by mean squared error; temperature and hard_weight are then without effect.
+    The loss per token is (1 − hard_weight) · T² · D(teacher_T, student_T) + hard_weight · CE(text), D one of
+    the divergences of `jobs.losses`. A classifier matches the logits of its classes, of each row, without
+    the second term. An encoder without a head matches the teacher's last hidden states instead, each
+    normalised over its width, by mean squared error; temperature, divergence and hard_weight are then
+    without effect, and top_k is for both.
+
+    hidden_weight adds the distance of the hidden states that the blocks leave, and attention_weight that of
+    the last block's attention (`jobs.states`); both need the teacher beside the student.
 
     The blocks and the norms are trained, in bf16 with fp32 master weights, without dropout (a short recovery
     has nothing to overfit). Embeddings and head stay the original's: no technique has touched them, and
     training SmolLM2's too took 40 % longer and 0.5 GiB more, for a worse perplexity after 16 steps (126, not
-    119). The teacher is the original, run in bf16 beside the student.
+    119). The teacher is the original, run in bf16 beside the student; or, with top_k, before it, once for
+    all students of a study.
     """
 
     kind: ClassVar[Kind] = "recovery"
     paper: ClassVar[str] = "Hinton et al. 2015, arXiv:1503.02531"
+    version: ClassVar[int] = 2
     needs: ClassVar[frozenset[Need]] = frozenset({"teacher", "training"})
     accepts: ClassVar[frozenset[Form]] = frozenset({"dense", "factored"})
 
@@ -50,128 +58,114 @@ class Distill(Technique):
     )
     batch: int = knob(1, Range(1, 1024, integer=True), "sequences per step")
     zero_stage: int = knob(0, Choice((0, 1, 2, 3)), "what DeepSpeed ZeRO shares between ranks")
+    divergence: str = knob(
+        "forward", Choice(("forward", "reverse", "symmetric")), "how two predictions are compared"
+    )
+    hidden_weight: float = knob(0.0, Range(0.0, 100.0), "weight of the blocks' hidden states in the loss")
+    attention_weight: float = knob(0.0, Range(0.0, 100.0), "weight of the last block's attention in the loss")
+    top_k: int = knob(
+        0, Range(0, 65_536, integer=True), "tokens kept of each of the teacher's predictions; 0 for all"
+    )
+    patience: int = knob(
+        0, Range(0, 100, integer=True), "looks at held-out text without gain before the end; 0 for none"
+    )
 
     @property
     def identity(self) -> bool:
         return self.steps == 0
 
+    @property
+    def plan(self) -> Plan:
+        return Plan(self.learning_rate, self.steps, self.batch, self.zero_stage, self.patience)
+
+    @property
+    def aim(self) -> Aim:
+        return Aim(cast(Divergence, self.divergence), self.temperature, self.hard_weight)
+
     def outline(self, layout: Layout) -> Layout:
-        if "packed" in layout.forms():
-            raise ValueError("distill cannot train packed integers; put it before quantization")
+        self.check_forms(layout)
+        for name in ("hidden_weight", "attention_weight"):
+            if self.top_k and getattr(self, name):
+                raise ValueError(
+                    f"distill.top_k={self.top_k} keeps what the teacher predicts, not its states: "
+                    f"{name}={getattr(self, name):g} must be 0"
+                )
         return layout
 
     def compress(self, model: Model, context: Context) -> Model:
+        self.outline(model.layout())
         if context.teacher is None or context.training is None:
             raise ValueError("distill needs the teacher and training text; give the study data.training")
-        teacher = context.teacher().module
-        predicts = model.task == "causal-lm"
-        loss_of = self._prediction_loss(teacher) if predicts else _state_loss(teacher)
-        rows = context.training.to(context.device)
-        at_once = _largest_divisor(self.batch, _TOKENS_AT_ONCE // rows.shape[1])
-        training = engine.Training(
-            self.learning_rate, self.steps, self.batch // at_once, zero_stage=self.zero_stage
-        )
-        _require_gradients(model)
-        batches = _shuffled(rows, at_once, context.seed)
-        engine.train(model.module, batches, loss_of, training, context.report)
+        rows = context.training
+        recovery.require_gradients(model)
+        if self.top_k and model.task == "causal-lm":
+            met = self.plan.met(rows, context.seed)
+            cached = CachedTeacher(context, self.top_k, self.temperature, met)
+            _check_vocabularies(model, cached.vocabulary)
+            recovery.train(model, rows, self._cached_loss(rows, cached, context.device), self.plan, context)
+            return model
+        teacher = context.teacher()
+        _check_vocabularies(model, _vocabulary(teacher))
+        with ExitStack() as reading:
+            own, others = (
+                reading.enter_context(
+                    states.read(one, hidden=self.hidden_weight > 0, attention=self.attention_weight > 0)
+                )
+                for one in (model, teacher)
+            )
+            loss_of = self._loss(rows, teacher, own, others, context.device)
+            recovery.train(model, rows, loss_of, self.plan, context)
         return model
 
-    def _prediction_loss(self, teacher: nn.Module) -> Callable[[nn.Module, Tensor], Tensor]:
-        def loss_of(student: nn.Module, rows: Int[Tensor, "batch tokens"]) -> Float[Tensor, ""]:
+    def _cached_loss(self, rows: Rows, cached: CachedTeacher, device: str) -> LossOf:
+        def loss_of(student: nn.Module, ids: Ids) -> Float[Tensor, ""]:
+            batch = rows[ids].to(device)
+            said = recovery.predictions(student, batch)
+            return distillation_loss(said, cached.top(ids), recovery.targets(batch), self.aim)
+
+        return loss_of
+
+    def _loss(self, rows: Rows, teacher: Model, own: States, others: States, device: str) -> LossOf:
+        """The loss of a student that the teacher runs beside; own, others: what is read of both meanwhile."""
+
+        def loss_of(student: nn.Module, ids: Ids) -> Float[Tensor, ""]:
+            batch = rows[ids].to(device)
             with torch.no_grad():
-                taught = teacher(rows, use_cache=False).logits[:, :-1].flatten(0, 1)
-            said = student(rows, use_cache=False).logits[:, :-1].flatten(0, 1)
-            return distillation_loss(said, taught, rows[:, 1:].flatten(), self.temperature, self.hard_weight)
+                taught = _answer(teacher.module, batch, teacher.task)
+            said = _answer(student, batch, teacher.task)
+            if teacher.task == "embedding":
+                loss = states.state_distance(said, taught)
+            elif teacher.task == "classification":
+                loss = distillation_loss(said, taught, None, dataclasses.replace(self.aim, hard_weight=0.0))
+            else:
+                loss = distillation_loss(said, taught, recovery.targets(batch), self.aim)
+            if self.hidden_weight:
+                loss = loss + self.hidden_weight * states.hidden_distance(own, others)
+            if self.attention_weight:
+                loss = loss + self.attention_weight * states.attention_distance(own, others)
+            own.forget()
+            others.forget()
+            return loss
 
         return loss_of
 
 
-def distillation_loss(
-    student: Float[Tensor, "tokens vocabulary"],
-    teacher: Float[Tensor, "tokens vocabulary"],
-    targets: Int[Tensor, " tokens"],
-    temperature: float,
-    hard_weight: float,
-) -> Float[Tensor, ""]:
-    """The mean over tokens of (1 − h) · T² · KL(teacher_T ‖ student_T) + h · CE; `student` gets the gradient."""
-    return cast(
-        Tensor,
-        _Distillation.apply(student, teacher, targets, temperature, hard_weight),  # type: ignore[no-untyped-call]
-    )
+def _answer(module: nn.Module, rows: Rows, task: Task) -> Tensor:
+    """What a student is to match: the logits of each next token, of the classes, or the last hidden states."""
+    if task == "causal-lm":
+        return recovery.predictions(module, rows)
+    said = module(rows)
+    return cast(Tensor, said.logits if task == "classification" else said.last_hidden_state)
 
 
-class _Distillation(torch.autograd.Function):
-    """The loss with its gradient worked out by hand, a few positions at a time.
-
-    Autograd would keep several fp32 copies of all logits: for 512 tokens of a vocabulary of 49,152 those
-    are 100 MB each. Here one gradient in the logits' own dtype is all that is kept.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, student: Tensor, teacher: Tensor, targets: Tensor, temperature: float, hard_weight: float
-    ) -> Tensor:
-        tokens = len(student)
-        gradient = torch.empty_like(student)
-        total = student.new_zeros((), dtype=torch.float64)
-        for at in range(0, tokens, _ROWS):
-            rows = slice(at, at + _ROWS)
-            said, taught = student[rows].float(), teacher[rows].float()
-            soft = torch.log_softmax(said / temperature, dim=-1)
-            goal = torch.log_softmax(taught / temperature, dim=-1)
-            share = goal.exp()
-            apart = (share * (goal - soft)).sum()
-            hard = torch.log_softmax(said, dim=-1)
-            picked = targets[rows].unsqueeze(1)
-            total += (1 - hard_weight) * temperature**2 * apart - hard_weight * hard.gather(1, picked).sum()
-            # d(T² KL)/dz = T (student_T − teacher_T);  dCE/dz = student − onehot(target)
-            slope = (1 - hard_weight) * temperature * (soft.exp() - share) + hard_weight * hard.exp()
-            slope.scatter_add_(1, picked, torch.full_like(picked, -hard_weight, dtype=slope.dtype))
-            gradient[rows] = slope / tokens
-        ctx.save_for_backward(gradient)
-        return (total / tokens).float()
-
-    @staticmethod
-    def backward(ctx: Any, *above: Tensor) -> tuple[Tensor | None, ...]:
-        (gradient,) = ctx.saved_tensors
-        return gradient * above[0].to(gradient.dtype), None, None, None, None
+def _vocabulary(model: Model) -> int:
+    return int(cast(Any, model.module).get_input_embeddings().weight.shape[0])
 
 
-def _require_gradients(model: Model) -> None:
-    """Of the blocks and of every vector outside them; of the matrices there, embeddings and head, not."""
-    for parameter in model.module.parameters():
-        parameter.requires_grad_(parameter.ndim == 1)
-    model.blocks.requires_grad_(True)
-
-
-def _state_loss(teacher: nn.Module) -> Callable[[nn.Module, Tensor], Tensor]:
-    def loss_of(student: nn.Module, rows: Int[Tensor, "batch tokens"]) -> Float[Tensor, ""]:
-        with torch.no_grad():
-            taught = _normalised(teacher(rows).last_hidden_state)
-        return nn.functional.mse_loss(_normalised(student(rows).last_hidden_state), taught)
-
-    return loss_of
-
-
-def _normalised(states: Float[Tensor, "batch tokens width"]) -> Float[Tensor, "batch tokens width"]:
-    return nn.functional.layer_norm(states.float(), states.shape[-1:])
-
-
-def _largest_divisor(number: int, limit: int) -> int:
-    """The largest divisor of `number` up to `limit`, at least 1."""
-    return max(
-        divisor for divisor in range(1, number + 1) if number % divisor == 0 and divisor <= max(1, limit)
-    )
-
-
-def _shuffled(
-    rows: Int[Tensor, "samples tokens"], batch: int, seed: int
-) -> Iterator[Int[Tensor, "batch tokens"]]:
-    """Batches without end: all rows in a new order each round."""
-    generator = torch.Generator().manual_seed(seed)
-    waiting = torch.empty(0, dtype=torch.int64)
-    while True:
-        while len(waiting) < batch:
-            waiting = torch.cat([waiting, torch.randperm(len(rows), generator=generator)])
-        yield rows[waiting[:batch].to(rows.device)]
-        waiting = waiting[batch:]
+def _check_vocabularies(student: Model, teacher: int) -> None:
+    own = _vocabulary(student)
+    if own != teacher:
+        raise ValueError(
+            f"distill cannot compare predictions: the student's vocabulary has {own} tokens, the teacher's "
+            f"{teacher}"
+        )

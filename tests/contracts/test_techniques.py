@@ -45,6 +45,7 @@ def context_for(original: Path, workdir: Path) -> Context:
         calibration=tokens,
         training=tokens,
         teacher=lambda: models.load(original),
+        teacher_statistics=Statistics(workdir / "statistics", "original"),
     )
 
 

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import cast
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
-from jobs import data, models
+from jobs import data, models, states
 from jobs.context import Context
 from jobs.job import TextSource
 from jobs.layers import LowRankLinear
+from jobs.losses import Aim, Divergence, distillation_loss
 from jobs.models import Model
 from jobs.statistics import Statistics
-from jobs.techniques.distill import Distill, distillation_loss
+from jobs.techniques.distill import Distill
+from jobs.techniques.drop_layers import keep
+
+Tiny = Callable[..., Path]
 
 
 def context(original: Path, text_file: Path, seed: int = 0) -> Context:
@@ -25,16 +32,14 @@ def context(original: Path, text_file: Path, seed: int = 0) -> Context:
         seed=seed,
         training=data.windows_for(TextSource(str(text_file), 32, 32), original),
         teacher=lambda: models.load(original),
+        teacher_statistics=Statistics(None, "original"),
     )
 
 
 def damaged(folder: Path) -> Model:
     """The model without its second block."""
     model = models.load(folder)
-    del model.blocks[1]
-    for index, block in enumerate(model.blocks):
-        if hasattr(block, "self_attn"):
-            block.self_attn.layer_idx = index
+    keep(model, [index for index in range(len(model.blocks)) if index != 1])
     return model
 
 
@@ -99,23 +104,148 @@ def test_the_same_seed_gives_the_same_weights_and_another_seed_others(
     assert not torch.equal(weights(0), weights(1))
 
 
-@pytest.mark.parametrize(("temperature", "hard_weight"), [(1.0, 0.0), (3.0, 0.25), (2.0, 1.0)])
-def test_the_loss_and_its_gradient_are_those_of_the_formula(temperature: float, hard_weight: float) -> None:
+@pytest.mark.parametrize("divergence", ["reverse", "symmetric"])
+def test_each_divergence_falls_where_it_is_what_is_trained(
+    divergence: Divergence, tiny_llama: Path, text_file: Path
+) -> None:
+    rows = data.windows_for(TextSource(str(text_file), 8, 32, part=(0.5, 1.0)), tiny_llama)
+
+    def distance(model: Model) -> float:
+        with torch.no_grad():
+            said, taught = (
+                one.module(rows).logits.float().flatten(0, 1) for one in (model, models.load(tiny_llama))
+            )
+            return distillation_loss(said, taught, None, Aim(divergence)).item()
+
+    model = damaged(tiny_llama)
+    before = distance(model)
+    step = Distill(divergence=divergence, learning_rate=3e-3, steps=60, batch=8, hard_weight=0.0)
+    step.compress(model, context(tiny_llama, text_file))
+    assert distance(model) < 0.9 * before
+
+
+def test_a_teacher_cached_whole_teaches_as_one_that_runs_beside(tiny_llama: Path, text_file: Path) -> None:
+    def blocks(top_k: int) -> torch.Tensor:
+        model = damaged(tiny_llama)
+        step = Distill(top_k=top_k, steps=8, batch=2, learning_rate=1e-3, temperature=2.0)
+        step.compress(model, context(tiny_llama, text_file))
+        return model.blocks[0].mlp.up_proj.weight.float()
+
+    untaught = damaged(tiny_llama).blocks[0].mlp.up_proj.weight.float()
+    beside, whole, cut = blocks(0), blocks(512), blocks(8)
+    moved = (beside - untaught).norm()
+    assert (whole - beside).norm() < 0.1 * moved
+    assert (cut - beside).norm() > 2 * (whole - beside).norm()
+
+
+def test_the_teacher_is_asked_once_for_all_students_and_only_of_rows_they_meet(
+    tiny_llama: Path, text_file: Path, tmp_path: Path
+) -> None:
+    loaded: list[Model] = []
+
+    def teacher() -> Model:
+        loaded.append(models.load(tiny_llama))
+        return loaded[-1]
+
+    def train(steps: int) -> None:
+        shared = dataclasses.replace(
+            context(tiny_llama, text_file),
+            training=data.windows_for(TextSource(str(text_file), 96, 16), tiny_llama),
+            teacher=teacher,
+            teacher_statistics=Statistics(tmp_path, "original"),
+        )
+        Distill(top_k=4, steps=steps, learning_rate=1e-3).compress(damaged(tiny_llama), shared)
+
+    train(2)
+    assert len(loaded) == len(list(tmp_path.iterdir())) == 1
+    train(3)
+    assert len(loaded) == 1
+    train(70)
+    assert len(loaded) == len(list(tmp_path.iterdir())) == 2
+
+
+def test_more_tokens_than_the_teacher_knows_cannot_be_kept(tiny_llama: Path, text_file: Path) -> None:
+    with pytest.raises(ValueError, match=r"top_k=513 is outside \[0, 512\]"):
+        Distill(top_k=513, steps=1).compress(damaged(tiny_llama), context(tiny_llama, text_file))
+
+
+@pytest.mark.parametrize("name", ["hidden_weight", "attention_weight"])
+def test_states_cannot_be_matched_with_a_cached_teacher(name: str, tiny_llama: Path) -> None:
+    with pytest.raises(ValueError, match=f"top_k=4.*{name}=1 must be 0"):
+        Distill.of({"top_k": 4, name: 1.0}).outline(models.original_layout(tiny_llama))
+
+
+@pytest.mark.parametrize("cached", [0, 4])
+def test_a_teacher_of_another_vocabulary_is_refused(
+    cached: int, tiny_llama: Path, text_file: Path, tmp_path: Path
+) -> None:
+    config = models.load(tiny_llama).config
+    config.vocab_size = 520
+    torch.manual_seed(0)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="student's vocabulary has 520 tokens, the teacher's 512"):
+        Distill(steps=1, top_k=cached).compress(models.load(tmp_path), context(tiny_llama, text_file))
+
+
+def test_a_classifier_learns_the_teachers_classes(tiny: Tiny, text_file: Path, tmp_path: Path) -> None:
+    sure = models.load(tiny("bert", "classification"))
+    sure.module.get_submodule("classifier").weight.mul_(30)
+    models.save(sure, tmp_path, {})
+    rows = data.windows_for(TextSource(str(text_file), 32, 32), tmp_path)
+
+    def distance(model: Model) -> float:
+        with torch.no_grad():
+            taught = models.load(tmp_path).answer(rows).float()
+            return distillation_loss(model.answer(rows).float(), taught, None, Aim()).item()
+
+    model = models.load(tmp_path)
     generator = torch.Generator().manual_seed(0)
-    student = torch.randn(300, 11, generator=generator, requires_grad=True)
-    teacher = torch.randn(300, 11, generator=generator)
-    targets = torch.randint(11, (300,), generator=generator)
-    plain = student.detach().clone().requires_grad_()
-    soft = nn.functional.kl_div(
-        (plain / temperature).log_softmax(-1), (teacher / temperature).softmax(-1), reduction="batchmean"
-    )
-    hard = nn.functional.cross_entropy(plain, targets)
-    expected = (1 - hard_weight) * temperature**2 * soft + hard_weight * hard
-    loss = distillation_loss(student, teacher, targets, temperature, hard_weight)
-    (3 * expected).backward()
-    (3 * loss).backward()
-    torch.testing.assert_close(loss, expected)
-    torch.testing.assert_close(student.grad, plain.grad)
+    for parameter in model.blocks.parameters():
+        parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator).to(parameter.dtype))
+    before = distance(model)
+    Distill(steps=30, batch=4, learning_rate=1e-3).compress(model, context(tmp_path, text_file))
+    assert distance(model) < 0.5 * before
+
+
+def test_hidden_states_and_attention_are_matched_where_they_have_weight(
+    tiny_llama: Path, text_file: Path, tmp_path: Path
+) -> None:
+    looking = models.load(tiny_llama)
+    for block in looking.blocks:
+        block.self_attn.q_proj.weight.mul_(100)
+    models.save(looking, tmp_path, {})
+    rows = data.windows_for(TextSource(str(text_file), 8, 32), tmp_path)
+
+    def distances(weight: float) -> tuple[float, float]:
+        model, teacher = damaged(tmp_path), models.load(tmp_path)
+        step = Distill(steps=20, batch=4, learning_rate=1e-3, hidden_weight=weight, attention_weight=weight)
+        step.compress(model, context(tmp_path, text_file))
+        assert not any(part._forward_hooks for part in model.module.modules())
+        with (
+            torch.no_grad(),
+            states.read(model, hidden=True, attention=True) as own,
+            states.read(teacher, hidden=True, attention=True) as others,
+        ):
+            model.module(rows)
+            teacher.module(rows)
+            return states.hidden_distance(own, others).item(), states.attention_distance(own, others).item()
+
+    without, wanted = distances(0.0), distances(50.0)
+    assert wanted[0] < without[0]
+    assert wanted[1] < 0.9 * without[1]
+
+
+def test_training_ends_early_where_held_out_rows_gain_nothing_and_says_so(
+    tiny_llama: Path, text_file: Path
+) -> None:
+    given = context(tiny_llama, text_file)
+    # Nothing to learn from itself: steps can only do harm.
+    model = models.load(tiny_llama)
+    before = {name: tensor.clone() for name, tensor in model.module.state_dict().items()}
+    Distill(steps=100, learning_rate=3e-3, hard_weight=0.0, patience=2).compress(model, given)
+    assert given.notes["steps_taken"] == 10
+    assert len(given.notes["held_out_losses"]) == 3
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.module.state_dict().items())
 
 
 def test_no_steps_change_nothing() -> None:

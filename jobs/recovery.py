@@ -1,0 +1,124 @@
+"""Recovery: what all techniques that train a model have in common, from the order of rows to the weights that learn."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from jobs import engine
+from jobs.context import Context
+from jobs.models import Model
+
+_TOKENS_AT_ONCE = 512
+"""Tokens of one forward pass; a larger batch is gathered over several, which costs no memory."""
+_HELD_OUT = 16
+"""One row of so many is held out, where a training may stop early."""
+_CHECKPOINT_STEPS = 50
+
+Rows = Int[Tensor, "samples tokens"]
+Ids = Int[Tensor, " batch"]
+LossOf = Callable[[nn.Module, Ids], Float[Tensor, ""]]
+"""The loss of a module on the rows of these numbers."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How to train on rows of text. batch: rows a step. patience: after how many looks at held-out rows
+    without a better loss training ends; 0 holds nothing out."""
+
+    learning_rate: float
+    steps: int
+    batch: int
+    zero_stage: int = 0
+    patience: int = 0
+
+    def trained(self, rows: Rows, seed: int) -> tuple[Ids, Ids]:
+        """The numbers of the rows to train on, in the order of the first round, and of those held out.
+
+        """
+        order = order_of(len(rows), seed)
+        if not self.patience:
+            return order, order[:0]
+        if len(rows) < 2:
+            raise ValueError(f"patience={self.patience} holds out a row, and there is but {len(rows)}")
+        held = max(1, len(rows) // _HELD_OUT)
+        return order[:-held], order[-held:]
+
+    def met(self, rows: Rows, seed: int) -> Ids:
+        """The numbers of all rows that training looks at."""
+        order, held = self.trained(rows, seed)
+        return torch.cat([order[: self.steps * self.batch], held])
+
+
+def train(
+    model: Model, rows: Rows, loss_of: LossOf, plan: Plan, context: Context
+) -> None:
+    """Train, in place, those parameters of a model that require gradients, on rows of equal length.
+
+    Where rows are held out, the best weights are left, and how it went is noted in the context.
+    """
+    order, held = plan.trained(rows, context.seed)
+    at_once = _largest_divisor(plan.batch, _TOKENS_AT_ONCE // rows.shape[1])
+    training = engine.Training(
+        plan.learning_rate, plan.steps, plan.batch // at_once, zero_stage=plan.zero_stage
+    )
+    watched = engine.HeldOut(held.split(at_once), max(1, plan.steps // 20), plan.patience)
+    places = context.checkpoints
+    log = engine.train(
+        model.module,
+        _rounds(order, at_once, context.seed),
+        loss_of,
+        training,
+        context.report,
+        held_out=watched if plan.patience else None,
+        checkpoints=None if places is None else engine.Checkpoints(places, _CHECKPOINT_STEPS),
+    )
+    if plan.patience:
+        context.notes["steps_taken"] = len(log.losses)
+        context.notes["held_out_losses"] = list(log.held_out)
+
+
+def order_of(rows: int, seed: int) -> Ids:
+    """The order in which training meets rows at first. It is the same whatever the plan, so that what a
+    teacher says of the first rows serves all students."""
+    return torch.randperm(rows, generator=torch.Generator().manual_seed(seed))
+
+
+def require_gradients(model: Model) -> None:
+    """Of the blocks and of every vector outside them; of the matrices there, embeddings and head, not."""
+    for parameter in model.module.parameters():
+        parameter.requires_grad_(parameter.ndim == 1)
+    model.blocks.requires_grad_(True)
+
+
+def predictions(module: nn.Module, rows: Rows) -> Float[Tensor, "positions vocabulary"]:
+    """The logits of each next token, all positions in a row."""
+    logits: Tensor = module(rows, use_cache=False).logits
+    return logits[:, :-1].flatten(0, 1)
+
+
+def targets(rows: Rows) -> Int[Tensor, " positions"]:
+    """The tokens that `predictions` are about."""
+    return rows[:, 1:].flatten()
+
+
+def _rounds(order: Ids, batch: int, seed: int) -> Iterator[Ids]:
+    """Batches without end: all rows in this order first, then in a new order each round."""
+    generator = torch.Generator().manual_seed(seed + 1)
+    waiting = order
+    while True:
+        while len(waiting) < batch:
+            waiting = torch.cat([waiting, order[torch.randperm(len(order), generator=generator)]])
+        yield waiting[:batch]
+        waiting = waiting[batch:]
+
+
+def _largest_divisor(number: int, limit: int) -> int:
+    """The largest divisor of `number` up to `limit`, at least 1."""
+    limit = min(number, max(1, limit))
+    return next(divisor for divisor in range(limit, 0, -1) if number % divisor == 0)

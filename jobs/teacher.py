@@ -1,0 +1,95 @@
+"""Teacher: what the original predicts of the training rows, cut to the most probable tokens and kept in files."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from jobs import memory
+from jobs.context import Context
+from jobs.losses import Top, top_of
+from jobs.models import Model
+from jobs.recovery import Ids, order_of, predictions
+from jobs.statistics import Stored
+
+_ROWS = 64
+"""Rows of one file. A row of 512 tokens takes 200 kB at k = 64."""
+
+
+class CachedTeacher:
+    """The k most probable tokens of each prediction of the original, at some temperature.
+
+    They depend on the original and the training rows alone: computed once, they serve all students of a
+    study. Rows are filed in the order in which students meet them, so that only those met are computed (to
+    the end of a file). The original is loaded only where something is missing, and let go before training.
+    """
+
+    def __init__(self, context: Context, k: int, temperature: float, met: Ids) -> None:
+        """met: the numbers of the rows that will be asked for. ValueError where k is above the vocabulary."""
+        if context.training is None:
+            raise ValueError("a cached teacher needs training text")
+        order = order_of(len(context.training), context.seed)
+        self._places = torch.argsort(order)
+        self._device = context.device
+        self._files = _files(context, k, temperature, order, self._places[met])
+
+    @property
+    def vocabulary(self) -> int:
+        return int(next(iter(self._files.values())).about["vocabulary"])
+
+    def top(self, ids: Ids) -> Top:
+        """What the original predicts in the rows of these numbers, one row's positions after the other's."""
+        parts: dict[str, list[Tensor]] = {"log_shares": [], "indices": [], "log_rest": []}
+        for place in self._places[ids].tolist():
+            for name, found in parts.items():
+                found.append(self._files[place // _ROWS][f"{place}.{name}"])
+        return Top(**{name: torch.cat(found).to(self._device) for name, found in parts.items()})
+
+
+def _files(
+    context: Context, k: int, temperature: float, order: Ids, places: Int[Tensor, " met"]
+) -> dict[int, Stored]:
+    """The files that hold the rows at these places of the order, by their numbers."""
+    if context.teacher is None or context.teacher_statistics is None:
+        raise ValueError("a cached teacher needs the teacher and somewhere to keep its statistics")
+    teacher = functools.cache(context.teacher)
+    rows = context.training
+    assert rows is not None
+    wanted = sorted({place // _ROWS for place in places.tolist()})
+    found = {}
+    for done, file in enumerate(wanted):
+        context.report(done / len(wanted), f"the teacher's {k} most probable tokens")
+
+        def compute(first: int = file * _ROWS) -> tuple[dict[str, Tensor], dict[str, str]]:
+            return _predict(teacher(), rows, order[first : first + _ROWS], first, k, temperature)
+
+        kind = f"teacher-top{k}-at{temperature:g}-{file}"
+        found[file] = context.teacher_statistics.stored(kind, compute)
+    if teacher.cache_info().currsize:
+        teacher.cache_clear()
+        memory.release()
+    return found
+
+
+@torch.no_grad()
+def _predict(
+    teacher: Model, rows: Int[Tensor, "samples tokens"], ids: Ids, first: int, k: int, temperature: float
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The cut predictions in the rows of these numbers, under the names of their places from `first` on."""
+    device = next(teacher.module.parameters()).device
+    tensors: dict[str, Tensor] = {}
+    vocabulary = 0
+    for place, row in enumerate(rows[ids], start=first):
+        said = predictions(teacher.module, row.unsqueeze(0).to(device))
+        vocabulary = said.shape[1]
+        if k > vocabulary:
+            raise ValueError(f"top_k={k} is outside [0, {vocabulary}]: the teacher knows so many tokens")
+        if not bool(torch.isfinite(said).all()):
+            raise ValueError("the teacher predicts NaN or infinite logits on the training text")
+        top = top_of(said, k, temperature)
+        for name in ("log_shares", "indices", "log_rest"):
+            tensors[f"{place}.{name}"] = getattr(top, name)
+    return tensors, {"vocabulary": str(vocabulary)}

@@ -1,0 +1,88 @@
+"""finetune: train the smaller model for some steps on the text itself, without a teacher."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from jobs import lora, recovery
+from jobs.context import Context
+from jobs.families import Family, Task
+from jobs.knobs import Choice, Range, knob
+from jobs.layout import Layout
+from jobs.losses import cross_entropy
+from jobs.models import Model
+from jobs.recovery import Ids, Plan
+from jobs.technique import Form, Kind, Need, Technique
+
+
+@dataclass(frozen=True)
+class Finetune(Technique):
+    """Minimizes the cross-entropy of the text's next tokens, as the original was trained itself.
+
+    method:
+        full  trains the blocks and the norms, in bf16 with fp32 master weights.
+        lora  trains a correction of rank `rank` beside each linear of the blocks, which is added to its weight
+              in the end: it needs memory for gradients and optimizer of the corrections alone.
+    It needs no teacher, neither its memory nor its time; distillation says more about each token.
+    """
+
+    kind: ClassVar[Kind] = "recovery"
+    paper: ClassVar[str] = "Hu et al. 2021, LoRA, arXiv:2106.09685"
+    needs: ClassVar[frozenset[Need]] = frozenset({"training"})
+    accepts: ClassVar[frozenset[Form]] = frozenset({"dense", "factored"})
+
+    method: str = knob("lora", Choice(("full", "lora")), "train all weights, or corrections of low rank")
+    rank: int = knob(8, Range(1, 512, integer=True), "rank of the corrections; only lora has them")
+    learning_rate: float = knob(3e-4, Range(1e-6, 1e-2, log=True), "the highest rate, after the warm-up")
+    steps: int = knob(
+        200, Range(0, 100_000, integer=True), "updates of the weights; 0 leaves them as they are"
+    )
+    batch: int = knob(1, Range(1, 1024, integer=True), "sequences per step")
+    zero_stage: int = knob(0, Choice((0, 1, 2, 3)), "what DeepSpeed ZeRO shares between ranks")
+    patience: int = knob(
+        0, Range(0, 100, integer=True), "looks at held-out text without gain before the end; 0 for none"
+    )
+
+    @classmethod
+    def refusal(cls, family: Family, task: Task) -> str | None:
+        if task == "embedding":
+            return "an encoder predicts no next token, so the text alone teaches it nothing; take distill"
+        if task == "classification":
+            return "a classifier learns from labels, and training text has none; take distill"
+        return None
+
+    @property
+    def identity(self) -> bool:
+        return self.steps == 0
+
+    def outline(self, layout: Layout) -> Layout:
+        self.check_forms(layout)
+        if self.method == "lora":
+            for name, spec in layout.linears.items():
+                most = min(spec.in_features, spec.out_features)
+                if self.rank > most:
+                    raise ValueError(f"finetune.rank={self.rank} is outside [1, {most}]: {name} has no more")
+        return layout
+
+    def compress(self, model: Model, context: Context) -> Model:
+        self.outline(model.layout())
+        if context.training is None:
+            raise ValueError("finetune needs training text; give the study data.training")
+        rows, device = context.training, context.device
+
+        def loss_of(student: nn.Module, ids: Ids) -> Float[Tensor, ""]:
+            batch = rows[ids].to(device)
+            return cross_entropy(recovery.predictions(student, batch), recovery.targets(batch))
+
+        if self.method == "lora":
+            lora.add(model, self.rank, context.seed)
+        else:
+            recovery.require_gradients(model)
+        plan = Plan(self.learning_rate, self.steps, self.batch, self.zero_stage, self.patience)
+        recovery.train(model, rows, loss_of, plan, context)
+        lora.merge(model)
+        return model
