@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from jobs import engine
 from jobs.context import Context
+from jobs.engine import AfterStep
 from jobs.models import Model
 
 _TOKENS_AT_ONCE = 512
@@ -56,9 +57,16 @@ class Plan:
 
 
 def train(
-    model: Model, rows: Rows, loss_of: LossOf, plan: Plan, context: Context
+    model: Model,
+    rows: Rows,
+    loss_of: LossOf,
+    plan: Plan,
+    context: Context,
+    after_step: AfterStep | None = None,
 ) -> None:
     """Train, in place, those parameters of a model that require gradients, on rows of equal length.
+
+    after_step: see `jobs.engine.train`.
 
     Where rows are held out, the best weights are left, and how it went is noted in the context.
     """
@@ -75,6 +83,7 @@ def train(
         loss_of,
         training,
         context.report,
+        after_step=after_step or _nothing,
         held_out=watched if plan.patience else None,
         checkpoints=None if places is None else engine.Checkpoints(places, _CHECKPOINT_STEPS),
     )
@@ -105,6 +114,10 @@ def predictions(module: nn.Module, rows: Rows) -> Float[Tensor, "positions vocab
 def targets(rows: Rows) -> Int[Tensor, " positions"]:
     """The tokens that `predictions` are about."""
     return rows[:, 1:].flatten()
+
+
+def _nothing(done: int) -> None:
+    del done
 
 
 def _rounds(order: Ids, batch: int, seed: int) -> Iterator[Ids]:
