@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import cast
 
 import torch
@@ -15,6 +16,16 @@ from jobs.models import DTYPE, Model
 
 Masks = Mapping[str, Bool[Tensor, "out in"]]
 """Which weights are kept, by the full name of their linear: one byte a weight."""
+
+
+@contextmanager
+def trainable(model: Model) -> Iterator[Masks]:
+    """Until the end of the block sparse linears are dense ones whose zeros are held; then they are sparse
+    again, at the same places. A model without sparse linears is left as it is."""
+    masks = densify(model)
+    hold(model, masks)
+    yield masks
+    sparsify(model, masks)
 
 
 def densify(model: Model) -> Masks:
@@ -35,6 +46,8 @@ def hold(model: Model, masks: Masks) -> None:
 
     What is trained is then `NAME.parametrizations.weight.original`: no gradient reaches a place that is
     masked, so it stays zero whatever copies of the weights an optimizer keeps, as `jobs.engine` asks.
+    The masks themselves are held: one that is changed in place counts from the next forward pass on, and a
+    checkpoint of the training holds it.
     """
     for name, kept in masks.items():
         parametrize.register_parametrization(model.module.get_submodule(name), "weight", _Kept(kept))
@@ -61,7 +74,7 @@ class _Kept(nn.Module):
 
     def __init__(self, kept: Bool[Tensor, "out in"]) -> None:
         super().__init__()
-        self.register_buffer("kept", kept, persistent=False)
+        self.register_buffer("kept", kept)
 
     def forward(self, weight: Tensor) -> Tensor:
         # Not a product: 0 times what is infinite is NaN.

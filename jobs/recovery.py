@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from jobs import engine
 from jobs.context import Context
+from jobs.engine import AfterStep
 from jobs.models import Model
 
 _TOKENS_AT_ONCE = 512
@@ -53,8 +54,17 @@ class Plan:
         return torch.cat([order[: self.steps * self.batch], held])
 
 
-def train(model: Model, rows: Rows, loss_of: LossOf, plan: Plan, context: Context) -> None:
+def train(
+    model: Model,
+    rows: Rows,
+    loss_of: LossOf,
+    plan: Plan,
+    context: Context,
+    after_step: AfterStep | None = None,
+) -> None:
     """Train, in place, those parameters of a model that require gradients, on rows of equal length.
+
+    after_step: see `jobs.engine.train`.
 
     Where rows are held out, the best weights are left, and how it went is noted in the context.
     """
@@ -71,6 +81,7 @@ def train(model: Model, rows: Rows, loss_of: LossOf, plan: Plan, context: Contex
         loss_of,
         training,
         context.report,
+        after_step=after_step or _nothing,
         held_out=watched if plan.patience else None,
         checkpoints=None if places is None else engine.Checkpoints(places, _CHECKPOINT_STEPS),
     )
@@ -116,6 +127,10 @@ def check_vocabularies(technique: str, student: Model, teacher: int) -> None:
             f"{technique} cannot compare predictions: the student's vocabulary has {own} tokens, the "
             f"teacher's {teacher}"
         )
+
+
+def _nothing(done: int) -> None:
+    del done
 
 
 def _rounds(order: Ids, batch: int, seed: int) -> Iterator[Ids]:

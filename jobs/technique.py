@@ -76,6 +76,11 @@ class Technique(ABC):
         """Why models of this family, for this task, cannot be treated; None where they can."""
         return None
 
+    @classmethod
+    def recovers(cls) -> bool:
+        """Whether all it does is to bring back, from the original, what earlier steps lost."""
+        return cls.kind == "recovery" and "teacher" in cls.needs
+
     @property
     def exact(self) -> bool:
         """Whether `outline` tells the layout itself. Where the data decide what each layer gets, it tells
@@ -135,7 +140,7 @@ def check_order(steps: Sequence[type[Technique]]) -> None:
                 f"{' or '.join(sorted(step.accepts))} linears, and {brought_by[form]} leaves {form} ones; "
                 f"put {step.name()} before {brought_by[form]}"
             )
-        if "teacher" in step.needs and position == 0:
+        if step.recovers() and position == 0:
             raise ValueError(
                 f"{step.name()} cannot come first: it recovers what earlier steps lost, and nothing is lost "
                 f"yet; put it after a step that prunes or factorizes"

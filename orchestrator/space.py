@@ -65,7 +65,7 @@ class SearchSpace:
                 if choices[stage] != name:
                     continue
                 chosen = {knob: _rounded(choices[f"{stage}.{name}.{knob}"]) for knob in option.searched}
-                if "teacher" in option.technique.needs and not recipe.steps:
+                if option.technique.recovers() and not recipe.steps:
                     continue
                 recipe = recipe.then(option.technique.of({**option.fixed, **chosen}))
         return recipe

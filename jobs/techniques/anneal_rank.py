@@ -1,0 +1,133 @@
+"""anneal_rank: lower the rank of each linear little by little while the model learns from the original."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, cast
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from jobs import aware_training, gradients, lowrank
+from jobs.aware_training import Ramp
+from jobs.context import Context
+from jobs.knobs import knob
+from jobs.layers import check_finite, linear_of
+from jobs.layout import Layout
+from jobs.models import DTYPE, Model
+from jobs.technique import Form, Kind, Need, Technique
+from jobs.techniques.svd_llm import root_of
+
+
+@dataclass(frozen=True)
+class AnnealRank(Technique):
+    """Factorizes every linear at full rank and closes, in the course of a distillation, all directions beyond
+    the rank that `keep` asks for.
+
+    The linear becomes y = Σ g_i u_i (v_i x), its singular value decomposition on calibration text as in
+    svd_llm, and u and v are trained. Those to stay have the gate g_i = 1; the others' are those of
+    singular value thresholding (Cai et al. 2010, eq. 2.2) with the spectrum of the start:
+    g_i = max(0, 1 − τ/σ_i), with τ rising by a cubic over the first part of the steps, `ramp`, from 0 to the
+    largest σ_i beyond the rank. So the weakest close first, and then all are closed: the truncation at the
+    end removes nothing. Xu et al. threshold the weight itself between updates; a gate in the forward pass
+    needs no decomposition on the way, and no access to the optimizer's copies of the weights.
+
+    Both factors at full rank are up to twice the weights; as directions close, a step takes less time.
+    """
+
+    kind: ClassVar[Kind] = "rank"
+    paper: ClassVar[str] = (
+        "Xu et al. 2018, Trained rank pruning, arXiv:1812.02402; Cai et al. 2010, Singular value thresholding, "
+        "arXiv:0810.3286"
+    )
+    needs: ClassVar[frozenset[Need]] = frozenset({"calibration", "teacher", "training"})
+    leaves: ClassVar[frozenset[Form]] = frozenset({"factored"})
+
+    keep: float = knob(0.8, lowrank.KEEP, lowrank.KEEP_HELP)
+    allocation: str = knob("uniform", lowrank.ALLOCATION, lowrank.ALLOCATION_HELP)
+    ramp: float = aware_training.ramp_knob()
+    learning_rate: float = aware_training.learning_rate_knob(3e-4)
+    steps: int = aware_training.steps_knob()
+    batch: int = aware_training.batch_knob()
+    temperature: float = aware_training.temperature_knob()
+    hard_weight: float = aware_training.hard_weight_knob()
+    zero_stage: int = aware_training.zero_stage_knob()
+
+    @property
+    def identity(self) -> bool:
+        return self.keep == 1
+
+    @property
+    def exact(self) -> bool:
+        return self.identity or self.allocation == "uniform"
+
+    def outline(self, layout: Layout) -> Layout:
+        self.check_forms(layout)
+        return lowrank.outline(layout, self.keep, self.allocation)
+
+    def compress(self, model: Model, context: Context) -> Model:
+        layout = model.layout()
+        self.outline(layout)
+        if self.identity:
+            return model
+        aware_training.check_given(self, context)
+        importance = gradients.sensitivities(model, context) if self.allocation == "global" else None
+        gated = _factorize(model, context, self.name())
+        spectra = {f"{name}.values": layer.values for name, layer in gated.items()}
+        ranks = lowrank.ranks_of(layout.linears, self.keep, spectra, importance)
+        ramp = Ramp.of(self.ramp, self.steps)
+
+        def close(done: int) -> None:
+            for name, layer in gated.items():
+                layer.close(ranks[name], ramp.reached(done))
+
+        close(0)
+        aware_training.learn(model, self, context, close)
+        for name, layer in gated.items():
+            # The bias is u's.
+            model.replace(name, lowrank.factored(layer.u, layer.u.weight, layer.v.weight, ranks[name], name))
+        return model
+
+
+def _factorize(model: Model, context: Context, technique: str) -> dict[str, GatedLinear]:
+    """Put a gated linear of full rank, all gates open, in the place of every linear."""
+    assert context.calibration is not None
+    grams = context.statistics.grams(model, context.calibration, context.report)
+    found = {}
+    linears = model.linears()
+    for done, (name, layer) in enumerate(linears.items()):
+        context.report(done / len(linears), f"decomposing {name}")
+        dense = cast(nn.Linear, layer)
+        weight = check_finite(dense.weight.detach(), technique, name).float()
+        u, v, values = lowrank.terms_of(weight, root_of(grams.gram(name).to(weight.device)))
+        first = linear_of(v.to(DTYPE).contiguous(), None)
+        found[name] = GatedLinear(first, linear_of(u.to(DTYPE).contiguous(), dense.bias), values)
+        model.replace(name, found[name])
+    return found
+
+
+class GatedLinear(nn.Module):
+    """y = u(g ⊙ v(x)) with v: in → full, u: full → out, and a gate in [0, 1] for each direction.
+
+    values: what the directions weigh, falling; they close from behind, and closed ones take no time.
+    """
+
+    def __init__(self, v: nn.Linear, u: nn.Linear, values: Float[Tensor, " full"]) -> None:
+        super().__init__()
+        self.v = v
+        self.u = u
+        self.values = values
+        self.gates = torch.ones_like(values)
+
+    def close(self, rank: int, share: float) -> None:
+        """Threshold the values beyond the first `rank` by this share of the largest of them."""
+        beyond = self.values[rank:].clamp(min=1e-30)
+        gates = torch.ones_like(self.values)
+        gates[rank:] = (1 - share * beyond[:1] / beyond).clamp(min=0)
+        self.gates = gates[: int(gates.count_nonzero())]
+
+    def forward(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
+        alive = len(self.gates)
+        seen = nn.functional.linear(x, self.v.weight[:alive]) * self.gates.to(x.dtype)
+        return nn.functional.linear(seen, self.u.weight[:, :alive], self.u.bias)

@@ -1,0 +1,91 @@
+"""gradual_prune: remove the smallest weights little by little while the model learns from the original."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from jobs import aware_training, masks
+from jobs.aware_training import Ramp
+from jobs.context import Context
+from jobs.knobs import Choice, Range, knob
+from jobs.layout import Layout
+from jobs.models import Model
+from jobs.sparsity import PATTERNS, Sparsity, dense_weight, highest
+from jobs.technique import Form, Kind, Need, Technique
+
+
+@dataclass(frozen=True)
+class GradualPrune(Technique):
+    """Removes the weights of least |w| of each linear, more and more of them in the course of a distillation.
+
+    Over the first part of the steps, `ramp`, the share that is removed grows by a cubic (eq. 1); about 20
+    times meanwhile it is chosen anew what goes. Then the masks stay, and what is left learns on. What is
+    masked keeps its last value, and comes back where others have become smaller, as in the paper.
+
+    With n:m patterns the weights go in the same manner, those first that are smallest of all that will go.
+    """
+
+    kind: ClassVar[Kind] = "sparsity"
+    paper: ClassVar[str] = "Zhu and Gupta 2017, To prune, or not to prune, arXiv:1710.01878"
+    needs: ClassVar[frozenset[Need]] = frozenset({"teacher", "training"})
+    accepts: ClassVar[frozenset[Form]] = frozenset({"dense", "factored"})
+    leaves: ClassVar[frozenset[Form]] = frozenset({"sparse"})
+
+    sparsity: float = knob(0.5, Range(0.0, 0.95), "share of the weights to remove; half where pattern is n:m")
+    pattern: str = knob("unstructured", Choice(PATTERNS), "where weights may go; n:m keeps n of m neighbours")
+    ramp: float = aware_training.ramp_knob()
+    learning_rate: float = aware_training.learning_rate_knob(3e-4)
+    steps: int = aware_training.steps_knob()
+    batch: int = aware_training.batch_knob()
+    temperature: float = aware_training.temperature_knob()
+    hard_weight: float = aware_training.hard_weight_knob()
+    zero_stage: int = aware_training.zero_stage_knob()
+
+    @property
+    def target(self) -> Sparsity:
+        return Sparsity(self.sparsity, self.pattern)
+
+    @property
+    def identity(self) -> bool:
+        return self.target.identity
+
+    def outline(self, layout: Layout) -> Layout:
+        return self.target.outline(layout, self)
+
+    def compress(self, model: Model, context: Context) -> Model:
+        expected = self.outline(model.layout()).linears
+        if self.identity:
+            return model
+        aware_training.check_given(self, context)
+        kept: dict[str, Bool[Tensor, "out in"]] = {}
+        for name, layer in model.linears().items():
+            weight = dense_weight(layer, self.name(), name)
+            if expected[name].kept is not None:
+                kept[name] = torch.ones_like(weight, dtype=torch.bool)
+        masks.hold(model, kept)
+        ramp = Ramp.of(self.ramp, self.steps)
+
+        def choose(done: int) -> None:
+            if ramp.due(done):
+                for name, mask in kept.items():
+                    weight = model.module.get_parameter(f"{name}.parametrizations.weight.original")
+                    mask.copy_(kept_at(ramp.reached(done), weight.detach().float().abs(), self.target))
+
+        choose(0)
+        aware_training.learn(model, self, context, choose)
+        masks.sparsify(model, kept)
+        return model
+
+
+def kept_at(share: float, scores: Float[Tensor, "out in"], target: Sparsity) -> Bool[Tensor, "out in"]:
+    """What is kept once this share of what will go is gone: all that the target keeps, and the highest scores
+    of the rest. Equal scores go from behind."""
+    final = target.of_whole(scores)
+    removed = round(share * (final.numel() - int(final.sum())))
+    ranked = scores.masked_fill(final, torch.inf).flatten()
+    return highest(ranked, final.numel() - removed).view(scores.shape)
