@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, cast
+from typing import ClassVar
 
 import torch
 from jaxtyping import Bool, Float
@@ -82,12 +82,10 @@ class GradualPrune(Technique):
         return model
 
 
-def kept_at(
-    share: float, scores: Float[Tensor, "out in"], target: Sparsity
-) -> Bool[Tensor, "out in"]:
+def kept_at(share: float, scores: Float[Tensor, "out in"], target: Sparsity) -> Bool[Tensor, "out in"]:
     """What is kept once this share of what will go is gone: all that the target keeps, and the highest scores
     of the rest. Equal scores go from behind."""
     final = target.of_whole(scores)
     removed = round(share * (final.numel() - int(final.sum())))
     ranked = scores.masked_fill(final, torch.inf).flatten()
-    return cast(Tensor, highest(ranked, final.numel() - removed).view(scores.shape))
+    return highest(ranked, final.numel() - removed).view(scores.shape)

@@ -38,7 +38,9 @@ class Qat(Technique):
     """
 
     kind: ClassVar[Kind] = "bits"
-    paper: ClassVar[str] = "Liu et al. 2023, LLM-QAT, arXiv:2305.17888; Esser et al. 2019, LSQ, arXiv:1902.08153"
+    paper: ClassVar[str] = (
+        "Liu et al. 2023, LLM-QAT, arXiv:2305.17888; Esser et al. 2019, LSQ, arXiv:1902.08153"
+    )
     needs: ClassVar[frozenset[Need]] = frozenset({"teacher", "training"})
     accepts: ClassVar[frozenset[Form]] = frozenset({"dense", "factored"})
     leaves: ClassVar[frozenset[Form]] = frozenset({"packed"})
@@ -90,7 +92,7 @@ def pack(model: Model, how: Packing) -> None:
     """Put a packed linear in the place of each that rounds in its forward pass: it computes the same."""
     for name, layer in model.linears().items():
         parts = cast(parametrize.ParametrizationList, layer.get_submodule("parametrizations.weight"))
-        weight, rounded = cast(Tensor, parts.original).detach(), cast(RoundedWeight, parts[0])
+        weight, rounded = parts.original.detach(), cast(RoundedWeight, parts[0])
         integers, grid = rounded.integers(weight)
         packing.pack_linear(model, name, integers, grid, how)
 
