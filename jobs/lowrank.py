@@ -19,6 +19,7 @@ from jobs.knobs import Choice, Range
 from jobs.layers import LowRankLinear, check_finite, linear_of
 from jobs.layout import Layout, LinearSpec
 from jobs.models import DTYPE, Model
+from jobs.statistics import Part
 
 KEEP = Range(0.05, 1.0)
 KEEP_HELP = "share of the weights to keep; 1 leaves the linears as they are"
@@ -119,7 +120,7 @@ def decomposed(
     kind: names the norm in the cache. rooting: called once, before the first decomposition.
     """
 
-    def found() -> Iterator[tuple[str, Tensor]]:
+    def found() -> Iterator[Part]:
         root_of = rooting()
         linears = model.linears()
         for done, (name, layer) in enumerate(linears.items()):
@@ -128,11 +129,16 @@ def decomposed(
             weight = check_finite(dense.weight.detach(), technique, name).float()
             u, v, values = terms_of(weight, root_of(name, weight))
             most = rank_of(1.0, dense.out_features, dense.in_features)
-            yield f"{name}.u", u[:, :most].to(DTYPE).contiguous()
-            yield f"{name}.v", v[:most].to(DTYPE).contiguous()
-            yield f"{name}.values", values
+            yield (
+                {
+                    f"{name}.u": u[:, :most].to(DTYPE).contiguous(),
+                    f"{name}.v": v[:most].to(DTYPE).contiguous(),
+                    f"{name}.values": values,
+                },
+                {},
+            )
 
-    return context.statistics.stored(kind, lambda: (dict(found()), {}))
+    return context.statistics.streamed(kind, found)
 
 
 def terms_of(

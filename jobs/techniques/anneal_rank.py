@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, cast
 
@@ -73,7 +74,7 @@ class AnnealRank(Technique):
             return model
         aware_training.check_given(self, context)
         importance = gradients.sensitivities(model, context) if self.allocation == "global" else None
-        gated = _factorize(model, context, self.name())
+        gated = factorize(model, context, self.name())
         spectra = {f"{name}.values": layer.values for name, layer in gated.items()}
         ranks = lowrank.ranks_of(layout.linears, self.keep, spectra, importance)
         ramp = Ramp.of(self.ramp, self.steps)
@@ -84,14 +85,12 @@ class AnnealRank(Technique):
 
         close(0)
         aware_training.learn(model, self, context, close)
-        for name, layer in gated.items():
-            # The bias is u's.
-            model.replace(name, lowrank.factored(layer.u, layer.u.weight, layer.v.weight, ranks[name], name))
+        truncate(model, gated, ranks)
         return model
 
 
-def _factorize(model: Model, context: Context, technique: str) -> dict[str, GatedLinear]:
-    """Put a gated linear of full rank, all gates open, in the place of every linear."""
+def factorize(model: Model, context: Context, technique: str) -> dict[str, GatedLinear]:
+    """Put a gated linear of full rank, all gates open, in the place of every linear of a model."""
     assert context.calibration is not None
     grams = context.statistics.grams(model, context.calibration, context.report)
     found = {}
@@ -105,6 +104,13 @@ def _factorize(model: Model, context: Context, technique: str) -> dict[str, Gate
         found[name] = GatedLinear(first, linear_of(u.to(DTYPE).contiguous(), dense.bias), values)
         model.replace(name, found[name])
     return found
+
+
+def truncate(model: Model, gated: Mapping[str, GatedLinear], ranks: Mapping[str, int]) -> None:
+    """Put a factored linear of its rank in the place of each gated one, whose other gates are closed."""
+    for name, layer in gated.items():
+        # The bias is u's.
+        model.replace(name, lowrank.factored(layer.u, layer.u.weight, layer.v.weight, ranks[name], name))
 
 
 class GatedLinear(nn.Module):

@@ -85,7 +85,7 @@ class GradualPrune(Technique):
 def kept_at(share: float, scores: Float[Tensor, "out in"], target: Sparsity) -> Bool[Tensor, "out in"]:
     """What is kept once this share of what will go is gone: all that the target keeps, and the highest scores
     of the rest. Equal scores go from behind."""
-    final = target.of_whole(scores)
-    removed = round(share * (final.numel() - int(final.sum())))
-    ranked = scores.masked_fill(final, torch.inf).flatten()
-    return highest(ranked, final.numel() - removed).view(scores.shape)
+    removed = round(share * scores.shape[0] * target.removed(scores.shape[1]))
+    if target.group is not None:
+        scores = scores.masked_fill(target.of_rows(scores), torch.inf)
+    return highest(scores.flatten(), scores.numel() - removed).view(scores.shape)

@@ -18,6 +18,9 @@ def order(*names: str) -> None:
         ("svd_llm", "drop_layers", "rtn"),
         ("gptq", "drop_layers"),
         ("drop_layers", "drop_layers"),
+        ("qat",),
+        ("gradual_prune",),
+        ("anneal_rank", "distill", "qat"),
     ],
 )
 def test_sensible_orders_are_accepted(names: tuple[str, ...]) -> None:
@@ -31,6 +34,8 @@ def test_sensible_orders_are_accepted(names: tuple[str, ...]) -> None:
         (("rtn", "gptq"), "gptq cannot follow rtn"),
         (("svd_llm", "prune_ffn"), "put prune_ffn before svd_llm"),
         (("svd_llm", "svd_llm"), "svd_llm leaves factored ones"),
+        (("distill", "qat"), "distill cannot come first"),
+        (("qat", "distill"), "put distill before qat"),
     ],
 )
 def test_senseless_orders_are_refused_with_the_reason(names: tuple[str, ...], reason: str) -> None:
