@@ -16,7 +16,9 @@ from jobs.recovery import Ids, order_of, predictions
 from jobs.statistics import Stored
 
 _ROWS = 64
-"""Rows of one file. A row of 512 tokens takes 200 kB at k = 64."""
+"""The most rows of one file. A row of 512 tokens takes 200 kB at k = 64."""
+_FEW = 8
+"""Rows of the first file: a short training meets few."""
 
 
 class CachedTeacher:
@@ -45,29 +47,37 @@ class CachedTeacher:
         parts: dict[str, list[Tensor]] = {"log_shares": [], "indices": [], "log_rest": []}
         for place in self._places[ids].tolist():
             for name, found in parts.items():
-                found.append(self._files[place // _ROWS][f"{place}.{name}"])
+                found.append(self._files[_file(place).start][f"{place}.{name}"])
         return Top(**{name: torch.cat(found).to(self._device) for name, found in parts.items()})
+
+
+def _file(place: int) -> range:
+    """The places that are filed together with this one: 0 to 7, 8 to 15, 16 to 31, 32 to 63, then by 64."""
+    if place < _FEW:
+        return range(_FEW)
+    start = 1 << (place.bit_length() - 1) if place < _ROWS else place // _ROWS * _ROWS
+    return range(start, min(2 * start, start + _ROWS))
 
 
 def _files(
     context: Context, k: int, temperature: float, order: Ids, places: Int[Tensor, " met"]
 ) -> dict[int, Stored]:
-    """The files that hold the rows at these places of the order, by their numbers."""
+    """The files that hold the rows at these places of the order, by the first place of each."""
     if context.teacher is None or context.teacher_statistics is None:
         raise ValueError("a cached teacher needs the teacher and somewhere to keep its statistics")
     teacher = functools.cache(context.teacher)
     rows = context.training
     assert rows is not None
-    wanted = sorted({place // _ROWS for place in places.tolist()})
+    wanted = sorted({_file(place) for place in places.tolist()}, key=lambda file: file.start)
     found = {}
     for done, file in enumerate(wanted):
         context.report(done / len(wanted), f"the teacher's {k} most probable tokens")
 
-        def compute(first: int = file * _ROWS) -> tuple[dict[str, Tensor], dict[str, str]]:
-            return _predict(teacher(), rows, order[first : first + _ROWS], first, k, temperature)
+        def compute(file: range = file) -> tuple[dict[str, Tensor], dict[str, str]]:
+            return _predict(teacher(), rows, order[file.start : file.stop], file.start, k, temperature)
 
-        kind = f"teacher-top{k}-at{temperature:g}-{file}"
-        found[file] = context.teacher_statistics.stored(kind, compute)
+        kind = f"teacher-top{k}-at{temperature!r}-from{file.start}"
+        found[file.start] = context.teacher_statistics.stored(kind, compute)
     if teacher.cache_info().currsize:
         teacher.cache_clear()
         memory.release()

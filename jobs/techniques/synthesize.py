@@ -74,7 +74,7 @@ class Synthesize(Technique):
         teacher = context.teacher()
         recovery.check_vocabularies(self.name(), model, recovery.vocabulary(teacher))
         stored = context.teacher_statistics.stored(
-            f"written-{self.samples}x{self.tokens}-at{self.sampling_temperature:g}-top{self.top_p:g}",
+            f"written-{self.samples}x{self.tokens}-at{self.sampling_temperature!r}-top{self.top_p!r}",
             lambda: self._write(teacher, context),
         )
         rows = self._choose(stored, context)
