@@ -46,14 +46,15 @@ def steps_at_random(dice: random.Random) -> tuple[Technique, ...]:
     """A recipe in a sensible order, each stage perhaps skipped."""
     load = techniques.load
     packing = {"bits": dice.choice((2, 3, 4, 8)), "group": dice.choice((0, 32, 64, 128)),
-               "symmetric": dice.random() < 0.5}  # fmt: skip
+               "symmetric": dice.random() < 0.5, "embedding_bits": dice.choice((16, 8, 4)),
+               "correction_rank": dice.choice((0, 4))}  # fmt: skip
     stages = (
         load("drop_layers").of({"count": dice.randint(1, 2)}),
         load("prune_ffn").of(
             {"ratio": dice.uniform(0, 0.9), "correction": dice.choice(("none", "bias", "least_squares"))}
         ),
         load("svd_llm").of({"keep": dice.uniform(0.05, 0.99)}),
-        load(dice.choice(("rtn", "gptq"))).of(packing),
+        load(dice.choice(("rtn", "gptq", "awq"))).of(packing),
     )
     return tuple(stage for stage in stages if dice.random() < 0.6)
 
