@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from jobs.layers import SparseLinear
+from jobs.layout import Layout
 from jobs.models import DTYPE, Model
 
 Masks = Mapping[str, Bool[Tensor, "out in"]]
@@ -26,6 +27,15 @@ def trainable(model: Model) -> Iterator[Masks]:
     hold(model, masks)
     yield masks
     sparsify(model, masks)
+
+
+def check_stage(technique: str, zero_stage: int, layout: Layout) -> None:
+    """Refuse, with a ValueError, to train sparse linears where ZeRO takes the weights apart."""
+    if zero_stage == 3 and "sparse" in layout.forms():
+        raise ValueError(
+            f"{technique}.zero_stage=3 takes weights apart, whose zeros are then not held; sparse linears "
+            f"need a stage in {{0, 1, 2}}"
+        )
 
 
 def densify(model: Model) -> Masks:

@@ -64,6 +64,11 @@ class Model:
         return _task(self.config)
 
     @property
+    def head_width(self) -> int:
+        """Of one attention head."""
+        return _head_width(self.config)
+
+    @property
     def base(self) -> nn.Module:
         """The model without a head: embeddings, blocks and final norm."""
         return cast(nn.Module, getattr(self.module, _base_name(self.module), self.module))
@@ -154,7 +159,7 @@ class Model:
         }
         heads, keys = _heads(self.config)
         return Layout(
-            self.family, self.task, self.blocks_name, _head_width(self.config), heads // keys, specs, others,
+            self.family, self.task, self.blocks_name, self.head_width, heads // keys, specs, others,
             tables,
         )  # fmt: skip
 

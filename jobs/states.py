@@ -25,7 +25,7 @@ class States:
         self.causal = not model.family.encoder
         self.hidden: dict[int, Float[Tensor, "batch tokens width"]] = {}
         self._paths = model.family.attention
-        self._head_width = model.layout().head_width
+        self._head_width = model.head_width
         self.given: dict[str, Tensor] = {}
 
     def forget(self) -> None:

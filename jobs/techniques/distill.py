@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from jobs import recovery, states
+from jobs import masks, recovery, states
 from jobs.context import Context
 from jobs.families import Task
 from jobs.knobs import Choice, Range, knob
@@ -48,7 +48,7 @@ class Distill(Technique):
     paper: ClassVar[str] = "Hinton et al. 2015, arXiv:1503.02531"
     version: ClassVar[int] = 2
     needs: ClassVar[frozenset[Need]] = frozenset({"teacher", "training"})
-    accepts: ClassVar[frozenset[Form]] = frozenset({"dense", "factored"})
+    accepts: ClassVar[frozenset[Form]] = frozenset({"dense", "factored", "sparse"})
 
     temperature: float = knob(1.0, Range(1.0, 8.0), "softens both predictions before they are compared")
     hard_weight: float = knob(0.1, Range(0.0, 1.0), "weight of the text's own next token in the loss")
@@ -84,6 +84,7 @@ class Distill(Technique):
 
     def outline(self, layout: Layout) -> Layout:
         self.check_forms(layout)
+        masks.check_stage(self.name(), self.zero_stage, layout)
         for name in ("hidden_weight", "attention_weight"):
             if self.top_k and getattr(self, name):
                 raise ValueError(
@@ -96,14 +97,19 @@ class Distill(Technique):
         self.outline(model.layout())
         if context.teacher is None or context.training is None:
             raise ValueError("distill needs the teacher and training text; give the study data.training")
-        rows = context.training
-        recovery.require_gradients(model)
+        with masks.trainable(model):
+            recovery.require_gradients(model)
+            self._learn(model, context.training, context)
+        return model
+
+    def _learn(self, model: Model, rows: Rows, context: Context) -> None:
         if self.top_k and model.task == "causal-lm":
             met = self.plan.met(rows, context.seed)
             cached = CachedTeacher(context, self.top_k, self.temperature, met)
             recovery.check_vocabularies(self.name(), model, cached.vocabulary)
             recovery.train(model, rows, self._cached_loss(rows, cached, context.device), self.plan, context)
-            return model
+            return
+        assert context.teacher is not None
         teacher = context.teacher()
         recovery.check_vocabularies(self.name(), model, recovery.vocabulary(teacher))
         with ExitStack() as reading:
@@ -115,7 +121,6 @@ class Distill(Technique):
             )
             loss_of = self._loss(rows, teacher, own, others, context.device)
             recovery.train(model, rows, loss_of, self.plan, context)
-        return model
 
     def _cached_loss(self, rows: Rows, cached: CachedTeacher, device: str) -> LossOf:
         def loss_of(student: nn.Module, ids: Ids) -> Float[Tensor, ""]:

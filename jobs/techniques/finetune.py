@@ -8,10 +8,10 @@ from typing import ClassVar
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from jobs import lora, recovery
+from jobs import lora, masks, recovery
 from jobs.context import Context
 from jobs.families import Family, Task
-from jobs.knobs import Choice, Range, knob
+from jobs.knobs import Choice, Range, Value, knob
 from jobs.layout import Layout
 from jobs.losses import cross_entropy
 from jobs.models import Model
@@ -33,7 +33,7 @@ class Finetune(Technique):
     kind: ClassVar[Kind] = "recovery"
     paper: ClassVar[str] = "Hu et al. 2021, LoRA, arXiv:2106.09685"
     needs: ClassVar[frozenset[Need]] = frozenset({"training"})
-    accepts: ClassVar[frozenset[Form]] = frozenset({"dense", "factored"})
+    accepts: ClassVar[frozenset[Form]] = frozenset({"dense", "factored", "sparse"})
 
     method: str = knob("lora", Choice(("full", "lora")), "train all weights, or corrections of low rank")
     rank: int = knob(8, Range(1, 512, integer=True), "rank of the corrections; only lora has them")
@@ -59,8 +59,14 @@ class Finetune(Technique):
     def identity(self) -> bool:
         return self.steps == 0
 
+    def idle(self) -> dict[str, Value]:
+        return {"rank": 8} if self.method == "full" else {}
+
     def outline(self, layout: Layout) -> Layout:
         self.check_forms(layout)
+        if self.method == "lora" and "sparse" in layout.forms():
+            raise ValueError("finetune.method=lora would fill what pruning has emptied; take full")
+        masks.check_stage(self.name(), self.zero_stage, layout)
         if self.method == "lora":
             for name, spec in layout.linears.items():
                 most = min(spec.in_features, spec.out_features)
@@ -78,11 +84,12 @@ class Finetune(Technique):
             batch = rows[ids].to(device)
             return cross_entropy(recovery.predictions(student, batch), recovery.targets(batch))
 
-        if self.method == "lora":
-            lora.add(model, self.rank, context.seed)
-        else:
-            recovery.require_gradients(model)
         plan = Plan(self.learning_rate, self.steps, self.batch, self.zero_stage, self.patience)
-        recovery.train(model, rows, loss_of, plan, context)
-        lora.merge(model)
+        with masks.trainable(model):
+            if self.method == "lora":
+                lora.add(model, self.rank, context.seed)
+            else:
+                recovery.require_gradients(model)
+            recovery.train(model, rows, loss_of, plan, context)
+            lora.merge(model)
         return model

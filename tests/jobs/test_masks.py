@@ -6,12 +6,39 @@ import pytest
 import torch
 from torch import Tensor
 
-from jobs import engine, masks, models
+from jobs import engine, masks, models, techniques
 from jobs.context import Context
 from jobs.layers import SparseLinear
 from jobs.models import Model
 from jobs.statistics import Statistics
 from jobs.techniques.magnitude import Magnitude
+
+
+@pytest.mark.parametrize("name", ["distill", "finetune"])
+def test_recovery_trains_a_sparse_model_and_keeps_it_sparse(
+    sparse: Model, name: str, tiny_llama: Path, tmp_path: Path
+) -> None:
+    before = {key: layer.get_buffer("values").clone() for key, layer in sparse.linears().items()}
+    gone, layout = zeros(sparse), sparse.layout()
+    rows = torch.randint(3, 512, (4, 16), generator=torch.Generator().manual_seed(2))
+    context = Context(
+        Statistics(None, "key"), tmp_path, 0, training=rows, teacher=lambda: models.load(tiny_llama)
+    )
+    options = {"method": "full"} if name == "finetune" else {}
+    step = techniques.load(name).of({"steps": 3, "learning_rate": 1e-3, **options})
+    trained = step.compress(sparse, context)
+    assert trained.layout() == layout == step.outline(layout)
+    assert all(torch.equal(gone[key], places) for key, places in zeros(trained).items())
+    assert any(
+        not torch.equal(before[key], layer.get_buffer("values")) for key, layer in trained.linears().items()
+    )
+
+
+def test_recoveries_that_would_fill_the_zeros_are_refused(sparse: Model) -> None:
+    with pytest.raises(ValueError, match=r"finetune\.method=lora would fill"):
+        techniques.load("finetune").of({"method": "lora"}).outline(sparse.layout())
+    with pytest.raises(ValueError, match=r"distill\.zero_stage=3"):
+        techniques.load("distill").of({"zero_stage": 3}).outline(sparse.layout())
 
 
 @pytest.fixture
