@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from jobs import grids, packing
 from jobs.context import Context
 from jobs.knapsack import least_error
-from jobs.knobs import Range, knob
+from jobs.knobs import Choice, Range, knob
 from jobs.layers import check_finite
 from jobs.layout import Layout, LinearSpec, Packing
 from jobs.models import Model
@@ -32,6 +32,9 @@ class Mixed(Technique):
     weights and G the Gram matrix of its inputs: the second-order loss of HAWQ-V2 with the Gram matrix as
     the Hessian, which it is of the layer's own squared error. They choose on a Pareto front by hand; the
     sum is minimized here exactly, as a knapsack. Then each linear is rounded with gptq's error feedback.
+    error: `absolute` sums that as it is; `relative` divides it by tr(W G Wᵀ), the energy of the linear's
+    outputs, since the residual stream grows from block to block and an early error of the same size does
+    more harm than a late one.
     The average counts the bits of the integers; scales and zero points come on top, alike for all choices.
     """
 
@@ -44,6 +47,7 @@ class Mixed(Technique):
     average_bits: float = knob(3.5, Range(2.25, 8.0), "bits per weight, on average over the blocks' linears")
     group: int = packing.group_knob()
     symmetric: bool = packing.symmetric_knob()
+    error: str = knob("absolute", Choice(("absolute", "relative")), "what is summed over the linears")
 
     @property
     def exact(self) -> bool:
@@ -83,9 +87,12 @@ class Mixed(Technique):
         return model
 
     def bits_of(self, linears: Mapping[str, LinearSpec], errors: Mapping[str, Tensor]) -> dict[str, int]:
-        """The bits of each linear, from its errors at 2, 3, 4 and 8 bits."""
+        """The bits of each linear, from its errors at 2, 3, 4 and 8 bits and the energy of its outputs."""
         costs = torch.tensor([[_bytes(spec, bits) for bits in _BITS] for spec in linears.values()])
         losses = torch.stack([errors[name].cpu() for name in linears])
+        if self.error == "relative":
+            energies = torch.stack([errors[f"{name}.energy"].cpu() for name in linears])
+            losses = losses / energies.clamp(min=torch.finfo(torch.float32).tiny).unsqueeze(1)
         chosen = least_error(costs, losses, self._budget(linears))
         return {name: _BITS[choice] for name, choice in zip(linears, chosen, strict=True)}
 
@@ -106,6 +113,7 @@ class Mixed(Technique):
             weight = check_finite(cast(nn.Linear, layer).weight.detach().float(), self.name(), name)
             gram = grams.gram(name).to(weight.device)
             found[name] = torch.tensor([_error(weight, gram, self._packing(bits)) for bits in _BITS])
+            found[f"{name}.energy"] = (weight @ gram).mul_(weight).sum()
         return found, {}
 
 

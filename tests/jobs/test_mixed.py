@@ -12,7 +12,6 @@ from torch import Tensor
 from jobs import knapsack, models
 from jobs.context import Context
 from jobs.layers import PackedLinear
-from jobs.layout import Packing
 from jobs.statistics import Statistics
 from jobs.techniques.mixed import Mixed
 from jobs.techniques.rtn import Rtn
@@ -100,13 +99,16 @@ def test_errors_are_those_of_the_outputs_and_computed_once_for_all_averages(
 
     errors = shared.statistics.stored("rounding-64-asymmetric", refuse)
     grams = shared.statistics.grams(models.load(tiny_llama), TOKENS, shared.report)
-    assert set(errors) == set(models.load(tiny_llama).linears())
+    names = models.load(tiny_llama).linears()
+    assert set(errors) == {*names, *(f"{name}.energy" for name in names)}
     name = "model.layers.0.mlp.up_proj"
     weight = models.load(tiny_llama).module.get_submodule(name).weight.float()
     plain = Rtn(bits=2, group=64).compress(models.load(tiny_llama), shared).module.get_submodule(name)
     assert isinstance(plain, PackedLinear)
     difference = plain.weight() - weight
     widest = (difference @ grams.gram(name) * difference).sum().item()
+    outputs = (weight @ grams.gram(name) * weight).sum()
+    assert errors[f"{name}.energy"].item() == pytest.approx(outputs.item(), rel=1e-4)
     assert 0.3 * widest < errors[name][0].item() < widest  # clipping gains something
     assert errors[name].tolist() == sorted(errors[name].tolist(), reverse=True)
 
@@ -117,4 +119,15 @@ def test_a_linear_that_matters_more_is_given_more_bits(tiny_llama: Path) -> None
     errors = {name: falling * (1000 if name.endswith("o_proj") else 1) for name in layout.linears}
     bits = Mixed(average_bits=3).bits_of(layout.linears, errors)
     assert {bits[name] for name in bits if name.endswith("o_proj")} == {8}
-    assert Packing(2, 64, False).bits in bits.values()
+    assert 2 in bits.values()
+
+
+def test_relative_errors_do_not_depend_on_how_large_outputs_are(tiny_llama: Path) -> None:
+    layout = models.original_layout(tiny_llama)
+    falling = torch.tensor([1.0, 0.25, 0.06, 0.0])
+    sizes = {name: 1000.0 if name.endswith("o_proj") else 1.0 for name in layout.linears}
+    scaled = {name: falling * size for name, size in sizes.items()}
+    scaled |= {f"{name}.energy": torch.tensor(size) for name, size in sizes.items()}
+    plain = dict.fromkeys(sizes, falling) | {f"{name}.energy": torch.tensor(1.0) for name in sizes}
+    step = Mixed(average_bits=3, error="relative")
+    assert step.bits_of(layout.linears, scaled) == step.bits_of(layout.linears, plain)
