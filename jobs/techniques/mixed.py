@@ -30,11 +30,12 @@ class Mixed(Technique):
 
     A linear's error at some bits is tr(E G Eᵀ), E what rounding to nearest on clipped grids takes from its
     weights and G the Gram matrix of its inputs: the second-order loss of HAWQ-V2 with the Gram matrix as
-    the Hessian, which it is of the layer's own squared error. They choose on a Pareto front by hand; the
-    sum is minimized here exactly, as a knapsack. Then each linear is rounded with gptq's error feedback.
+    the Hessian, which it is of the layer's own squared error. HAWQ-V2 weighs
+    squared errors by the Hessian's mean trace and picks from a Pareto front; here the sum is minimized
+    exactly, as a knapsack. Then each linear is rounded with gptq's error feedback.
     error: `absolute` sums that as it is; `relative` divides it by tr(W G Wᵀ), the energy of the linear's
-    outputs, since the residual stream grows from block to block and an early error of the same size does
-    more harm than a late one.
+    outputs, so that a few linears of large outputs do not take all the bits. Neither sum is the loss of the
+    whole model: see docs/techniques.md before trusting it.
     The average counts the bits of the integers; scales and zero points come on top, alike for all choices.
     """
 
