@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from jobs import grids, packing
 from jobs.context import Context
+from jobs.gradients import sensitivities
 from jobs.knapsack import least_error
 from jobs.knobs import Range, knob
 from jobs.layers import check_finite
@@ -26,24 +27,26 @@ _BITS = (2, 3, 4, 8)
 
 @dataclass(frozen=True)
 class Mixed(Technique):
-    """Gives each linear 2, 3, 4 or 8 bits so that the outputs' summed error is least at `average_bits`.
+    """Gives each linear 2, 3, 4 or 8 bits so that the loss rises least at `average_bits`.
 
-    A linear's error at some bits is tr(E G Eᵀ), E what rounding to nearest on clipped grids takes from its
-    weights and G the Gram matrix of its inputs: the second-order loss of HAWQ-V2 with the Gram matrix as
-    the Hessian, which it is of the layer's own squared error. They choose on a Pareto front by hand; the
-    sum is minimized here exactly, as a knapsack. Then each linear is rounded with gptq's error feedback.
+    Rounding a linear raises the loss by about ½ E[g²] tr(E G Eᵀ): E is what rounding to nearest on clipped
+    grids takes from its weights, G the Gram matrix of its inputs, so that the trace is the outputs' squared
+    error, and g the loss's gradient by the outputs. HAWQ-V2 weighs the weights' squared errors by the mean
+    trace of the loss's Hessian instead and picks from a Pareto front; here the sum is minimized exactly, as a
+    knapsack. Then each linear is rounded with gptq's error feedback.
     The average counts the bits of the integers; scales and zero points come on top, alike for all choices.
     """
 
     kind: ClassVar[Kind] = "bits"
     paper: ClassVar[str] = "Dong et al. 2019, HAWQ-V2, arXiv:1911.03852"
-    needs: ClassVar[frozenset[Need]] = frozenset({"calibration"})
+    needs: ClassVar[frozenset[Need]] = frozenset({"calibration", "gradients"})
     accepts: ClassVar[frozenset[Form]] = frozenset({"dense", "factored"})
     leaves: ClassVar[frozenset[Form]] = frozenset({"packed"})
 
     average_bits: float = knob(3.5, Range(2.25, 8.0), "bits per weight, on average over the blocks' linears")
     group: int = packing.group_knob()
     symmetric: bool = packing.symmetric_knob()
+    embedding_bits: int = packing.embedding_bits_knob()
 
     @property
     def exact(self) -> bool:
@@ -61,7 +64,10 @@ class Mixed(Technique):
             bits = high if left > 0 else low
             left -= _bytes(spec, bits) - _bytes(spec, low)
             changed[name] = dataclasses.replace(spec, packing=self._packing(bits))
-        return layout.with_linears(changed)
+        packed = layout.with_linears(changed)
+        if self.embedding_bits == 16:
+            return packed
+        return packed.with_tables_packed(self._packing(self.embedding_bits))
 
     def compress(self, model: Model, context: Context) -> Model:
         layout = model.layout()
@@ -71,7 +77,7 @@ class Mixed(Technique):
             f"rounding-{self.group}-{'symmetric' if self.symmetric else 'asymmetric'}",
             lambda: self._errors(model, context),
         )
-        chosen = self.bits_of(layout.linears, errors)
+        chosen = self.bits_of(layout.linears, errors, sensitivities(model, context))
         grams = context.statistics.grams(model, context.calibration, context.report)
         linears = model.linears()
         for done, (name, bits) in enumerate(chosen.items()):
@@ -80,12 +86,19 @@ class Mixed(Technique):
             rounding = Gptq(bits=bits, group=self.group, symmetric=self.symmetric)
             integers, grid = quantize(weight, grams.gram(name).to(weight.device), rounding)
             packing.pack_linear(model, name, integers, grid, rounding.packing)
+        # The tables are not in the budget: their bits are an option of their own.
+        packing.pack_tables(model, Gptq(4, self.group, self.symmetric, self.embedding_bits))
         return model
 
-    def bits_of(self, linears: Mapping[str, LinearSpec], errors: Mapping[str, Tensor]) -> dict[str, int]:
-        """The bits of each linear, from its errors at 2, 3, 4 and 8 bits."""
+    def bits_of(
+        self,
+        linears: Mapping[str, LinearSpec],
+        errors: Mapping[str, Tensor],
+        importance: Mapping[str, Tensor],
+    ) -> dict[str, int]:
+        """The bits of each linear, from its errors at 2, 3, 4 and 8 bits and what they cost the loss."""
         costs = torch.tensor([[_bytes(spec, bits) for bits in _BITS] for spec in linears.values()])
-        losses = torch.stack([errors[name].cpu() for name in linears])
+        losses = torch.stack([errors[name].cpu().double() * float(importance[name]) for name in linears])
         chosen = least_error(costs, losses, self._budget(linears))
         return {name: _BITS[choice] for name, choice in zip(linears, chosen, strict=True)}
 
