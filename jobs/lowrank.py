@@ -121,13 +121,13 @@ def decomposed(
     """
 
     def found() -> Iterator[Part]:
-        root_of = rooting()
+        rooted = rooting()
         linears = model.linears()
         for done, (name, layer) in enumerate(linears.items()):
             context.report(done / len(linears), f"decomposing {name}")
             dense = cast(nn.Linear, layer)
             weight = check_finite(dense.weight.detach(), technique, name).float()
-            u, v, values = terms_of(weight, root_of(name, weight))
+            u, v, values = terms_of(weight, rooted(name, weight))
             most = rank_of(1.0, dense.out_features, dense.in_features)
             yield (
                 {
@@ -156,6 +156,42 @@ def terms_of(
     vectors, values, _ = torch.linalg.svd(weighed, full_matrices=False)
     share = values.clamp(min=1e-6 * values[0].clamp(min=1e-30)).sqrt()
     return vectors * share, (vectors.T @ weight) / share.unsqueeze(1), values
+
+
+def root_of(gram: Float[Tensor, "in in"]) -> Float[Tensor, "in in"]:
+    """S with S Sᵀ = G, in fp64: then ‖(W − W')S‖ is the error on the text (Wang et al., eq. 5).
+
+    Any such S gives the same factors: the Cholesky factor, or where the Gram matrix is singular its square root.
+    """
+    wide = gram.double()
+    root, failed = torch.linalg.cholesky_ex(wide)
+    if failed.item():
+        values, vectors = torch.linalg.eigh(wide)
+        root = vectors * values.clamp(min=0).sqrt()
+    return cast(Tensor, root)
+
+
+def best_factors(
+    matrix: Float[Tensor, "out in"], gram: Float[Tensor, "in in"] | None, rank: int
+) -> tuple[Float[Tensor, "out rank"], Float[Tensor, "rank in"]]:
+    """u and v for which E‖(M − u v) x‖² is least, for inputs x with E[x xᵀ] = gram; None is the identity.
+
+    With gram = S Sᵀ that is ‖(M − u v) S‖², least where u v S is the truncated decomposition of M S
+    (Eckart and Young), so u v = U Uᵀ M with U its left singular vectors. They are the eigenvectors of
+    M S (M S)ᵀ, or come from those of (M S)ᵀ M S where that is the smaller. What u and v have of size is
+    shared evenly between them.
+    """
+    wide = matrix.double()
+    seen = wide if gram is None else wide @ root_of(gram)
+    if seen.shape[0] <= seen.shape[1]:
+        left = torch.linalg.eigh(seen @ seen.T).eigenvectors.flip(1)[:, :rank]
+    else:
+        right = torch.linalg.eigh(seen.T @ seen).eigenvectors.flip(1)[:, :rank]
+        # Orthonormal even where singular values vanish.
+        left = torch.linalg.qr(seen @ right).Q
+    v = left.T @ wide
+    share = v.norm(dim=1).clamp(min=1e-12).sqrt()
+    return (left * share).float(), (v / share.unsqueeze(1)).float()
 
 
 def factored(

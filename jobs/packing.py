@@ -13,7 +13,7 @@ from jobs import grids
 from jobs.knobs import Choice, Range, knob
 from jobs.layers import CorrectedLinear, PackedEmbedding, PackedLinear, check_finite, linear_of, spec_of
 from jobs.layout import Layout, LinearSpec, Packing
-from jobs.low_rank import best_factors
+from jobs.lowrank import best_factors
 from jobs.models import DTYPE, Model
 
 _ROWS = 4096

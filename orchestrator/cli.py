@@ -7,6 +7,7 @@ already running, missing); 130 interrupted, `slimfront resume` goes on.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import sys
@@ -15,9 +16,11 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from orchestrator.catalogue import Entry
     from orchestrator.prepare import Prepared
 
 app = typer.Typer(
@@ -180,48 +183,29 @@ def export(
 
 
 @app.command()
-def techniques(as_json: AsJson = False) -> None:
-    """List the techniques: what they are, need and work on."""
-    from jobs import families
-    from jobs import techniques as known
+def techniques(
+    name: Annotated[str | None, typer.Argument(help="One of them, to see all there is to it.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List the techniques, or show one: what it is, needs and works on, its options, what it refuses and why."""
+    from orchestrator import catalogue
 
-    rows: list[dict[str, Any]] = []
-    for name in known.names():
-        technique = known.load(name)
-        refused = {
-            one: reason
-            for one in families.names()
-            if (reason := technique.refusal(families.family(one), families.family(one).tasks[0])) is not None
-        }
-        rows.append(
-            {
-                "name": name,
-                "kind": technique.kind,
-                "version": technique.version,
-                "paper": technique.paper,
-                "needs": sorted(technique.needs),
-                "families": [one for one in families.names() if one not in refused],
-                "refuses": refused,
-                "works_on": sorted(technique.accepts),
-                "leaves": sorted(technique.leaves),
-                "options": {option: str(domain) for option, domain in technique.domains().items()},
-            }
-        )
+    entries = [entry for entry in catalogue.entries() if name in (None, entry.name)]
+    if not entries:
+        _fail(_unknown_technique(str(name)))
     if as_json:
-        _print_json(rows)
-        return
-    table = Table("name", "kind", "options", "needs", "families", "paper")
-    for row in rows:
-        options = "\n".join(f"{option} in {domain}" for option, domain in row["options"].items())
-        table.add_row(
-            row["name"],
-            row["kind"],
-            options,
-            "\n".join(row["needs"]),
-            "all" if not row["refuses"] else "all but " + ", ".join(row["refuses"]),
-            row["paper"],
-        )
-    _out().print(table)
+        _print_json([dataclasses.asdict(entry) for entry in entries])
+    elif name is None:
+        table = Table("name", "kind", "works on", "leaves", "needs", "refuses")
+        for entry in entries:
+            table.add_row(
+                entry.name, entry.kind, *map(", ".join, (entry.works_on, entry.leaves, entry.needs)),
+                ", ".join(model for models in entry.refusals().values() for model in models),
+            )  # fmt: skip
+        _out().print(table)
+        _out().print("slimfront techniques NAME shows one with its options, its paper and why it refuses.")
+    else:
+        _show_technique(entries[0])
 
 
 @app.command()
@@ -272,6 +256,32 @@ def _run(prepared: Prepared, overrides: tuple[str, ...]) -> None:
     _err().print(f"Report: {prepared.folder / 'report.html'}")
     if not results.members:
         raise typer.Exit(1)
+
+
+def _show_technique(entry: Entry) -> None:
+    out = _out()
+    out.print(f"[bold]{entry.name}[/] ({entry.kind}, version {entry.version}): {escape(entry.about)}")
+    out.print(f"Paper: {escape(entry.paper)}")
+    leaves = f", leaves {' and '.join(entry.leaves)} ones" if entry.leaves else ""
+    out.print(f"Works on {' and '.join(entry.works_on)} linears{leaves}.")
+    out.print(f"Needs {', '.join(entry.needs) or 'no data'}.")
+    out.print(f"Families: {', '.join(entry.families)}.")
+    for reason, refused in entry.refusals().items():
+        out.print(f"Refuses {', '.join(refused)}: {escape(reason)}.")
+    table = Table("option", "default", "may be", "what it does")
+    for option in entry.options:
+        table.add_row(option.name, option.default, escape(option.domain), escape(option.help))
+    out.print(table)
+
+
+def _unknown_technique(name: str) -> str:
+    from jobs import techniques as known
+
+    try:
+        known.load(name)
+    except LookupError as error:
+        return str(error)
+    return name
 
 
 def _prepared(study: Path, overrides: list[str] | None) -> Prepared:

@@ -16,9 +16,9 @@ from jobs.context import Context
 from jobs.knobs import knob
 from jobs.layers import check_finite, linear_of
 from jobs.layout import Layout
+from jobs.lowrank import root_of
 from jobs.models import DTYPE, Model
 from jobs.technique import Form, Kind, Need, Technique
-from jobs.techniques.svd_llm import root_of
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def factorize(model: Model, context: Context, technique: str) -> dict[str, Gated
         context.report(done / len(linears), f"decomposing {name}")
         dense = cast(nn.Linear, layer)
         weight = check_finite(dense.weight.detach(), technique, name).float()
-        u, v, values = lowrank.terms_of(weight, root_of(grams.gram(name).to(weight.device)))
+        u, v, values = lowrank.terms_of(weight, root_of(grams.gram(name).to(weight.device)).float())
         first = linear_of(v.to(DTYPE).contiguous(), None)
         found[name] = GatedLinear(first, linear_of(u.to(DTYPE).contiguous(), dense.bias), values)
         model.replace(name, found[name])

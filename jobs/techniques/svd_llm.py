@@ -72,23 +72,10 @@ class SvdLlm(Technique):
         return model
 
 
-def root_of(gram: Float[Tensor, "in in"]) -> Float[Tensor, "in in"]:
-    """S with S Sᵀ = G, in fp32: then ‖(W − W')S‖ is the error on the text (Wang et al., eq. 5).
-
-    Any such S gives the same factors: the Cholesky factor, or where the Gram matrix is singular its square root.
-    """
-    wide = gram.double()
-    root, failed = torch.linalg.cholesky_ex(wide)
-    if failed.item():
-        values, vectors = torch.linalg.eigh(wide)
-        root = vectors * values.clamp(min=0).sqrt()
-    return cast(Tensor, root.float())
-
-
 def _rooting(model: Model, context: Context) -> lowrank.Root:
     assert context.calibration is not None
     grams = context.statistics.grams(model, context.calibration, context.report)
-    return lambda name, weight: root_of(grams.gram(name).to(weight.device))
+    return lambda name, weight: lowrank.root_of(grams.gram(name).to(weight.device)).float()
 
 
 def updated(

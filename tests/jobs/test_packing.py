@@ -13,7 +13,7 @@ from jobs import families, grids, models, packing
 from jobs.context import Context
 from jobs.layers import CorrectedLinear, PackedEmbedding, PackedLinear, TiedHead
 from jobs.layout import LinearSpec, Packing
-from jobs.low_rank import best_factors
+from jobs.lowrank import best_factors
 from jobs.models import Model
 from jobs.runtimes import on_torch
 from jobs.statistics import Statistics

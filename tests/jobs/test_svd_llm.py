@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from jobs import families, models
 from jobs.context import Context
-from jobs.lowrank import terms_of
+from jobs.lowrank import root_of, terms_of
 from jobs.models import Model
 from jobs.statistics import Statistics
-from jobs.techniques.svd_llm import SvdLlm, root_of, updated
+from jobs.techniques.svd_llm import SvdLlm, updated
 from tests.conftest import Tiny
 
 
@@ -25,7 +25,7 @@ def case(seed: int, out: int = 12, into: int = 9, tokens: int = 200) -> tuple[Te
 
 
 def factors(weight: Tensor, gram: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    u, v, _ = terms_of(weight, root_of(gram))
+    u, v, _ = terms_of(weight, root_of(gram).float())
     return u[:, :rank], v[:rank]
 
 
@@ -51,7 +51,7 @@ def test_no_other_matrix_of_that_rank_is_nearer_on_the_inputs(seed: int, rank: i
     ours = loss(weight, approximated(weight, gram, rank), x)
     # Eckart and Young: the error is the energy of the singular values left out. What is left at nearly full
     # rank may be smaller than what the Gram matrix's own rounding to fp32 hides, the root of its epsilon.
-    values = terms_of(weight, root_of(gram))[2]
+    values = terms_of(weight, root_of(gram).float())[2]
     rounding = 4e-4 * loss(weight, torch.zeros_like(weight), x)
     assert ours == pytest.approx(values[rank:].norm().item() * 200**0.5, rel=1e-2, abs=rounding)
     u, v, _ = terms_of(weight, torch.ones(9))

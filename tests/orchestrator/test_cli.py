@@ -50,6 +50,16 @@ def test_techniques_are_listed_for_programs(tmp_path: Path) -> None:
     assert "2210.17323" in listed["gptq"]["paper"]
 
 
+def test_one_technique_is_shown_with_its_options_and_what_it_refuses(tmp_path: Path) -> None:
+    done = slimfront("techniques", "prune_hidden", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "share of the hidden width to remove" in done.stdout
+    assert "Refuses gemma3_text: its norms after each layer" in done.stdout.replace("\n", " ")
+    wrong = slimfront("techniques", "prune_hiden", cwd=tmp_path)
+    assert wrong.returncode == 3
+    assert "did you mean prune_hidden?" in wrong.stderr
+
+
 @pytest.mark.parametrize("command", ["status", "front", "report", "resume"])
 def test_a_folder_without_a_study_exits_3(tmp_path: Path, command: str) -> None:
     done = slimfront(command, tmp_path, cwd=tmp_path)
