@@ -109,11 +109,12 @@ def learn(model: Model, step: TrainsAware, context: Context, after_step: AfterSt
     check_given(step, context)
     assert context.teacher is not None
     assert context.training is not None
-    rows = context.training
+    rows, teacher = context.training, context.teacher()
+    recovery.check_vocabularies(step.name(), model, recovery.vocabulary(teacher))
     aim = Aim("forward", step.temperature, step.hard_weight)
     recovery.require_gradients(model)
     plan = Plan(step.learning_rate, step.steps, step.batch, step.zero_stage)
-    loss_of = _loss(context.teacher(), rows, aim, context.device)
+    loss_of = _loss(teacher, rows, aim, context.device)
     recovery.train(model, rows, loss_of, plan, context, after_step)
 
 

@@ -22,7 +22,10 @@ Masks = Mapping[str, Bool[Tensor, "out in"]]
 @contextmanager
 def trainable(model: Model) -> Iterator[Masks]:
     """Until the end of the block sparse linears are dense ones whose zeros are held; then they are sparse
-    again, at the same places. A model without sparse linears is left as it is."""
+    again, at the same places. Where an exception ends the block, the model is of no use. One without sparse
+    linears is left as it is.
+
+    Gradients are to be required inside of the block: the dense linears are new ones."""
     masks = densify(model)
     hold(model, masks)
     yield masks

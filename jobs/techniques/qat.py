@@ -30,8 +30,8 @@ class Qat(Technique):
     Bengio et al. 2013, arXiv:1308.3432), but for those outside their grid, which get none.
 
     A group's grid is fitted at the start, clipped where the squared error of the weights gains by it; its
-    zero point stays, its scale is trained (Esser et al. 2019, LSQ, arXiv:1902.08153, eq. 3). LLM-QAT spans
-    smallest to largest weight instead, which wastes grids of 2 and 3 bits on outliers. What is trained is the
+    zero point stays, its scale is trained (Esser et al. 2019, LSQ, arXiv:1902.08153, eq. 3). LLM-QAT spans smallest
+    to largest weight at every step instead, so that a group's outlier decides its grid. What is trained is the
     logarithm of the scale over its start, so that one learning rate serves grids of all sizes.
 
     Embedding and head are not trained; with embedding_bits they are rounded at the end, as in rtn.

@@ -18,15 +18,15 @@ from jobs.statistics import Statistics
 from jobs.technique import Technique
 
 GENTLE = {
-    "drop_layers": {"count": 1},
     "anneal_rank": {"steps": 2},
+    "drop_layers": {"count": 1},
     "distill": {"steps": 2},
     "finetune": {"steps": 2},
+    "gradual_prune": {"steps": 2},
     "prune_heads": {"ratio": 0.5},
     "prune_hidden": {"ratio": 0.5},
-    "synthesize": {"steps": 2, "samples": 4, "tokens": 16},
-    "gradual_prune": {"steps": 2},
     "qat": {"steps": 2},
+    "synthesize": {"steps": 2, "samples": 4, "tokens": 16},
 }
 """Options for techniques whose defaults are too strong, too weak or too slow for a model of 4 blocks."""
 
