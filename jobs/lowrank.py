@@ -93,8 +93,7 @@ def allocated(
 
     importance makes the errors comparable: what a unit of a linear's squared error adds to the loss. Two
     that need no gradients were tried on SmolLM2 with svd_llm's norm and lost to uniform ranks: all alike,
-    by which the layers with huge activations get everything, and the inverse of the whole output's energy,
-    by which just these get next to nothing, since one token makes up most of that energy.
+    and the inverse of the whole output's energy, by which layers that read one huge channel got rank 1.
     """
     ranks = dict.fromkeys(linears, 1)
     left = budget - sum(_cost(spec) for spec in linears.values())
