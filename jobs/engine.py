@@ -296,7 +296,11 @@ def _start(module: nn.Module, training: Training) -> Any:
     engine, *_ = deepspeed.initialize(
         model=module, model_parameters=trained, config=_config(training), dist_init_required=False
     )
-    memory.release()  # DeepSpeed made its optimizer states with a step of zeros
+    # At stage 0 DeepSpeed makes the optimizer's states by a step of zeros, which Adam counts: its bias correction
+    # would then make the first update 0.74 of what it should be, and those after it too small as well.
+    for state in engine.basic_optimizer.state.values():
+        state["step"].zero_()
+    memory.release()
     return engine
 
 

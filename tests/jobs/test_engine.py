@@ -85,6 +85,22 @@ def test_masters_of_fp32_keep_updates_too_small_for_bf16() -> None:
     assert (module.first.weight != before)[large].float().mean() > 0.5
 
 
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_the_first_updates_are_adams(stage: int) -> None:
+    """Of a gradient that stays the same, Adam's every update is as long as the rate."""
+    module = nn.Linear(8, 8, bias=False).to(torch.bfloat16)
+    nn.init.zeros_(module.weight)
+
+    def slope(module: nn.Module, batch: Tensor) -> Tensor:
+        return module(batch).float().mean()
+
+    fixed = torch.ones(32, 8).bfloat16()
+    training = Training(1e-2, 3, warmup=0.0, decay="linear", zero_stage=stage)
+    engine.train(module, [fixed] * 3, slope, training, quiet)
+    moved = sum(training.rate(step) for step in range(3))
+    torch.testing.assert_close(module.weight.float(), torch.full((8, 8), -moved), rtol=0.01, atol=0)
+
+
 def test_gathering_gradients_over_two_batches_equals_one_batch_of_both() -> None:
     halves = rows()
     wholes = [torch.cat(pair) for pair in zip(halves[::2], halves[1::2], strict=True)]
