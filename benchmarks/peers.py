@@ -26,7 +26,7 @@ from jobs.context import Context
 from jobs.layers import linear_of
 from jobs.measure import measure
 from jobs.meter import Subject
-from jobs.models import Model
+from jobs.model import DTYPE, Model
 from jobs.statistics import Statistics
 
 
@@ -92,7 +92,7 @@ def theirs(peer: str, recipe: dict[str, Any], rows: Path, tokens: int) -> tuple[
         with safe_open(out, framework="pt") as held:
             seconds = float(held.metadata()["seconds"])
             for name, layer in model.linears().items():
-                weight = held.get_tensor(name).to(models.DTYPE)
+                weight = held.get_tensor(name).to(DTYPE)
                 model.replace(name, linear_of(weight, layer.bias))  # type: ignore[arg-type]
         return perplexity(model, tokens), seconds
 

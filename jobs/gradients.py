@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from jobs.context import Context, Report
-from jobs.models import Model
+from jobs.model import Model
 
 _ROWS = 128
 """Positions whose probabilities are held in fp32 at once: a vocabulary wide, they would fill memory."""

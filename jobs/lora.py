@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from jobs.layers import linear_of
-from jobs.models import Model
+from jobs.model import Model
 
 
 class LoraLinear(nn.Linear):

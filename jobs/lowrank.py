@@ -18,7 +18,7 @@ from jobs.context import Context
 from jobs.knobs import Choice, Range
 from jobs.layers import LowRankLinear, check_finite, linear_of
 from jobs.layout import Layout, LinearSpec
-from jobs.models import DTYPE, Model
+from jobs.model import DTYPE, Model
 from jobs.statistics import Part
 
 KEEP = Range(0.05, 1.0)

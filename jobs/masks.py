@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 
 from jobs.layers import SparseLinear
 from jobs.layout import Layout
-from jobs.models import DTYPE, Model
+from jobs.model import DTYPE, Model
 
 Masks = Mapping[str, Bool[Tensor, "out in"]]
 """Which weights are kept, by the full name of their linear: one byte a weight."""

@@ -16,7 +16,8 @@ from jobs.families import Task
 from jobs.job import Materials, Measurement
 
 if TYPE_CHECKING:
-    from jobs.models import Model
+    from jobs.model import Model
+    from jobs.models import Tokenizer
 
 Reads = Literal["evaluation", "choices", "labelled"]
 
@@ -39,6 +40,12 @@ class Subject:
         from jobs.runtimes import on_torch
 
         return on_torch.load(self.folder)
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        from jobs import models
+
+        return models.tokenizer(self.folder)
 
     def evaluation(self) -> Int[Tensor, "windows tokens"]:
         """The windows to measure on: the first `fidelity` of them, so that all candidates see the same."""

@@ -14,7 +14,7 @@ from jobs.knobs import Choice, Range, knob
 from jobs.layers import CorrectedLinear, PackedEmbedding, PackedLinear, check_finite, linear_of, spec_of
 from jobs.layout import Layout, LinearSpec, Packing
 from jobs.lowrank import best_factors
-from jobs.models import DTYPE, Model
+from jobs.model import DTYPE, Model
 
 _ROWS = 4096
 """Rows of an embedding that are rounded at once: in fp32, a vocabulary of them would fill memory."""

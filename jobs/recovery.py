@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from jobs import engine
 from jobs.context import Context
 from jobs.engine import AfterStep
-from jobs.models import Model
+from jobs.model import Model
 
 _TOKENS_AT_ONCE = 512
 """Tokens of one forward pass; a larger batch is gathered over several, which costs no memory."""

@@ -16,7 +16,8 @@ from jobs.context import Context, Report
 from jobs.job import Failure, FailureKind, Job, Materials, Measurement, TextSource
 from jobs.measure import measure
 from jobs.meter import Subject
-from jobs.models import Model
+from jobs.model import Model
+from jobs.recipe import Recipe
 from jobs.statistics import Statistics
 from jobs.technique import Technique
 

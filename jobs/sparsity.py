@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from jobs.layers import SparseLinear, check_finite
 from jobs.layout import Layout
-from jobs.models import DTYPE, Model
+from jobs.model import DTYPE, Model
 from jobs.technique import Technique
 
 PATTERNS = ("unstructured", "2:4", "4:8")

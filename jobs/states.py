@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from jobs.models import Model
+from jobs.model import Model
 
 
 class States:

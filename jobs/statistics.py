@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from jobs.context import Report
-from jobs.models import Model
+from jobs.model import Model
 from jobs.streaming import stream
 
 Rows = Int[Tensor, "samples tokens"]

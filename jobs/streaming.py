@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from jobs.context import Report
-from jobs.models import Model
+from jobs.model import Model
 
 TOKENS_AT_ONCE = 2048
 """Tokens of one forward pass."""

@@ -9,8 +9,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from jobs import models
 from jobs.context import Report
-from jobs.models import Model
+from jobs.model import Model
 
 _ROWS = 8
 """Sequences written side by side."""
@@ -61,8 +62,9 @@ def write(model: Model, sampling: Sampling, seed: int, report: Report) -> Writte
     """
     generator = torch.Generator().manual_seed(seed)
     device = next(model.module.parameters()).device
-    special = set(model.tokenizer.all_special_ids)
-    usual = [token for token in sorted(model.tokenizer.get_vocab().values()) if token not in special]
+    words = models.tokenizer(model.folder)
+    special = set(words.all_special_ids)
+    usual = [token for token in sorted(words.get_vocab().values()) if token not in special]
     if not usual:
         raise ValueError("the teacher's tokenizer has no token to start a text with")
     drawn = torch.randint(len(usual), (sampling.samples,), generator=generator)

@@ -11,7 +11,7 @@ from torch import Tensor
 from jobs import memory
 from jobs.context import Context
 from jobs.losses import Top, top_of
-from jobs.models import Model
+from jobs.model import Model
 from jobs.recovery import Ids, order_of, predictions
 from jobs.statistics import Stored
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from jobs.context import Context
     from jobs.families import Family, Task
     from jobs.layout import Layout
-    from jobs.models import Model
+    from jobs.model import Model
 
 Kind = Literal["depth", "width", "sparsity", "rank", "bits", "recovery"]
 Need = Literal["calibration", "teacher", "gradients", "training"]

@@ -34,7 +34,7 @@ def measure(subject: Subject) -> Measurement:
     questions = questions[: max(1, math.ceil(subject.fidelity * len(questions)))]
     plain, normalised = [], []
     for question in questions:
-        scores = likelihoods(subject.model.module, subject.model.tokenizer, question)
+        scores = likelihoods(subject.model.module, subject.tokenizer, question)
         lengths = torch.tensor([len(choice.encode()) for choice in question.choices])
         plain.append(scores.argmax().item() == question.answer)
         normalised.append((scores / lengths).argmax().item() == question.answer)

@@ -25,7 +25,7 @@ def measure(subject: Subject) -> Measurement:
     longest = int(getattr(config, "max_position_embeddings", 512)) - 2  # RoBERTa keeps two places for itself
     hits = []
     for one in texts:
-        tokens = subject.model.tokenizer(one.text, truncation=True, max_length=longest, return_tensors="pt")
+        tokens = subject.tokenizer(one.text, truncation=True, max_length=longest, return_tensors="pt")
         logits = subject.model.module(tokens.input_ids).logits[0]
         if not bool(torch.isfinite(logits).all()):
             raise FloatingPointError(f"the logits of {one.text[:40]!r} came out as {logits.tolist()}")

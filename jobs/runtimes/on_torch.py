@@ -15,7 +15,7 @@ from torch import Tensor
 
 from jobs import models
 from jobs.layers import PackedEmbedding, PackedLinear, SparseLinear
-from jobs.models import Model
+from jobs.model import DTYPE, Model
 
 
 def load(folder: Path, device: str = "cpu") -> Model:
@@ -26,9 +26,9 @@ def load(folder: Path, device: str = "cpu") -> Model:
     model = models.load(folder, device)
     for name, layer in (*model.linears().items(), *model.tables().items()):
         if isinstance(layer, (PackedLinear, SparseLinear)):
-            model.replace(name, layer.dense(models.DTYPE))
+            model.replace(name, layer.dense(DTYPE))
         elif isinstance(layer, PackedEmbedding):
-            model.replace_embedding(layer.dense(models.DTYPE))
+            model.replace_embedding(layer.dense(DTYPE))
     return model
 
 

@@ -17,7 +17,7 @@ from jobs.knobs import knob
 from jobs.layers import check_finite, linear_of
 from jobs.layout import Layout
 from jobs.lowrank import root_of
-from jobs.models import DTYPE, Model
+from jobs.model import DTYPE, Model
 from jobs.technique import Form, Kind, Need, Technique
 
 

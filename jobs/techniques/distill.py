@@ -17,7 +17,7 @@ from jobs.families import Task
 from jobs.knobs import Choice, Range, knob
 from jobs.layout import Layout
 from jobs.losses import Aim, Divergence, distillation_loss
-from jobs.models import Model
+from jobs.model import Model
 from jobs.recovery import Ids, LossOf, Plan, Rows
 from jobs.states import States
 from jobs.teacher import CachedTeacher

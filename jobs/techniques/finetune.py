@@ -14,7 +14,7 @@ from jobs.families import Family, Task
 from jobs.knobs import Choice, Range, Value, knob
 from jobs.layout import Layout
 from jobs.losses import cross_entropy
-from jobs.models import Model
+from jobs.model import Model
 from jobs.recovery import Ids, Plan
 from jobs.technique import Form, Kind, Need, Technique
 

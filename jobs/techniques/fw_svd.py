@@ -12,7 +12,7 @@ from jobs import gradients, lowrank
 from jobs.context import Context
 from jobs.knobs import knob
 from jobs.layout import Layout
-from jobs.models import Model
+from jobs.model import Model
 from jobs.technique import Form, Kind, Need, Technique
 
 

@@ -14,7 +14,7 @@ from jobs.aware_training import Ramp
 from jobs.context import Context
 from jobs.knobs import Choice, Range, knob
 from jobs.layout import Layout
-from jobs.models import Model
+from jobs.model import Model
 from jobs.sparsity import PATTERNS, Sparsity, dense_weight, highest
 from jobs.technique import Form, Kind, Need, Technique
 

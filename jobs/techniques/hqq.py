@@ -14,7 +14,7 @@ from jobs.context import Context
 from jobs.knobs import Range, knob
 from jobs.layers import check_finite
 from jobs.layout import Layout, Packing
-from jobs.models import Model
+from jobs.model import Model
 from jobs.technique import Form, Kind, Technique
 
 _PENALTY = 10.0

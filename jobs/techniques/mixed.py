@@ -18,7 +18,7 @@ from jobs.knapsack import least_error
 from jobs.knobs import Range, knob
 from jobs.layers import check_finite
 from jobs.layout import Layout, LinearSpec, Packing
-from jobs.models import Model
+from jobs.model import Model
 from jobs.technique import Form, Kind, Need, Technique
 from jobs.techniques.gptq import Gptq, quantize
 

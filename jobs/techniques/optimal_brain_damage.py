@@ -15,7 +15,7 @@ from jobs.context import Context
 from jobs.gradients import fisher
 from jobs.knobs import Choice, Range, knob
 from jobs.layout import Layout
-from jobs.models import Model
+from jobs.model import Model
 from jobs.sparsity import Sparsity, cut, dense_weight, keep
 from jobs.technique import Form, Kind, Need, Technique
 

@@ -14,7 +14,7 @@ from jobs.families import FeedForward
 from jobs.knobs import Choice, Range, knob
 from jobs.layers import check_finite, linear_of
 from jobs.layout import Layout
-from jobs.models import DTYPE, Model
+from jobs.model import DTYPE, Model
 from jobs.refit import refit
 from jobs.statistics import Grams
 from jobs.technique import Kind, Need, Technique

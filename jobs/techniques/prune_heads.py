@@ -14,7 +14,7 @@ from jobs.context import Context
 from jobs.knobs import Choice, Range, knob
 from jobs.layers import check_finite, linear_of
 from jobs.layout import Layout
-from jobs.models import DTYPE, Model, fit_heads
+from jobs.model import DTYPE, Model, fit_heads
 from jobs.refit import refit
 from jobs.statistics import Grams
 from jobs.technique import Kind, Need, Technique

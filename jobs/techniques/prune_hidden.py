@@ -16,7 +16,7 @@ from jobs.families import Family, Task
 from jobs.knobs import Range, knob
 from jobs.layers import check_finite, linear_of
 from jobs.layout import Layout, LinearSpec, TensorSpec
-from jobs.models import DTYPE, Model
+from jobs.model import DTYPE, Model
 from jobs.technique import Kind, Need, Technique
 from jobs.techniques.prune_ffn import kept_width
 

@@ -15,7 +15,7 @@ from jobs.context import Context
 from jobs.grids import Grid
 from jobs.layers import check_finite
 from jobs.layout import Layout, Packing
-from jobs.models import DTYPE, Model
+from jobs.model import DTYPE, Model
 from jobs.technique import Form, Kind, Need, Technique
 
 _TINY = 2.0**-24  # the smallest fp16

@@ -11,7 +11,7 @@ from jobs import packing
 from jobs.context import Context
 from jobs.layers import check_finite
 from jobs.layout import Layout, Packing
-from jobs.models import Model
+from jobs.model import Model
 from jobs.technique import Form, Kind, Technique
 
 

@@ -13,7 +13,7 @@ from jobs.context import Context
 from jobs.hessian import inverse_factor
 from jobs.knobs import Choice, Range, Value, knob
 from jobs.layout import Layout
-from jobs.models import Model
+from jobs.model import Model
 from jobs.sparsity import PATTERNS, Sparsity, dense_weight, highest, keep
 from jobs.technique import Form, Kind, Need, Technique
 

@@ -13,7 +13,7 @@ from jobs import lowrank
 from jobs.context import Context
 from jobs.knobs import knob
 from jobs.layout import Layout
-from jobs.models import Model
+from jobs.model import Model
 from jobs.technique import Form, Kind, Technique
 
 

@@ -15,7 +15,7 @@ from jobs.context import Context
 from jobs.knobs import Choice, knob
 from jobs.layers import LowRankLinear
 from jobs.layout import Layout
-from jobs.models import DTYPE, Model
+from jobs.model import DTYPE, Model
 from jobs.statistics import add_gram, mirror
 from jobs.streaming import Visit, stream
 from jobs.technique import Form, Kind, Need, Technique

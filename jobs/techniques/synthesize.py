@@ -17,7 +17,7 @@ from jobs.families import Family, Task
 from jobs.knobs import Choice, Range, knob
 from jobs.layout import Layout
 from jobs.losses import Aim, Divergence, distillation_loss
-from jobs.models import Model
+from jobs.model import Model
 from jobs.recovery import Ids, Plan
 from jobs.statistics import Stored
 from jobs.technique import Form, Kind, Need, Technique

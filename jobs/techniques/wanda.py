@@ -11,7 +11,7 @@ from torch import Tensor
 from jobs.context import Context
 from jobs.knobs import Choice, Range, Value, knob
 from jobs.layout import Layout
-from jobs.models import Model
+from jobs.model import Model
 from jobs.sparsity import PATTERNS, Sparsity, dense_weight, keep
 from jobs.technique import Form, Kind, Need, Technique
 

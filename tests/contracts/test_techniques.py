@@ -13,7 +13,7 @@ from torch import Tensor
 from jobs import families, layers, models, techniques
 from jobs.context import Context
 from jobs.families import Family
-from jobs.models import Model
+from jobs.model import Model
 from jobs.statistics import Statistics
 from jobs.technique import Technique
 

@@ -12,7 +12,7 @@ from jobs import aware_training, data, lowrank, models
 from jobs.context import Context
 from jobs.job import TextSource
 from jobs.layers import LowRankLinear, linear_of
-from jobs.models import Model
+from jobs.model import Model
 from jobs.statistics import Statistics
 from jobs.techniques import anneal_rank
 from jobs.techniques.anneal_rank import AnnealRank, GatedLinear

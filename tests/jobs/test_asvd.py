@@ -8,7 +8,7 @@ from torch import Tensor
 
 from jobs import models
 from jobs.context import Context
-from jobs.models import Model
+from jobs.model import Model
 from jobs.statistics import Statistics
 from jobs.techniques.asvd import Asvd, scales
 from jobs.techniques.svd import Svd

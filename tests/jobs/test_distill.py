@@ -18,7 +18,7 @@ from jobs.context import Context
 from jobs.job import TextSource
 from jobs.layers import LowRankLinear
 from jobs.losses import Aim, Divergence, distillation_loss
-from jobs.models import Model
+from jobs.model import DTYPE, Model
 from jobs.statistics import Statistics
 from jobs.techniques.distill import Distill
 from jobs.techniques.drop_layers import keep
@@ -69,7 +69,7 @@ def test_a_damaged_model_comes_nearer_to_the_original(
     assert step.compress(model, context(original, text_file)) is model
     assert apart(model, original, text_file) < 0.8 * before
     assert model.layout() == layout == step.outline(layout)
-    assert {parameter.dtype for parameter in model.module.parameters()} == {models.DTYPE}
+    assert {parameter.dtype for parameter in model.module.parameters()} == {DTYPE}
     assert not model.module.training
 
 
@@ -84,7 +84,7 @@ def test_embeddings_stay_the_originals_and_tied_to_the_head(tiny_llama: Path, te
 def test_factored_linears_are_trained_and_stay_factored(tiny_llama: Path, text_file: Path) -> None:
     model = models.load(tiny_llama)
     name = "model.layers.0.mlp.up_proj"
-    v, u = (nn.Linear(*shape, bias=False, dtype=models.DTYPE) for shape in ((64, 8), (8, 160)))
+    v, u = (nn.Linear(*shape, bias=False, dtype=DTYPE) for shape in ((64, 8), (8, 160)))
     model.replace(name, LowRankLinear(v, u).requires_grad_(False))
     before = v.weight.clone()
     layout = model.layout()

@@ -14,7 +14,7 @@ from jobs import data, families, lora, models
 from jobs.context import Context
 from jobs.job import TextSource
 from jobs.layers import LowRankLinear
-from jobs.models import Model
+from jobs.model import DTYPE, Model
 from jobs.statistics import Statistics
 from jobs.techniques.finetune import Finetune
 
@@ -85,7 +85,7 @@ def test_thin_linears_get_corrections_too_and_ranks_above_theirs_are_refused(
 ) -> None:
     model = models.load(tiny_llama)
     name = "model.layers.0.mlp.up_proj"
-    v, u = (nn.Linear(*shape, bias=False, dtype=models.DTYPE) for shape in ((64, 8), (8, 160)))
+    v, u = (nn.Linear(*shape, bias=False, dtype=DTYPE) for shape in ((64, 8), (8, 160)))
     model.replace(name, LowRankLinear(v, u).requires_grad_(False))
     before, layout = v.weight.clone(), model.layout()
     with pytest.raises(ValueError, match=rf"finetune\.rank=9 is outside \[1, 8\]: {name}\.v"):

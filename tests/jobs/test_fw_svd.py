@@ -11,7 +11,7 @@ from torch import Tensor
 from jobs import gradients, models
 from jobs.context import Context
 from jobs.lowrank import terms_of
-from jobs.models import Model
+from jobs.model import Model
 from jobs.statistics import Statistics
 from jobs.techniques.fw_svd import FwSvd, scales
 from jobs.techniques.svd import Svd

@@ -14,7 +14,7 @@ from jobs import aware_training, data, masks, models
 from jobs.context import Context
 from jobs.job import TextSource
 from jobs.layers import SparseLinear
-from jobs.models import Model
+from jobs.model import Model
 from jobs.sparsity import Sparsity
 from jobs.statistics import Statistics
 from jobs.techniques.gradual_prune import GradualPrune, kept_at

@@ -17,7 +17,7 @@ from jobs.context import Context
 from jobs.layers import LowRankLinear
 from jobs.layout import LinearSpec
 from jobs.lowrank import allocated, factored, rank_of, terms_of
-from jobs.models import Model
+from jobs.model import Model
 from jobs.statistics import Statistics
 from jobs.technique import Technique
 from tests.conftest import Tiny

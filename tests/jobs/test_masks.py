@@ -9,7 +9,7 @@ from torch import Tensor
 from jobs import engine, masks, models, techniques
 from jobs.context import Context
 from jobs.layers import SparseLinear
-from jobs.models import Model
+from jobs.model import Model
 from jobs.statistics import Statistics
 from jobs.techniques.magnitude import Magnitude
 

@@ -91,10 +91,10 @@ def test_the_error_of_a_mean_is_the_deviation_over_the_root_of_the_number() -> N
 
 def test_the_likelihood_of_a_choice_is_that_of_its_tokens_after_the_context(subject: Subject) -> None:
     question = Question("The operator", (" is", " was defined elsewhere"), 0)
-    found = choices.likelihoods(subject.model.module, subject.model.tokenizer, question)
-    context = subject.model.tokenizer("The operator").input_ids
+    found = choices.likelihoods(subject.model.module, subject.tokenizer, question)
+    context = subject.tokenizer("The operator").input_ids
     for choice, score in zip(question.choices, found, strict=True):
-        whole = subject.model.tokenizer("The operator" + choice).input_ids
+        whole = subject.tokenizer("The operator" + choice).input_ids
         with torch.no_grad():
             said = subject.model.module(torch.tensor([whole])).logits[0].float().log_softmax(-1)
         expected = sum(said[at - 1, whole[at]].item() for at in range(len(context), len(whole)))
@@ -102,10 +102,10 @@ def test_the_likelihood_of_a_choice_is_that_of_its_tokens_after_the_context(subj
 
 
 def test_a_choice_without_context_is_predicted_from_the_first_token(subject: Subject) -> None:
-    found = choices.likelihoods(subject.model.module, subject.model.tokenizer, Question("", ("a", "b"), 0))
+    found = choices.likelihoods(subject.model.module, subject.tokenizer, Question("", ("a", "b"), 0))
     with torch.no_grad():
         said = subject.model.module(torch.tensor([[1]])).logits[0, -1].float().log_softmax(-1)
-    ids = [subject.model.tokenizer(letter).input_ids[0] for letter in "ab"]
+    ids = [subject.tokenizer(letter).input_ids[0] for letter in "ab"]
     torch.testing.assert_close(found, said[ids], rtol=0.02, atol=0.02)
 
 
@@ -113,7 +113,7 @@ def test_choice_accuracy_counts_right_answers(subject: Subject, tmp_path: Path) 
     options = [" name", " statement list", " of"]
     item = {"context": "An expression", "choices": options, "answer": 0}
     scores = choices.likelihoods(
-        subject.model.module, subject.model.tokenizer, Question("An expression", tuple(options), 0)
+        subject.model.module, subject.tokenizer, Question("An expression", tuple(options), 0)
     )
     best = int(scores.argmax())
     right, wrong = {**item, "answer": best}, {**item, "answer": (best + 1) % 3}

@@ -11,6 +11,7 @@ from torch.nn.functional import kl_div
 from jobs import models, run, techniques
 from jobs.context import Context
 from jobs.gradients import fisher
+from jobs.model import Model
 from jobs.sparsity import Sparsity, highest
 from jobs.statistics import Statistics
 from jobs.techniques.optimal_brain_damage import OptimalBrainDamage, saliency
@@ -119,7 +120,7 @@ def test_over_the_model_the_outline_has_the_names_and_as_many_weights(
 
 @pytest.mark.parametrize("scope", ["layer", "model"])
 def test_it_changes_the_predictions_less_than_magnitude(scope: str, tiny_llama: Path, tmp_path: Path) -> None:
-    def original() -> models.Model:
+    def original() -> Model:
         model = models.load(tiny_llama)
         # Half of the inputs are weak and half of the neurons hardly heard, which no weight shows by itself.
         for block in model.blocks:
@@ -141,6 +142,6 @@ def test_it_changes_the_predictions_less_than_magnitude(scope: str, tiny_llama: 
 
 
 @torch.no_grad()
-def predictions(model: models.Model, rows: Tensor) -> Tensor:
+def predictions(model: Model, rows: Tensor) -> Tensor:
     found: Tensor = model.module(rows).logits.double().log_softmax(dim=-1)
     return found

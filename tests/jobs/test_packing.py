@@ -14,7 +14,7 @@ from jobs.context import Context
 from jobs.layers import CorrectedLinear, PackedEmbedding, PackedLinear, TiedHead
 from jobs.layout import LinearSpec, Packing
 from jobs.lowrank import best_factors
-from jobs.models import Model
+from jobs.model import Model
 from jobs.runtimes import on_torch
 from jobs.statistics import Statistics
 from jobs.techniques.gptq import Gptq

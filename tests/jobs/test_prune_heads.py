@@ -11,7 +11,7 @@ from torch import Tensor
 
 from jobs import models
 from jobs.context import Context
-from jobs.models import Model
+from jobs.model import Model
 from jobs.statistics import Statistics
 from jobs.techniques.prune_heads import Places, PruneHeads, groups_of, kept_groups, worths
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from jobs import models
 from jobs.context import Context
 from jobs.layout import LinearSpec
-from jobs.models import Model
+from jobs.model import Model
 from jobs.statistics import Statistics
 from jobs.techniques.prune_hidden import Parts, PruneHidden, axes, rotate
 

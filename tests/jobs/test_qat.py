@@ -13,7 +13,7 @@ from jobs import aware_training, data, grids, models
 from jobs.context import Context
 from jobs.job import TextSource
 from jobs.layout import Packing
-from jobs.models import Model
+from jobs.model import Model
 from jobs.statistics import Statistics
 from jobs.techniques.qat import Qat, RoundedWeight, pack, round_in_forward
 from jobs.techniques.svd_llm import SvdLlm

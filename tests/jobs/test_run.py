@@ -9,6 +9,7 @@ import torch
 
 from jobs import models
 from jobs.job import Failure, Job, Materials, TextSource
+from jobs.model import Model
 from jobs.recipe import Origin, Recipe
 from jobs.run import Made, attempt, failure
 from jobs.techniques.distill import Distill
@@ -147,7 +148,7 @@ def test_a_step_that_cannot_be_applied_is_invalid(root: Path, materials: Materia
 def test_a_step_that_leaves_nan_diverged(
     root: Path, materials: Materials, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def spoil(self: DropLayers, model: models.Model, context: object) -> models.Model:
+    def spoil(self: DropLayers, model: Model, context: object) -> Model:
         next(model.blocks.parameters()).fill_(torch.nan)
         return model
 

@@ -9,6 +9,7 @@ from torch import nn
 from jobs import models, runtimes
 from jobs.layers import PackedLinear
 from jobs.layout import Packing
+from jobs.model import DTYPE
 from jobs.runtimes import on_torch
 
 
@@ -30,7 +31,7 @@ def test_the_torch_runtime_unpacks_once_what_the_file_holds(tiny_llama: Path, tm
     run = on_torch.load(folder).module.get_submodule("model.layers.0.mlp.up_proj")
     assert isinstance(held, PackedLinear)
     assert isinstance(run, nn.Linear)
-    assert torch.equal(run.weight, held.weight().to(models.DTYPE))
+    assert torch.equal(run.weight, held.weight().to(DTYPE))
 
 
 def test_decoding_token_by_token_says_what_the_whole_text_says(tiny_llama: Path) -> None:

@@ -10,7 +10,7 @@ from jobs import models, packing
 from jobs.context import Context
 from jobs.layers import PackedLinear, RoundingLinear
 from jobs.layout import Packing
-from jobs.models import Model
+from jobs.model import Model
 from jobs.runtimes import on_torch
 from jobs.statistics import Statistics
 from jobs.techniques.smoothquant import Smoothquant, smoothing_of

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from jobs import models, techniques
 from jobs.context import Context
+from jobs.model import Model
 from jobs.sparsity import Sparsity, cut, highest
 from jobs.statistics import Statistics
 from jobs.techniques.svd_llm import SvdLlm
@@ -141,7 +142,7 @@ def test_magnitude_keeps_the_largest_weights_of_the_whole_linear(tiny_llama: Pat
     assert len(counts) > 1  # rows do not keep equally many
 
 
-def outputs(model: models.Model) -> Tensor:
+def outputs(model: Model) -> Tensor:
     tokens = torch.randint(3, 512, (2, 16), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         found: Tensor = model.module(tokens).logits

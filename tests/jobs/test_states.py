@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from jobs import models, states
-from jobs.models import Model
+from jobs.model import Model
 from jobs.states import States
 from jobs.techniques.drop_layers import keep
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from jobs import models
 from jobs.context import Context, Report
+from jobs.model import Model
 from jobs.statistics import Statistics
 from jobs.techniques.drop_layers import keep
 from jobs.techniques.svd_llm import SvdLlm
@@ -21,7 +22,7 @@ def tokens() -> Tensor:
     return torch.randint(3, 512, (6, 24), generator=torch.Generator().manual_seed(0))
 
 
-def inputs_of(model: models.Model, linear: str) -> Tensor:
+def inputs_of(model: Model, linear: str) -> Tensor:
     seen: list[Tensor] = []
     layer = model.module.get_submodule(linear)
     hook = layer.register_forward_pre_hook(lambda module, args: seen.append(args[0].flatten(0, -2)))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from jobs import families, models, streaming
 from jobs.context import Report
-from jobs.models import Model
+from jobs.model import Model
 from jobs.streaming import Visit, stream
 from tests.conftest import Tiny
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from jobs import families, models
 from jobs.context import Context
 from jobs.lowrank import root_of, terms_of
-from jobs.models import Model
+from jobs.model import Model
 from jobs.statistics import Statistics
 from jobs.techniques.svd_llm import SvdLlm, updated
 from tests.conftest import Tiny
