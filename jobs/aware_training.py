@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
-
-import torch
-from jaxtyping import Float
-from torch import Tensor, nn
+from typing import Any, Protocol
 
 from jobs import recovery
 from jobs.context import Context
 from jobs.engine import AfterStep
-from jobs.families import Task
 from jobs.knobs import Choice, Range, knob
-from jobs.losses import Aim, distillation_loss
+from jobs.losses import Aim
 from jobs.model import Model
-from jobs.recovery import Ids, LossOf, Plan, Rows
-from jobs.states import state_distance
+from jobs.recovery import Plan
+from jobs.teacher import matching
 
 CHOICES = 20
 """How often, about, what is compressed is chosen anew while compression grows: a choice reads all weights."""
@@ -114,28 +108,5 @@ def learn(model: Model, step: TrainsAware, context: Context, after_step: AfterSt
     aim = Aim("forward", step.temperature, step.hard_weight)
     recovery.require_gradients(model)
     plan = Plan(step.learning_rate, step.steps, step.batch, step.zero_stage)
-    loss_of = _loss(teacher, rows, aim, context.device)
+    loss_of = matching(teacher, rows, aim, context.device)
     recovery.train(model, rows, loss_of, plan, context, after_step)
-
-
-def _loss(teacher: Model, rows: Rows, aim: Aim, device: str) -> LossOf:
-    def loss_of(student: nn.Module, ids: Ids) -> Float[Tensor, ""]:
-        batch = rows[ids].to(device)
-        with torch.no_grad():
-            taught = _answer(teacher.module, batch, teacher.task)
-        said = _answer(student, batch, teacher.task)
-        if teacher.task == "embedding":
-            return state_distance(said, taught)
-        if teacher.task == "classification":
-            return distillation_loss(said, taught, None, dataclasses.replace(aim, hard_weight=0.0))
-        return distillation_loss(said, taught, recovery.targets(batch), aim)
-
-    return loss_of
-
-
-def _answer(module: nn.Module, rows: Rows, task: Task) -> Tensor:
-    """What the student is to match."""
-    if task == "causal-lm":
-        return recovery.predictions(module, rows)
-    said = module(rows)
-    return cast(Tensor, said.logits if task == "classification" else said.last_hidden_state)

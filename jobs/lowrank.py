@@ -14,12 +14,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from jobs.cache import Part
 from jobs.context import Context
 from jobs.knobs import Choice, Range
 from jobs.layers import LowRankLinear, check_finite, linear_of
 from jobs.layout import Layout, LinearSpec
 from jobs.model import DTYPE, Model
-from jobs.statistics import Part
 
 KEEP = Range(0.05, 1.0)
 KEEP_HELP = "share of the weights to keep; 1 leaves the linears as they are"

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,10 +11,9 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from jobs.cache import Cache, Part, Stored
 from jobs.context import Report
 from jobs.model import Model
 from jobs.streaming import stream
@@ -25,27 +22,6 @@ Rows = Int[Tensor, "samples tokens"]
 
 _TOKENS_AT_ONCE = 2048
 _TILE = 512
-
-Part = tuple[dict[str, Tensor], dict[str, str]]
-"""Named tensors, and notes to keep beside them."""
-
-
-@dataclass(frozen=True)
-class Stored(Mapping[str, Tensor]):
-    """Named tensors, read from their file one by one, when asked for; `about` is what was noted beside them."""
-
-    names: tuple[str, ...]
-    read: Callable[[str], Tensor]
-    about: Mapping[str, str]
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self.read(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.names)
-
-    def __len__(self) -> int:
-        return len(self.names)
 
 
 @dataclass(frozen=True)
@@ -79,19 +55,12 @@ class Grams:
 class Statistics:
     """The statistics of one parent model on one calibration text.
 
-    folder: where they are kept as `KEY-KIND.PART.safetensors`; None keeps them in memory.
+    folder, limit_bytes: where they are kept, and how much (see `Cache`); None keeps them in memory.
     key: names the pair of model and text.
-    limit_bytes: of the folder; the least recently used files beyond it are removed after each write.
-
-    Two workers may compute the same at once: the files are whole at any time, and the later one replaces
-    an equal one.
     """
 
     def __init__(self, folder: Path | None, key: str, limit_bytes: int = 4 * 2**30) -> None:
-        self._folder = folder
-        self._key = key
-        self._limit_bytes = limit_bytes
-        self._memory: dict[str, Stored] = {}
+        self._cache = Cache(folder, key, limit_bytes)
 
     def grams(self, model: Model, calibration: Rows, report: Report) -> Grams:
         """The Gram matrix and the mean of every linear's inputs; ValueError names a linear that reads NaN."""
@@ -114,119 +83,55 @@ class Statistics:
         compute = lambda: _residual_gram(model, norms, calibration, report)  # noqa: E731
         return self.stored("residual", compute)["gram"]
 
-    def stored(self, kind: str, compute: Callable[[], tuple[dict[str, Tensor], dict[str, str]]]) -> Stored:
+    def stored(self, kind: str, compute: Callable[[], Part]) -> Stored:
         """The tensors of this kind, and the notes beside them, from the cache or else from `compute`."""
         return self.streamed(kind, lambda: iter([compute()]))
 
     def streamed(self, kind: str, compute: Callable[[], Iterator[Part]]) -> Stored:
-        """The same in parts, each written before the next is computed: one at a time is held in memory."""
-        if kind not in self._memory:
-            if self._folder is None:
-                self._memory[kind] = _joined([_held(*part) for part in compute()])
-            else:
-                files = _Files(self._folder, f"{self._key}-{kind}")
-                found = files.open()
-                if found is None:
-                    files.write(compute())
-                    found = files.open()
-                    _evict(self._folder, self._limit_bytes, files.stem)
-                if found is None:
-                    raise LookupError(f"the statistics {files.stem} in {self._folder} vanished while written")
-                self._memory[kind] = found
-        return self._memory[kind]
-
-
-@dataclass(frozen=True)
-class _Files:
-    """The files of one kind of statistics: its parts, and a last one without tensors that says how many."""
-
-    folder: Path
-    stem: str
-
-    def open(self) -> Stored | None:
-        """What they hold; None where they are not complete."""
-        try:
-            parts = int(_open(self._file("parts")).about["parts"])
-            return _joined([_open(self._file(str(part))) for part in range(parts)])
-        except FileNotFoundError:
-            return None
-
-    def write(self, parts: Iterator[Part]) -> None:
-        number = 0
-        for number, part in enumerate(parts, start=1):
-            _write(self._file(str(number - 1)), *part)
-        _write(self._file("parts"), {}, {"parts": str(number)})
-
-    def _file(self, part: str) -> Path:
-        return self.folder / f"{self.stem}.{part}.safetensors"
-
-
-def _held(tensors: dict[str, Tensor], about: dict[str, str]) -> Stored:
-    return Stored(tuple(tensors), tensors.__getitem__, about)
-
-
-def _joined(parts: Sequence[Stored]) -> Stored:
-    """Several of which no name is in two."""
-    owners = {name: part for part in parts for name in part.names}
-    about = {key: note for part in parts for key, note in part.about.items()}
-    return Stored(tuple(owners), lambda name: owners[name][name], about)
-
-
-def _write(file: Path, tensors: dict[str, Tensor], about: dict[str, str]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    handle, beside = tempfile.mkstemp(dir=file.parent, prefix=file.stem, suffix=".partial")
-    os.close(handle)
-    try:
-        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, beside, about)
-        os.replace(beside, file)
-    finally:
-        Path(beside).unlink(missing_ok=True)
-
-
-def _open(file: Path) -> Stored:
-    os.utime(file)  # the time of last use, by which files are evicted
-    # The open file stays readable if another worker evicts it meanwhile.
-    opened = safe_open(file, framework="pt")
-    about: dict[str, str] = opened.metadata() or {}  # type: ignore[no-untyped-call]
-    return Stored(tuple(opened.keys()), opened.get_tensor, about)  # type: ignore[no-untyped-call]
-
-
-def _evict(folder: Path, limit_bytes: int, keep: str) -> None:
-    """Remove the files used longest ago, but those of the stem `keep`, until the folder is within its limit."""
-    found = []
-    for file in [*folder.glob("*.safetensors"), *folder.glob("*.partial")]:
-        try:
-            state = file.stat()
-        except FileNotFoundError:  # evicted by another worker
-            continue
-        found.append((state.st_mtime_ns, state.st_size, file))
-    total = sum(size for _, size, _ in found)
-    for _, size, file in sorted(found):
-        if total <= limit_bytes:
-            return
-        if not file.name.startswith(f"{keep}."):
-            file.unlink(missing_ok=True)
-            total -= size
+        """The same in parts, each kept before the next is computed."""
+        return self._cache.streamed(kind, compute)
 
 
 @dataclass
-class _Inputs:
-    """Sums over what the linears of one block read, while calibration runs.
+class Inputs:
+    """Sums over what some linears of one block read.
 
-    Linears that are given the very same tensor share one sum, under the name of the first; `seen` holds
-    the tensors of the pass that runs, so that none is freed and its identity taken by another.
+    sums: Σ x xᵀ; totals: Σ x; peaks: max |x|. Linears that are given the very same tensor share one sum, under
+    the name of the first (`owners` tells whose); `seen` holds the tensors of the pass that runs, so that none
+    is freed and its identity taken by another.
     """
 
-    sums: dict[str, Tensor] = field(default_factory=dict)
-    totals: dict[str, Tensor] = field(default_factory=dict)
-    peaks: dict[str, Tensor] = field(default_factory=dict)
+    sums: dict[str, Float[Tensor, "in in"]] = field(default_factory=dict)
+    totals: dict[str, Float[Tensor, " in"]] = field(default_factory=dict)
+    peaks: dict[str, Float[Tensor, " in"]] = field(default_factory=dict)
     owners: dict[str, str] = field(default_factory=dict)
     seen: list[tuple[Tensor, str]] = field(default_factory=list)
 
-    def enter_block(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        self.seen.clear()
+    @staticmethod
+    def of(block: nn.Module, linears: Mapping[str, nn.Module], run: Callable[[], None]) -> Inputs:
+        """What these parts of a block read while `run` sends all text through it."""
+        inputs = Inputs()
+        hooks: list[Any] = [
+            linear.register_forward_pre_hook(inputs._reads(name)) for name, linear in linears.items()
+        ]
+        hooks.append(block.register_forward_pre_hook(lambda module, args: inputs.seen.clear()))
+        try:
+            run()
+        finally:
+            for hook in hooks:
+                hook.remove()
+        for total in inputs.sums.values():
+            _mirror(total)
+        return inputs
 
-    def reads(self, linear: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    def sharing(self) -> dict[str, list[str]]:
+        """Who reads the same, under the first of them."""
+        found: dict[str, list[str]] = {}
+        for linear, owner in self.owners.items():
+            found.setdefault(owner, []).append(linear)
+        return found
+
+    def _reads(self, linear: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         """The hook that adds up what this linear reads."""
 
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -246,11 +151,11 @@ class _Inputs:
             self.peaks[linear] = torch.zeros(width, device=x.device)
         self.totals[linear] += x.sum(dim=0, dtype=torch.float32)
         self.peaks[linear] = torch.maximum(self.peaks[linear], x.abs().amax(dim=0).float())
-        add_gram(self.sums[linear], x)
+        _add_gram(self.sums[linear], x)
 
 
-def add_gram(total: Float[Tensor, "in in"], x: Float[Tensor, "tokens in"]) -> None:
-    """total += xᵀx, in the tiles on and above the diagonal only (see `mirror`)."""
+def _add_gram(total: Float[Tensor, "in in"], x: Float[Tensor, "tokens in"]) -> None:
+    """total += xᵀx, in the tiles on and above the diagonal only (see `_mirror`)."""
     wide = x.float()
     with _exact_for_bf16() if x.dtype == torch.bfloat16 else _as_it_is():
         for top in range(0, x.shape[1], _TILE):
@@ -258,7 +163,7 @@ def add_gram(total: Float[Tensor, "in in"], x: Float[Tensor, "tokens in"]) -> No
             total[top : top + _TILE, top:] += left.T @ wide[:, top:]
 
 
-def mirror(total: Float[Tensor, "in in"]) -> None:
+def _mirror(total: Float[Tensor, "in in"]) -> None:
     """Copy the upper triangle to the lower, in place."""
     total.copy_(total.triu() + total.triu(1).T)
 
@@ -284,29 +189,17 @@ def _grams(model: Model, calibration: Rows, report: Report) -> Iterator[Part]:
     """Block by block: held are the Gram matrices of one, beside one hidden state per token."""
     linears = model.linears()
     for visit in stream(model, calibration, report, "Gram matrices"):
-        inputs = _Inputs()
         inside = {name: part for name, part in linears.items() if name.startswith(f"{visit.name}.")}
-        hooks = [layer.register_forward_pre_hook(inputs.reads(name)) for name, layer in inside.items()]
-        hooks.append(visit.block.register_forward_pre_hook(inputs.enter_block, with_kwargs=True))
-        try:
-            visit.leave()
-        finally:
-            for hook in hooks:
-                hook.remove()
-        yield _gram_part(visit.name, inputs, calibration.numel())
+        yield _gram_part(visit.name, Inputs.of(visit.block, inside, visit.leave), calibration.numel())
 
 
-def _gram_part(block: str, inputs: _Inputs, tokens: int) -> Part:
+def _gram_part(block: str, inputs: Inputs, tokens: int) -> Part:
     tensors: dict[str, Tensor] = {}
     for linear, total in inputs.sums.items():
-        mirror(total)
         tensors[f"{linear}.gram"] = _finite(total.div_(tokens), linear)
         tensors[f"{linear}.mean"] = inputs.totals[linear].div_(tokens)
         tensors[f"{linear}.peak"] = inputs.peaks[linear]
-    sharing: dict[str, list[str]] = {}
-    for linear, owner in inputs.owners.items():
-        sharing.setdefault(owner, []).append(linear)
-    return tensors, {block: json.dumps(sharing)}
+    return tensors, {block: json.dumps(inputs.sharing())}
 
 
 def _influence(model: Model, calibration: Rows, report: Report) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -345,7 +238,7 @@ def _residual_gram(
         x = x * x.square().mean(dim=-1, keepdim=True).clamp(min=1e-12).rsqrt()
         if total is None:
             total = torch.zeros(x.shape[1], x.shape[1], device=x.device)
-        add_gram(total, x)
+        _add_gram(total, x)
 
     hooks = [model.module.get_submodule(name).register_forward_pre_hook(add) for name in norms]
     try:
@@ -354,7 +247,7 @@ def _residual_gram(
         for hook in hooks:
             hook.remove()
     assert total is not None
-    mirror(total)
+    _mirror(total)
     return {"gram": _finite(total.div_(calibration.numel() * len(norms)), "the residual stream")}, {}
 
 

@@ -1,19 +1,23 @@
-"""Teacher: what the original predicts of the training rows, cut to the most probable tokens and kept in files."""
+"""Teacher: what a student learns from, the original beside it or what that said before, kept in files."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+from typing import cast
 
 import torch
-from jaxtyping import Int
-from torch import Tensor
+from jaxtyping import Float, Int
+from torch import Tensor, nn
 
-from jobs import memory
+from jobs import memory, recovery
+from jobs.cache import Stored
 from jobs.context import Context
-from jobs.losses import Top, top_of
+from jobs.families import Task
+from jobs.losses import Aim, Top, distillation_loss, top_of
 from jobs.model import Model
-from jobs.recovery import Ids, order_of, predictions
-from jobs.statistics import Stored
+from jobs.recovery import Ids, LossOf, Rows, order_of, predictions
+from jobs.states import state_distance
 
 _ROWS = 64
 """The most rows of one file. A row of 512 tokens takes 200 kB at k = 64."""
@@ -103,3 +107,29 @@ def _predict(
         for name in ("log_shares", "indices", "log_rest"):
             tensors[f"{place}.{name}"] = getattr(top, name)
     return tensors, {"vocabulary": str(vocabulary)}
+
+
+def matching(teacher: Model, rows: Rows, aim: Aim, device: str) -> LossOf:
+    """The loss of a student on rows that the teacher reads beside it: by `aim` for next tokens; for the logits
+    of classes too, without the text's own part; an encoder without a head matches last hidden states."""
+
+    def loss_of(student: nn.Module, ids: Ids) -> Float[Tensor, ""]:
+        batch = rows[ids].to(device)
+        with torch.no_grad():
+            taught = _answer(teacher.module, batch, teacher.task)
+        said = _answer(student, batch, teacher.task)
+        if teacher.task == "embedding":
+            return state_distance(said, taught)
+        if teacher.task == "classification":
+            return distillation_loss(said, taught, None, dataclasses.replace(aim, hard_weight=0.0))
+        return distillation_loss(said, taught, recovery.targets(batch), aim)
+
+    return loss_of
+
+
+def _answer(module: nn.Module, rows: Rows, task: Task) -> Tensor:
+    """What a student is to match: the logits of each next token, of the classes, or the last hidden states."""
+    if task == "causal-lm":
+        return recovery.predictions(module, rows)
+    said = module(rows)
+    return cast(Tensor, said.logits if task == "classification" else said.last_hidden_state)

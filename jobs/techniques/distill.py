@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import dataclasses
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import ClassVar, cast
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from jobs import masks, recovery, states
 from jobs.context import Context
-from jobs.families import Task
 from jobs.knobs import Choice, Range, knob
 from jobs.layout import Layout
 from jobs.losses import Aim, Divergence, distillation_loss
 from jobs.model import Model
 from jobs.recovery import Ids, LossOf, Plan, Rows
 from jobs.states import States
-from jobs.teacher import CachedTeacher
+from jobs.teacher import CachedTeacher, matching
 from jobs.technique import Form, Kind, Need, Technique
 
 
@@ -132,18 +129,10 @@ class Distill(Technique):
 
     def _loss(self, rows: Rows, teacher: Model, own: States, others: States, device: str) -> LossOf:
         """The loss of a student that the teacher runs beside; own, others: what is read of both meanwhile."""
+        said = matching(teacher, rows, self.aim, device)
 
         def loss_of(student: nn.Module, ids: Ids) -> Float[Tensor, ""]:
-            batch = rows[ids].to(device)
-            with torch.no_grad():
-                taught = _answer(teacher.module, batch, teacher.task)
-            said = _answer(student, batch, teacher.task)
-            if teacher.task == "embedding":
-                loss = states.state_distance(said, taught)
-            elif teacher.task == "classification":
-                loss = distillation_loss(said, taught, None, dataclasses.replace(self.aim, hard_weight=0.0))
-            else:
-                loss = distillation_loss(said, taught, recovery.targets(batch), self.aim)
+            loss = said(student, ids)
             if self.hidden_weight:
                 loss = loss + self.hidden_weight * states.hidden_distance(own, others)
             if self.attention_weight:
@@ -153,11 +142,3 @@ class Distill(Technique):
             return loss
 
         return loss_of
-
-
-def _answer(module: nn.Module, rows: Rows, task: Task) -> Tensor:
-    """What a student is to match: the logits of each next token, of the classes, or the last hidden states."""
-    if task == "causal-lm":
-        return recovery.predictions(module, rows)
-    said = module(rows)
-    return cast(Tensor, said.logits if task == "classification" else said.last_hidden_state)

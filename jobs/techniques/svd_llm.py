@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, cast
 
@@ -16,8 +16,8 @@ from jobs.knobs import Choice, knob
 from jobs.layers import LowRankLinear
 from jobs.layout import Layout
 from jobs.model import DTYPE, Model
-from jobs.statistics import add_gram, mirror
-from jobs.streaming import Visit, stream
+from jobs.statistics import Inputs
+from jobs.streaming import stream
 from jobs.technique import Form, Kind, Need, Technique
 
 
@@ -122,39 +122,10 @@ def _factorize_in_sequence(
         for name, dense in block.items():
             thin[name] = lowrank.factored(dense, terms[f"{name}.u"], terms[f"{name}.v"], ranks[name], name)
             model.replace(name, thin[name])
-        for names, gram in _grams(visit, thin):
+        inputs = Inputs.of(visit.block, thin, visit.run)
+        for owner, names in inputs.sharing().items():
+            gram = inputs.sums[owner]
             for name in names:
                 u, v = cast(nn.Linear, thin[name].u), cast(nn.Linear, thin[name].v)
                 better = updated(block[name].weight.detach(), u.weight, v.weight, gram)
                 u.weight.data.copy_(better.to(DTYPE))
-
-
-def _grams(visit: Visit, layers: Mapping[str, LowRankLinear]) -> list[tuple[list[str], Tensor]]:
-    """The sums of x xᵀ over what these layers of a block read, each with the names of its readers: those
-    that are given the very same tensor share one."""
-    sums: dict[str, Tensor] = {}
-    owners: dict[str, str] = {}
-    seen: list[tuple[Tensor, str]] = []
-
-    def reads(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            x = args[0]
-            owners[name] = next((owner for tensor, owner in seen if tensor is x), name)
-            if owners[name] == name:
-                seen.append((x, name))
-                if name not in sums:
-                    sums[name] = torch.zeros(x.shape[-1], x.shape[-1], device=x.device)
-                add_gram(sums[name], x.flatten(0, -2))
-
-        return hook
-
-    hooks = [layer.register_forward_pre_hook(reads(name)) for name, layer in layers.items()]
-    hooks.append(visit.block.register_forward_pre_hook(lambda module, args: seen.clear()))
-    try:
-        visit.run()
-    finally:
-        for hook in hooks:
-            hook.remove()
-    for total in sums.values():
-        mirror(total)
-    return [([name for name in owners if owners[name] == owner], sums[owner]) for owner in sums]

@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from jobs import models, recovery, synthesis
+from jobs.cache import Stored
 from jobs.context import Context
 from jobs.families import Family, Task
 from jobs.knobs import Choice, Range, knob
@@ -19,7 +20,6 @@ from jobs.layout import Layout
 from jobs.losses import Aim, Divergence, distillation_loss
 from jobs.model import Model
 from jobs.recovery import Ids, Plan
-from jobs.statistics import Stored
 from jobs.technique import Form, Kind, Need, Technique
 
 

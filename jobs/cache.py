@@ -1,0 +1,144 @@
+"""Cache: named tensors that are computed once and kept in files, the least recently used making room."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+Part = tuple[dict[str, Tensor], dict[str, str]]
+"""Named tensors, and notes to keep beside them."""
+
+
+@dataclass(frozen=True)
+class Stored(Mapping[str, Tensor]):
+    """Named tensors, read from their file one by one, when asked for; `about` is what was noted beside them."""
+
+    names: tuple[str, ...]
+    read: Callable[[str], Tensor]
+    about: Mapping[str, str]
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.read(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+class Cache:
+    """Tensors by their kind, all of one key.
+
+    folder: where they are kept as `KEY-KIND.PART.safetensors`; None keeps them in memory.
+    limit_bytes: of the folder; the least recently used files beyond it are removed after each write.
+
+    Two workers may compute the same at once: the files are whole at any time, and the later one replaces
+    an equal one.
+    """
+
+    def __init__(self, folder: Path | None, key: str, limit_bytes: int) -> None:
+        self._folder = folder
+        self._key = key
+        self._limit_bytes = limit_bytes
+        self._memory: dict[str, Stored] = {}
+
+    def streamed(self, kind: str, compute: Callable[[], Iterator[Part]]) -> Stored:
+        """The tensors of this kind, and the notes beside them, from the cache or else from `compute`: each part
+        is written before the next is computed, so that one at a time is held in memory."""
+        if kind not in self._memory:
+            self._memory[kind] = self._found(kind, compute)
+        return self._memory[kind]
+
+    def _found(self, kind: str, compute: Callable[[], Iterator[Part]]) -> Stored:
+        if self._folder is None:
+            return _joined([_held(*part) for part in compute()])
+        files = _Files(self._folder, f"{self._key}-{kind}")
+        found = files.open()
+        if found is None:
+            files.write(compute())
+            found = files.open()
+            _evict(self._folder, self._limit_bytes, files.stem)
+        if found is None:
+            raise LookupError(f"the statistics {files.stem} in {self._folder} vanished while written")
+        return found
+
+
+@dataclass(frozen=True)
+class _Files:
+    """The files of one kind of statistics: its parts, and a last one without tensors that says how many."""
+
+    folder: Path
+    stem: str
+
+    def open(self) -> Stored | None:
+        """What they hold; None where they are not complete."""
+        try:
+            parts = int(_open(self._file("parts")).about["parts"])
+            return _joined([_open(self._file(str(part))) for part in range(parts)])
+        except FileNotFoundError:
+            return None
+
+    def write(self, parts: Iterator[Part]) -> None:
+        number = 0
+        for number, part in enumerate(parts, start=1):
+            _write(self._file(str(number - 1)), *part)
+        _write(self._file("parts"), {}, {"parts": str(number)})
+
+    def _file(self, part: str) -> Path:
+        return self.folder / f"{self.stem}.{part}.safetensors"
+
+
+def _held(tensors: dict[str, Tensor], about: dict[str, str]) -> Stored:
+    return Stored(tuple(tensors), tensors.__getitem__, about)
+
+
+def _joined(parts: Sequence[Stored]) -> Stored:
+    """Several of which no name is in two."""
+    owners = {name: part for part in parts for name in part.names}
+    about = {key: note for part in parts for key, note in part.about.items()}
+    return Stored(tuple(owners), lambda name: owners[name][name], about)
+
+
+def _write(file: Path, tensors: dict[str, Tensor], about: dict[str, str]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    handle, beside = tempfile.mkstemp(dir=file.parent, prefix=file.stem, suffix=".partial")
+    os.close(handle)
+    try:
+        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, beside, about)
+        os.replace(beside, file)
+    finally:
+        Path(beside).unlink(missing_ok=True)
+
+
+def _open(file: Path) -> Stored:
+    os.utime(file)  # the time of last use, by which files are evicted
+    # The open file stays readable if another worker evicts it meanwhile.
+    opened = safe_open(file, framework="pt")
+    about: dict[str, str] = opened.metadata() or {}  # type: ignore[no-untyped-call]
+    return Stored(tuple(opened.keys()), opened.get_tensor, about)  # type: ignore[no-untyped-call]
+
+
+def _evict(folder: Path, limit_bytes: int, keep: str) -> None:
+    """Remove the files used longest ago, but those of the stem `keep`, until the folder is within its limit."""
+    found = []
+    for file in [*folder.glob("*.safetensors"), *folder.glob("*.partial")]:
+        try:
+            state = file.stat()
+        except FileNotFoundError:  # evicted by another worker
+            continue
+        found.append((state.st_mtime_ns, state.st_size, file))
+    total = sum(size for _, size, _ in found)
+    for _, size, file in sorted(found):
+        if total <= limit_bytes:
+            return
+        if not file.name.startswith(f"{keep}."):
+            file.unlink(missing_ok=True)
+            total -= size
