@@ -1,7 +1,7 @@
 """Our GPTQ, SparseGPT and Wanda beside llm-compressor's: same model, same calibration rows, same evaluation windows.
 
-Run from the repository's root: python -m benchmarks.peers --peer PYTHON [--rows N] [--only TEXT] [--json FILE]
-PYTHON is the interpreter of an environment of its own in which llmcompressor is installed. Each side makes its
+Run from the repository's root: python -m benchmarks.peers [--peer PYTHON] [--rows N] [--only TEXT] [--json FILE]
+Each of ours runs with the parent's activations, which candidates share, and with `sequential`. PYTHON is the interpreter of an environment of its own in which llmcompressor is installed; without it only ours run. Each side makes its
 weights; both are then measured by the same meter, in bf16, on 16,384 tokens of Brown news.
 """
 
@@ -68,14 +68,17 @@ def perplexity(model: Model, tokens: int) -> float:
         return measure(["text"], Subject(Path(scratch), folder, materials)).metrics["perplexity"]
 
 
-def ours(case: Case, rows: torch.Tensor, statistics: Statistics, tokens: int) -> tuple[float, float]:
+def ours(
+    case: Case, sequential: bool, rows: torch.Tensor, statistics: Statistics, tokens: int
+) -> tuple[float, float]:
     """The perplexity and the seconds of our technique; statistics that are shared are counted once, by the first."""
     with tempfile.TemporaryDirectory() as scratch:
         context = Context(statistics, Path(scratch), seed=0, calibration=rows)
         started = time.perf_counter()
-        step = techniques.load(case.technique).of(case.options)
+        step = techniques.load(case.technique).of({**case.options, "sequential": sequential})
         model = step.compress(models.load(models.locate(DECODER)), context)
-        return perplexity(model, tokens), time.perf_counter() - started
+        seconds = time.perf_counter() - started
+        return perplexity(model, tokens), seconds
 
 
 def theirs(peer: str, recipe: dict[str, Any], rows: Path, tokens: int) -> tuple[float, float]:
@@ -99,7 +102,7 @@ def theirs(peer: str, recipe: dict[str, Any], rows: Path, tokens: int) -> tuple[
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--peer", required=True, help="python of an environment with llmcompressor")
+    parser.add_argument("--peer", help="python of an environment with llmcompressor")
     parser.add_argument("--rows", type=int, default=64, help="calibration windows of 512 tokens")
     parser.add_argument("--tokens", type=int, default=16384, help="of evaluation text (16384 or 8192)")
     parser.add_argument("--only", default="", help="run the cases that contain this")
@@ -118,19 +121,22 @@ def main() -> None:
         for case in CASES:
             if options.only not in str(case):
                 continue
-            quality, seconds = ours(case, rows, statistics, options.tokens)
-            peers = [(*theirs(options.peer, recipe, file, options.tokens), recipe) for recipe in case.peers]
-            best = min(peers, key=lambda one: one[0])
-            found.append(
-                {"case": str(case), "perplexity": quality, "seconds": seconds, "peers": peers,
-                 "ratio": quality / best[0]}
-            )  # fmt: skip
-            print(
-                f"{case}: {quality:.2f} ({seconds:.0f} s); llm-compressor "
-                + "; ".join(f"{p:.2f} ({s:.0f} s) {recipe}" for p, s, recipe in peers)
-                + f"; ratio {quality / best[0]:.4f}",
-                flush=True,
-            )
+            own = {
+                way: ours(case, way == "sequential", rows, statistics, options.tokens)
+                for way in ("parent", "sequential")
+            }
+            peers = [
+                (*theirs(options.peer, recipe, file, options.tokens), recipe)
+                for recipe in (case.peers if options.peer else ())
+            ]
+            found.append({"case": str(case), "ours": own, "peers": peers})
+            print(f"{case}:", *(f"{way} {p:.2f} ({s:.0f} s)" for way, (p, s) in own.items()), flush=True)
+            for quality, seconds, recipe in peers:
+                ratios = ", ".join(f"{way} {p / quality:.4f}" for way, (p, _) in own.items())
+                print(
+                    f"    llm-compressor {quality:.2f} ({seconds:.0f} s) {recipe}; ours over theirs: {ratios}",
+                    flush=True,
+                )
     if options.json:
         options.json.write_text(json.dumps(found, indent=1))
 

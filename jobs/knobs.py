@@ -61,3 +61,12 @@ Domain = Range | Choice
 def knob(default: Value, domain: Domain, help: str) -> Any:
     """A dataclass field that holds an option: its default, its valid domain, and one line of what it does."""
     return dataclasses.field(default=default, metadata={"domain": domain, "help": help})
+
+
+def sequential_knob() -> Any:
+    """Whose activations a layer-wise technique goes by."""
+    return knob(
+        False,
+        Choice((False, True)),
+        "go by what compressed blocks before give: often better, and nothing is shared with other candidates",
+    )

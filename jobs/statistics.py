@@ -70,6 +70,23 @@ class Statistics:
             sharing |= json.loads(note)
         return Grams(stored, sharing)
 
+    def inputs(
+        self, model: Model, calibration: Rows, report: Report, sequential: bool
+    ) -> Iterator[tuple[tuple[str, ...], Float[Tensor, "in in"]]]:
+        """Linears that read the same, with E[x xᵀ] of what they read, block by block, for who changes each before
+        asking for the next.
+
+        sequential: x is what the blocks before, as they have become by then, give: a pass of the text for each
+        candidate. Otherwise the Gram matrices are the parent's, kept for all.
+        """
+        if sequential:
+            yield from _sequential(model, calibration, report)
+            return
+        grams = self.grams(model, calibration, report)
+        for done, (owner, names) in enumerate(grams.sharing.items()):
+            report(done / len(grams.sharing), owner)
+            yield tuple(names), grams.gram(owner)
+
     def block_influence(self, model: Model, calibration: Rows, report: Report) -> Float[Tensor, " blocks"]:
         """1 − the mean cosine between what enters a block and what leaves it (Men et al. 2024,
         ShortGPT, arXiv:2403.03853, eq. 1): how much the block does to a token."""
@@ -191,6 +208,16 @@ def _grams(model: Model, calibration: Rows, report: Report) -> Iterator[Part]:
     for visit in stream(model, calibration, report, "Gram matrices"):
         inside = {name: part for name, part in linears.items() if name.startswith(f"{visit.name}.")}
         yield _gram_part(visit.name, Inputs.of(visit.block, inside, visit.leave), calibration.numel())
+
+
+def _sequential(
+    model: Model, calibration: Rows, report: Report
+) -> Iterator[tuple[tuple[str, ...], Float[Tensor, "in in"]]]:
+    for visit in stream(model, calibration, report, "inputs of compressed blocks"):
+        inside = {name: part for name, part in model.linears().items() if name.startswith(f"{visit.name}.")}
+        inputs = Inputs.of(visit.block, inside, visit.run)
+        for owner, names in inputs.sharing().items():
+            yield tuple(names), _finite(inputs.sums.pop(owner).div_(calibration.numel()), owner)
 
 
 def _gram_part(block: str, inputs: Inputs, tokens: int) -> Part:

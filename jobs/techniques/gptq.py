@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from jobs import grids, packing
 from jobs.context import Context
 from jobs.hessian import inverse_factor
-from jobs.knobs import Choice, Range, knob
+from jobs.knobs import Choice, Range, knob, sequential_knob
 from jobs.layers import check_finite
 from jobs.layout import Layout, Packing
 from jobs.model import Model
@@ -27,9 +27,9 @@ weights are up to date when its grid is fitted; smaller than the paper's 128, wh
 class Gptq(Technique):
     """Rounds the weights of the blocks so that the outputs on calibration text change least.
 
-    The inputs' Gram matrix is that of the parent: predecessors are not quantized yet when it is taken, as
-    they are in the paper's code. So one pass over the calibration text serves every bit width, group and
-    order, of all candidates with this parent.
+    The inputs' Gram matrix is that of the parent, so that one pass over the calibration text serves every bit
+    width, group and order, of all candidates with this parent; or, where `sequential`, that of inputs which
+    the blocks before give once they are rounded, as in the paper's code.
     """
 
     kind: ClassVar[Kind] = "bits"
@@ -52,6 +52,7 @@ class Gptq(Technique):
     damping: float = knob(
         0.01, Range(1e-4, 1.0, log=True), "share of the mean diagonal added to the diagonal"
     )
+    sequential: bool = sequential_knob()
 
     @property
     def packing(self) -> Packing:
@@ -63,17 +64,17 @@ class Gptq(Technique):
     def compress(self, model: Model, context: Context) -> Model:
         self.outline(model.layout())
         assert context.calibration is not None
-        grams = context.statistics.grams(model, context.calibration, context.report)
         linears = model.linears()
-        for done, names in enumerate(grams.sharing.values()):
-            context.report(done / len(grams.sharing), names[0])
+        for names, gram in context.statistics.inputs(
+            model, context.calibration, context.report, self.sequential
+        ):
             # Linears that read the same input have the same Hessian: they are rounded as one of more rows.
             layers = {name: cast(nn.Linear, linears[name]) for name in names}
             weights = [
                 check_finite(layer.weight.detach(), self.name(), name) for name, layer in layers.items()
             ]
             weight = torch.cat(weights).float()
-            gram = grams.gram(names[0]).to(weight.device)
+            gram = gram.to(weight.device)
             integers, grid = quantize(weight, gram, self)
             start = 0
             for name, layer in layers.items():

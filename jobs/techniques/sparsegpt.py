@@ -11,7 +11,7 @@ from torch import Tensor
 
 from jobs.context import Context
 from jobs.hessian import inverse_factor
-from jobs.knobs import Choice, Range, Value, knob
+from jobs.knobs import Choice, Range, Value, knob, sequential_knob
 from jobs.layout import Layout
 from jobs.model import Model
 from jobs.sparsity import PATTERNS, Sparsity, dense_weight, highest, keep
@@ -26,8 +26,8 @@ Bs and B). A multiple of the m of every n:m."""
 class SparseGpt(Technique):
     """Removes the weights that change the outputs on calibration text least once the rest has made up for it.
 
-    The inputs' Gram matrix is that of the parent, as in gptq: predecessors are not pruned yet when it is
-    taken, so one pass over the text serves every sparsity and pattern.
+    The inputs' Gram matrix is that of the parent, so that one pass over the text serves every sparsity and
+    pattern; or, where `sequential`, that of what pruned predecessors give, as in the paper's code.
     """
 
     kind: ClassVar[Kind] = "sparsity"
@@ -41,6 +41,7 @@ class SparseGpt(Technique):
     damping: float = knob(
         0.01, Range(1e-4, 1.0, log=True), "share of the mean diagonal added to the diagonal"
     )
+    sequential: bool = sequential_knob()
 
     def idle(self) -> dict[str, Value]:
         return {} if self.target.group is None else {"sparsity": 0.5}
@@ -61,16 +62,16 @@ class SparseGpt(Technique):
         if self.identity:
             return model
         assert context.calibration is not None
-        grams = context.statistics.grams(model, context.calibration, context.report)
         linears = model.linears()
-        for done, (owner, readers) in enumerate(grams.sharing.items()):
-            context.report(done / len(grams.sharing), owner)
+        for readers, gram in context.statistics.inputs(
+            model, context.calibration, context.report, self.sequential
+        ):
             names = [name for name in readers if expected[name].kept is not None]
             if not names:
                 continue
             weights = [dense_weight(linears[name], self.name(), name) for name in names]
-            gram = grams.gram(owner).to(weights[0].device)
-            for name, mended, kept in zip(names, *prune(weights, gram, self), strict=True):
+            found = prune(weights, gram.to(weights[0].device), self)
+            for name, mended, kept in zip(names, *found, strict=True):
                 keep(model, name, mended, kept)
         return model
 

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from jobs.context import Context
-from jobs.knobs import Choice, Range, Value, knob
+from jobs.knobs import Choice, Range, Value, knob, sequential_knob
 from jobs.layout import Layout
 from jobs.model import Model
 from jobs.sparsity import PATTERNS, Sparsity, dense_weight, keep
@@ -20,8 +20,9 @@ from jobs.technique import Form, Kind, Need, Technique
 class Wanda(Technique):
     """Removes the weights of least |W_ij| · ‖X_j‖₂, compared within each row, and stores the rest sparse.
 
-    ‖X_j‖₂ is the norm of input j over the calibration text, read from the Gram matrix of the parent: as in
-    gptq, predecessors are not pruned yet when it is taken, so one pass serves every sparsity and pattern.
+    ‖X_j‖₂ is the norm of input j over the calibration text, read from the Gram matrix of the parent, so that
+    one pass serves every sparsity and pattern; or, where `sequential`, of what pruned predecessors give, as
+    in the paper's code.
     """
 
     kind: ClassVar[Kind] = "sparsity"
@@ -32,6 +33,7 @@ class Wanda(Technique):
 
     sparsity: float = knob(0.5, Range(0.0, 0.95), "share of the weights to remove; half where pattern is n:m")
     pattern: str = knob("unstructured", Choice(PATTERNS), "where weights may go; n:m keeps n of m neighbours")
+    sequential: bool = sequential_knob()
 
     def idle(self) -> dict[str, Value]:
         return {} if self.target.group is None else {"sparsity": 0.5}
@@ -52,11 +54,11 @@ class Wanda(Technique):
         if self.identity:
             return model
         assert context.calibration is not None
-        grams = context.statistics.grams(model, context.calibration, context.report)
         linears = model.linears()
-        for done, (owner, names) in enumerate(grams.sharing.items()):
-            context.report(done / len(grams.sharing), owner)
-            energy = grams.gram(owner).diagonal()
+        for names, gram in context.statistics.inputs(
+            model, context.calibration, context.report, self.sequential
+        ):
+            energy = gram.diagonal()
             for name in names:
                 if expected[name].kept is None:
                     continue

@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from jobs import models
+from jobs import models, techniques
 from jobs.context import Context, Report
-from jobs.model import Model
+from jobs.layers import PackedLinear, SparseLinear
+from jobs.model import DTYPE, Model
 from jobs.statistics import Statistics
 from jobs.techniques.drop_layers import keep
 from jobs.techniques.svd_llm import SvdLlm
@@ -148,3 +149,43 @@ def test_nan_is_refused_with_the_layer_that_reads_it(tiny_llama: Path) -> None:
         Statistics(None, "key").grams(model, tokens(), SILENT)
     with pytest.raises(ValueError, match=r"model\.layers\.2 gives NaN"):
         Statistics(None, "key").block_influence(model, tokens(), SILENT)
+
+
+@pytest.mark.parametrize("name", ["wanda", "sparsegpt", "gptq"])
+def test_sequential_techniques_go_by_what_compressed_blocks_give(
+    name: str, tiny_llama: Path, tmp_path: Path
+) -> None:
+    """The slow way: block by block, on a model whose earlier blocks are compressed, with whole passes."""
+    shared = Context(Statistics(None, "key"), tmp_path, 0, calibration=tokens())
+    step = techniques.load(name).of({"sequential": True})
+    made = step.compress(models.load(tiny_llama), shared)
+    slow = models.load(tiny_llama)
+    for index in range(4):
+        fresh = Context(Statistics(None, "key"), tmp_path, 0, calibration=tokens())
+        plain = techniques.load(name).of({})
+        # All of a copy that is compressed up to here, of which one block more is taken over.
+        whole = _dense_copy(slow, tiny_llama)
+        done = plain.compress(whole, fresh)
+        for linear, layer in done.linears().items():
+            if linear.startswith(f"model.layers.{index}."):
+                slow.replace(linear, layer)
+    expected, found = slow.linears(), made.linears()
+    for linear, layer in found.items():
+        for key, tensor in layer.state_dict().items():
+            assert torch.equal(tensor, expected[linear].state_dict()[key]), (linear, key)
+    first = techniques.load(name).of({}).compress(models.load(tiny_llama), shared)
+    last = "model.layers.3.mlp.down_proj"
+    differs = [
+        not torch.equal(tensor, first.linears()[last].state_dict()[key])
+        for key, tensor in found[last].state_dict().items()
+    ]
+    assert any(differs)
+
+
+def _dense_copy(model: Model, folder: Path) -> Model:
+    """The same model with every packed or sparse linear unpacked."""
+    copy = models.load(folder)
+    for linear, layer in model.linears().items():
+        if isinstance(layer, (PackedLinear, SparseLinear)):
+            copy.replace(linear, layer.dense(DTYPE))
+    return copy
