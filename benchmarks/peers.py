@@ -1,8 +1,9 @@
 """Our GPTQ, SparseGPT and Wanda beside llm-compressor's: same model, same calibration rows, same evaluation windows.
 
 Run from the repository's root: python -m benchmarks.peers [--peer PYTHON] [--rows N] [--only TEXT] [--json FILE]
-Each of ours runs with the parent's activations, which candidates share, and with `sequential`. PYTHON is the interpreter of an environment of its own in which llmcompressor is installed; without it only ours run. Each side makes its
-weights; both are then measured by the same meter, in bf16, on 16,384 tokens of Brown news.
+PYTHON is the interpreter of an environment of its own in which llmcompressor is installed; without it only ours
+run, each with the parent's activations, which candidates share, and with `sequential`. Each side makes its weights;
+both are then measured by the same meter, in bf16, on 16,384 tokens of Brown news.
 """
 
 from __future__ import annotations
