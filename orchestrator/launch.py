@@ -18,7 +18,7 @@ from jobs.measure import environment
 from orchestrator import search
 from orchestrator.ledger import Ledger
 from orchestrator.prepare import Prepared, slots_of
-from orchestrator.progress import Status, status_of, write_json, write_status
+from orchestrator.progress import Status, status_of, write_json, write_status, write_whole
 from orchestrator.report import report_html
 from orchestrator.results import Results, front_json, judge
 from orchestrator.service import Service, Work, only_one, replayed
@@ -89,7 +89,7 @@ def launch(
         shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)  # of trainings that were given up
         results = _judged(prepared, study)
         page = report_html(results, prepared.text)
-        (folder / "report.html").write_text(page)
+        write_whole(folder / "report.html", page)
         tracker.finish(results, page)
         return results
 
@@ -118,7 +118,7 @@ def _claim(ledger: Ledger, prepared: Prepared, overrides: tuple[str, ...]) -> No
         )
     ledger.note("digest", prepared.digest)
     ledger.note("overrides", json.dumps(overrides))
-    (prepared.folder / "study.yaml").write_text(prepared.text)
+    write_whole(prepared.folder / "study.yaml", prepared.text)
 
 
 def _work(prepared: Prepared) -> Work:

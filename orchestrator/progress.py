@@ -69,9 +69,14 @@ def status_of(name: str, study: Study, results: Results | None, began: float, en
 
 
 def write_json(file: Path, content: Mapping[str, object]) -> None:
-    """Replace a JSON file whole: a reader sees the old one or the new one."""
+    """Replace a JSON file whole (see `write_whole`)."""
+    write_whole(file, json.dumps(content, indent=1, allow_nan=False))
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Replace a file whole: a reader sees the old one or the new one."""
     beside = file.with_suffix(f".{os.getpid()}.tmp")
-    beside.write_text(json.dumps(content, indent=1, allow_nan=False))
+    beside.write_text(text)
     os.replace(beside, file)
 
 
