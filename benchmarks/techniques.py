@@ -212,6 +212,7 @@ def context_for(materials: Materials, folder: Path, statistics: Statistics, work
         calibration=data.windows_for(materials.calibration, folder),
         training=data.windows_for(materials.training, folder),
         teacher=lambda: models.load(folder),
+        teacher_statistics=Statistics(workdir / "teacher", "original"),
     )
 
 
