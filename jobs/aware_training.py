@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from jobs import recovery
 from jobs.context import Context
-from jobs.engine import AfterStep
+from jobs.engine import AfterStep, nothing
 from jobs.knobs import Choice, Range, knob
 from jobs.losses import Aim
 from jobs.model import Model
@@ -92,7 +92,7 @@ def check_given(step: TrainsAware, context: Context) -> None:
         raise ValueError(f"{step.name()} needs the teacher and training text; give the study data.training")
 
 
-def learn(model: Model, step: TrainsAware, context: Context, after_step: AfterStep | None = None) -> None:
+def learn(model: Model, step: TrainsAware, context: Context, after_step: AfterStep = nothing) -> None:
     """Train, in place, blocks and norms to say what the original says, which runs in bf16 beside.
 
     The loss is that of distill: (1 − hard_weight) · T² · KL(teacher_T ‖ student_T) + hard_weight · CE(text); a

@@ -38,7 +38,7 @@ AfterStep = Callable[[int], None]
 """Called after each update with the number of steps done."""
 
 
-def _nothing(done: int) -> None:
+def nothing(done: int) -> None:
     del done
 
 
@@ -109,7 +109,7 @@ def train(
     training: Training,
     report: Report,
     *,
-    after_step: AfterStep = _nothing,
+    after_step: AfterStep = nothing,
     held_out: HeldOut | None = None,
     checkpoints: Checkpoints | None = None,
 ) -> TrainingLog:

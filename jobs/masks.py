@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import cast
 
-import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -44,7 +43,7 @@ def check_stage(technique: str, zero_stage: int, layout: Layout) -> None:
 def densify(model: Model) -> Masks:
     """Replace, in place, every sparse linear by a dense one of the same weight, zeros included.
 
-    Returns what `hold`, `apply` and `sparsify` need. The new linears do not require gradients.
+    Returns what `hold` and `sparsify` need. The new linears do not require gradients.
     """
     masks = {}
     for name, layer in model.linears().items():
@@ -64,14 +63,6 @@ def hold(model: Model, masks: Masks) -> None:
     """
     for name, kept in masks.items():
         parametrize.register_parametrization(model.module.get_submodule(name), "weight", _Kept(kept))
-
-
-@torch.no_grad()
-def apply(model: Model, masks: Masks) -> None:
-    """Set every weight that is masked to zero, in place: for a training loop that updates the weights
-    themselves, after each update."""
-    for name, kept in masks.items():
-        model.module.get_submodule(name).get_parameter("weight").masked_fill_(~kept, 0)
 
 
 def sparsify(model: Model, masks: Masks) -> None:

@@ -143,7 +143,7 @@ class Model:
 def fit_heads(model: Model) -> None:
     """Tell each attention module how many heads its linears make, where it remembers their number."""
     attention = model.family.attention
-    width = _head_width(model.config)
+    width = model.head_width
     for block in model.blocks:
         module: Any = block.get_submodule(attention.module)
         out = block.get_submodule(attention.out)
@@ -197,7 +197,7 @@ def _resize(module: nn.Module, name: str, shape: tuple[int, ...]) -> None:
     held = getattr(part, child)
     if held is None:  # a bias that a step has added
         held = torch.empty(0, dtype=DTYPE)
-    if tuple(held.shape) == shape or not isinstance(held, (nn.Parameter, Tensor)):
+    if tuple(held.shape) == shape:
         return
     setattr(
         part, child, nn.Parameter(torch.empty(shape, dtype=held.dtype, device="meta"), requires_grad=False)

@@ -60,7 +60,7 @@ def train(
     loss_of: LossOf,
     plan: Plan,
     context: Context,
-    after_step: AfterStep | None = None,
+    after_step: AfterStep = engine.nothing,
 ) -> None:
     """Train, in place, those parameters of a model that require gradients, on rows of equal length.
 
@@ -81,7 +81,7 @@ def train(
         loss_of,
         training,
         context.report,
-        after_step=after_step or _nothing,
+        after_step=after_step,
         held_out=watched if plan.patience else None,
         checkpoints=None if places is None else engine.Checkpoints(places, _CHECKPOINT_STEPS),
     )
@@ -127,10 +127,6 @@ def check_vocabularies(technique: str, student: Model, teacher: int) -> None:
             f"{technique} cannot compare predictions: the student's vocabulary has {own} tokens, the "
             f"teacher's {teacher}"
         )
-
-
-def _nothing(done: int) -> None:
-    del done
 
 
 def _rounds(order: Ids, batch: int, seed: int) -> Iterator[Ids]:

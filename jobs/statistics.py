@@ -76,7 +76,7 @@ class Statistics:
         """Linears that read the same, with E[x xᵀ] of what they read, block by block, for who changes each before
         asking for the next.
 
-        sequential: x is what the blocks before, as they have become by then, give: a pass of the text for each
+        sequential: x is what the blocks before, as they have become by then, give: two passes of the text for each
         candidate. Otherwise the Gram matrices are the parent's, kept for all.
         """
         if sequential:

@@ -66,9 +66,9 @@ def _named(refused: Sequence[tuple[str, Task]], places: tuple[int, int]) -> list
     return shown + [f"{family} for {task}" for family, task in left]
 
 
-def entries() -> list[Entry]:
-    """Every technique, by name."""
-    return [_entry(techniques.load(name)) for name in techniques.names()]
+def entries(names: Sequence[str]) -> list[Entry]:
+    """The techniques of these names; LookupError for one that there is not."""
+    return [_entry(techniques.load(name)) for name in names]
 
 
 def _entry(technique: type[Technique]) -> Entry:

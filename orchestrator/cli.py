@@ -188,11 +188,13 @@ def techniques(
     as_json: AsJson = False,
 ) -> None:
     """List the techniques, or show one: what it is, needs and works on, its options, what it refuses and why."""
+    from jobs import techniques as known
     from orchestrator import catalogue
 
-    entries = [entry for entry in catalogue.entries() if name in (None, entry.name)]
-    if not entries:
-        _fail(_unknown_technique(str(name)))
+    try:
+        entries = catalogue.entries(known.names() if name is None else [name])
+    except LookupError as error:
+        _fail(str(error))
     if as_json:
         _print_json([dataclasses.asdict(entry) for entry in entries])
     elif name is None:
@@ -272,16 +274,6 @@ def _show_technique(entry: Entry) -> None:
     for option in entry.options:
         table.add_row(option.name, option.default, escape(option.domain), escape(option.help))
     out.print(table)
-
-
-def _unknown_technique(name: str) -> str:
-    from jobs import techniques as known
-
-    try:
-        known.load(name)
-    except LookupError as error:
-        return str(error)
-    return name
 
 
 def _prepared(study: Path, overrides: list[str] | None) -> Prepared:

@@ -17,7 +17,7 @@ from orchestrator.front import Objective
 class Cost:
     """What is known of a candidate before anything runs, from its layout alone.
 
-    size_bytes: of the weights' file, exact.
+    size_bytes: of the weights' file, exact, or a bound where the data decide what each layer gets.
     decode_macs, linears: multiply-adds per token, and into how many layers they are divided: a model with
         no more of either, and no more bytes, is taken to be no slower.
     """

@@ -92,7 +92,7 @@ class Prepared:
         return round(WORKER_GIB + bytes_per_weight * parameters / 2**30, 3)
 
     def known(self, choices: Choices) -> Mapping[str, float]:
-        """What needs no evaluation: the exact size. Nothing where the choices cannot be made."""
+        """What needs no evaluation: the size, or a bound of it. Nothing where the choices cannot be made."""
         cost = self.propose(choices).cost
         return {} if cost is None else {"size_bytes": float(cost.size_bytes)}
 

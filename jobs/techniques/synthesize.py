@@ -7,9 +7,7 @@ import json
 from dataclasses import dataclass
 from typing import ClassVar, cast
 
-import torch
-from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from jobs import models, recovery, synthesis
 from jobs.cache import Stored
@@ -17,9 +15,10 @@ from jobs.context import Context
 from jobs.families import Family, Task
 from jobs.knobs import Choice, Range, knob
 from jobs.layout import Layout
-from jobs.losses import Aim, Divergence, distillation_loss
+from jobs.losses import Aim, Divergence
 from jobs.model import Model
-from jobs.recovery import Ids, Plan
+from jobs.recovery import Plan
+from jobs.teacher import matching
 from jobs.technique import Form, Kind, Need, Technique
 
 
@@ -79,17 +78,9 @@ class Synthesize(Technique):
         )
         rows = self._choose(stored, context)
         aim = Aim(cast(Divergence, self.divergence), hard_weight=self.hard_weight)
-
-        def loss_of(student: nn.Module, ids: Ids) -> Float[Tensor, ""]:
-            batch = rows[ids].to(context.device)
-            with torch.no_grad():
-                taught = recovery.predictions(teacher.module, batch)
-            said = recovery.predictions(student, batch)
-            return distillation_loss(said, taught, recovery.targets(batch), aim)
-
         recovery.require_gradients(model)
         plan = Plan(self.learning_rate, self.steps, self.batch, self.zero_stage)
-        recovery.train(model, rows, loss_of, plan, context)
+        recovery.train(model, rows, matching(teacher, rows, aim, context.device), plan, context)
         return model
 
     def _write(self, teacher: Model, context: Context) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -87,24 +87,6 @@ def test_linears_that_are_not_sparse_are_left_alone(tiny_llama: Path) -> None:
     assert all(model.linears()[name] is layer for name, layer in layers.items())
 
 
-def test_masks_applied_after_each_update_keep_the_same_places_zero(sparse: Model) -> None:
-    layout, before = sparse.layout(), zeros(sparse)
-    kept = masks.densify(sparse)
-    trained = [layer.get_parameter("weight").requires_grad_(True) for layer in sparse.linears().values()]
-    optimizer = torch.optim.Adam(trained, 1e-3)
-    losses = []
-    for _ in range(4):
-        losses.append(update(sparse, optimizer))
-        assert any(bool(weight[~mask].any()) for weight, mask in zip(trained, kept.values(), strict=True))
-        masks.apply(sparse, kept)
-    assert not any(bool(weight[~mask].any()) for weight, mask in zip(trained, kept.values(), strict=True))
-    masks.sparsify(sparse, kept)
-    after = zeros(sparse)
-    assert all(torch.equal(before[name], after[name]) for name in before)
-    assert sparse.layout() == layout
-    assert losses[-1] < losses[0]
-
-
 def test_held_masks_let_no_update_reach_what_is_zero_and_the_rest_learn(sparse: Model) -> None:
     layout, before = sparse.layout(), zeros(sparse)
     values = {name: layer.values.clone() for name, layer in sparse.linears().items()}
