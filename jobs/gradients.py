@@ -11,10 +11,15 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from jobs.context import Context, Report
+from jobs.hessian import inverse_factor
 from jobs.model import Model
 
 _ROWS = 128
 """Positions whose probabilities are held in fp32 at once: a vocabulary wide, they would fill memory."""
+_PROBES = 8
+"""Random directions of the outputs that each sequence's gradient is seen from."""
+_DAMPING = 0.01
+"""Share of the mean diagonal added to a Gram matrix before it is inverted, as much as in gptq."""
 _SEED = 0
 """Of sampled labels and directions. Not the study's: what is kept serves every recipe of one parent."""
 
@@ -43,28 +48,60 @@ def fisher(model: Model, context: Context) -> Mapping[str, Tensor]:
 
 
 def sensitivities(model: Model, context: Context) -> Mapping[str, Tensor]:
-    """E[g²] of each block linear, a number by its name: g is the loss's gradient by what the linear gives,
-    the mean is over its outputs and all tokens. The loss is `fisher`'s.
+    """What a unit of each block linear's squared output error adds to half `fisher`'s loss, a number by its name.
 
-    An error e of the outputs that is independent of g raises the loss by about ½ E[g²] E‖e‖², so errors of
-    different linears can be added. Read off the Fisher information of the weights instead, a mean of
-    (g x)² over the energy of x, it chose worse ranks for SmolLM2.
+    An error E of a weight raises the loss by about ½ Σ ⟨D, E⟩² over sequences, D being the gradient of one
+    sequence's loss by the weight. Of errors of equal energy tr(E G Eᵀ) = ‖E R‖², with G = R Rᵀ the Gram matrix
+    of the inputs, none is known to be likelier than another, and what low rank and error feedback leave has
+    no direction of its own in these coordinates. The mean over them all is ½ tr(E G Eᵀ) times
 
-    Computed once for each parent and text; cheaper than `fisher`, since no weight gets a gradient.
+        tr(D G⁻¹ Dᵀ) / (outputs · inputs), its mean over sequences.
+
+    D = Σ g xᵀ holds what the errors of a sequence's tokens do together. Were they independent of each other
+    it would be E[g²], g the gradient by the outputs, as this once was: in a sentence vector, a mean over
+    tokens whose gradients are nearly alike, they add up, most of all in the last blocks.
+    benchmarks/LOG.md has how well either foretells what single linears cost MiniLM.
+
+    tr(D G⁻¹ Dᵀ) is estimated by random vectors z of ±1 (Hutchinson), from Dᵀz alone. Computed once for each
+    parent and text; cheaper than `fisher`, since no weight gets a gradient. What every linear reads of one
+    sequence is held meanwhile.
     """
-    return context.statistics.stored("sensitivity", lambda: (_sensitivities(model, context), {}))
+    return context.statistics.stored("sensitivity-together", lambda: (_sensitivities(model, context), {}))
 
 
 def _sensitivities(model: Model, context: Context) -> dict[str, Tensor]:
     if context.calibration is None:
         raise ValueError("gradients need a text to be taken on; give the study data.calibration")
-    sums = {name: torch.zeros((), dtype=torch.float64) for name in model.linears()}
+    grams = context.statistics.grams(model, context.calibration, context.report)
+    outputs = model.layout().linears
+    found: dict[str, Tensor] = {}
+    for name, probed in _probed(model, context.calibration, context.report).items():
+        gram = grams.gram(name)
+        # UᵀU = (G + λ)⁻¹: a direction that the text hardly has, damped, counts for less than one.
+        factor = inverse_factor(gram, _DAMPING, "sensitivities")
+        inputs = ((factor @ gram) * factor).sum()
+        found[name] = (probed @ factor.T).square().sum(dim=1).mean() / (inputs * outputs[name].out_features)
+        if not bool(torch.isfinite(found[name])):
+            raise ValueError(f"{name} has NaN or infinite gradients on the calibration text")
+    return found
 
-    def reads(total: Tensor) -> Callable[[nn.Module, Any, Tensor], None]:
-        def add(slope: Tensor) -> None:
-            total.add_(slope.float().square().mean().double().cpu())
 
-        def given(module: nn.Module, args: Any, output: Tensor) -> None:
+def _probed(
+    model: Model, calibration: Int[Tensor, "samples tokens"], report: Report
+) -> dict[str, Float[Tensor, "probes in"]]:
+    """Dᵀz for some z of ±1 and each sequence: D is the gradient of its loss by the linear's weight."""
+    found: dict[str, list[Tensor]] = {name: [] for name in model.linears()}
+    generator = torch.Generator().manual_seed(_SEED)
+
+    def reads(probed: list[Tensor]) -> Callable[[nn.Module, Any, Tensor], None]:
+        def given(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            # Some families give tokens as rows of a matrix, others with the one sequence before them.
+            inputs = args[0].detach().flatten(end_dim=-2)
+
+            def add(slope: Tensor) -> None:
+                ways = _signs(slope.new_empty(_PROBES, slope.shape[-1]), generator)
+                probed.append(((slope.flatten(end_dim=-2) @ ways.T).float().T @ inputs.float()).cpu())
+
             output.register_hook(add)  # type: ignore[no-untyped-call]
 
         return given
@@ -73,18 +110,15 @@ def _sensitivities(model: Model, context: Context) -> dict[str, Tensor]:
         # Gradients start here: without one that asks for them, no graph would be kept.
         args[0].requires_grad_(True)
 
-    hooks = [layer.register_forward_hook(reads(sums[name])) for name, layer in model.linears().items()]
+    hooks = [layer.register_forward_hook(reads(found[name])) for name, layer in model.linears().items()]
     hooks.append(model.blocks[0].register_forward_pre_hook(enter))
     try:
         with _squares_into({}, {}, model):
-            _run(model, context.calibration, context.report)
+            _run(model, calibration, report)
     finally:
         for hook in hooks:
             hook.remove()
-    for name, total in sums.items():
-        if not bool(torch.isfinite(total.div_(len(context.calibration)))):
-            raise ValueError(f"{name} has NaN or infinite gradients on the calibration text")
-    return {name: total.float() for name, total in sums.items()}
+    return {name: torch.cat(probed) for name, probed in found.items()}
 
 
 def _fisher(model: Model, context: Context) -> dict[str, Tensor]:

@@ -29,15 +29,16 @@ _BITS = (2, 3, 4, 8)
 class Mixed(Technique):
     """Gives each linear 2, 3, 4 or 8 bits so that the loss rises least at `average_bits`.
 
-    Rounding a linear raises the loss by about ½ E[g²] tr(E G Eᵀ): E is what rounding to nearest on clipped
-    grids takes from its weights, G the Gram matrix of its inputs, so that the trace is the outputs' squared
-    error, and g the loss's gradient by the outputs. HAWQ-V2 weighs the weights' squared errors by the mean
-    trace of the loss's Hessian instead and picks from a Pareto front; here the sum is minimized exactly, as a
-    knapsack. Then each linear is rounded with gptq's error feedback.
+    Rounding a linear raises the loss by about ½ s tr(E G Eᵀ): E is what rounding to nearest on clipped grids
+    takes from its weights, G the Gram matrix of its inputs, so that the trace is the outputs' squared error,
+    and s what the loss makes of a unit of it (`jobs.gradients.sensitivities`). HAWQ-V2 weighs the
+    weights' squared errors by the mean trace of the loss's Hessian instead and picks from a Pareto front; here
+    the sum is minimized exactly, as a knapsack. Then each linear is rounded with gptq's error feedback.
     The average counts the bits of the integers; scales and zero points come on top, alike for all choices.
     """
 
     kind: ClassVar[Kind] = "bits"
+    version: ClassVar[int] = 2
     paper: ClassVar[str] = "Dong et al. 2019, HAWQ-V2, arXiv:1911.03852"
     needs: ClassVar[frozenset[Need]] = frozenset({"calibration", "gradients"})
     accepts: ClassVar[frozenset[Form]] = frozenset({"dense", "factored"})
