@@ -19,19 +19,23 @@ from jobs.model import Model
 from jobs.sparsity import Sparsity, cut, dense_weight, keep
 from jobs.technique import Form, Kind, Need, Technique
 
+_DAMPING = 0.3
+"""Of 0.03, 0.1, 0.3 and 1, what lost least on MiniLM, and the best of 0, 0.1 and 0.3 on SmolLM2."""
+
 
 @dataclass(frozen=True)
 class OptimalBrainDamage(Technique):
     """Removes the weights of least saliency ½ h w², and stores the rest sparse.
 
     h is the diagonal of the loss's Hessian, for which the Fisher information stands (`jobs.gradients`): so
-    ½ h w² is about what the loss rises by where w alone goes. scope:
+    ½ h w² is about what the loss rises by where w alone goes. Where we depart: h is damped (`damped`). scope:
         layer  removes the same share of every linear.
         model  compares the weights of all linears with each other and removes as many of all: how many each
                keeps is up to the data, at least one in each row.
     """
 
     kind: ClassVar[Kind] = "sparsity"
+    version: ClassVar[int] = 2
     paper: ClassVar[str] = "LeCun, Denker & Solla 1989, Optimal Brain Damage, NIPS 2"
     needs: ClassVar[frozenset[Need]] = frozenset({"gradients"})
     accepts: ClassVar[frozenset[Form]] = frozenset({"dense", "factored"})
@@ -84,20 +88,20 @@ class OptimalBrainDamage(Technique):
                 continue
             context.report(outline.block_of(name) / outline.depth, name)
             weight = self._weight(model, name)
-            keep(model, name, weight, self.target.of_whole(saliency(weight, found[name])))
+            keep(model, name, weight, self.target.of_whole(saliency(weight, damped(found[name]))))
 
     def _across_linears(
         self, model: Model, context: Context, outline: Layout, found: Mapping[str, Tensor]
     ) -> None:
         def saliencies() -> Iterator[Float[Tensor, "out in"]]:
             for name in outline.linears:
-                yield _with_one_a_row(saliency(self._weight(model, name), found[name]))
+                yield _with_one_a_row(saliency(self._weight(model, name), damped(found[name])))
 
         remaining = cut(saliencies, sum(spec.kept or 0 for spec in outline.linears.values()))
         for name in outline.linears:
             context.report(outline.block_of(name) / outline.depth, name)
             weight = self._weight(model, name)
-            kept, remaining = remaining.of(_with_one_a_row(saliency(weight, found[name])))
+            kept, remaining = remaining.of(_with_one_a_row(saliency(weight, damped(found[name]))))
             keep(model, name, weight, kept)
 
     def _weight(self, model: Model, name: str) -> Float[Tensor, "out in"]:
@@ -110,6 +114,16 @@ def saliency(
     """½ h w² (LeCun et al., section 2.2)."""
     # The square of a product: w² alone may be infinite where h is 0.
     return 0.5 * (information.to(weight.device).sqrt() * weight).square()
+
+
+def damped(information: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
+    """Each weight's information and a share of the mean over the weights that read the same input.
+
+    The information is of small changes. An output whose neuron is saturated, or whose loss a norm swallows,
+    has next to none: by it alone such a row is emptied, and is saturated no more. The mean says what an
+    output of this linear usually costs (the damping of Levenberg 1944 and Marquardt 1963, in units of the input).
+    """
+    return information + _DAMPING * information.mean(dim=0)
 
 
 def _with_one_a_row(scores: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:

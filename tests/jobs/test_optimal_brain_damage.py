@@ -14,7 +14,7 @@ from jobs.gradients import fisher
 from jobs.model import Model
 from jobs.sparsity import Sparsity, highest
 from jobs.statistics import Statistics
-from jobs.techniques.optimal_brain_damage import OptimalBrainDamage, saliency
+from jobs.techniques.optimal_brain_damage import OptimalBrainDamage, damped, saliency
 
 
 def context(workdir: Path, samples: int = 8) -> Context:
@@ -50,13 +50,42 @@ def test_a_huge_weight_without_curvature_has_no_saliency() -> None:
     assert saliency(torch.tensor([[3e38]]), torch.tensor([[0.0]])).item() == 0
 
 
+def test_a_row_without_curvature_counts_by_what_its_inputs_cost_the_others() -> None:
+    information = torch.tensor([[6.0, 0.6], [0.0, 0.0]])
+    # 0.3 of the columns' means, 3 and 0.3.
+    assert torch.allclose(damped(information), torch.tensor([[6.9, 0.69], [0.9, 0.09]]))
+
+
+def test_a_saturated_neuron_is_not_emptied() -> None:
+    """GELU of a pre-activation of −9 has no slope, and without weights it is no longer at −9."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(64, 16, generator=generator) + 1
+    weight = torch.randn(8, 16, generator=generator) / 4
+    weight[0] = -9 / inputs.sum(dim=1).mean()
+    weight.requires_grad_(True)
+    bias = torch.zeros(8)
+    bias[0] = 3
+    information = torch.zeros_like(weight)
+    for row in inputs:
+        heard = torch.nn.functional.gelu(weight @ row + bias).sum()
+        information += torch.autograd.grad(heard, weight)[0].square() / 64
+
+    def lost(worth: Tensor) -> float:
+        pruned = weight.detach() * Sparsity(0.25).of_whole(worth)
+        before, after = (torch.nn.functional.gelu(inputs @ one.T + bias) for one in (weight.detach(), pruned))
+        return (after - before).square().mean().item()
+
+    there = weight.detach()
+    assert lost(saliency(there, damped(information))) < 0.3 * lost(saliency(there, information))
+
+
 def test_each_linear_keeps_its_own_most_salient_weights(tiny_llama: Path, tmp_path: Path) -> None:
     original = models.load(tiny_llama)
     information = fisher(original, context(tmp_path))
     made = OptimalBrainDamage(sparsity=0.7).compress(models.load(tiny_llama), context(tmp_path))
     for name, layer in made.linears().items():
         weight = original.linears()[name].get_parameter("weight")
-        worth = information[name].double() * weight.double() ** 2
+        worth = damped(information[name]).double() * weight.double() ** 2
         kept = layer.kept()
         assert worth[kept].min() >= worth[~kept].max() * (1 - 1e-5)
         assert torch.equal(layer.weight(), torch.where(kept, weight, 0))
@@ -73,7 +102,7 @@ def test_over_the_model_all_weights_are_compared_and_each_row_keeps_its_best(
     weights = {name: layer.get_parameter("weight").detach().clone() for name, layer in linears.items()}
     worth = {}
     for name, weight in weights.items():
-        worth[name] = saliency(weight.float(), information[name])
+        worth[name] = saliency(weight.float(), damped(information[name]))
         rows = torch.arange(len(weight))
         worth[name][rows, worth[name].argmax(dim=1)] = torch.inf
     step = OptimalBrainDamage(sparsity=0.8, scope="model")
