@@ -16,8 +16,8 @@ from jobs.model import Model
 
 _ROWS = 128
 """Positions whose probabilities are held in fp32 at once: a vocabulary wide, they would fill memory."""
-_PROBES = 8
-"""Random directions of the outputs that each sequence's gradient is seen from."""
+_PROBES = 2
+"""Random directions of the outputs that each sequence's gradient is seen from, whose inputs' side is held for all."""
 _DAMPING = 0.01
 """Share of the mean diagonal added to a Gram matrix before it is inverted, as much as in gptq."""
 _SEED = 0
@@ -48,61 +48,87 @@ def fisher(model: Model, context: Context) -> Mapping[str, Tensor]:
 
 
 def sensitivities(model: Model, context: Context) -> Mapping[str, Tensor]:
-    """What a unit of each block linear's squared output error adds to half `fisher`'s loss, a number by its name.
+    """What a unit of each block linear's squared output error adds to `fisher`'s loss, a number by its name, up to
+    a factor that all have in common: by it errors of different linears can be added.
 
-    An error E of a weight raises the loss by about ½ Σ ⟨D, E⟩² over sequences, D being the gradient of one
-    sequence's loss by the weight. Of errors of equal energy tr(E G Eᵀ) = ‖E R‖², with G = R Rᵀ the Gram matrix
-    of the inputs, none is known to be likelier than another, and what low rank and error feedback leave has
-    no direction of its own in these coordinates. The mean over them all is ½ tr(E G Eᵀ) times
-
-        tr(D G⁻¹ Dᵀ) / (outputs · inputs), its mean over sequences.
-
-    D = Σ g xᵀ holds what the errors of a sequence's tokens do together. Were they independent of each other
-    it would be E[g²], g the gradient by the outputs, as this once was: in a sentence vector, a mean over
-    tokens whose gradients are nearly alike, they add up, most of all in the last blocks.
-    benchmarks/LOG.md has how well either foretells what single linears cost MiniLM.
+    causal-lm: E[g²], g being the loss's gradient by what the linear gives, the mean is over its outputs and
+        all tokens. An error e of the outputs that is independent of g raises the loss by about ½ E[g²] E‖e‖².
+        Read off the Fisher information of the weights instead, a mean of (g x)² over the energy of x, it
+        chose worse ranks for SmolLM2.
+    others, which have one loss a sequence: tr(D G⁻¹ Dᵀ) / (outputs · inputs), its mean over sequences.
+        D = Σ g xᵀ, over a sequence's tokens, is the gradient of its loss by the weight, G = R Rᵀ the Gram matrix
+        of the inputs. An error E of the weight raises the loss by about the mean of ½ ⟨D, E⟩²: errors of tokens
+        are added before they are squared, since in a mean over tokens, whose gradients are nearly alike,
+        they are not independent of each other. Errors of one energy tr(E G Eᵀ) = ‖E R‖² are taken to be
+        equally likely in all directions of E R, as what low rank and error feedback leave nearly is, and the mean
+        over them is ½ tr(E G Eᵀ) times this. For independent tokens it would be their number times E[g²].
+        benchmarks/LOG.md has how well either foretells what single linears cost MiniLM, and why SmolLM2
+        keeps the first.
 
     tr(D G⁻¹ Dᵀ) is estimated by random vectors z of ±1 (Hutchinson), from Dᵀz alone. Computed once for each
-    parent and text; cheaper than `fisher`, since no weight gets a gradient. What every linear reads of one
-    sequence is held meanwhile.
+    parent and text; cheaper than `fisher`, since no weight gets a gradient. For other models than causal
+    ones what every linear reads of one sequence is held meanwhile, and two vectors as long for each sequence.
     """
-    return context.statistics.stored("sensitivity-together", lambda: (_sensitivities(model, context), {}))
+    if model.task == "causal-lm":
+        return context.statistics.stored("sensitivity", lambda: (_of_tokens(model, context), {}))
+    return context.statistics.stored("sensitivity-of-sequences", lambda: (_of_sequences(model, context), {}))
 
 
-def _sensitivities(model: Model, context: Context) -> dict[str, Tensor]:
-    if context.calibration is None:
-        raise ValueError("gradients need a text to be taken on; give the study data.calibration")
+def _of_tokens(model: Model, context: Context) -> dict[str, Tensor]:
+    sums = {name: torch.zeros((), dtype=torch.float64) for name in model.linears()}
+
+    def watch(name: str, inputs: Tensor) -> _Slope:
+        def add(slope: Tensor) -> None:
+            sums[name].add_(slope.float().square().mean().double().cpu())
+
+        return add
+
+    rows = _watched(model, context, watch)
+    return {name: _checked(total / rows, name).float() for name, total in sums.items()}
+
+
+def _of_sequences(model: Model, context: Context) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(_SEED)
+    probed: dict[str, list[Float[Tensor, "probes in"]]] = {name: [] for name in model.linears()}
+
+    def watch(name: str, inputs: Tensor) -> _Slope:
+        # Some families give tokens as rows of a matrix, others with the one sequence before them.
+        tokens = inputs.detach().flatten(end_dim=-2)
+
+        def add(slope: Tensor) -> None:
+            ways = _signs(slope.new_empty(_PROBES, slope.shape[-1]), generator)
+            seen = (slope.flatten(end_dim=-2) @ ways.T).float()
+            probed[name].append((seen.T @ tokens.float()).cpu())
+
+        return add
+
+    _watched(model, context, watch)
+    assert context.calibration is not None
     grams = context.statistics.grams(model, context.calibration, context.report)
-    outputs = model.layout().linears
-    found: dict[str, Tensor] = {}
-    for name, probed in _probed(model, context.calibration, context.report).items():
+    found = {}
+    for name, spec in model.layout().linears.items():
         gram = grams.gram(name)
         # UᵀU = (G + λ)⁻¹: a direction that the text hardly has, damped, counts for less than one.
         factor = inverse_factor(gram, _DAMPING, "sensitivities")
         inputs = ((factor @ gram) * factor).sum()
-        found[name] = (probed @ factor.T).square().sum(dim=1).mean() / (inputs * outputs[name].out_features)
-        if not bool(torch.isfinite(found[name])):
-            raise ValueError(f"{name} has NaN or infinite gradients on the calibration text")
+        squares = (_checked(torch.cat(probed[name]), name) @ factor.T).square().sum(dim=1)
+        found[name] = squares.mean() / (inputs * spec.out_features)
     return found
 
 
-def _probed(
-    model: Model, calibration: Int[Tensor, "samples tokens"], report: Report
-) -> dict[str, Float[Tensor, "probes in"]]:
-    """Dᵀz for some z of ±1 and each sequence: D is the gradient of its loss by the linear's weight."""
-    found: dict[str, list[Tensor]] = {name: [] for name in model.linears()}
-    generator = torch.Generator().manual_seed(_SEED)
+_Slope = Callable[[Tensor], None]
+"""Told the loss's gradient by what a linear gave for one sequence."""
 
-    def reads(probed: list[Tensor]) -> Callable[[nn.Module, Any, Tensor], None]:
+
+def _watched(model: Model, context: Context, watch: Callable[[str, Tensor], _Slope]) -> int:
+    """Run the text; `watch` is told each linear's name and inputs, and says who is told of its slope. The number of
+    sequences."""
+    if context.calibration is None:
+        raise ValueError("gradients need a text to be taken on; give the study data.calibration")
+
+    def reads(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def given(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            # Some families give tokens as rows of a matrix, others with the one sequence before them.
-            inputs = args[0].detach().flatten(end_dim=-2)
-
-            def add(slope: Tensor) -> None:
-                ways = _signs(slope.new_empty(_PROBES, slope.shape[-1]), generator)
-                probed.append(((slope.flatten(end_dim=-2) @ ways.T).float().T @ inputs.float()).cpu())
-
-            output.register_hook(add)  # type: ignore[no-untyped-call]
+            output.register_hook(watch(name, args[0]))  # type: ignore[no-untyped-call]
 
         return given
 
@@ -110,15 +136,21 @@ def _probed(
         # Gradients start here: without one that asks for them, no graph would be kept.
         args[0].requires_grad_(True)
 
-    hooks = [layer.register_forward_hook(reads(found[name])) for name, layer in model.linears().items()]
+    hooks = [layer.register_forward_hook(reads(name)) for name, layer in model.linears().items()]
     hooks.append(model.blocks[0].register_forward_pre_hook(enter))
     try:
         with _squares_into({}, {}, model):
-            _run(model, calibration, report)
+            _run(model, context.calibration, context.report)
     finally:
         for hook in hooks:
             hook.remove()
-    return {name: torch.cat(probed) for name, probed in found.items()}
+    return len(context.calibration)
+
+
+def _checked(gradients: Tensor, name: str) -> Tensor:
+    if not bool(torch.isfinite(gradients).all()):
+        raise ValueError(f"{name} has NaN or infinite gradients on the calibration text")
+    return gradients
 
 
 def _fisher(model: Model, context: Context) -> dict[str, Tensor]:
