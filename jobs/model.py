@@ -73,7 +73,7 @@ class Model:
 
     def answer(self, rows: Int[Tensor, "batch tokens"]) -> Float[Tensor, "batch ..."]:
         """The logits, of every next token or of the classes; the last hidden states for an embedding."""
-        said = self.module(rows)
+        said = self.module(rows, **({} if self.family.encoder else {"use_cache": False}))
         return cast(Tensor, said.last_hidden_state if self.task == "embedding" else said.logits)
 
     def linears(self) -> dict[str, nn.Module]:

@@ -22,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from jobs.families import Task, family, names
 from jobs.layers import PackedEmbedding, linear_of
+from jobs.layout import FILE as LAYOUT
 from jobs.layout import Layout, TensorSpec
 from jobs.model import (
     DTYPE,
@@ -35,7 +36,6 @@ from jobs.model import (
 )
 
 WEIGHTS = "model.safetensors"
-LAYOUT = "slimfront.json"
 
 _PICKLED = (".bin", ".pt", ".pth", ".pt2", ".pkl", ".ckpt")
 _TOKENIZER_FILES = (
@@ -112,7 +112,7 @@ def load(folder: Path, device: str = "cpu") -> Model:
     config = transformers.AutoConfig.from_pretrained(folder)
     kind = family(config.model_type)
     if (folder / LAYOUT).is_file():
-        layout = Layout.from_dict(json.loads((folder / LAYOUT).read_text())["layout"])
+        layout = Layout.read(folder)
         module = _empty_module(config, "cpu")
         model = Model(module, kind, folder)
         reshape(model, layout)
@@ -172,6 +172,11 @@ def tokenizer(folder: Path) -> Tokenizer:
     """The tokenizer of a model folder; it never runs code from the folder."""
     found = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     return cast(Tokenizer, found)
+
+
+def config(folder: Path) -> Any:
+    """The config of a model folder; it never runs code from the folder."""
+    return transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
 
 
 def vocabulary(folder: Path) -> int:

@@ -86,7 +86,9 @@ def _attempt(
     seconds = time.perf_counter() - started
     report(1.0, "measuring")
     original = models.locate(materials.model)
-    subject = Subject(built or places.folder, original, materials, job.fidelity)
+    subject = Subject(
+        built or places.folder, original, materials, job.fidelity, places.folder.parent, places.cache
+    )
     return Made(measure(job.meters, subject), seconds, built is None)
 
 

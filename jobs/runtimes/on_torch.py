@@ -32,8 +32,16 @@ def load(folder: Path, device: str = "cpu") -> Model:
     return model
 
 
-def start(folder: Path) -> TorchRunner:
-    """Load the artifact of this folder to run it."""
+FORMAT = "slimfront"
+
+
+def missing() -> str | None:
+    return None
+
+
+def start(folder: Path, threads: int) -> TorchRunner:
+    """Load the artifact of this folder to run it. Threads are the whole process's."""
+    torch.set_num_threads(threads)
     return TorchRunner(load(folder))
 
 
@@ -45,6 +53,10 @@ class TorchRunner:
         self._module = cast(Any, model.module)
         self._decodes = model.task == "causal-lm"
         self._cache: Any = None
+
+    @torch.inference_mode()
+    def answer(self, rows: Int[Tensor, "batch tokens"]) -> Float[Tensor, "batch ..."]:
+        return self._model.answer(rows)
 
     @torch.inference_mode()
     def prefill(self, tokens: Int[Tensor, "1 tokens"]) -> Float[Tensor, "1 outputs width"]:
