@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,6 +17,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers.cache_utils import DynamicLayer
 from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
@@ -36,6 +37,7 @@ from jobs.model import (
 )
 
 WEIGHTS = "model.safetensors"
+VERSIONS = (torch.__version__, transformers.__version__)
 
 _PICKLED = (".bin", ".pt", ".pth", ".pt2", ".pkl", ".ckpt")
 _TOKENIZER_FILES = (
@@ -130,6 +132,50 @@ def load(folder: Path, device: str = "cpu") -> Model:
     return Model(module.eval(), kind, folder)
 
 
+def empty(folder: Path, layout: Layout) -> Model:
+    """The model of an artifact's folder as `layout`, a variant of its own, with tensors whose values mean nothing."""
+    config = transformers.AutoConfig.from_pretrained(folder)
+    module = _empty_module(config, "cpu")
+    model = Model(module, family(config.model_type), folder)
+    reshape(model, layout)
+    for name, tensor in layout.tensors().items():
+        part, _, child = name.rpartition(".")
+        held = getattr(module.get_submodule(part), child)
+        if held.device.type == "meta":
+            values = nn.Parameter(torch.empty(tensor.shape, dtype=held.dtype), requires_grad=False)
+            setattr(module.get_submodule(part), child, values)
+    _tie(module)
+    fit_heads(model)
+    module.requires_grad_(False)
+    return Model(module.eval(), model.family, folder)
+
+
+def computed_bytes(folder: Path) -> list[int]:
+    """The bytes of each distinct tensor that the model computes for itself and no file holds: masks, sines."""
+    module = _empty_module(transformers.AutoConfig.from_pretrained(folder), "cpu")
+    held = module.state_dict().keys()
+    found = {tensor.numpy().tobytes() for name, tensor in module.named_buffers() if name not in held}
+    return sorted(len(values) for values in found)
+
+
+def cache_of(blocks: Sequence[tuple[Tensor, Tensor]]) -> transformers.Cache:
+    """A KV cache that holds these keys and values, one pair per block."""
+    cache = transformers.DynamicCache()
+    for keys, values in blocks:
+        # Not by `update`: a new layer joins what it is given to a tensor of no dimensions, which graphs cannot hold.
+        layer = DynamicLayer()  # type: ignore[no-untyped-call]
+        layer.dtype, layer.device = keys.dtype, keys.device
+        layer.keys, layer.values, layer.is_initialized = keys, values, True
+        cache.layers.append(layer)
+    return cache
+
+
+def cached(cache: transformers.Cache) -> list[Tensor]:
+    """The keys and values of each block in turn."""
+    layers = cast(list[Any], cache.layers)
+    return [tensor for layer in layers for tensor in (layer.keys, layer.values)]
+
+
 def original_layout(folder: Path) -> Layout:
     """The layout of an original, from its config alone: no weights are read."""
     config = transformers.AutoConfig.from_pretrained(folder)
@@ -150,15 +196,20 @@ def save(model: Model, folder: Path, about: Mapping[str, Any]) -> None:
         setattr(config, model.family.ffn_key, widths.pop())
     config.dtype = DTYPE
     config.save_pretrained(folder)
-    for name in _TOKENIZER_FILES:
-        if (model.folder / name).is_file():
-            shutil.copyfile(model.folder / name, folder / name)
+    copy_words(model.folder, folder)
     tensors = {
         name: tensor.detach().to("cpu", written_dtype(tensor)).contiguous()
         for name, tensor in distinct_tensors(model.module).items()
     }
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     (folder / LAYOUT).write_text(json.dumps({**about, "layout": model.layout().to_dict()}, indent=1))
+
+
+def copy_words(source: Path, folder: Path) -> None:
+    """Copy a model folder's tokenizer into another."""
+    for name in _TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
 
 
 def about(folder: Path) -> dict[str, Any]:
