@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import importlib.metadata
 import importlib.util
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -245,6 +247,19 @@ def check_vocabulary(folder: Path) -> None:
             f"the tokenizer in {folder} makes ids up to {max(ids)}, and the embedding has {rows} rows: "
             f"they belong to different models"
         )
+
+
+def licence(source: str) -> str | None:
+    """The licence that a model states: its card's, or that of the Python package it comes in; None if none."""
+    card = locate(source) / "README.md"
+    if card.is_file():
+        stated = re.search(r"^license:\s*(\S+)", card.read_text(), re.MULTILINE)
+        if stated is not None:
+            return stated.group(1)
+    if source.startswith("package:"):
+        about = importlib.metadata.metadata(source.removeprefix("package:"))
+        return about.get("License-Expression") or about.get("License")
+    return None
 
 
 def family_of(folder: Path) -> str:

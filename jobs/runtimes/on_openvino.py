@@ -13,6 +13,7 @@ from torch import Tensor
 from jobs.formats import to_openvino
 
 FORMAT = "openvino"
+READS = ("openvino",)
 
 
 def missing() -> str | None:

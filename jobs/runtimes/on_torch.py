@@ -33,6 +33,7 @@ def load(folder: Path, device: str = "cpu") -> Model:
 
 
 FORMAT = "slimfront"
+READS = ("slimfront", "safetensors")
 
 
 def missing() -> str | None:
