@@ -18,12 +18,12 @@ from jobs.layers import PackedEmbedding, PackedLinear, SparseLinear
 from jobs.model import DTYPE, Model
 
 
-def load(folder: Path, device: str = "cpu") -> Model:
+def load(folder: Path) -> Model:
     """The model of a folder with every packed or sparse linear unpacked to a dense bf16 one.
 
     A linear that rounds its activations still does.
     """
-    model = models.load(folder, device)
+    model = models.load(folder)
     for name, layer in (*model.linears().items(), *model.tables().items()):
         if isinstance(layer, (PackedLinear, SparseLinear)):
             model.replace(name, layer.dense(DTYPE))
