@@ -16,17 +16,19 @@ from jobs.model import Model
 def resident(model: Model, *names: str) -> Iterator[None]:
     """Let the parts of these full names lie on the model's device until the end of the block; "" is the whole.
 
-    What stands in their places by then, changed or replaced, rests on the CPU again. A part that lies on the
-    device already stays there, so that who needs one linear need not know who holds its block.
+    What stands in their places by then, changed or replaced, rests on the CPU again, and so does what was
+    replaced: who still holds it would hold the device's memory. A part that lies on the device already stays
+    there, so that who needs one linear need not know who holds its block.
     """
     moved = [name for name in names if not _lies_on(model.module.get_submodule(name), model.device)]
     for name in moved:
-        model.module.get_submodule(name).to(model.device)
+        _move(model.module.get_submodule(name), model.device)
+    before = [part for name in moved for part in model.module.get_submodule(name).modules()]
     try:
         yield
     finally:
-        for name in moved:
-            model.module.get_submodule(name).to("cpu")
+        for part in (*before, *(model.module.get_submodule(name) for name in moved)):
+            _move(part, "cpu")
 
 
 @contextmanager
@@ -63,12 +65,15 @@ def passing(model: Model) -> Iterator[None]:
 
 def whole(model: Model) -> Model:
     """The model, all of it on its device from now on: one that only ever runs whole, as a teacher does."""
-    model.module.to(model.device)
+    _move(model.module, model.device)
     return model
 
 
+def _move(part: nn.Module, device: str) -> None:
+    part.to(device)
+
+
 def _lies_on(part: nn.Module, device: str) -> bool:
-    """Whether all tensors of a part do: one whose tied weight alone was taken there does not."""
     kind = torch.device(device).type
     tensors = (*part.parameters(), *part.buffers())
     return all(tensor.device.type == kind for tensor in tensors)

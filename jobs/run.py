@@ -105,8 +105,9 @@ def _kind(error: BaseException) -> FailureKind:
 
 
 def _allocation_failed(error: BaseException) -> bool:
-    # On the CPU torch reports it as a RuntimeError of this text.
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    # So the CPU's allocator and CUDA's libraries report it, as a RuntimeError.
+    told = ("can't allocate memory", "_STATUS_ALLOC_FAILED")
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in told)
 
 
 def _make(job: Job, materials: Materials, parent: Path | None, places: _Places, report: Report) -> None:
