@@ -1,4 +1,4 @@
-"""The runtime `torch`: eager PyTorch in bf16.
+"""The runtime `torch`: eager PyTorch in bf16, on the CPU.
 
 Packed and sparse linears are unpacked once, when the model is loaded: the file is small, but speed and memory here
 are those of a bf16 model of the same shape. Only fewer and smaller matrices make this runtime faster.
