@@ -110,7 +110,10 @@ def tokenizer_digest(folder: Path) -> str:
 
 
 def load(folder: Path, device: str = "cpu") -> Model:
-    """The model of a folder, an original's or one that `save` wrote, in bf16, in eval mode, without gradients."""
+    """The model of a folder, an original's or one that `save` wrote, in bf16, in eval mode, without gradients.
+
+    It lies on the CPU, whatever the device that it is to compute on (see `jobs.residency`).
+    """
     # Workers load a model for every job.
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     config = transformers.AutoConfig.from_pretrained(folder)
@@ -129,9 +132,8 @@ def load(folder: Path, device: str = "cpu") -> Model:
     else:
         module = _auto_class(config).from_pretrained(folder, dtype=DTYPE, use_safetensors=True)
         _unite(module)
-    module.to(device)
     module.requires_grad_(False)
-    return Model(module.eval(), kind, folder)
+    return Model(module.eval(), kind, folder, device)
 
 
 def empty(folder: Path, layout: Layout) -> Model:

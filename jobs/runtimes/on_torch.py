@@ -1,4 +1,4 @@
-"""The runtime `torch`: eager PyTorch in bf16.
+"""The runtime `torch`: eager PyTorch in bf16, on the CPU.
 
 Packed and sparse linears are unpacked once, when the model is loaded: the file is small, but speed and memory here
 are those of a bf16 model of the same shape. Only fewer and smaller matrices make this runtime faster.
@@ -18,12 +18,12 @@ from jobs.layers import PackedEmbedding, PackedLinear, SparseLinear
 from jobs.model import DTYPE, Model
 
 
-def load(folder: Path, device: str = "cpu") -> Model:
+def load(folder: Path) -> Model:
     """The model of a folder with every packed or sparse linear unpacked to a dense bf16 one.
 
     A linear that rounds its activations still does.
     """
-    model = models.load(folder, device)
+    model = models.load(folder)
     for name, layer in (*model.linears().items(), *model.tables().items()):
         if isinstance(layer, (PackedLinear, SparseLinear)):
             model.replace(name, layer.dense(DTYPE))
