@@ -260,7 +260,7 @@ def licence(source: str) -> str | None:
             return stated.group(1)
     if source.startswith("package:"):
         about = importlib.metadata.metadata(source.removeprefix("package:"))
-        return about.get("License-Expression") or about.get("License")
+        return next((about[key] for key in ("License-Expression", "License") if key in about), None)
     return None
 
 
