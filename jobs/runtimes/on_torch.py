@@ -17,7 +17,6 @@ from jobs import models
 from jobs.layers import PackedEmbedding, PackedLinear, SparseLinear
 from jobs.model import DTYPE, Model
 
-
 FORMAT = "slimfront"
 READS = ("slimfront", "safetensors")
 
