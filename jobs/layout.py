@@ -7,13 +7,16 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from jobs.families import Family, FeedForward, Task, family
 from jobs.technique import Form
 
+FILE = "slimfront.json"
+"""Where an artifact's layout stands, beside how it came to be."""
 _FORMAT = 3
-"""Of slimfront.json; files of another are refused."""
+"""Of that file; files of another are refused."""
 # In the order in which safetensors lays them out.
 _ITEM_BYTES = {"I64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2, "U8": 1}
 
@@ -226,6 +229,11 @@ class Layout:
             "others": {name: dataclasses.asdict(spec) for name, spec in self.others.items()},
             "tables": {name: dataclasses.asdict(spec) for name, spec in self.tables.items()},
         }
+
+    @staticmethod
+    def read(artifact: Path) -> Layout:
+        """The layout of an artifact's folder."""
+        return Layout.from_dict(json.loads((artifact / FILE).read_text())["layout"])
 
     @staticmethod
     def from_dict(record: Mapping[str, Any]) -> Layout:

@@ -16,30 +16,56 @@ from jobs.families import Task
 from jobs.job import Materials, Measurement
 
 if TYPE_CHECKING:
-    from jobs.model import Model
     from jobs.models import Tokenizer
+    from jobs.runtimes import Runner
 
 Reads = Literal["evaluation", "choices", "labelled"]
 
 
 @dataclass(frozen=True)
 class Subject:
-    """What is measured: the artifact's folder as it would be shipped, beside the original it came from.
+    """What is measured: an artifact as it is shipped to the target, beside the original it came from.
 
     fidelity: the share of the evaluation data to read, 1.0 for all.
+    workdir: where the artifact is written in the form that the target's runtime reads, if that is not its own.
+    cache: where what exports share is kept.
     """
 
     folder: Path
     original: Path
     materials: Materials
     fidelity: float = 1.0
+    workdir: Path | None = None
+    cache: Path | None = None
+
+    @property
+    def format(self) -> str:
+        """The form that the target's runtime reads."""
+        from jobs import runtimes
+
+        return runtimes.load(self.materials.target.runtime).FORMAT
 
     @cached_property
-    def model(self) -> Model:
-        """The artifact, loaded from its files the way the torch runtime runs it."""
-        from jobs.runtimes import on_torch
+    def shipped(self) -> Path:
+        """The folder that is shipped; written when first asked for."""
+        from jobs import formats
 
-        return on_torch.load(self.folder)
+        if self.format == formats.OWN or (self.folder / formats.MARK).is_file():
+            return self.folder  # an artifact that runs as it is, or what has been shipped already
+        if self.workdir is None:
+            raise ValueError(f"to be measured as {self.format}, an artifact needs a workdir to be written to")
+        folder = self.workdir / f"shipped-{self.format}"
+        formats.write(self.format, self.folder, folder, self.cache)
+        return folder
+
+    @cached_property
+    def runner(self) -> Runner:
+        """What is shipped, loaded by the target's runtime, on this process's threads."""
+        import torch
+
+        from jobs import runtimes
+
+        return runtimes.load(self.materials.target.runtime).start(self.shipped, torch.get_num_threads())
 
     @cached_property
     def tokenizer(self) -> Tokenizer:

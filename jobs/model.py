@@ -33,11 +33,15 @@ DTYPE_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16
 
 @dataclass(frozen=True)
 class Model:
-    """A model in memory. `folder` is where its tokenizer and config came from."""
+    """A model in memory. `folder` is where its tokenizer and config came from.
+
+    device: where it computes. It rests on the CPU; `jobs.residency` takes parts of it there and back.
+    """
 
     module: nn.Module
     family: Family
     folder: Path
+    device: str = "cpu"
 
     @property
     def task(self) -> Task:
@@ -73,7 +77,7 @@ class Model:
 
     def answer(self, rows: Int[Tensor, "batch tokens"]) -> Float[Tensor, "batch ..."]:
         """The logits, of every next token or of the classes; the last hidden states for an embedding."""
-        said = self.module(rows)
+        said = self.module(rows, **({} if self.family.encoder else {"use_cache": False}))
         return cast(Tensor, said.last_hidden_state if self.task == "embedding" else said.logits)
 
     def linears(self) -> dict[str, nn.Module]:

@@ -84,7 +84,7 @@ def main(request: Request) -> Timings:
     from jobs import runtimes
 
     torch.set_num_threads(request.threads)
-    runner = runtimes.load(request.runtime).start(Path(request.folder))
+    runner = runtimes.load(request.runtime).start(Path(request.folder), request.threads)
     generator = torch.Generator().manual_seed(0)
     prompt = torch.randint(request.vocabulary, (1, request.prompt_tokens), generator=generator)
     tokens = torch.randint(request.vocabulary, (request.new_tokens, 1, 1), generator=generator)

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from jobs import data
 from jobs.data import Question
 from jobs.job import Measurement
 from jobs.meter import Meter, Subject, mean_and_error
 from jobs.models import Tokenizer
+from jobs.runtimes import Runner
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ def measure(subject: Subject) -> Measurement:
     questions = questions[: max(1, math.ceil(subject.fidelity * len(questions)))]
     plain, normalised = [], []
     for question in questions:
-        scores = likelihoods(subject.model.module, subject.tokenizer, question)
+        scores = likelihoods(subject.runner, subject.tokenizer, question)
         lengths = torch.tensor([len(choice.encode()) for choice in question.choices])
         plain.append(scores.argmax().item() == question.answer)
         normalised.append((scores / lengths).argmax().item() == question.answer)
@@ -47,7 +48,7 @@ def measure(subject: Subject) -> Measurement:
 
 
 @torch.inference_mode()
-def likelihoods(module: nn.Module, tokenizer: Tokenizer, question: Question) -> Float[Tensor, " choices"]:
+def likelihoods(runner: Runner, tokenizer: Tokenizer, question: Question) -> Float[Tensor, " choices"]:
     """The log-likelihood (nats) of each choice as the continuation of the context.
 
     Raises FloatingPointError where the model gives no finite ones.
@@ -58,7 +59,7 @@ def likelihoods(module: nn.Module, tokenizer: Tokenizer, question: Question) -> 
     rows = torch.tensor(
         [encoded.context + ending + [0] * (longest - len(ending)) for ending in encoded.endings]
     )
-    logits = module(rows, use_cache=False, logits_to_keep=longest + 1).logits
+    logits = runner.answer(rows)[:, -longest - 1 :]
     found = []
     for row, ending in zip(logits, encoded.endings, strict=True):
         said = torch.log_softmax(row[: len(ending)].float(), dim=-1)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from jobs import data
+from jobs import data, models
 from jobs.data import Labelled
 from jobs.job import Measurement
 from jobs.meter import Meter, Subject, mean_and_error
@@ -21,12 +21,12 @@ def measure(subject: Subject) -> Measurement:
         raise ValueError("accuracy needs texts with labels; give the study data.labelled")
     texts = data.labelled(subject.materials.labelled)
     texts = texts[: max(1, math.ceil(subject.fidelity * len(texts)))]
-    config: Any = subject.model.config
+    config: Any = models.config(subject.original)
     longest = int(getattr(config, "max_position_embeddings", 512)) - 2  # RoBERTa keeps two places for itself
     hits = []
     for one in texts:
         tokens = subject.tokenizer(one.text, truncation=True, max_length=longest, return_tensors="pt")
-        logits = subject.model.module(tokens.input_ids).logits[0]
+        logits = subject.runner.answer(tokens.input_ids)[0]
         if not bool(torch.isfinite(logits).all()):
             raise FloatingPointError(f"the logits of {one.text[:40]!r} came out as {logits.tolist()}")
         hits.append(logits.argmax().item() == class_of(one, config))

@@ -37,7 +37,7 @@ def time_quietly(subject: Subject, new_tokens: int) -> Measurement:
     target = subject.materials.target
     vocabulary = models.vocabulary(subject.original)
     request = Request(
-        str(subject.folder), target.runtime, target.threads, target.prompt_tokens, new_tokens, vocabulary
+        str(subject.shipped), target.runtime, target.threads, target.prompt_tokens, new_tokens, vocabulary
     )
     started = time.monotonic()
     tries = [summary(time_artifact(request))]

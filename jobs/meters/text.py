@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from jobs.job import Measurement
 from jobs.meter import Meter, Subject, mean_and_error
+from jobs.runtimes import Runner
 
 _TOKENS_AT_ONCE = 512
 """Of one forward pass: more would not be faster, and logits of a whole vocabulary fill memory."""
@@ -20,7 +21,7 @@ def measure(subject: Subject) -> Measurement:
     its window. Standard errors are clustered by window: tokens of one text are not independent."""
     rows = subject.evaluation()
     batches = torch.split(rows, max(1, _TOKENS_AT_ONCE // rows.shape[1]))
-    losses, hits = zip(*(score(subject.model.module, batch) for batch in batches), strict=True)
+    losses, hits = zip(*(score(subject.runner, batch) for batch in batches), strict=True)
     loss, loss_error = mean_and_error(torch.cat(losses))
     accuracy, accuracy_error = mean_and_error(torch.cat(hits))
     # math.exp would raise its own OverflowError; a perplexity of infinity is refused as such.
@@ -34,11 +35,11 @@ def measure(subject: Subject) -> Measurement:
 
 @torch.inference_mode()
 def score(
-    module: nn.Module, rows: Int[Tensor, "batch tokens"]
+    runner: Runner, rows: Int[Tensor, "batch tokens"]
 ) -> tuple[Float[Tensor, " batch"], Float[Tensor, " batch"]]:
     """Per window: the mean negative log-likelihood (nats) of its tokens but the first, and the share of
     them that the model ranks first."""
-    logits = module(rows, use_cache=False).logits[:, :-1]
+    logits = runner.answer(rows)[:, :-1]
     targets = rows[:, 1:]
     losses = torch.stack(
         [

@@ -15,8 +15,12 @@ _PREFIX = "on_"
 
 
 class Runner(Protocol):
-    """An artifact, ready to run one sequence at a time. An encoder's outputs are its last hidden states, a
-    classifier's its classes' logits."""
+    """A shipped model, ready to run. An encoder's outputs are its last hidden states, a classifier's its
+    classes' logits."""
+
+    def answer(self, rows: Int[Tensor, "batch tokens"]) -> Float[Tensor, "batch ..."]:
+        """All outputs for these texts, on the CPU: the logits of every next token, [batch, tokens, vocabulary],
+        those of the classes, [batch, classes], or all states, [batch, tokens, width]."""
 
     def prefill(self, tokens: Int[Tensor, "1 tokens"]) -> Float[Tensor, "1 outputs width"]:
         """Start anew with these tokens; returns the logits of the next token (an encoder: all states)."""
@@ -27,10 +31,17 @@ class Runner(Protocol):
 
 
 class Runtime(Protocol):
-    """What a module `on_NAME.py` offers."""
+    """What a module `on_NAME.py` offers. FORMAT: the one that candidates are written in for it, a name of
+    `jobs.formats`; READS: all that it can run."""
 
-    def start(self, folder: Path) -> Runner:
-        """Load the artifact of this folder to run it."""
+    FORMAT: str
+    READS: tuple[str, ...]
+
+    def missing(self) -> str | None:
+        """What must be installed before this can run, with the command; None if nothing."""
+
+    def start(self, folder: Path, threads: int) -> Runner:
+        """Load the model of this folder, which is in FORMAT, to run it on so many threads."""
 
 
 def names() -> list[str]:
@@ -46,3 +57,15 @@ def load(name: str) -> Runtime:
         hint = f"; did you mean {near[0]}?" if near else ""
         raise LookupError(f"no runtime is called {name!r}{hint} (there are: {', '.join(names())})")
     return cast(Runtime, importlib.import_module(f"{__name__}.{_PREFIX}{name}"))
+
+
+def reading(format: str) -> str:
+    """The first installed runtime that runs a format; LookupError with what to install, or that there is none."""
+    able = [name for name in names() if format in load(name).READS]
+    lacking = [reason for name in able if (reason := load(name).missing()) is not None]
+    for name in able:
+        if load(name).missing() is None:
+            return name
+    raise LookupError(
+        f"nothing here runs {format}: {'; '.join(lacking) or 'slimfront has no runtime for it'}"
+    )

@@ -5,7 +5,6 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -35,13 +34,11 @@ def questions(subject: Subject, file: Path, *items: dict[str, object]) -> Subjec
     return dataclasses.replace(subject, materials=dataclasses.replace(subject.materials, choices=str(file)))
 
 
-class Certain(nn.Module):
+class Certain:
     """Says with near certainty that the next token is this one plus 1; ten outcomes."""
 
-    def forward(self, rows: Tensor, use_cache: bool, logits_to_keep: int = 0) -> SimpleNamespace:
-        del use_cache
-        logits = 50.0 * nn.functional.one_hot((rows + 1) % 10, 10).float()
-        return SimpleNamespace(logits=logits[:, -logits_to_keep:])
+    def answer(self, rows: Tensor) -> Tensor:
+        return 50.0 * nn.functional.one_hot((rows + 1) % 10, 10).float()
 
 
 def test_perplexity_and_accuracy_are_those_of_the_obvious_loop(subject: Subject) -> None:
@@ -49,7 +46,7 @@ def test_perplexity_and_accuracy_are_those_of_the_obvious_loop(subject: Subject)
     losses, hits = [], []
     with torch.no_grad():
         for row in rows:
-            said = subject.model.module(row[None]).logits[0].float().log_softmax(-1)
+            said = subject.runner.answer(row[None])[0].float().log_softmax(-1)
             for at in range(len(row) - 1):
                 losses.append(-said[at, row[at + 1]].item())
                 hits.append(said[at].argmax().item() == row[at + 1].item())
@@ -65,7 +62,7 @@ def test_a_model_that_is_sure_and_right_has_perplexity_1() -> None:
 
 
 def test_errors_of_text_are_clustered_by_window(subject: Subject) -> None:
-    losses, hits = text.score(subject.model.module, subject.evaluation())
+    losses, hits = text.score(subject.runner, subject.evaluation())
     found = text.measure(subject)
     assert found.errors["accuracy"] == pytest.approx(hits.std().item() / math.sqrt(6), rel=1e-3)
     clustered = losses.mean().exp().item() * losses.std().item() / math.sqrt(6)
@@ -78,10 +75,12 @@ def test_fidelity_reads_the_first_windows(subject: Subject) -> None:
     assert len(dataclasses.replace(subject, fidelity=0.01).evaluation()) == 1
 
 
-def test_a_model_of_nan_is_no_measurement(subject: Subject) -> None:
-    next(subject.model.blocks.parameters()).fill_(math.nan)
+def test_a_model_of_nan_is_no_measurement(subject: Subject, tmp_path: Path) -> None:
+    model = models.load(subject.original)
+    next(model.blocks.parameters()).fill_(math.nan)
+    models.save(model, tmp_path / "broken", {})
     with pytest.raises(FloatingPointError, match="perplexity"):
-        text.measure(subject)
+        text.measure(dataclasses.replace(subject, folder=tmp_path / "broken"))
 
 
 def test_the_error_of_a_mean_is_the_deviation_over_the_root_of_the_number() -> None:
@@ -91,20 +90,20 @@ def test_the_error_of_a_mean_is_the_deviation_over_the_root_of_the_number() -> N
 
 def test_the_likelihood_of_a_choice_is_that_of_its_tokens_after_the_context(subject: Subject) -> None:
     question = Question("The operator", (" is", " was defined elsewhere"), 0)
-    found = choices.likelihoods(subject.model.module, subject.tokenizer, question)
+    found = choices.likelihoods(subject.runner, subject.tokenizer, question)
     context = subject.tokenizer("The operator").input_ids
     for choice, score in zip(question.choices, found, strict=True):
         whole = subject.tokenizer("The operator" + choice).input_ids
         with torch.no_grad():
-            said = subject.model.module(torch.tensor([whole])).logits[0].float().log_softmax(-1)
+            said = subject.runner.answer(torch.tensor([whole]))[0].float().log_softmax(-1)
         expected = sum(said[at - 1, whole[at]].item() for at in range(len(context), len(whole)))
         assert score.item() == pytest.approx(expected, abs=0.05)
 
 
 def test_a_choice_without_context_is_predicted_from_the_first_token(subject: Subject) -> None:
-    found = choices.likelihoods(subject.model.module, subject.tokenizer, Question("", ("a", "b"), 0))
+    found = choices.likelihoods(subject.runner, subject.tokenizer, Question("", ("a", "b"), 0))
     with torch.no_grad():
-        said = subject.model.module(torch.tensor([[1]])).logits[0, -1].float().log_softmax(-1)
+        said = subject.runner.answer(torch.tensor([[1]]))[0, -1].float().log_softmax(-1)
     ids = [subject.tokenizer(letter).input_ids[0] for letter in "ab"]
     torch.testing.assert_close(found, said[ids], rtol=0.02, atol=0.02)
 
@@ -113,7 +112,7 @@ def test_choice_accuracy_counts_right_answers(subject: Subject, tmp_path: Path) 
     options = [" name", " statement list", " of"]
     item = {"context": "An expression", "choices": options, "answer": 0}
     scores = choices.likelihoods(
-        subject.model.module, subject.tokenizer, Question("An expression", tuple(options), 0)
+        subject.runner, subject.tokenizer, Question("An expression", tuple(options), 0)
     )
     best = int(scores.argmax())
     right, wrong = {**item, "answer": best}, {**item, "answer": (best + 1) % 3}

@@ -36,7 +36,7 @@ def test_the_torch_runtime_unpacks_once_what_the_file_holds(tiny_llama: Path, tm
 
 def test_decoding_token_by_token_says_what_the_whole_text_says(tiny_llama: Path) -> None:
     tokens = torch.randint(512, (1, 12), generator=torch.Generator().manual_seed(0))
-    runner = runtimes.load("torch").start(tiny_llama)
+    runner = runtimes.load("torch").start(tiny_llama, 1)
     found = [runner.prefill(tokens[:, :8])]
     found += [runner.decode(tokens[:, at : at + 1]) for at in range(8, 12)]
     expected = models.load(tiny_llama).module(tokens).logits[:, 7:]
@@ -45,14 +45,14 @@ def test_decoding_token_by_token_says_what_the_whole_text_says(tiny_llama: Path)
 
 def test_a_prefill_forgets_what_came_before(tiny_llama: Path) -> None:
     tokens = torch.arange(8).view(1, 8)
-    runner = runtimes.load("torch").start(tiny_llama)
+    runner = runtimes.load("torch").start(tiny_llama, 1)
     fresh = runner.prefill(tokens)
     runner.decode(tokens[:, :1])
     assert torch.equal(runner.prefill(tokens), fresh)
 
 
 def test_an_encoder_runs_whole_texts_only(tiny_bert: Path) -> None:
-    runner = runtimes.load("torch").start(tiny_bert)
+    runner = runtimes.load("torch").start(tiny_bert, 1)
     assert runner.prefill(torch.arange(8).view(1, 8)).shape == (1, 8, 64)
     with pytest.raises(ValueError, match="prefill"):
         runner.decode(torch.zeros(1, 1, dtype=torch.int64))
