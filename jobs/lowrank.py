@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from jobs.cache import Part
 from jobs.context import Context
+from jobs.hessian import cholesky
 from jobs.knobs import Choice, Range
 from jobs.layers import LowRankLinear, check_finite, linear_of
 from jobs.layout import Layout, LinearSpec
@@ -165,11 +166,11 @@ def root_of(gram: Float[Tensor, "in in"]) -> Float[Tensor, "in in"]:
     Any such S gives the same factors: the Cholesky factor, or where the Gram matrix is singular its square root.
     """
     wide = gram.double()
-    root, failed = torch.linalg.cholesky_ex(wide)
-    if failed.item():
+    root = cholesky(wide)
+    if root is None:
         values, vectors = torch.linalg.eigh(wide)
         root = vectors * values.clamp(min=0).sqrt()
-    return cast(Tensor, root)
+    return root
 
 
 def best_factors(

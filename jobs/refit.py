@@ -6,6 +6,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from jobs.hessian import cholesky
+
 
 def refit(
     weight: Float[Tensor, "out in"], gram: Float[Tensor, "in in"], kept: Int[Tensor, " kept"]
@@ -19,8 +21,8 @@ def refit(
     inner = wide[kept][:, kept]
     inner.diagonal().add_(1e-4 * inner.diagonal().mean().clamp(min=1e-30))
     target = wide[kept] @ weight.double().T
-    factor, failed = torch.linalg.cholesky_ex(inner)
+    factor = cholesky(inner)
     solved = (
-        torch.linalg.lstsq(inner, target).solution if failed.item() else torch.cholesky_solve(target, factor)
+        torch.linalg.lstsq(inner, target).solution if factor is None else torch.cholesky_solve(target, factor)
     )
     return solved.T.float()

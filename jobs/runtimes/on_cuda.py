@@ -22,4 +22,6 @@ def missing() -> str | None:
 def start(folder: Path, threads: int) -> TorchRunner:
     """Load the artifact of this folder onto the GPU. Threads are the whole process's."""
     torch.set_num_threads(threads)
+    # cuDNN's attention makes a plan for each new length, and decoding has a new one at every token.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     return TorchRunner(on_torch.load(folder), "cuda")

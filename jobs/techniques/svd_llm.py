@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from jobs import gradients, lowrank
 from jobs.context import Context
+from jobs.hessian import cholesky
 from jobs.knobs import Choice, knob
 from jobs.layers import LowRankLinear
 from jobs.layout import Layout
@@ -95,8 +96,8 @@ def updated(
     inner = wide_v @ half
     inner.diagonal().add_(1e-4 * inner.diagonal().mean().clamp(min=1e-30))
     missing = (weight.double() - wide_u @ wide_v) @ half
-    factor, failed = torch.linalg.cholesky_ex(inner)
-    if failed.item():
+    factor = cholesky(inner)
+    if factor is None:
         raise ValueError(
             "svd_llm: the Gram matrix of a compressed layer's inputs holds NaN or is not positive"
         )
