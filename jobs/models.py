@@ -150,15 +150,20 @@ def save(model: Model, folder: Path, about: Mapping[str, Any]) -> None:
         setattr(config, model.family.ffn_key, widths.pop())
     config.dtype = DTYPE
     config.save_pretrained(folder)
-    for name in _TOKENIZER_FILES:
-        if (model.folder / name).is_file():
-            shutil.copyfile(model.folder / name, folder / name)
+    copy_tokenizer(model.folder, folder)
     tensors = {
         name: tensor.detach().to("cpu", written_dtype(tensor)).contiguous()
         for name, tensor in distinct_tensors(model.module).items()
     }
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     (folder / LAYOUT).write_text(json.dumps({**about, "layout": model.layout().to_dict()}, indent=1))
+
+
+def copy_tokenizer(source: Path, folder: Path) -> None:
+    """Copy the files that make a model folder's tokenizer, and what it says of generation."""
+    for name in _TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
 
 
 def about(folder: Path) -> dict[str, Any]:
