@@ -104,9 +104,7 @@ def written(name: str, family: str, recipe: str, artifact: Path, original: Path)
     seconds = time.perf_counter() - started
     with tempfile.TemporaryDirectory() as scratch:
         formats.write(name, artifact, Path(scratch) / "out")
-        return Written(
-            family, recipe, name, foretold, formats.size_of(Path(scratch) / "out", name), seconds
-        )
+        return Written(family, recipe, name, foretold, formats.size_of(Path(scratch) / "out", name), seconds)
 
 
 def main() -> None:
@@ -123,9 +121,7 @@ def main() -> None:
         }
         rows = [
             written(name, family, recipe, artifact, originals[family])
-            for family, recipe, artifact in artifacts(
-                originals, options.recipes, options.seed, Path(scratch)
-            )
+            for family, recipe, artifact in artifacts(originals, options.recipes, options.seed, Path(scratch))
             for name in formats.names()
             if formats.load(name).missing() is None
         ]

@@ -153,7 +153,9 @@ def _factored(layout: Layout) -> str | None:
     for name in layout.linears:
         if name.endswith((".u", ".v")):
             whole, _, _ = name.rpartition(".")
-            return f"factorizing left {whole} as thin linears, which no config of a {layout.family.name} knows"
+            return (
+                f"factorizing left {whole} as thin linears, which no config of a {layout.family.name} knows"
+            )
     return None
 
 

@@ -24,7 +24,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -106,7 +106,7 @@ def refusal(layout: Layout) -> str | None:
                 return f"quantizing left {name} {reason}"
         if spec.bias and family == "qwen3":
             return f"{name} has a bias, and a qwen3 of llama.cpp has none"
-    return stock.refusal(layout)
+    return stock.refusal(layout) or _heads(layout)
 
 
 def size_bytes(layout: Layout, original: Path) -> int:
@@ -152,6 +152,19 @@ def _cannot(spec: LinearSpec, packing: Packing) -> str | None:
     return None
 
 
+def _heads(layout: Layout) -> str | None:
+    if layout.family.name != "qwen2":
+        return None
+    out = layout.name(0, layout.family.attention.out)
+    spec = layout.linears[out]
+    if spec.in_features == spec.out_features:
+        return None
+    return (
+        f"llama.cpp takes the heads of a qwen2 to be as wide together as the model, and {out} reads "
+        f"{spec.in_features} and writes {spec.out_features}"
+    )
+
+
 def _kind(spec: LinearSpec) -> Kind:
     packing = spec.packing
     if packing is None or _cannot(spec, packing) is not None:
@@ -195,12 +208,12 @@ def _bytes_of(planned: Planned, layout: Layout, stored: Any) -> Tensor:
     linears = {**layout.linears, **layout.tables}
     order = _order(layout, planned)
     if planned.source not in linears:
-        return stored.get_tensor(planned.source).float()[order]
+        return cast(Tensor, stored.get_tensor(planned.source)).float()[order]
     spec = linears[planned.source]
     held = {part: stored.get_tensor(f"{planned.source}.{part}") for part in spec.tensors() if part != "bias"}
     if planned.kind == BF16:
         return stock.dense_weight(spec, held)[order].contiguous().view(torch.uint8)
-    rows = torch.arange(spec.out_features)[order].split(_ROWS)
+    rows = torch.split(torch.arange(spec.out_features)[order], _ROWS)
     return torch.cat([_blocks(planned.kind, spec, held, some) for some in rows])
 
 
@@ -208,7 +221,9 @@ def _order(layout: Layout, planned: Planned) -> slice | Int[Tensor, " rows"]:
     """Where llama.cpp's rows stand among ours: it rotates neighbours, transformers the halves of a head."""
     attention = layout.family.attention
     turned = (f".{attention.query}", f".{attention.key}")
-    if _ARCHITECTURES[layout.family.name] != "llama" or not planned.source.removesuffix(".bias").endswith(turned):
+    if _ARCHITECTURES[layout.family.name] != "llama" or not planned.source.removesuffix(".bias").endswith(
+        turned
+    ):
         return slice(None)
     rows = torch.arange(planned.shape[0])
     return rows.view(-1, 2, layout.head_width // 2).transpose(1, 2).flatten()
@@ -296,7 +311,9 @@ def _describe_positions(writer: Any, rope: Mapping[str, Any]) -> None:
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(rope["factor"])
     elif kind != "default":
-        raise ValueError(f"GGUF files are written of models with positions of rope_type default or linear, not {kind}")
+        raise ValueError(
+            f"GGUF files are written of models with positions of rope_type default or linear, not {kind}"
+        )
 
 
 def _add_words(writer: Any, folder: Path, rows: int) -> None:

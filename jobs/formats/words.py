@@ -45,7 +45,9 @@ def read(folder: Path, rows: int) -> Words:
     found: dict[str, Any] = json.loads(file.read_text())
     model = found["model"]
     if model["type"] != "BPE":
-        raise ValueError(f"{file}: a tokenizer of type {model['type']} has no place in a GGUF file of a decoder")
+        raise ValueError(
+            f"{file}: a tokenizer of type {model['type']} has no place in a GGUF file of a decoder"
+        )
     added = {token["id"]: token for token in found["added_tokens"]}
     text = {place: token for token, place in model["vocab"].items()}
     text |= {place: token["content"] for place, token in added.items()}

@@ -96,7 +96,9 @@ def test_it_writes_what_it_foretells_or_says_why_not(
     layout, out = Layout.read(artifact), tmp_path / "out"
     reason = formats.load(name).refusal(layout)
     if reason is not None:
-        with pytest.raises(ValueError, match=re.escape(f"{name} cannot hold this model: {reason}")) as refused:
+        with pytest.raises(
+            ValueError, match=re.escape(f"{name} cannot hold this model: {reason}")
+        ) as refused:
             formats.write(name, artifact, out)
         assert formats.OWN in str(refused.value)  # a format that can
         assert not out.exists()

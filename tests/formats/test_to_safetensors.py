@@ -76,9 +76,7 @@ def everything(artifact, expected, asked_of_stock, tmp_path_factory: pytest.Temp
         folders[name] = tmp_path_factory.mktemp("written") / "out"
         formats.write("safetensors", made, folders[name])
         said[name] = expected(made)
-    asked = {
-        name: {"folder": folders[name], "class": CLASSES[case.task]} for name, case in CASES.items()
-    }
+    asked = {name: {"folder": folders[name], "class": CLASSES[case.task]} for name, case in CASES.items()}
     return Heard(folders, said, asked_of_stock(asked))
 
 
