@@ -108,5 +108,5 @@ def learn(model: Model, step: TrainsAware, context: Context, after_step: AfterSt
     aim = Aim("forward", step.temperature, step.hard_weight)
     recovery.require_gradients(model)
     plan = Plan(step.learning_rate, step.steps, step.batch, step.zero_stage)
-    loss_of = matching(teacher, rows, aim, context.device)
+    loss_of = matching(teacher, rows, aim)
     recovery.train(model, rows, loss_of, plan, context, after_step)

@@ -97,7 +97,7 @@ class _Files:
 
 
 def _held(tensors: dict[str, Tensor], about: dict[str, str]) -> Stored:
-    return Stored(tuple(tensors), tensors.__getitem__, about)
+    return Stored(tuple(tensors), {name: tensor.cpu() for name, tensor in tensors.items()}.__getitem__, about)
 
 
 def _joined(parts: Sequence[Stored]) -> Stored:

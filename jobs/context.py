@@ -23,7 +23,7 @@ class Context:
     """Everything a technique may read. What its `needs` do not name may be missing.
 
     calibration, training: token ids, one sequence of equal length per row.
-    teacher: loads the original model anew at each call; the caller owns it.
+    teacher: loads the original model anew at each call, whole on its device; the caller owns it.
     teacher_statistics: what depends on the original and the training text alone, shared by all students.
     checkpoints: a folder for a training's checkpoints that outlives the attempt, and is this recipe's own.
     notes: what the technique wants told beside the model of how it was made; plain JSON, written by it.
@@ -32,7 +32,6 @@ class Context:
     statistics: Statistics
     workdir: Path
     seed: int
-    device: str = "cpu"
     calibration: Int[Tensor, "samples tokens"] | None = None
     training: Int[Tensor, "samples tokens"] | None = None
     teacher: Callable[[], Model] | None = None

@@ -287,9 +287,16 @@ def _start(module: nn.Module, training: Training) -> Any:
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     if not distributed.is_initialized():
         # Kept for as long as the process lives, since DeepSpeed keeps references to its groups.
-        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        gpu = torch.cuda.is_available()
         store = distributed.HashStore()  # type: ignore[attr-defined]  # exported, but not to mypy
-        distributed.init_process_group(backend, store=store, rank=0, world_size=1)
+        distributed.init_process_group(
+            "nccl" if gpu else "gloo",
+            store=store,
+            rank=0,
+            world_size=1,
+            # Not told, NCCL warns at each barrier that it guesses.
+            device_id=torch.device("cuda", torch.cuda.current_device()) if gpu else None,
+        )
         # The shared-memory op serves ranks that talk to each other; one rank need not compile it.
         deepspeed.ops.__compatible_ops__ = {}
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)

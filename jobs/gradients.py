@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from jobs.context import Context, Report
 from jobs.model import Model
+from jobs.residency import resident
 
 _ROWS = 128
 """Positions whose probabilities are held in fp32 at once: a vocabulary wide, they would fill memory."""
@@ -36,8 +37,9 @@ def fisher(model: Model, context: Context) -> Mapping[str, Tensor]:
         (Hutchinson). One r a sequence: an estimate, whose noise falls as sequences are added.
 
     Computed once for each parent and text, and then read one tensor at a time. While it is computed, the
-    squares of all block linears are held in fp32, twice the bytes of their bf16 weights, and the gradient
-    of one weight at a time. Raises ValueError for linears that are packed or sparse, and for NaN.
+    whole model lies on its device, with the squares of all block linears in fp32, twice the bytes of their
+    bf16 weights, and the gradient of one weight at a time. Raises ValueError for linears that are packed or
+    sparse, and for NaN.
     """
     return context.statistics.stored("fisher", lambda: (_fisher(model, context), {}))
 
@@ -76,7 +78,7 @@ def _sensitivities(model: Model, context: Context) -> dict[str, Tensor]:
     hooks = [layer.register_forward_hook(reads(sums[name])) for name, layer in model.linears().items()]
     hooks.append(model.blocks[0].register_forward_pre_hook(enter))
     try:
-        with _squares_into({}, {}, model):
+        with resident(model, ""), _squares_into({}, {}, model):
             _run(model, context.calibration, context.report)
     finally:
         for hook in hooks:
@@ -91,8 +93,11 @@ def _fisher(model: Model, context: Context) -> dict[str, Tensor]:
     if context.calibration is None:
         raise ValueError("gradients need a text to be taken on; give the study data.calibration")
     weights = _weights(model)
-    sums = {name: torch.zeros_like(weight, dtype=torch.float32) for name, weight in weights.items()}
-    with _squares_into(weights, sums, model):
+    sums = {
+        name: torch.zeros_like(weight, dtype=torch.float32, device=model.device)
+        for name, weight in weights.items()
+    }
+    with resident(model, ""), _squares_into(weights, sums, model):
         _run(model, context.calibration, context.report)
     for name, total in sums.items():
         if not bool(torch.isfinite(total.div_(len(context.calibration))).all()):
@@ -140,11 +145,10 @@ def _squares_into(weights: Mapping[str, Tensor], sums: Mapping[str, Tensor], mod
 
 
 def _run(model: Model, calibration: Int[Tensor, "samples tokens"], report: Report) -> None:
-    device = next(model.module.parameters()).device
     generator = torch.Generator().manual_seed(_SEED)
     slope_of = _slopes(model, generator)
     options = {} if model.family.encoder else {"use_cache": False}
-    for done, row in enumerate(calibration.to(device)):
+    for done, row in enumerate(calibration.to(model.device)):
         report(done / len(calibration), "squared gradients")
         with torch.enable_grad():
             output, slope = slope_of(model.module(row.unsqueeze(0), **options), row)

@@ -131,6 +131,15 @@ class Failure:
 Outcome = Success | Failure
 
 
+def materials_from_dict(record: Mapping[str, Any]) -> Materials:
+    """The materials that `dataclasses.asdict` made plain."""
+    texts = {}
+    for name in ("evaluation", "calibration", "training"):
+        text = record[name]
+        texts[name] = None if text is None else TextSource(**{**text, "part": tuple(text["part"])})
+    return Materials(**{**record, **texts, "target": Target(**record["target"])})
+
+
 def outcome_to_dict(outcome: Outcome) -> dict[str, Any]:
     return {"outcome": type(outcome).__name__.lower(), **dataclasses.asdict(outcome)}
 

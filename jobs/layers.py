@@ -157,7 +157,7 @@ class RoundingLinear(nn.Module):
 
     def __init__(self, packed: PackedLinear, dtype: torch.dtype) -> None:
         super().__init__()
-        self.top = 2 ** (packed.packing.activation_bits - 1) - 1
+        self.bits = packed.packing.activation_bits
         self.register_buffer("integers", _centred(packed, slice(None)).to(dtype))
         self.register_buffer("scales", packed.scales.float().squeeze(1))
         scaled = packed.packing.input_scales
@@ -166,10 +166,19 @@ class RoundingLinear(nn.Module):
 
     def forward(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
         read = x.float() if self.input_scales is None else x.float() * self.input_scales
-        steps = read.abs().amax(dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny) / self.top
-        whole = (read / steps).round_().to(self.integers.dtype)
-        product: Tensor = nn.functional.linear(whole, self.integers).float() * steps * self.scales
+        whole, steps = round_activations(read, self.bits)
+        product: Tensor = nn.functional.linear(whole.to(self.integers.dtype), self.integers).float()
+        product = product * steps * self.scales
         return (product if self.bias is None else product + self.bias).to(x.dtype)
+
+
+def round_activations(
+    x: Float[Tensor, "... in"], bits: int
+) -> tuple[Float[Tensor, "... in"], Float[Tensor, "... 1"]]:
+    """The whole numbers nearest to x / s, and s, of which each token has one: its largest |x| / (2**(bits-1) − 1)."""
+    largest = x.abs().amax(dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+    steps = largest / (2 ** (bits - 1) - 1)
+    return (x / steps).round(), steps
 
 
 class PackedEmbedding(nn.Module):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from jobs.layers import linear_of
 from jobs.model import Model
+from jobs.residency import resident
 
 
 class LoraLinear(nn.Linear):
@@ -49,4 +50,5 @@ def merge(model: Model) -> None:
     """Add every correction to its weight, in place: the model has its former layout again."""
     for name, layer in model.linears().items():
         if isinstance(layer, LoraLinear):
-            model.replace(name, layer.merged())
+            with resident(model, name):
+                model.replace(name, layer.merged())

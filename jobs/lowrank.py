@@ -20,6 +20,7 @@ from jobs.knobs import Choice, Range
 from jobs.layers import LowRankLinear, check_finite, linear_of
 from jobs.layout import Layout, LinearSpec
 from jobs.model import DTYPE, Model
+from jobs.residency import resident
 
 KEEP = Range(0.05, 1.0)
 KEEP_HELP = "share of the weights to keep; 1 leaves the linears as they are"
@@ -125,8 +126,9 @@ def decomposed(
         for done, (name, layer) in enumerate(linears.items()):
             context.report(done / len(linears), f"decomposing {name}")
             dense = cast(nn.Linear, layer)
-            weight = check_finite(dense.weight.detach(), technique, name).float()
-            u, v, values = terms_of(weight, rooted(name, weight))
+            with resident(model, name):
+                weight = check_finite(dense.weight.detach(), technique, name).float()
+                u, v, values = terms_of(weight, rooted(name, weight))
             most = rank_of(1.0, dense.out_features, dense.in_features)
             yield (
                 {

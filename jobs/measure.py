@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
+import torch
+
 from jobs import meters
 from jobs.job import Measurement, Target
 from jobs.meter import Subject
@@ -31,7 +33,9 @@ def measure(names: Sequence[str], subject: Subject) -> Measurement:
 
 def environment(target: Target) -> Mapping[str, str]:
     """What decides a number besides the artifact: the machine and the libraries."""
+    gpu = {"gpu": torch.cuda.get_device_name()} if target.runtime == "cuda" else {}
     return {
+        **gpu,
         "cpu": _cpu_name(),
         "cpus": str(os.cpu_count()),
         "machine": platform.machine(),

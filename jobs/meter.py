@@ -50,8 +50,8 @@ class Subject:
         """The folder that is shipped; written when first asked for."""
         from jobs import formats
 
-        if self.format == formats.OWN:
-            return self.folder
+        if self.format == formats.OWN or (self.folder / formats.MARK).is_file():
+            return self.folder  # an artifact that runs as it is, or what has been shipped already
         if self.workdir is None:
             raise ValueError(f"to be measured as {self.format}, an artifact needs a workdir to be written to")
         folder = self.workdir / f"shipped-{self.format}"

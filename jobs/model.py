@@ -33,11 +33,15 @@ DTYPE_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16
 
 @dataclass(frozen=True)
 class Model:
-    """A model in memory. `folder` is where its tokenizer and config came from."""
+    """A model in memory. `folder` is where its tokenizer and config came from.
+
+    device: where it computes. It rests on the CPU; `jobs.residency` takes parts of it there and back.
+    """
 
     module: nn.Module
     family: Family
     folder: Path
+    device: str = "cpu"
 
     @property
     def task(self) -> Task:

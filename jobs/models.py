@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import importlib.metadata
 import importlib.util
 import json
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,6 +19,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers.cache_utils import DynamicLayer
 from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
@@ -36,6 +39,7 @@ from jobs.model import (
 )
 
 WEIGHTS = "model.safetensors"
+VERSIONS = (torch.__version__, transformers.__version__)
 
 _PICKLED = (".bin", ".pt", ".pth", ".pt2", ".pkl", ".ckpt")
 _TOKENIZER_FILES = (
@@ -106,7 +110,10 @@ def tokenizer_digest(folder: Path) -> str:
 
 
 def load(folder: Path, device: str = "cpu") -> Model:
-    """The model of a folder, an original's or one that `save` wrote, in bf16, in eval mode, without gradients."""
+    """The model of a folder, an original's or one that `save` wrote, in bf16, in eval mode, without gradients.
+
+    It lies on the CPU, whatever the device that it is to compute on (see `jobs.residency`).
+    """
     # Workers load a model for every job.
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     config = transformers.AutoConfig.from_pretrained(folder)
@@ -125,9 +132,52 @@ def load(folder: Path, device: str = "cpu") -> Model:
     else:
         module = _auto_class(config).from_pretrained(folder, dtype=DTYPE, use_safetensors=True)
         _unite(module)
-    module.to(device)
     module.requires_grad_(False)
-    return Model(module.eval(), kind, folder)
+    return Model(module.eval(), kind, folder, device)
+
+
+def empty(folder: Path, layout: Layout) -> Model:
+    """The model of an artifact's folder as `layout`, a variant of its own, with tensors whose values mean nothing."""
+    config = transformers.AutoConfig.from_pretrained(folder)
+    module = _empty_module(config, "cpu")
+    model = Model(module, family(config.model_type), folder)
+    reshape(model, layout)
+    for name, tensor in layout.tensors().items():
+        part, _, child = name.rpartition(".")
+        held = getattr(module.get_submodule(part), child)
+        if held.device.type == "meta":
+            values = nn.Parameter(torch.empty(tensor.shape, dtype=held.dtype), requires_grad=False)
+            setattr(module.get_submodule(part), child, values)
+    _tie(module)
+    fit_heads(model)
+    module.requires_grad_(False)
+    return Model(module.eval(), model.family, folder)
+
+
+def computed_bytes(folder: Path) -> list[int]:
+    """The bytes of each distinct tensor that the model computes for itself and no file holds: masks, sines."""
+    module = _empty_module(transformers.AutoConfig.from_pretrained(folder), "cpu")
+    held = module.state_dict().keys()
+    found = {tensor.numpy().tobytes() for name, tensor in module.named_buffers() if name not in held}
+    return sorted(len(values) for values in found)
+
+
+def cache_of(blocks: Sequence[tuple[Tensor, Tensor]]) -> transformers.Cache:
+    """A KV cache that holds these keys and values, one pair per block."""
+    cache = transformers.DynamicCache()
+    for keys, values in blocks:
+        # Not by `update`: a new layer joins what it is given to a tensor of no dimensions, which graphs cannot hold.
+        layer = DynamicLayer()  # type: ignore[no-untyped-call]
+        layer.dtype, layer.device = keys.dtype, keys.device
+        layer.keys, layer.values, layer.is_initialized = keys, values, True
+        cache.layers.append(layer)
+    return cache
+
+
+def cached(cache: transformers.Cache) -> list[Tensor]:
+    """The keys and values of each block in turn."""
+    layers = cast(list[Any], cache.layers)
+    return [tensor for layer in layers for tensor in (layer.keys, layer.values)]
 
 
 def original_layout(folder: Path) -> Layout:
@@ -150,7 +200,7 @@ def save(model: Model, folder: Path, about: Mapping[str, Any]) -> None:
         setattr(config, model.family.ffn_key, widths.pop())
     config.dtype = DTYPE
     config.save_pretrained(folder)
-    copy_tokenizer(model.folder, folder)
+    copy_words(model.folder, folder)
     tensors = {
         name: tensor.detach().to("cpu", written_dtype(tensor)).contiguous()
         for name, tensor in distinct_tensors(model.module).items()
@@ -159,8 +209,8 @@ def save(model: Model, folder: Path, about: Mapping[str, Any]) -> None:
     (folder / LAYOUT).write_text(json.dumps({**about, "layout": model.layout().to_dict()}, indent=1))
 
 
-def copy_tokenizer(source: Path, folder: Path) -> None:
-    """Copy the files that make a model folder's tokenizer, and what it says of generation."""
+def copy_words(source: Path, folder: Path) -> None:
+    """Copy a model folder's tokenizer into another."""
     for name in _TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
@@ -199,6 +249,19 @@ def check_vocabulary(folder: Path) -> None:
             f"the tokenizer in {folder} makes ids up to {max(ids)}, and the embedding has {rows} rows: "
             f"they belong to different models"
         )
+
+
+def licence(source: str) -> str | None:
+    """The licence that a model states: its card's, or that of the Python package it comes in; None if none."""
+    card = locate(source) / "README.md"
+    if card.is_file():
+        stated = re.search(r"^license:\s*(\S+)", card.read_text(), re.MULTILINE)
+        if stated is not None:
+            return stated.group(1)
+    if source.startswith("package:"):
+        about = importlib.metadata.metadata(source.removeprefix("package:"))
+        return next((about[key] for key in ("License-Expression", "License") if key in about), None)
+    return None
 
 
 def family_of(folder: Path) -> str:

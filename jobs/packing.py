@@ -15,6 +15,7 @@ from jobs.layers import CorrectedLinear, PackedEmbedding, PackedLinear, check_fi
 from jobs.layout import Layout, LinearSpec, Packing
 from jobs.lowrank import best_factors
 from jobs.model import DTYPE, Model
+from jobs.residency import resident
 
 _ROWS = 4096
 """Rows of an embedding that are rounded at once: in fp32, a vocabulary of them would fill memory."""
@@ -125,17 +126,18 @@ def pack_tables(model: Model, step: Packs) -> None:
         return
     packing = _table_packing(step)
     for name, table in model.tables().items():
-        weight = cast(Tensor, table.weight).detach()
         spec = dataclasses.replace(cast(LinearSpec, spec_of(table)), packing=packing)
-        if isinstance(table, nn.Embedding):
-            embedding = PackedEmbedding(spec, table, weight.device)
-            _fill(embedding, check_finite(weight, step.name(), name))
-            model.replace_embedding(embedding)
-        else:
-            head = PackedLinear(spec, weight.device)
-            _fill(head, check_finite(weight, step.name(), name))
-            head.bias = cast(nn.Linear, table).bias
-            model.replace(name, head)
+        with resident(model, name):
+            weight = check_finite(cast(Tensor, table.weight).detach(), step.name(), name)
+            if isinstance(table, nn.Embedding):
+                embedding = PackedEmbedding(spec, table, weight.device)
+                _fill(embedding, weight)
+                model.replace_embedding(embedding)
+            else:
+                head = PackedLinear(spec, weight.device)
+                _fill(head, weight)
+                head.bias = cast(nn.Linear, table).bias
+                model.replace(name, head)
 
 
 def round_to_nearest(

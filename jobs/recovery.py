@@ -14,6 +14,7 @@ from jobs import engine
 from jobs.context import Context
 from jobs.engine import AfterStep
 from jobs.model import Model
+from jobs.residency import resident
 
 _TOKENS_AT_ONCE = 512
 """Tokens of one forward pass; a larger batch is gathered over several, which costs no memory."""
@@ -62,7 +63,8 @@ def train(
     context: Context,
     after_step: AfterStep = engine.nothing,
 ) -> None:
-    """Train, in place, those parameters of a model that require gradients, on rows of equal length.
+    """Train, in place, those parameters of a model that require gradients, on rows of equal length. The whole
+    model lies on its device meanwhile.
 
     after_step: see `jobs.engine.train`.
 
@@ -75,16 +77,17 @@ def train(
     )
     watched = engine.HeldOut(torch.split(held, at_once), max(1, plan.steps // 20), plan.patience)
     places = context.checkpoints
-    log = engine.train(
-        model.module,
-        _rounds(order, at_once, context.seed),
-        loss_of,
-        training,
-        context.report,
-        after_step=after_step,
-        held_out=watched if plan.patience else None,
-        checkpoints=None if places is None else engine.Checkpoints(places, _CHECKPOINT_STEPS),
-    )
+    with resident(model, ""):
+        log = engine.train(
+            model.module,
+            _rounds(order, at_once, context.seed),
+            loss_of,
+            training,
+            context.report,
+            after_step=after_step,
+            held_out=watched if plan.patience else None,
+            checkpoints=None if places is None else engine.Checkpoints(places, _CHECKPOINT_STEPS),
+        )
     if plan.patience:
         context.notes["steps_taken"] = len(log.losses)
         context.notes["held_out_losses"] = list(log.held_out)

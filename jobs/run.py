@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jobs import data, memory, models
+from jobs import data, memory, models, residency
 from jobs.context import Context, Report
 from jobs.job import Failure, FailureKind, Job, Materials, Measurement, TextSource
 from jobs.measure import measure
@@ -107,8 +107,9 @@ def _kind(error: BaseException) -> FailureKind:
 
 
 def _allocation_failed(error: BaseException) -> bool:
-    # On the CPU torch reports it as a RuntimeError of this text.
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    # So the CPU's allocator and CUDA's libraries report it, as a RuntimeError.
+    told = ("can't allocate memory", "_STATUS_ALLOC_FAILED")
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in told)
 
 
 def _make(job: Job, materials: Materials, parent: Path | None, places: _Places, report: Report) -> None:
@@ -161,10 +162,9 @@ def _context(recipe: Recipe, materials: Materials, places: _Places, report: Repo
         statistics=Statistics(places.cache, parent.id),
         workdir=places.folder.parent,
         seed=recipe.origin.seed,
-        device=_device(),
         calibration=rows(materials.calibration) if step.needs & {"calibration", "gradients"} else None,
         training=rows(materials.training) if "training" in step.needs else None,
-        teacher=lambda: models.load(original, _device()),
+        teacher=lambda: residency.whole(models.load(original, _device())),
         teacher_statistics=Statistics(places.cache, recipe.lineage()[0].id),
         checkpoints=places.checkpoints,
         report=report,

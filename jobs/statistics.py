@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from jobs.cache import Cache, Part, Stored
 from jobs.context import Report
 from jobs.model import Model
+from jobs.residency import passing, resident
 from jobs.streaming import stream
 
 Rows = Int[Tensor, "samples tokens"]
@@ -74,7 +75,7 @@ class Statistics:
         self, model: Model, calibration: Rows, report: Report, sequential: bool
     ) -> Iterator[tuple[tuple[str, ...], Float[Tensor, "in in"]]]:
         """Linears that read the same, with E[x xᵀ] of what they read, block by block, for who changes each before
-        asking for the next.
+        asking for the next. All of it lies on the model's device until then.
 
         sequential: x is what the blocks before, as they have become by then, give: two passes of the text for each
         candidate. Otherwise the Gram matrices are the parent's, kept for all.
@@ -85,7 +86,8 @@ class Statistics:
         grams = self.grams(model, calibration, report)
         for done, (owner, names) in enumerate(grams.sharing.items()):
             report(done / len(grams.sharing), owner)
-            yield tuple(names), grams.gram(owner)
+            with resident(model, *names):
+                yield tuple(names), grams.gram(owner).to(model.device)
 
     def block_influence(self, model: Model, calibration: Rows, report: Report) -> Float[Tensor, " blocks"]:
         """1 − the mean cosine between what enters a block and what leaves it (Men et al. 2024,
@@ -188,7 +190,8 @@ def _mirror(total: Float[Tensor, "in in"]) -> None:
 @contextmanager
 def _exact_for_bf16() -> Iterator[None]:
     """fp32 matrix products of values that are bf16 anyway: the product of two is exact in fp32, sums are
-    fp32, and the processor's bf16 units take half the time of its fp32 ones."""
+    fp32, and the processor's bf16 units take half the time of its fp32 ones. On a GPU it is the TF32 units,
+    which read 11 bits of each number, bf16's 8 among them."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")
     try:
@@ -231,20 +234,17 @@ def _gram_part(block: str, inputs: Inputs, tokens: int) -> Part:
 
 def _influence(model: Model, calibration: Rows, report: Report) -> tuple[dict[str, Tensor], dict[str, str]]:
     sums = torch.zeros(len(model.blocks), dtype=torch.float64)
+    for visit in stream(model, calibration, report, "block influence"):
 
-    def compare(index: int) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        def compare(module: nn.Module, args: tuple[Any, ...], output: Any, index: int = visit.index) -> None:
             left = output[0] if isinstance(output, tuple) else output
             cosines = nn.functional.cosine_similarity(args[0].float(), left.float(), dim=-1)
             sums[index] += cosines.double().sum().cpu()
 
-        return hook
-
-    hooks = [block.register_forward_hook(compare(index)) for index, block in enumerate(model.blocks)]
-    try:
-        _run(model, calibration, report, "block influence")
-    finally:
-        for hook in hooks:
+        hook = visit.block.register_forward_hook(compare)
+        try:
+            visit.leave()
+        finally:
             hook.remove()
     influence = 1 - sums / calibration.numel()
     for index, value in enumerate(influence):
@@ -281,12 +281,12 @@ def _residual_gram(
 @torch.no_grad()
 def _run(model: Model, calibration: Rows, report: Report, what: str) -> None:
     """All of calibration through the blocks, without the head, whose logits nobody reads here."""
-    device = next(model.module.parameters()).device
     rows = max(1, _TOKENS_AT_ONCE // calibration.shape[1])
     options = {"use_cache": False} if not model.family.encoder else {}
-    for start in range(0, len(calibration), rows):
-        report(start / len(calibration), what)
-        model.base(calibration[start : start + rows].to(device), **options)
+    with passing(model):
+        for start in range(0, len(calibration), rows):
+            report(start / len(calibration), what)
+            model.base(calibration[start : start + rows].to(model.device), **options)
 
 
 def _finite(tensor: Tensor, layer: str) -> Tensor:

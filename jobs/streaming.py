@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from jobs.context import Report
 from jobs.model import Model
+from jobs.residency import passing, resident
 
 TOKENS_AT_ONCE = 2048
 """Tokens of one forward pass."""
@@ -84,10 +85,10 @@ def stream(
     A visitor may hook the block's parts, replace them, and run the block as often as it likes: later
     blocks see what the changed ones give. Blocks must not be added or removed meanwhile. Held is one
     hidden state per token, on the CPU; the inputs of each block are, bit by bit, those of whole forward
-    passes of `TOKENS_AT_ONCE` tokens.
+    passes of `TOKENS_AT_ONCE` tokens. The block that is visited lies on the model's device.
     """
-    device = next(model.module.parameters()).device
-    batches = _entering(model, calibration, device)
+    with passing(model):
+        batches = _entering(model, calibration)
     blocks = list(model.blocks)
     for index in range(len(blocks)):
 
@@ -95,23 +96,25 @@ def stream(
             report(index / len(blocks), f"{what}, block {index}")
             args, kwargs = batch.given[index]
             with torch.no_grad():
-                output = model.blocks[index](batch.state.to(device), *args, **kwargs)
+                output = model.blocks[index](batch.state.to(model.device), *args, **kwargs)
             return cast(Tensor, output[0] if isinstance(output, tuple) else output)
 
-        visit = Visit(index, f"{model.blocks_name}.{index}", model.blocks[index], batches, forward)
-        yield visit
-        if not visit.left and index + 1 < len(blocks):
-            visit.leave()
+        name = f"{model.blocks_name}.{index}"
+        with resident(model, name):
+            visit = Visit(index, name, model.blocks[index], batches, forward)
+            yield visit
+            if not visit.left and index + 1 < len(blocks):
+                visit.leave()
 
 
-def _entering(model: Model, calibration: Int[Tensor, "samples tokens"], device: torch.device) -> list[_Batch]:
+def _entering(model: Model, calibration: Int[Tensor, "samples tokens"]) -> list[_Batch]:
     """What enters the first block. One whole pass is made per size of batch, to see what blocks are given:
     the last batch may be smaller than the others, and some models repeat positions for each row."""
     rows = max(1, TOKENS_AT_ONCE // calibration.shape[1])
     given: dict[int, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
     batches = []
     for start in range(0, len(calibration), rows):
-        batch = calibration[start : start + rows].to(device)
+        batch = calibration[start : start + rows].to(model.device)
         if len(batch) not in given:
             given[len(batch)] = _given(model, batch)
         batches.append(_Batch(_first_state(model, batch), given[len(batch)]))

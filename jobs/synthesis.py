@@ -61,7 +61,6 @@ def write(model: Model, sampling: Sampling, seed: int, report: Report) -> Writte
     at the start are left out: windows of text have none either.
     """
     generator = torch.Generator().manual_seed(seed)
-    device = next(model.module.parameters()).device
     words = models.tokenizer(model.folder)
     special = set(words.all_special_ids)
     usual = [token for token in sorted(words.get_vocab().values()) if token not in special]
@@ -72,7 +71,7 @@ def write(model: Model, sampling: Sampling, seed: int, report: Report) -> Writte
     rows, surprise = [], []
     for start in range(0, sampling.samples, _ROWS):
         report(start / sampling.samples, "the teacher writes")
-        row, surprising = _continue(model, first[start : start + _ROWS], sampling, generator, device)
+        row, surprising = _continue(model, first[start : start + _ROWS], sampling, generator)
         rows.append(row)
         surprise.append(surprising)
     return Written(torch.cat(rows), torch.cat(surprise))
@@ -83,14 +82,13 @@ def _continue(
     first: Int[Tensor, " rows"],
     sampling: Sampling,
     generator: torch.Generator,
-    device: torch.device,
 ) -> tuple[Int[Tensor, "rows tokens"], Float[Tensor, " rows"]]:
     module = cast(Any, model.module)
     written = [first.unsqueeze(1)]
     surprise = torch.zeros(len(first))
     cache: Any = None
     for _ in range(sampling.tokens - 1):
-        said = module(written[-1].to(device), past_key_values=cache, use_cache=True)
+        said = module(written[-1].to(model.device), past_key_values=cache, use_cache=True)
         cache = said.past_key_values
         logits = said.logits[:, -1].float().cpu()
         if not bool(torch.isfinite(logits).all()):

@@ -39,20 +39,19 @@ class CachedTeacher:
             raise ValueError("a cached teacher needs training text")
         order = order_of(len(context.training), context.seed)
         self._places = torch.argsort(order)
-        self._device = context.device
         self._files = _files(context, k, temperature, order, self._places[met])
 
     @property
     def vocabulary(self) -> int:
         return int(next(iter(self._files.values())).about["vocabulary"])
 
-    def top(self, ids: Ids) -> Top:
+    def top(self, ids: Ids, device: str) -> Top:
         """What the original predicts in the rows of these numbers, one row's positions after the other's."""
         parts: dict[str, list[Tensor]] = {"log_shares": [], "indices": [], "log_rest": []}
         for place in self._places[ids].tolist():
             for name, found in parts.items():
                 found.append(self._files[_file(place).start][f"{place}.{name}"])
-        return Top(**{name: torch.cat(found).to(self._device) for name, found in parts.items()})
+        return Top(**{name: torch.cat(found).to(device) for name, found in parts.items()})
 
 
 def _file(place: int) -> range:
@@ -93,11 +92,10 @@ def _predict(
     teacher: Model, rows: Int[Tensor, "samples tokens"], ids: Ids, first: int, k: int, temperature: float
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The cut predictions in the rows of these numbers, under the names of their places from `first` on."""
-    device = next(teacher.module.parameters()).device
     tensors: dict[str, Tensor] = {}
     vocabulary = 0
     for place, row in enumerate(rows[ids], start=first):
-        said = predictions(teacher.module, row.unsqueeze(0).to(device))
+        said = predictions(teacher.module, row.unsqueeze(0).to(teacher.device))
         vocabulary = said.shape[1]
         if k > vocabulary:
             raise ValueError(f"top_k={k} is outside [0, {vocabulary}]: the teacher knows so many tokens")
@@ -109,12 +107,12 @@ def _predict(
     return tensors, {"vocabulary": str(vocabulary)}
 
 
-def matching(teacher: Model, rows: Rows, aim: Aim, device: str) -> LossOf:
+def matching(teacher: Model, rows: Rows, aim: Aim) -> LossOf:
     """The loss of a student on rows that the teacher reads beside it: by `aim` for next tokens; for the logits
     of classes too, without the text's own part; an encoder without a head matches last hidden states."""
 
     def loss_of(student: nn.Module, ids: Ids) -> Float[Tensor, ""]:
-        batch = rows[ids].to(device)
+        batch = rows[ids].to(teacher.device)
         with torch.no_grad():
             taught = _answer(teacher.module, batch, teacher.task)
         said = _answer(student, batch, teacher.task)

@@ -171,15 +171,81 @@ def export(
     pick: Annotated[
         str, typer.Option(help="knee, smallest, fastest, most-accurate, or the start of a member's id.")
     ] = "knee",
+    format: Annotated[
+        str | None, typer.Option(help="The form to write; without it, the one that the study's target runs.")
+    ] = None,
 ) -> None:
-    """Write a member of the front as a model folder, with its recipe and its measurement."""
+    """Write a member of the front to ship, with a model card, its recipe, its measurement and checksums."""
     from orchestrator.export import export_member
 
     try:
-        member = export_member(folder, pick, out)
-    except (LookupError, OSError, ValueError) as error:
-        _fail(str(error))
+        member = export_member(folder, pick, out, format)
+    except (ImportError, LookupError, OSError, ValueError) as error:
+        _fail(_said(error))
     _out().print(f"{member['id']} → {out}\n{member['recipe']}")
+
+
+Exported = Annotated[Path, typer.Argument(metavar="FOLDER", help="What `slimfront export` wrote.")]
+
+
+@app.command()
+def verify(folder: Exported, as_json: AsJson = False) -> None:
+    """Measure an export again, beside what was recorded; exit code 1 where they differ by more than the errors."""
+    from orchestrator.verify import verify as measured_again
+
+    try:
+        found = measured_again(folder)
+    except (ImportError, LookupError, OSError, ValueError) as error:
+        _fail(_said(error))
+    if as_json:
+        _print_json([{**dataclasses.asdict(one), "ok": one.ok} for one in found])
+    else:
+        table = Table(
+            "metric", "recorded", "measured", "may differ by", "", title=str(folder), title_justify="left"
+        )
+        for one in found:
+            allowed = "–" if one.allowed is None else f"{one.allowed:.3g}"
+            state = one.note or ("✓" if one.ok else "[red]✗ differs by more[/]")
+            table.add_row(one.metric, f"{one.recorded:.6g}", f"{one.measured:.6g}", allowed, state)
+        _out().print(table)
+    if not all(one.ok for one in found):
+        raise typer.Exit(1)
+
+
+@app.command()
+def chat(
+    folder: Exported,
+    prompt: Annotated[
+        str | None, typer.Option(help="Say this and end; without it, ask again and again.")
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="The most to write for one answer.")] = 128,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 always takes the likeliest token.")] = 0.7,
+    seed: Annotated[int, typer.Option(help="Of what is drawn.")] = 0,
+    threads: Annotated[int, typer.Option(min=1, help="To run on.")] = os.cpu_count() or 1,
+) -> None:
+    """Let an export write text, in its runtime."""
+    from orchestrator.chat import Chat
+
+    try:
+        talking = Chat(folder, threads)
+    except (ImportError, LookupError, OSError, ValueError) as error:
+        _fail(_said(error))
+    if prompt is None:
+        _err().print(f"{folder} in {talking.runtime}; an empty line ends it")
+    while True:
+        said = (
+            prompt
+            if prompt is not None
+            else typer.prompt(">", default="", show_default=False, prompt_suffix=" ")
+        )
+        if not said.strip():
+            return
+        for piece in talking.reply(said, tokens, temperature, seed):
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+        sys.stdout.write("\n")
+        if prompt is not None:
+            return
 
 
 @app.command()
@@ -317,6 +383,11 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 def _print_json(content: object) -> None:
     typer.echo(json.dumps(content, indent=1))
+
+
+def _said(error: BaseException) -> str:
+    # A LookupError of several kinds puts its message into quotes.
+    return str(error.args[0]) if isinstance(error, LookupError) and error.args else str(error)
 
 
 def _fail(message: str) -> NoReturn:

@@ -1,24 +1,32 @@
-"""Export: a member of the front as a folder to ship, complete or absent."""
+"""Export: a member of the front as a folder to ship, complete or absent, with all that is known of it."""
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from cluster.store import ArtifactRef, open_store
+from jobs import formats, models, runtimes
+from jobs.job import Materials, materials_from_dict
 from orchestrator.front import PICKS, Objective, ParetoFront
 
+MATERIALS = "materials.json"
+"""In a study's folder: what its jobs read, and the target."""
+RECIPE = "recipe.json"
+MEASUREMENT = "measurement.json"
 
-def export_member(study: Path, pick: str, out: Path) -> dict[str, Any]:
-    """Copy the model of the picked member, and beside it `recipe.json` and `measurement.json`; returns the member.
+
+def export_member(study: Path, pick: str, out: Path, format: str | None = None) -> dict[str, Any]:
+    """Write the model of the picked member, and beside it a model card, its recipe, its measurement and checksums;
+    returns the member.
 
     study: the study's folder, whose parent is the store. pick: a name such as knee, or the start of an id.
-    `jobs.models.load(out)` reads it back. Raises LookupError where nothing is picked, FileExistsError
-    where `out` holds something.
+    format: the form that the study's target runs, unless another is given. Raises LookupError where nothing is
+    picked, FileExistsError where `out` holds something, ValueError where the format cannot hold the model.
     """
     file = study / "front.json"
     if not file.is_file():
@@ -26,6 +34,9 @@ def export_member(study: Path, pick: str, out: Path) -> dict[str, Any]:
             f"{file} is not there: {study} holds no study, or nothing of it has ended yet"
         )
     found = json.loads(file.read_text())
+    materials = materials_from_dict(json.loads((study / MATERIALS).read_text()))
+    format = format or runtimes.load(materials.target.runtime).FORMAT
+    formats.load(format)  # refused before anything is fetched
     member = _picked(found, pick)
     if out.exists() and any(out.iterdir()):
         raise FileExistsError(f"{out} is not empty; give a new folder")
@@ -37,16 +48,66 @@ def export_member(study: Path, pick: str, out: Path) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(dir=out.parent) as scratch:
         held, made = Path(scratch) / "held", Path(scratch) / "made"
         store.fetch(ArtifactRef(**record), held)
-        # The store's files may be shared links: what leaves the store is a copy of its own.
-        shutil.copytree(held, made, copy_function=shutil.copyfile)
-        about = json.loads((made / "slimfront.json").read_text())
-        _write(made / "recipe.json", {"id": member["id"], "text": member["recipe"], **about["recipe"]})
-        measurement = {name: member[name] for name in ("metrics", "errors")}
-        _write(made / "measurement.json", {**measurement, "original": found["original"]})
+        formats.write(format, held, made, study.parent / "cache")
+        about = models.about(held)
+        _write(made / RECIPE, {"id": member["id"], "text": member["recipe"], **about["recipe"]})
+        measurement = {name: member[name] for name in ("metrics", "errors", "environment")}
+        known = {"original": found["original"], "materials": json.loads((study / MATERIALS).read_text())}
+        _write(made / MEASUREMENT, {**measurement, **known})
+        (made / "README.md").write_text(_card(format, member, found["original"], materials))
+        mark = json.loads((made / formats.MARK).read_text())
+        _write(made / formats.MARK, {**mark, "checksums": formats.checksums(made)})
         if out.exists():
             out.rmdir()
         os.replace(made, out)
     return member
+
+
+def _card(format: str, member: Mapping[str, Any], original: Mapping[str, Any], materials: Materials) -> str:
+    """The model card, with the head that model hubs read."""
+    licence = models.licence(materials.model)
+    head = [f"license: {licence}"] if licence else []
+    head += (
+        [f"base_model: {materials.model}"] if "/" in materials.model and ":" not in materials.model else []
+    )
+    rows = [
+        f"| {metric} | {_number(value, member['errors'].get(metric))} "
+        f"| {_number(original['metrics'].get(metric), original['errors'].get(metric))} |"
+        for metric, value in sorted(member["metrics"].items())
+    ]
+    target = materials.target
+    texts = {
+        "Evaluated": materials.evaluation, "Calibrated": materials.calibration, "Trained": materials.training,
+    }  # fmt: skip
+    data = [
+        f"- {use} on {source.path}, {source.samples} windows of {source.tokens} tokens"
+        for use, source in texts.items()
+        if source is not None
+    ]
+    licensed = licence or "not stated by the model's folder: ask its makers before you pass this on"
+    where = [f"- {name}: {value}" for name, value in sorted(member["environment"].items())]
+    lines = [
+        "---", *head, "tags: [slimfront]", "---",
+        f"# A smaller {materials.model}", "",
+        f"Made by slimfront from `{materials.model}` by `{member['recipe']}`; in the form `{format}`.",
+        f"Licence of the original: {licensed}.", "",
+        "## Measured", "",
+        f"In the runtime `{target.runtime}` on {target.threads} threads, with prompts of {target.prompt_tokens} tokens "
+        f"and {target.new_tokens} new ones. ± is the standard error, of times half the interquartile range.", "",
+        "| metric | this model | the original |", "|---|---|---|", *rows, "",
+        *data, "",
+        "## Where", "", *where, "",
+        "`recipe.json` says how it was made, `measurement.json` what was measured; `slimfront verify` measures again.",
+        "",
+    ]  # fmt: skip
+    return "\n".join(lines)
+
+
+def _number(value: float | None, error: float | None) -> str:
+    if value is None:
+        return "–"
+    shown = f"{value:,.0f}" if float(value).is_integer() and abs(value) >= 1000 else f"{value:.5g}"
+    return shown + (f" ± {error:.2g}" if error else "")
 
 
 def _picked(found: dict[str, Any], pick: str) -> dict[str, Any]:
@@ -65,5 +126,5 @@ def _picked(found: dict[str, Any], pick: str) -> dict[str, Any]:
     return dict(members[front.pick(pick)])
 
 
-def _write(file: Path, content: dict[str, Any]) -> None:
+def _write(file: Path, content: Mapping[str, Any]) -> None:
     file.write_text(json.dumps(content, indent=1, allow_nan=False))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import shutil
@@ -16,6 +17,7 @@ from cluster.executor import Executor
 from cluster.on_ray import RayExecutor
 from jobs.measure import environment
 from orchestrator import search
+from orchestrator.export import MATERIALS
 from orchestrator.ledger import Ledger
 from orchestrator.prepare import Prepared, slots_of
 from orchestrator.progress import Status, status_of, write_json, write_status, write_whole
@@ -119,6 +121,7 @@ def _claim(ledger: Ledger, prepared: Prepared, overrides: tuple[str, ...]) -> No
     ledger.note("digest", prepared.digest)
     ledger.note("overrides", json.dumps(overrides))
     write_whole(prepared.folder / "study.yaml", prepared.text)
+    write_json(prepared.folder / MATERIALS, dataclasses.asdict(prepared.materials))
 
 
 def _work(prepared: Prepared) -> Work:

@@ -114,13 +114,12 @@ def front_json(results: Results) -> dict[str, Any]:
     return {
         "study": results.study,
         "objectives": [asdict(objective) for objective in results.objectives],
-        "original": {"metrics": dict(metrics(results.original)), "errors": dict(errors(results.original))},
+        "original": _measured(results.original),
         "members": [
             {
                 "id": id,
                 "recipe": str(by_id[id].recipe),
-                "metrics": dict(metrics(by_id[id])),
-                "errors": dict(errors(by_id[id])),
+                **_measured(by_id[id]),
                 "artifact": by_id[id].artifact,
             }
             for id in results.members
@@ -129,6 +128,15 @@ def front_json(results: Results) -> dict[str, Any]:
         "reference": results.reference,
         "hypervolume": results.hypervolume,
         "candidates": dict(Counter(results.standings.values())),
+    }
+
+
+def _measured(candidate: Candidate) -> dict[str, Any]:
+    environment = candidate.measurement.environment if candidate.measurement else {}
+    return {
+        "metrics": dict(metrics(candidate)),
+        "errors": dict(errors(candidate)),
+        "environment": dict(environment),
     }
 
 

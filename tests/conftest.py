@@ -17,6 +17,15 @@ from jobs.families import Task
 
 VOCABULARY = 512
 
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=needs_cuda)])
+def device(request: pytest.FixtureRequest) -> str:
+    """Where models compute. `pytest -k cuda` runs what needs a GPU, on a machine that has one; the rest is for
+    machines without (`CUDA_VISIBLE_DEVICES=` hides it), since training takes a GPU wherever it is."""
+    return str(request.param)
+
 
 def prose() -> str:
     """English prose of some 100 kB."""

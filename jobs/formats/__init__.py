@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import importlib
 import json
 import os
@@ -87,6 +88,17 @@ def write(name: str, artifact: Path, out: Path, cache: Path | None = None) -> No
         kind.write(artifact, made, cache)
         (made / MARK).write_text(json.dumps({"format": name, "task": layout.task}))
         os.replace(made, out)
+
+
+def checksums(folder: Path) -> dict[str, str]:
+    """The SHA-256 of every file of an export but the mark itself."""
+    found = {}
+    for file in sorted(folder.rglob("*")):
+        if file.is_file() and file != folder / MARK:
+            with file.open("rb") as stream:
+                digest = hashlib.file_digest(stream, "sha256").hexdigest()
+            found[str(file.relative_to(folder))] = digest
+    return found
 
 
 def format_of(folder: Path) -> str:

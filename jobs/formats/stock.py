@@ -110,7 +110,7 @@ def write_folder(
     save_file(tensors, out / models.WEIGHTS, metadata={"format": "pt"})
     told = {**config(artifact, layout), **settings}
     (out / "config.json").write_text(json.dumps(told, indent=2, sort_keys=True) + "\n")
-    models.copy_tokenizer(artifact, out)
+    models.copy_words(artifact, out)
 
 
 def dense_weight(spec: LinearSpec, held: Mapping[str, Tensor]) -> Float[Tensor, "out in"]:

@@ -134,7 +134,7 @@ def write(artifact: Path, out: Path, cache: Path | None) -> None:
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
     writer.close()
-    models.copy_tokenizer(artifact, out)
+    models.copy_words(artifact, out)
 
 
 def _cannot(spec: LinearSpec, packing: Packing) -> str | None:

@@ -31,9 +31,11 @@ class Runner(Protocol):
 
 
 class Runtime(Protocol):
-    """What a module `on_NAME.py` offers. FORMAT: the one that it runs, a name of `jobs.formats`."""
+    """What a module `on_NAME.py` offers. FORMAT: the one that candidates are written in for it, a name of
+    `jobs.formats`; READS: all that it can run."""
 
     FORMAT: str
+    READS: tuple[str, ...]
 
     def missing(self) -> str | None:
         """What must be installed before this can run, with the command; None if nothing."""
@@ -55,3 +57,15 @@ def load(name: str) -> Runtime:
         hint = f"; did you mean {near[0]}?" if near else ""
         raise LookupError(f"no runtime is called {name!r}{hint} (there are: {', '.join(names())})")
     return cast(Runtime, importlib.import_module(f"{__name__}.{_PREFIX}{name}"))
+
+
+def reading(format: str) -> str:
+    """The first installed runtime that runs a format; LookupError with what to install, or that there is none."""
+    able = [name for name in names() if format in load(name).READS]
+    lacking = [reason for name in able if (reason := load(name).missing()) is not None]
+    for name in able:
+        if load(name).missing() is None:
+            return name
+    raise LookupError(
+        f"nothing here runs {format}: {'; '.join(lacking) or 'slimfront has no runtime for it'}"
+    )

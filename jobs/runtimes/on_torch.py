@@ -1,4 +1,4 @@
-"""The runtime `torch`: eager PyTorch in bf16.
+"""The runtime `torch`: eager PyTorch in bf16, on the CPU.
 
 Packed and sparse linears are unpacked once, when the model is loaded: the file is small, but speed and memory here
 are those of a bf16 model of the same shape. Only fewer and smaller matrices make this runtime faster.
@@ -17,26 +17,26 @@ from jobs import models
 from jobs.layers import PackedEmbedding, PackedLinear, SparseLinear
 from jobs.model import DTYPE, Model
 
+FORMAT = "slimfront"
+READS = ("slimfront", "safetensors")
 
-def load(folder: Path, device: str = "cpu") -> Model:
+
+def missing() -> str | None:
+    return None
+
+
+def load(folder: Path) -> Model:
     """The model of a folder with every packed or sparse linear unpacked to a dense bf16 one.
 
     A linear that rounds its activations still does.
     """
-    model = models.load(folder, device)
+    model = models.load(folder)
     for name, layer in (*model.linears().items(), *model.tables().items()):
         if isinstance(layer, (PackedLinear, SparseLinear)):
             model.replace(name, layer.dense(DTYPE))
         elif isinstance(layer, PackedEmbedding):
             model.replace_embedding(layer.dense(DTYPE))
     return model
-
-
-FORMAT = "slimfront"
-
-
-def missing() -> str | None:
-    return None
 
 
 def start(folder: Path, threads: int) -> TorchRunner:
@@ -46,30 +46,35 @@ def start(folder: Path, threads: int) -> TorchRunner:
 
 
 class TorchRunner:
-    """A model with the KV cache of the sequence it is at."""
+    """A model with the KV cache of the sequence it is at. device: where it lies; what it answers lies on the CPU."""
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: Model, device: str = "cpu") -> None:
         self._model = model
-        self._module = cast(Any, model.module)
+        self._module = cast(Any, model.module.to(device))
+        self._device = device
         self._decodes = model.task == "causal-lm"
         self._cache: Any = None
 
     @torch.inference_mode()
     def answer(self, rows: Int[Tensor, "batch tokens"]) -> Float[Tensor, "batch ..."]:
-        return self._model.answer(rows)
+        return self._model.answer(rows.to(self._device)).cpu()
 
     @torch.inference_mode()
     def prefill(self, tokens: Int[Tensor, "1 tokens"]) -> Float[Tensor, "1 outputs width"]:
         if not self._decodes:
-            return self._model.answer(tokens)
-        output = self._module(tokens, use_cache=True, logits_to_keep=1)
-        self._cache = output.past_key_values
-        return cast(Tensor, output.logits)
+            return self.answer(tokens)
+        self._cache = None
+        return self._step(tokens)
 
     @torch.inference_mode()
     def decode(self, token: Int[Tensor, "1 1"]) -> Float[Tensor, "1 1 vocabulary"]:
         if self._cache is None:
             raise ValueError("decode needs a prefill before it")
-        output = self._module(token, past_key_values=self._cache, use_cache=True)
+        return self._step(token)
+
+    def _step(self, tokens: Int[Tensor, "1 tokens"]) -> Float[Tensor, "1 1 vocabulary"]:
+        output = self._module(
+            tokens.to(self._device), past_key_values=self._cache, use_cache=True, logits_to_keep=1
+        )
         self._cache = output.past_key_values
-        return cast(Tensor, output.logits)
+        return cast(Tensor, output.logits).cpu()

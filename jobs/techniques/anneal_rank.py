@@ -18,6 +18,7 @@ from jobs.layers import check_finite, linear_of
 from jobs.layout import Layout
 from jobs.lowrank import root_of
 from jobs.model import DTYPE, Model
+from jobs.residency import resident
 from jobs.technique import Form, Kind, Need, Technique
 
 
@@ -73,6 +74,11 @@ class AnnealRank(Technique):
         if self.identity:
             return model
         aware_training.check_given(self, context)
+        with resident(model, ""):
+            self._learn(model, layout, context)
+        return model
+
+    def _learn(self, model: Model, layout: Layout, context: Context) -> None:
         importance = gradients.sensitivities(model, context) if self.allocation == "global" else None
         gated = factorize(model, context, self.name())
         spectra = {f"{name}.values": layer.values for name, layer in gated.items()}
@@ -86,7 +92,6 @@ class AnnealRank(Technique):
         close(0)
         aware_training.learn(model, self, context, close)
         truncate(model, gated, ranks)
-        return model
 
 
 def factorize(model: Model, context: Context, technique: str) -> dict[str, GatedLinear]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, cast
 
@@ -15,6 +16,7 @@ from jobs.knobs import Choice, Range, knob
 from jobs.layers import check_finite
 from jobs.layout import Layout, Packing
 from jobs.model import Model
+from jobs.residency import resident
 from jobs.technique import Form, Kind, Need, Technique
 
 
@@ -62,20 +64,24 @@ class Awq(Technique):
         linears = model.linears()
         for done, names in enumerate(grams.sharing.values()):
             context.report(done / len(grams.sharing), names[0])
-            weights = {
-                name: check_finite(cast(nn.Linear, linears[name]).weight.detach().float(), self.name(), name)
-                for name in names
-            }
-            together = torch.cat(list(weights.values()))
-            gram = grams.gram(names[0]).to(together.device)
-            stretch = best_stretch(together, gram, self)
-            costs = costs_of(gram, stretch, self.packing) if self.clip else None
-            for name, weight in weights.items():
-                integers, grid = packing.round_to_nearest(weight * stretch, self.packing, costs)
-                packing.pack_linear(model, name, integers, grid, self.packing, 1 / stretch)
-                packing.correct(model, name, weight, gram, self)
+            with resident(model, *names):
+                layers = {name: cast(nn.Linear, linears[name]) for name in names}
+                self._round(model, layers, grams.gram(names[0]).to(model.device))
         packing.pack_tables(model, self)
         return model
+
+    def _round(self, model: Model, layers: Mapping[str, nn.Linear], gram: Float[Tensor, "in in"]) -> None:
+        """Scale and round these linears, which read the same, by one s."""
+        weights = {
+            name: check_finite(layer.weight.detach().float(), self.name(), name)
+            for name, layer in layers.items()
+        }
+        stretch = best_stretch(torch.cat(list(weights.values())), gram, self)
+        costs = costs_of(gram, stretch, self.packing) if self.clip else None
+        for name, weight in weights.items():
+            integers, grid = packing.round_to_nearest(weight * stretch, self.packing, costs)
+            packing.pack_linear(model, name, integers, grid, self.packing, 1 / stretch)
+            packing.correct(model, name, weight, gram, self)
 
 
 def best_stretch(

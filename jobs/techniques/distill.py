@@ -104,7 +104,7 @@ class Distill(Technique):
             met = self.plan.met(rows, context.seed)
             cached = CachedTeacher(context, self.top_k, self.temperature, met)
             recovery.check_vocabularies(self.name(), model, cached.vocabulary)
-            recovery.train(model, rows, self._cached_loss(rows, cached, context.device), self.plan, context)
+            recovery.train(model, rows, self._cached_loss(rows, cached, model.device), self.plan, context)
             return
         assert context.teacher is not None
         teacher = context.teacher()
@@ -116,20 +116,20 @@ class Distill(Technique):
                 )
                 for one in (model, teacher)
             )
-            loss_of = self._loss(rows, teacher, own, others, context.device)
+            loss_of = self._loss(rows, teacher, own, others)
             recovery.train(model, rows, loss_of, self.plan, context)
 
     def _cached_loss(self, rows: Rows, cached: CachedTeacher, device: str) -> LossOf:
         def loss_of(student: nn.Module, ids: Ids) -> Float[Tensor, ""]:
             batch = rows[ids].to(device)
             said = recovery.predictions(student, batch)
-            return distillation_loss(said, cached.top(ids), recovery.targets(batch), self.aim)
+            return distillation_loss(said, cached.top(ids, device), recovery.targets(batch), self.aim)
 
         return loss_of
 
-    def _loss(self, rows: Rows, teacher: Model, own: States, others: States, device: str) -> LossOf:
+    def _loss(self, rows: Rows, teacher: Model, own: States, others: States) -> LossOf:
         """The loss of a student that the teacher runs beside; own, others: what is read of both meanwhile."""
-        said = matching(teacher, rows, self.aim, device)
+        said = matching(teacher, rows, self.aim)
 
         def loss_of(student: nn.Module, ids: Ids) -> Float[Tensor, ""]:
             loss = said(student, ids)

@@ -78,7 +78,7 @@ class Finetune(Technique):
         self.outline(model.layout())
         if context.training is None:
             raise ValueError("finetune needs training text; give the study data.training")
-        rows, device = context.training, context.device
+        rows, device = context.training, model.device
 
         def loss_of(student: nn.Module, ids: Ids) -> Float[Tensor, ""]:
             batch = rows[ids].to(device)

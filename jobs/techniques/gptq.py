@@ -74,7 +74,6 @@ class Gptq(Technique):
                 check_finite(layer.weight.detach(), self.name(), name) for name, layer in layers.items()
             ]
             weight = torch.cat(weights).float()
-            gram = gram.to(weight.device)
             integers, grid = quantize(weight, gram, self)
             start = 0
             for name, layer in layers.items():
@@ -103,7 +102,9 @@ def quantize(
     weight = torch.where(unused, 0, weight)
     natural = options.order == "natural"
     order = (
-        torch.arange(in_features) if natural else torch.argsort(gram.diagonal(), descending=True, stable=True)
+        torch.arange(in_features, device=gram.device)
+        if natural
+        else torch.argsort(gram.diagonal(), descending=True, stable=True)
     )
     factor = inverse_factor(gram[order][:, order], options.damping, options.name())
     # What a column's error costs, were it not mended: the energy of its input.
@@ -116,6 +117,7 @@ def quantize(
     errors = torch.empty(_BLOCK, weight.shape[0], device=weight.device)
     top = 2**packing.bits - 1
     groups = (order // group).tolist()
+    spread = factor.diagonal().tolist()  # at once: on a GPU each look at a number waits for all before it
     for start in range(0, in_features, _BLOCK):
         stop = min(start + _BLOCK, in_features)
         if natural and packing.group and start % group == 0:
@@ -129,7 +131,7 @@ def quantize(
             whole = integers[index]
             torch.div(column, scale, out=whole).round_().add_(zero).clamp_(0, top)
             error = errors[index - start]
-            torch.sub(whole, zero, out=error).mul_(scale).sub_(column).mul_(1 / factor[index, index].item())
+            torch.sub(whole, zero, out=error).mul_(scale).sub_(column).mul_(1 / spread[index])
             # error is (q − w)/U_ii, so the mending adds.
             if index + 1 < stop:
                 columns[index + 1 : stop].addr_(factor[index, index + 1 : stop], error)

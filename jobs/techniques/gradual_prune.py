@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -13,8 +14,9 @@ from jobs import aware_training, masks
 from jobs.aware_training import Ramp
 from jobs.context import Context
 from jobs.knobs import Choice, Range, knob
-from jobs.layout import Layout
+from jobs.layout import Layout, LinearSpec
 from jobs.model import Model
+from jobs.residency import resident
 from jobs.sparsity import PATTERNS, Sparsity, dense_weight, highest
 from jobs.technique import Form, Kind, Need, Technique
 
@@ -62,6 +64,11 @@ class GradualPrune(Technique):
         if self.identity:
             return model
         aware_training.check_given(self, context)
+        with resident(model, ""):  # the masks that are changed must be those that are computed with
+            self._learn(model, expected, context)
+        return model
+
+    def _learn(self, model: Model, expected: Mapping[str, LinearSpec], context: Context) -> None:
         kept: dict[str, Bool[Tensor, "out in"]] = {}
         for name, layer in model.linears().items():
             weight = dense_weight(layer, self.name(), name)
@@ -79,7 +86,6 @@ class GradualPrune(Technique):
         choose(0)
         aware_training.learn(model, self, context, choose)
         masks.sparsify(model, kept)
-        return model
 
 
 def kept_at(share: float, scores: Float[Tensor, "out in"], target: Sparsity) -> Bool[Tensor, "out in"]:

@@ -15,6 +15,7 @@ from jobs.knobs import Range, knob
 from jobs.layers import check_finite
 from jobs.layout import Layout, Packing
 from jobs.model import Model
+from jobs.residency import resident
 from jobs.technique import Form, Kind, Technique
 
 _PENALTY = 10.0
@@ -57,13 +58,14 @@ class Hqq(Technique):
         linears = model.linears()
         for done, (name, layer) in enumerate(linears.items()):
             context.report(done / len(linears), name)
-            weight = check_finite(cast(nn.Linear, layer).weight.detach().float(), self.name(), name)
-            grouped = grids.grouped(weight, self.packing)
-            present = grids.grouped(torch.ones_like(weight[:1]), self.packing)[0]
-            grid = fit(grouped, present, self)
-            integers = nearest(grouped, grid).flatten(1)[:, : weight.shape[1]]
-            packing.pack_linear(model, name, integers, grid, self.packing)
-            packing.correct(model, name, weight, None, self)
+            with resident(model, name):
+                weight = check_finite(cast(nn.Linear, layer).weight.detach().float(), self.name(), name)
+                grouped = grids.grouped(weight, self.packing)
+                present = grids.grouped(torch.ones_like(weight[:1]), self.packing)[0]
+                grid = fit(grouped, present, self)
+                integers = nearest(grouped, grid).flatten(1)[:, : weight.shape[1]]
+                packing.pack_linear(model, name, integers, grid, self.packing)
+                packing.correct(model, name, weight, None, self)
         packing.pack_tables(model, self)
         return model
 

@@ -9,6 +9,7 @@ from jobs.context import Context
 from jobs.knobs import Choice, Range, Value, knob
 from jobs.layout import Layout
 from jobs.model import Model
+from jobs.residency import resident
 from jobs.sparsity import PATTERNS, Sparsity, dense_weight, keep
 from jobs.technique import Form, Kind, Technique
 
@@ -49,6 +50,7 @@ class Magnitude(Technique):
             if expected[name].kept is None:
                 continue
             context.report(done / len(linears), name)
-            weight = dense_weight(layer, self.name(), name)
-            keep(model, name, weight, self.target.of_whole(weight.abs()))
+            with resident(model, name):
+                weight = dense_weight(layer, self.name(), name)
+                keep(model, name, weight, self.target.of_whole(weight.abs()))
         return model

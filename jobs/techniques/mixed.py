@@ -19,6 +19,7 @@ from jobs.knobs import Range, knob
 from jobs.layers import check_finite
 from jobs.layout import Layout, LinearSpec, Packing
 from jobs.model import Model
+from jobs.residency import resident
 from jobs.technique import Form, Kind, Need, Technique
 from jobs.techniques.gptq import Gptq, quantize
 
@@ -82,10 +83,12 @@ class Mixed(Technique):
         linears = model.linears()
         for done, (name, bits) in enumerate(chosen.items()):
             context.report(done / len(chosen), name)
-            weight = check_finite(cast(nn.Linear, linears[name]).weight.detach().float(), self.name(), name)
             rounding = Gptq(bits=bits, group=self.group, symmetric=self.symmetric)
-            integers, grid = quantize(weight, grams.gram(name).to(weight.device), rounding)
-            packing.pack_linear(model, name, integers, grid, rounding.packing)
+            with resident(model, name):
+                layer = cast(nn.Linear, linears[name])
+                weight = check_finite(layer.weight.detach().float(), self.name(), name)
+                integers, grid = quantize(weight, grams.gram(name).to(model.device), rounding)
+                packing.pack_linear(model, name, integers, grid, rounding.packing)
         # The tables are not in the budget: their bits are an option of their own.
         packing.pack_tables(model, Gptq(4, self.group, self.symmetric, self.embedding_bits))
         return model
@@ -98,7 +101,7 @@ class Mixed(Technique):
     ) -> dict[str, int]:
         """The bits of each linear, from its errors at 2, 3, 4 and 8 bits and what they cost the loss."""
         costs = torch.tensor([[_bytes(spec, bits) for bits in _BITS] for spec in linears.values()])
-        losses = torch.stack([errors[name].cpu().double() * float(importance[name]) for name in linears])
+        losses = torch.stack([errors[name].double() * float(importance[name]) for name in linears])
         chosen = least_error(costs, losses, self._budget(linears))
         return {name: _BITS[choice] for name, choice in zip(linears, chosen, strict=True)}
 
@@ -116,9 +119,10 @@ class Mixed(Technique):
         found = {}
         for done, (name, layer) in enumerate(linears.items()):
             context.report(done / len(linears), f"rounding errors of {name}")
-            weight = check_finite(cast(nn.Linear, layer).weight.detach().float(), self.name(), name)
-            gram = grams.gram(name).to(weight.device)
-            found[name] = torch.tensor([_error(weight, gram, self._packing(bits)) for bits in _BITS])
+            with resident(model, name):
+                weight = check_finite(cast(nn.Linear, layer).weight.detach().float(), self.name(), name)
+                gram = grams.gram(name).to(model.device)
+                found[name] = torch.tensor([_error(weight, gram, self._packing(bits)) for bits in _BITS])
         return found, {}
 
 

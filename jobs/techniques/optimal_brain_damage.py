@@ -16,6 +16,7 @@ from jobs.gradients import fisher
 from jobs.knobs import Choice, Range, knob
 from jobs.layout import Layout
 from jobs.model import Model
+from jobs.residency import resident
 from jobs.sparsity import Sparsity, cut, dense_weight, keep
 from jobs.technique import Form, Kind, Need, Technique
 
@@ -83,22 +84,25 @@ class OptimalBrainDamage(Technique):
             if outline.linears[name].kept is None:
                 continue
             context.report(outline.block_of(name) / outline.depth, name)
-            weight = self._weight(model, name)
-            keep(model, name, weight, self.target.of_whole(saliency(weight, found[name])))
+            with resident(model, name):
+                weight = self._weight(model, name)
+                keep(model, name, weight, self.target.of_whole(saliency(weight, found[name])))
 
     def _across_linears(
         self, model: Model, context: Context, outline: Layout, found: Mapping[str, Tensor]
     ) -> None:
         def saliencies() -> Iterator[Float[Tensor, "out in"]]:
             for name in outline.linears:
-                yield _with_one_a_row(saliency(self._weight(model, name), found[name]))
+                with resident(model, name):
+                    yield _with_one_a_row(saliency(self._weight(model, name), found[name]))
 
         remaining = cut(saliencies, sum(spec.kept or 0 for spec in outline.linears.values()))
         for name in outline.linears:
             context.report(outline.block_of(name) / outline.depth, name)
-            weight = self._weight(model, name)
-            kept, remaining = remaining.of(_with_one_a_row(saliency(weight, found[name])))
-            keep(model, name, weight, kept)
+            with resident(model, name):
+                weight = self._weight(model, name)
+                kept, remaining = remaining.of(_with_one_a_row(saliency(weight, found[name])))
+                keep(model, name, weight, kept)
 
     def _weight(self, model: Model, name: str) -> Float[Tensor, "out in"]:
         return dense_weight(model.module.get_submodule(name), self.name(), name)

@@ -16,6 +16,7 @@ from jobs.layers import check_finite, linear_of
 from jobs.layout import Layout
 from jobs.model import DTYPE, Model
 from jobs.refit import refit
+from jobs.residency import resident
 from jobs.statistics import Grams
 from jobs.technique import Kind, Need, Technique
 
@@ -75,7 +76,8 @@ class PruneFfn(Technique):
             name = layout.name(block, one.out)
             context.report(block / layout.depth, name)
             width = expected.linears[name].in_features
-            self._prune(model, block, one, width, grams)
+            with resident(model, name, *(layout.name(block, path) for path in one.into)):
+                self._prune(model, block, one, width, grams)
             widths.add(width)
         if len(widths) == 1:
             setattr(model.config, model.family.ffn_key, widths.pop())

@@ -16,6 +16,7 @@ from jobs.layers import check_finite, linear_of
 from jobs.layout import Layout
 from jobs.model import DTYPE, Model, fit_heads
 from jobs.refit import refit
+from jobs.residency import resident
 from jobs.statistics import Grams
 from jobs.technique import Kind, Need, Technique
 
@@ -65,14 +66,15 @@ class PruneHeads(Technique):
         assert context.calibration is not None
         grams = context.statistics.grams(model, context.calibration, context.report)
         for block in range(layout.depth):
-            context.report(block / layout.depth, Places(layout, block).out)
-            self._prune(model, layout, block, grams)
+            places = Places(layout, block)
+            context.report(block / layout.depth, places.out)
+            with resident(model, places.out, *places.makers):
+                self._prune(model, places, grams)
         fit_heads(model)
         return model
 
-    def _prune(self, model: Model, layout: Layout, block: int, grams: Grams) -> None:
-        places = Places(layout, block)
-        groups = groups_of(layout, block)
+    def _prune(self, model: Model, places: Places, grams: Grams) -> None:
+        groups = groups_of(places.layout, places.block)
         layer = cast(nn.Linear, model.module.get_submodule(places.out))
         weight = check_finite(layer.weight.detach().float(), self.name(), places.out)
         gram = grams.gram(places.out).to(weight.device)
@@ -120,6 +122,13 @@ class Places:
     def out(self) -> str:
         """The full name of the output projection."""
         return self.layout.name(self.block, self.layout.family.attention.out)
+
+    @property
+    def makers(self) -> list[str]:
+        """The full names of the linears that make queries, keys and values: one, where they are fused."""
+        attention = self.layout.family.attention
+        paths = dict.fromkeys((attention.query, attention.key, attention.value))
+        return [self._name(path) for path in paths]
 
     def columns(self, groups: Int[Tensor, " kept"] | list[int]) -> Int[Tensor, " columns"]:
         """The columns of the output projection that read these groups."""

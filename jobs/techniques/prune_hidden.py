@@ -17,6 +17,7 @@ from jobs.knobs import Range, knob
 from jobs.layers import check_finite, linear_of
 from jobs.layout import Layout, LinearSpec, TensorSpec
 from jobs.model import DTYPE, Model
+from jobs.residency import resident
 from jobs.technique import Kind, Need, Technique
 from jobs.techniques.prune_ffn import kept_width
 
@@ -96,7 +97,7 @@ class PruneHidden(Technique):
             model, list(parts.norms), context.calibration, context.report
         )
         centred = isinstance(model.module.get_submodule(next(iter(parts.norms))), nn.LayerNorm)
-        basis = axes(stream, kept_width(parts.width, self.ratio), centred)
+        basis = axes(stream.to(model.device), kept_width(parts.width, self.ratio), centred)
         rotate(model, parts, basis)
         return model
 
@@ -166,37 +167,40 @@ def rotate(model: Model, parts: Parts, basis: Float[Tensor, "width kept"]) -> No
     """Write the model's residual stream x as basisᵀ x, in place."""
     module = model.module
     width, kept = basis.shape
-    basis = basis.to(next(module.parameters()).device)
+    basis = basis.to(model.device)
     head: Any = module.get_submodule(parts.head)
-    # A tied head is the embedding's own tensor: both are read before either is changed.
-    head_weight = head.weight.detach().double()
+    # A tied head is the embedding's own tensor, which is replaced below.
+    head_weight = head.weight.detach()
     for name in parts.tables:
-        table: Any = module.get_submodule(name)
-        table.weight = _parameter(table.weight.detach().double() @ basis)
-        table.embedding_dim = kept
+        with resident(model, name, parts.head):
+            table: Any = module.get_submodule(name)
+            table.weight = _parameter(table.weight.detach().double() @ basis)
+            table.embedding_dim = kept
     for writer in parts.writers:
-        layer = cast(nn.Linear, module.get_submodule(writer))
-        bias = None if layer.bias is None else basis.T @ layer.bias.double()
-        model.replace(writer, _linear(basis.T @ layer.weight.double(), bias))
+        with resident(model, writer):
+            layer = cast(nn.Linear, module.get_submodule(writer))
+            bias = None if layer.bias is None else basis.T @ layer.bias.double()
+            model.replace(writer, _linear(basis.T @ layer.weight.double(), bias))
     # √width x/‖x‖ becomes √kept x'/‖x'‖, which is smaller; what bf16 rounds off goes to the readers.
     wider = math.sqrt(width / kept)
     held = torch.full((kept,), wider, dtype=DTYPE, device=basis.device)
     left = wider / held[0].item()
     for norm, readers in parts.norms.items():
-        part: Any = module.get_submodule(norm)
-        scale = part.weight.detach().double()
-        shift = part.bias.detach().double() if getattr(part, "bias", None) is not None else None
-        for reader in readers:
-            layer = cast(nn.Linear, module.get_submodule(reader))
-            weight = head_weight if reader == parts.head else layer.weight.detach().double()
-            bias = None if layer.bias is None else layer.bias.double()
+        with resident(model, norm, *readers):
+            part: Any = module.get_submodule(norm)
+            scale = part.weight.detach().double()
+            shift = part.bias.detach().double() if getattr(part, "bias", None) is not None else None
+            for reader in readers:
+                layer = cast(nn.Linear, module.get_submodule(reader))
+                weight = (head_weight if reader == parts.head else layer.weight.detach()).to(basis)
+                bias = None if layer.bias is None else layer.bias.double()
+                if shift is not None:
+                    bias = weight @ shift + (0 if bias is None else bias)
+                model.replace(reader, _linear((weight * scale) @ basis * left, bias))
+            part.weight = _parameter(held.clone())
             if shift is not None:
-                bias = weight @ shift + (0 if bias is None else bias)
-            model.replace(reader, _linear((weight * scale) @ basis * left, bias))
-        part.weight = _parameter(held.clone())
-        if shift is not None:
-            part.bias = _parameter(torch.zeros(kept, device=basis.device))
-            part.normalized_shape = (kept,)
+                part.bias = _parameter(torch.zeros(kept, device=basis.device))
+                part.normalized_shape = (kept,)
     cast(Any, model.config).tie_word_embeddings = False
 
 

@@ -16,6 +16,7 @@ from jobs.grids import Grid
 from jobs.layers import check_finite
 from jobs.layout import Layout, Packing
 from jobs.model import DTYPE, Model
+from jobs.residency import resident
 from jobs.technique import Form, Kind, Need, Technique
 
 _TINY = 2.0**-24  # the smallest fp16
@@ -71,9 +72,10 @@ class Qat(Technique):
     def compress(self, model: Model, context: Context) -> Model:
         self.outline(model.layout())
         aware_training.check_given(self, context)
-        round_in_forward(model, self.packing, self.name())
-        aware_training.learn(model, self, context)
-        pack(model, self.packing)
+        with resident(model, ""):
+            round_in_forward(model, self.packing, self.name())
+            aware_training.learn(model, self, context)
+            pack(model, self.packing)
         packing.pack_tables(model, self)
         return model
 

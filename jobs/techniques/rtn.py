@@ -12,6 +12,7 @@ from jobs.context import Context
 from jobs.layers import check_finite
 from jobs.layout import Layout, Packing
 from jobs.model import Model
+from jobs.residency import resident
 from jobs.technique import Form, Kind, Technique
 
 
@@ -46,9 +47,10 @@ class Rtn(Technique):
         linears = model.linears()
         for done, (name, layer) in enumerate(linears.items()):
             context.report(done / len(linears), name)
-            weight = check_finite(cast(nn.Linear, layer).weight.detach().float(), self.name(), name)
-            integers, grid = packing.round_to_nearest(weight, self.packing)
-            packing.pack_linear(model, name, integers, grid, self.packing)
-            packing.correct(model, name, weight, None, self)
+            with resident(model, name):
+                weight = check_finite(cast(nn.Linear, layer).weight.detach().float(), self.name(), name)
+                integers, grid = packing.round_to_nearest(weight, self.packing)
+                packing.pack_linear(model, name, integers, grid, self.packing)
+                packing.correct(model, name, weight, None, self)
         packing.pack_tables(model, self)
         return model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, cast
 
@@ -15,6 +16,7 @@ from jobs.knobs import Range, knob
 from jobs.layers import check_finite
 from jobs.layout import Layout, Packing
 from jobs.model import Model
+from jobs.residency import resident
 from jobs.technique import Form, Kind, Need, Technique
 
 
@@ -52,16 +54,22 @@ class Smoothquant(Technique):
         linears = model.linears()
         for done, names in enumerate(grams.sharing.values()):
             context.report(done / len(grams.sharing), names[0])
-            weights = {
-                name: check_finite(cast(nn.Linear, linears[name]).weight.detach().float(), self.name(), name)
-                for name in names
-            }
-            peaks = torch.stack([weight.abs().amax(dim=0) for weight in weights.values()]).amax(dim=0)
-            smoothing = smoothing_of(grams.peak(names[0]).to(peaks.device), peaks, self.alpha)
-            for name, weight in weights.items():
-                integers, grid = packing.round_to_nearest(weight * smoothing, self.packing)
-                packing.pack_linear(model, name, integers, grid, self.packing, 1 / smoothing)
+            with resident(model, *names):
+                layers = {name: cast(nn.Linear, linears[name]) for name in names}
+                self._round(model, layers, grams.peak(names[0]).to(model.device))
         return model
+
+    def _round(self, model: Model, layers: Mapping[str, nn.Linear], inputs: Float[Tensor, " in"]) -> None:
+        """Smooth and round these linears, which read the same inputs of these peaks, by one s."""
+        weights = {
+            name: check_finite(layer.weight.detach().float(), self.name(), name)
+            for name, layer in layers.items()
+        }
+        peaks = torch.stack([weight.abs().amax(dim=0) for weight in weights.values()]).amax(dim=0)
+        smoothing = smoothing_of(inputs, peaks, self.alpha)
+        for name, weight in weights.items():
+            integers, grid = packing.round_to_nearest(weight * smoothing, self.packing)
+            packing.pack_linear(model, name, integers, grid, self.packing, 1 / smoothing)
 
 
 def smoothing_of(

@@ -70,7 +70,7 @@ class SparseGpt(Technique):
             if not names:
                 continue
             weights = [dense_weight(linears[name], self.name(), name) for name in names]
-            found = prune(weights, gram.to(weights[0].device), self)
+            found = prune(weights, gram, self)
             for name, mended, kept in zip(names, *found, strict=True):
                 keep(model, name, mended, kept)
         return model

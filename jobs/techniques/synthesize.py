@@ -80,7 +80,7 @@ class Synthesize(Technique):
         aim = Aim(cast(Divergence, self.divergence), hard_weight=self.hard_weight)
         recovery.require_gradients(model)
         plan = Plan(self.learning_rate, self.steps, self.batch, self.zero_stage)
-        recovery.train(model, rows, matching(teacher, rows, aim, context.device), plan, context)
+        recovery.train(model, rows, matching(teacher, rows, aim), plan, context)
         return model
 
     def _write(self, teacher: Model, context: Context) -> tuple[dict[str, Tensor], dict[str, str]]:

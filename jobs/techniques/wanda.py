@@ -63,7 +63,7 @@ class Wanda(Technique):
                 if expected[name].kept is None:
                     continue
                 weight = dense_weight(linears[name], self.name(), name)
-                keep(model, name, weight, self.target.of_rows(scores(weight, energy.to(weight.device))))
+                keep(model, name, weight, self.target.of_rows(scores(weight, energy)))
         return model
 
 

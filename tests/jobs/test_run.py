@@ -187,6 +187,7 @@ def test_a_text_that_is_too_short_is_invalid(materials: Materials, root: Path, t
             RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"),
             "out_of_memory",
         ),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`"), "out_of_memory"),
         (RuntimeError("shapes differ"), "bug"),
         (KeyError("x"), "bug"),
     ],

@@ -1,0 +1,355 @@
+"""The format `openvino`: OpenVINO's IR, a graph with an artifact's own integers and scales in it.
+
+A causal model is stateful, its KV cache is the graph's own, and its inputs are those that OpenVINO GenAI and Optimum
+expect: input_ids, attention_mask (of all tokens so far), position_ids and beam_idx. Others take input_ids and
+attention_mask.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+import shutil
+import tempfile
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from jobs import graph, models
+from jobs.layers import PackedEmbedding, PackedLinear, SparseLinear, unpack
+from jobs.layout import Layout, LinearSpec, Packing
+from jobs.model import distinct_tensors, written_dtype
+
+GRAPH = "openvino_model.xml"
+WEIGHTS = "openvino_model.bin"
+_ALIGNMENT = 64
+"""Each constant starts at a multiple of it, a cache line, in the file that runtimes map."""
+_STRUCTURE_BYTES = 4 * 1024
+"""Room for what belongs to the graph and not to the model (shapes, axes), so that the size follows from the model's
+shapes alone."""
+_OWN = "slimfront/"
+"""Stands before the names of the constants that hold the model's tensors."""
+
+
+def missing() -> str | None:
+    if importlib.util.find_spec("openvino") is None:
+        return "openvino is not installed: pip install 'slimfront[openvino]'"
+    return None
+
+
+def refusal(layout: Layout) -> str | None:
+    return None
+
+
+def size_bytes(layout: Layout, original: Path) -> int:
+    sizes = [size for spec in _specs(layout).values() for size in _bytes_of(spec)]
+    sizes += [tensor.size_bytes for name, tensor in layout.others.items() if not _unread(name, layout)]
+    return sum(_aligned(size) for size in sizes) + _structure_bytes(original)
+
+
+def _unread(name: str, layout: Layout) -> bool:
+    """Whether a tensor has no part in what a model of this task answers, and so none in the graph."""
+    return layout.task == "embedding" and name.startswith("pooler.")
+
+
+def _structure_bytes(folder: Path) -> int:
+    """Room for the constants of a graph, those that the family's code computes included: masks, tables of sines."""
+    return _STRUCTURE_BYTES + sum(map(_aligned, models.computed_bytes(folder)))
+
+
+def write(artifact: Path, out: Path, cache: Path | None) -> None:
+    import openvino
+
+    network = _skeleton(artifact, cache)
+    _fill(network, artifact)
+    if Layout.read(artifact).task == "causal-lm":
+        network = _stateful(network)
+    with tempfile.TemporaryDirectory(dir=out) as scratch:
+        openvino.serialize(network, Path(scratch) / GRAPH)
+        _lay_out(Path(scratch), out, _structure_bytes(artifact))
+    models.copy_words(artifact, out)
+    shutil.copyfile(artifact / "config.json", out / "config.json")
+
+
+def _skeleton(artifact: Path, cache: Path | None) -> Any:
+    """The graph of an artifact's shape, with parameters in the places of weights; kept for others of this shape."""
+    import openvino
+
+    kept = None if cache is None else cache / "graphs"
+    name = f"openvino-{openvino.__version__.split('-')[0]}-{graph.structure_key(artifact)}.xml"
+    if kept is not None and (kept / name).is_file():
+        return openvino.Core().read_model(kept / name)
+    network = _traced(graph.function_of(artifact))
+    if kept is not None:
+        kept.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=kept) as scratch:
+            openvino.serialize(network, Path(scratch) / name)
+            for suffix in (".bin", ".xml"):  # the graph is found by its .xml, which comes last
+                os.replace((Path(scratch) / name).with_suffix(suffix), (kept / name).with_suffix(suffix))
+    return network
+
+
+def _traced(function: graph.Function) -> Any:
+    import openvino
+    from openvino._offline_transformations import apply_moc_transformations
+    from openvino.frontend import FrontEndManager
+    from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
+
+    script = graph.trace(function)
+    frontend = FrontEndManager().load_by_framework("pytorch")
+    decoder = TorchScriptPythonDecoder(script, example_input=function.arguments)
+    network = frontend.convert(frontend.load(decoder))
+    examples = {**function.inputs, **function.past, **function.weights}
+    for node, (name, example) in zip(network.get_parameters(), examples.items(), strict=True):
+        dynamic = (
+            {0: -1, 2: -1} if name in function.past else {0: -1, 1: -1} if name in function.inputs else {}
+        )
+        shape = [dynamic.get(axis, width) for axis, width in enumerate(example.shape)]
+        node.set_partial_shape(openvino.PartialShape(shape))
+        if name not in function.inputs:
+            node.set_element_type(openvino.Type.f32)
+        _name(node, name)
+    for node, name in zip(network.get_results(), (*function.outputs, *function.present), strict=True):
+        node.set_friendly_name(name)
+        node.input_value(0).get_tensor().set_names({name})
+    network.validate_nodes_and_infer_types()
+    apply_moc_transformations(network, cf=False)
+    return network
+
+
+def _name(node: Any, name: str) -> None:
+    node.set_friendly_name(name)
+    node.output(0).get_tensor().set_names({name})
+
+
+def _fill(network: Any, artifact: Path) -> None:
+    """Put the artifact's tensors in the places of the parameters that stand for them."""
+    model = models.load(artifact)
+    packed = {
+        f"{name}.weight": layer
+        for name, layer in (*model.linears().items(), *model.tables().items())
+        if isinstance(layer, (PackedLinear, PackedEmbedding, SparseLinear))
+    }
+    held = distinct_tensors(model.module)
+    for node in network.get_parameters():
+        name = node.get_friendly_name()
+        if name not in packed and name not in held:
+            continue
+        # What each reader is given is unpacked for it alone: shared, it would be kept unpacked in memory.
+        source = _Source(name, packed.get(name), held.get(name))
+        for reader in list(node.output(0).get_target_inputs()):
+            reader.replace_source_output(source.value().output(0))
+        network.remove_parameter(node)
+
+
+class _Source:
+    """The constants that hold one tensor, and the operations that make its values of them."""
+
+    def __init__(self, name: str, layer: Any, tensor: Tensor | None) -> None:
+        self._layer = layer
+        if isinstance(layer, (PackedLinear, PackedEmbedding)):
+            stem = name.removesuffix("weight")
+            self._parts = {
+                part: _constant(stem + part, array, kind, shape)
+                for part, (array, kind, shape) in _pieces(layer).items()
+            }
+        else:
+            dense = layer.weight() if isinstance(layer, SparseLinear) else cast(Tensor, tensor)
+            dense = dense.detach().to(written_dtype(dense)).contiguous()
+            kinds = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32"}
+            array = dense.view(torch.uint8) if dense.dim() else dense.reshape(1).view(torch.uint8)
+            self._parts = {"weight": _constant(name, array.numpy(), kinds[dense.dtype], tuple(dense.shape))}
+
+    def value(self) -> Any:
+        """A new node that gives the values, in fp32."""
+        from openvino import opset13 as op
+
+        if "packed" not in self._parts:
+            return op.convert(self._parts["weight"], "f32")
+        value = op.convert(self._parts["packed"], "f16")
+        if "zeros" in self._parts:
+            value = op.subtract(value, op.convert(self._parts["zeros"], "f16"))
+        value = op.multiply(value, self._parts["scales"])
+        spec = self._layer.spec
+        if _group(spec):
+            value = op.reshape(value, [spec.out_features, spec.in_features], special_zero=False)
+        return op.convert(value, "f32")
+
+
+def _constant(name: str, array: np.ndarray[Any, Any], kind: str, shape: tuple[int, ...]) -> Any:
+    import openvino
+
+    tensor = openvino.Tensor(array.reshape(-1), openvino.Shape(shape), getattr(openvino.Type, kind))
+    constant = openvino.op.Constant(tensor, shared_memory=False)
+    constant.set_friendly_name(_OWN + name)
+    return constant
+
+
+_Piece = tuple[np.ndarray[Any, Any], str, tuple[int, ...]]
+
+
+def _pieces(layer: PackedLinear | PackedEmbedding) -> dict[str, _Piece]:
+    """The bytes, type and shape of each constant of a packed layer."""
+    spec, known = layer.spec, layer.packing
+    bits, group = _bits(known), _group(spec)
+    grouped = (
+        (spec.out_features, spec.in_features // group, group)
+        if group
+        else (spec.out_features, spec.in_features)
+    )
+    single = (*grouped[:-1], 1)
+    repeats = 1 if not group else (known.group // group)
+
+    def spread(per_group: Tensor) -> Tensor:
+        wide = per_group.repeat_interleave(repeats, dim=1)[:, : single[1]] if group else per_group
+        return wide.contiguous()
+
+    integers = unpack(layer.packed, known.bits, spec.in_features)
+    found: dict[str, _Piece] = {}
+    if known.symmetric:
+        signed = integers.to(torch.int16) - 2 ** (known.bits - 1)
+        found["packed"] = (_packed(signed, bits), f"i{bits}", grouped)
+    else:
+        found["packed"] = (_packed(integers, bits), f"u{bits}", grouped)
+        zeros = spread(layer.zeros)
+        if known.real_zeros:
+            found["zeros"] = (zeros.half().numpy().view(np.uint8), "f16", single)
+        else:
+            found["zeros"] = (_packed(zeros, bits), f"u{bits}", single)
+    found["scales"] = (spread(layer.scales).half().numpy().view(np.uint8), "f16", single)
+    return found
+
+
+def _packed(values: Tensor, bits: int) -> np.ndarray[Any, Any]:
+    """Integers of 4 or 8 bits, two's complement where negative, as OpenVINO has them: the first in the low half."""
+    flat = (values.to(torch.int16) & (2**bits - 1)).to(torch.uint8).flatten()
+    if bits == 8:
+        return cast("np.ndarray[Any, Any]", flat.numpy())
+    even = torch.nn.functional.pad(flat, (0, len(flat) % 2)).view(-1, 2)
+    halves: Tensor = even[:, 0] | (even[:, 1] << 4)
+    return cast("np.ndarray[Any, Any]", halves.numpy())
+
+
+def _bits(packing: Packing) -> int:
+    """OpenVINO multiplies by integers of 4 and 8 bits; fewer take the room of 4."""
+    return 4 if packing.bits <= 4 else 8
+
+
+def _group(spec: LinearSpec) -> int:
+    """Weights to a scale, 0 where a whole row has one. OpenVINO's groups divide a row evenly: an uneven rest makes
+    all of a row's groups as small as both divide by, with the scale of the larger one they lie in."""
+    assert spec.packing is not None
+    whole_row = spec.packing.group == 0 or spec.packing.group >= spec.in_features
+    return 0 if whole_row else math.gcd(spec.packing.group, spec.in_features)
+
+
+def _specs(layout: Layout) -> dict[str, LinearSpec]:
+    return {**layout.linears, **layout.tables}
+
+
+def _bytes_of(spec: LinearSpec) -> Iterator[int]:
+    """The bytes of each constant of a linear or a table."""
+    weights = spec.out_features * spec.in_features
+    if spec.packing is None:
+        yield 2 * weights
+    else:
+        bits, group = _bits(spec.packing), _group(spec)
+        scales = weights // group if group else spec.out_features
+        yield math.ceil(weights * bits / 8)
+        yield 2 * scales
+        if not spec.packing.symmetric:
+            yield 2 * scales if spec.packing.real_zeros else math.ceil(scales * bits / 8)
+        if spec.packing.input_scales:
+            yield 2 * spec.in_features
+    if spec.bias:
+        yield 2 * spec.out_features
+
+
+def _aligned(size: int) -> int:
+    return math.ceil(size / _ALIGNMENT) * _ALIGNMENT
+
+
+def _stateful(network: Any) -> Any:
+    """The same graph with the KV cache as its state, empty at first, its rows reordered by beam_idx at each step."""
+    import openvino
+    from openvino import opset13 as op
+    from openvino.op.util import Variable, VariableInfo
+
+    parameters = {node.get_friendly_name(): node for node in network.get_parameters()}
+    results = {node.get_friendly_name(): node for node in network.get_results()}
+    beams = op.parameter([-1], np.int32)
+    _name(beams, "beam_idx")
+    rows = op.gather(op.shape_of(parameters["input_ids"]), op.constant([0]), op.constant(0))
+    sinks = []
+    for name, past in parameters.items():
+        if not name.startswith("past_key_values"):
+            continue
+        present = results.pop(name.replace("past", "present", 1))
+        info = VariableInfo()
+        info.data_shape, info.data_type = past.get_partial_shape(), past.get_element_type()
+        info.variable_id = name + present.get_friendly_name()
+        variable = Variable(info)
+        heads, width = (past.get_partial_shape()[axis].get_length() for axis in (1, 3))
+        empty = op.concat([rows, op.constant([heads]), op.constant([0]), op.constant([width])], 0)
+        start = op.broadcast(op.constant(0.0, np.float32), empty)
+        state = openvino.op.read_value(start, variable)
+        reordered = op.gather(state, beams, op.constant(0))
+        for reader in list(past.output(0).get_target_inputs()):
+            reader.replace_source_output(reordered.output(0))
+        sinks.append(openvino.op.assign(present.input_value(0).get_node(), variable))
+    inputs = [node for name, node in parameters.items() if not name.startswith("past_key_values")]
+    return openvino.Model(list(results.values()), sinks, [*inputs, beams], "slimfront")
+
+
+def _lay_out(loose: Path, out: Path, room: int) -> None:
+    """Write the graph with its constants in our order: the model's tensors one by one, then those of the graph,
+    each once, filled up to their fixed room."""
+    written = (loose / WEIGHTS).read_bytes()
+    tree = ElementTree.parse(loose / GRAPH)
+    ours: list[tuple[str, ElementTree.Element]] = []
+    others: list[ElementTree.Element] = []
+    for layer in tree.iter("layer"):
+        data = layer.find("data")
+        if layer.get("type") != "Const" or data is None:
+            continue
+        name = layer.get("name", "")
+        if name.startswith(_OWN):
+            ours.append((name, data))
+        else:
+            others.append(data)
+    places: dict[tuple[int, int], int] = {}
+    with (out / WEIGHTS).open("wb") as file:
+        for _, data in sorted(ours, key=lambda one: one[0]):
+            start, size = int(data.get("offset", 0)), int(data.get("size", 0))
+            data.set("offset", str(file.tell()))
+            file.write(written[start : start + size].ljust(_aligned(size), b"\0"))
+        end = file.tell() + room
+        for data in others:
+            place = (int(data.get("offset", 0)), int(data.get("size", 0)))
+            if place not in places:
+                places[place] = file.tell()
+                file.write(written[place[0] : sum(place)].ljust(_aligned(place[1]), b"\0"))
+            data.set("offset", str(places[place]))
+        if file.tell() > end:
+            raise RuntimeError(
+                f"the graph's own constants take {file.tell() - end} bytes more than the {room} foreseen"
+            )
+        file.write(b"\0" * (end - file.tell()))
+    tree.write(out / GRAPH)
+
+
+def held(folder: Path) -> Mapping[str, int]:
+    """The names and bytes of the model's tensors in an export: what of it is weights."""
+    tree = ElementTree.parse(folder / GRAPH)
+    found = {}
+    for layer in tree.iter("layer"):
+        data = layer.find("data")
+        if data is not None and layer.get("name", "").startswith(_OWN):
+            found[layer.get("name", "").removeprefix(_OWN)] = int(data.get("size", 0))
+    return found

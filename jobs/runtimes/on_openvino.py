@@ -1,0 +1,92 @@
+"""The runtime `openvino`: OpenVINO on the CPU, with its own defaults for latency."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from jobs.formats import to_openvino
+
+FORMAT = "openvino"
+READS = ("openvino",)
+
+
+def missing() -> str | None:
+    return to_openvino.missing()
+
+
+def start(folder: Path, threads: int) -> OpenVinoRunner:
+    return OpenVinoRunner(folder, threads)
+
+
+class OpenVinoRunner:
+    """A compiled graph, and the state of the sequence that it is at.
+
+    options: of OpenVINO's CPU plugin, beside those that are set here.
+    """
+
+    def __init__(self, folder: Path, threads: int, **options: object) -> None:
+        import openvino
+
+        self._core = openvino.Core()
+        self._options = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads, **options}
+        network = self._core.read_model(folder / to_openvino.GRAPH)
+        self._decodes = any(port.any_name == "beam_idx" for port in network.inputs)
+        self._whole: Any = None
+        self._network = network
+        self._request: Any = None
+        self._tokens = 0
+
+    def answer(self, rows: Int[Tensor, "batch tokens"]) -> Float[Tensor, "batch ..."]:
+        if self._whole is None:
+            self._whole = self._compiled(last_only=False)
+        return self._run(self._whole, rows, 0)
+
+    def prefill(self, tokens: Int[Tensor, "1 tokens"]) -> Float[Tensor, "1 outputs width"]:
+        if self._request is None:
+            self._request = self._compiled(last_only=self._decodes)
+        self._tokens = tokens.shape[1]
+        return self._run(self._request, tokens, 0)
+
+    def decode(self, token: Int[Tensor, "1 1"]) -> Float[Tensor, "1 1 vocabulary"]:
+        if not self._tokens or not self._decodes:
+            raise ValueError("decode needs a causal model and a prefill before it")
+        self._tokens += 1
+        return self._run(self._request, token, self._tokens - 1)
+
+    def _compiled(self, last_only: bool) -> Any:
+        network = _of_last_token(self._network) if last_only else self._network
+        return self._core.compile_model(network, "CPU", self._options).create_infer_request()
+
+    def _run(self, request: Any, rows: Int[Tensor, "batch tokens"], past: int) -> Float[Tensor, "batch ..."]:
+        batch, tokens = rows.shape
+        given = {"input_ids": rows.numpy(), "attention_mask": np.ones((batch, past + tokens), np.int64)}
+        if self._decodes:
+            if past == 0:
+                request.reset_state()
+            given["position_ids"] = np.broadcast_to(np.arange(past, past + tokens), (batch, tokens))
+            given["beam_idx"] = np.arange(batch, dtype=np.int32)
+        request.infer(given, share_inputs=True)
+        return torch.from_numpy(request.get_output_tensor(0).data.copy())
+
+
+def _of_last_token(network: Any) -> Any:
+    """A copy of the graph that computes the logits of the last token alone, as OpenVINO GenAI makes it too."""
+    from openvino import opset13 as op
+
+    copy = network.clone()
+    product = next(iter(copy.get_results())).input_value(0).get_node()
+    while product.get_type_name() != "MatMul":
+        product = product.input_value(0).get_node()
+    states = product.input_value(0)
+    last = op.slice(
+        states, op.constant([-1]), op.constant([np.iinfo(np.int64).max]), op.constant([1]), op.constant([1])
+    )
+    product.input(0).replace_source_output(last.output(0))
+    copy.validate_nodes_and_infer_types()
+    return copy

@@ -1,0 +1,64 @@
+"""Chat: text from an export in its runtime, for a person to see what they got."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from jobs import formats, models, runtimes
+from jobs.models import Tokenizer
+from jobs.runtimes import Runner
+
+
+class Chat:
+    """An export, loaded to write text on so many threads.
+
+    Raises LookupError where nothing here runs its form, ValueError where it is no export.
+    """
+
+    def __init__(self, folder: Path, threads: int) -> None:
+        format = formats.format_of(folder)
+        self.runtime = runtimes.reading(format)
+        self._runner: Runner = runtimes.load(self.runtime).start(folder, threads)
+        self._words: Tokenizer = models.tokenizer(folder)
+
+    def reply(self, said: str, tokens: int, temperature: float, seed: int) -> Iterator[str]:
+        """What the model writes after `said`, piece by piece, at most so many tokens. Each call starts anew.
+
+        A model with a chat template is spoken to in it; any other goes on with the text. temperature 0 always
+        takes the likeliest token.
+        """
+        prompt = self._prompt(said)
+        generator = torch.Generator().manual_seed(seed)
+        logits = self._runner.prefill(prompt)
+        written: list[int] = []
+        shown = ""
+        for _ in range(tokens):
+            token = _next(logits[0, -1].float(), temperature, generator)
+            if token == self._words.eos_token_id:
+                return
+            written.append(token)
+            text = str(self._words.decode(written, skip_special_tokens=True))
+            if not text.endswith("\ufffd"):  # half of a character, whose other bytes are still to come
+                yield text[len(shown) :]
+                shown = text
+            logits = self._runner.decode(torch.tensor([[token]]))
+
+    def _prompt(self, said: str) -> Tensor:
+        if self._words.chat_template is None:
+            return torch.tensor([self._words(said).input_ids])
+        framed = self._words.apply_chat_template(
+            [{"role": "user", "content": said}], add_generation_prompt=True, tokenize=False
+        )
+        return torch.tensor([self._words(str(framed), add_special_tokens=False).input_ids])
+
+
+def _next(logits: Float[Tensor, " vocabulary"], temperature: float, generator: torch.Generator) -> int:
+    if temperature == 0:
+        return int(logits.argmax().item())
+    shares = torch.softmax(logits / temperature, dim=-1)
+    return int(torch.multinomial(shares, 1, generator=generator).item())

@@ -1,0 +1,112 @@
+"""Verify: measure an export again, and hold each number against what was recorded of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jobs import formats, measure, meters, models, runtimes
+from jobs.job import Materials, Measurement, materials_from_dict
+from jobs.meter import Subject
+from orchestrator.export import MEASUREMENT
+
+_SIGMAS = 3.0
+"""How many of both errors together two measurements of one thing may lie apart."""
+
+
+@dataclass(frozen=True)
+class Checked:
+    """One metric, recorded and measured again. allowed: how far apart they may lie; None where they are not
+    comparable, for the reason in `note`."""
+
+    metric: str
+    recorded: float
+    measured: float
+    allowed: float | None
+    note: str = ""
+
+    @property
+    def ok(self) -> bool:
+        return self.allowed is None or abs(self.measured - self.recorded) <= self.allowed
+
+
+def verify(folder: Path) -> list[Checked]:
+    """Measure what was recorded of this export once more, here.
+
+    Raises ValueError where a file is not the one that was exported, LookupError where nothing here runs it,
+    FileNotFoundError where the texts it was measured on are not here.
+    """
+    check_files(folder)
+    record = json.loads((folder / MEASUREMENT).read_text())
+    materials = _here(folder, materials_from_dict(record["materials"]))
+    wanted = {meters.producing(metric, materials.task) for metric in record["metrics"]}
+    with tempfile.TemporaryDirectory() as scratch:
+        subject = Subject(folder, _original(folder, materials, wanted), materials, workdir=Path(scratch))
+        found = measure.measure(sorted(wanted), subject)
+    return compare(record, found)
+
+
+def check_files(folder: Path) -> None:
+    """Refuse, with a ValueError, an export whose files are not those that were written."""
+    formats.format_of(folder)
+    expected: Mapping[str, str] = json.loads((folder / formats.MARK).read_text()).get("checksums", {})
+    found = formats.checksums(folder)
+    for name, digest in expected.items():
+        if name not in found:
+            raise ValueError(f"{folder / name} is missing: export the model again")
+        if found[name] != digest:
+            raise ValueError(
+                f"the checksum of {folder / name} is off: it was changed or damaged; export it again"
+            )
+
+
+def compare(record: Mapping[str, Any], found: Measurement) -> list[Checked]:
+    """What was recorded beside what was found. Times of another environment are shown, and not held against it."""
+    elsewhere = [
+        name
+        for name, value in record["environment"].items()
+        if name in found.environment and found.environment[name] != value
+    ]
+    checked = []
+    for metric, recorded in sorted(record["metrics"].items()):
+        if metric not in found.metrics:
+            continue
+        measured, error = found.metrics[metric], record["errors"].get(metric)
+        if metric in found.unreliable:
+            checked.append(Checked(metric, recorded, measured, None, "too noisy here to compare"))
+        elif metric == "size_bytes":
+            checked.append(Checked(metric, recorded, measured, 0.0))
+        elif error is None:
+            checked.append(Checked(metric, recorded, measured, None, "recorded without an error"))
+        elif elsewhere:
+            note = f"recorded with another {', '.join(elsewhere)}"
+            checked.append(Checked(metric, recorded, measured, None, note))
+        else:
+            allowed = _SIGMAS * math.hypot(error, found.errors.get(metric, 0.0))
+            checked.append(Checked(metric, recorded, measured, allowed))
+    return checked
+
+
+def _here(folder: Path, materials: Materials) -> Materials:
+    """The same, for a runtime that runs the form of this export: the recorded one if that does."""
+    format, target = formats.format_of(folder), materials.target
+    recorded = runtimes.load(target.runtime)
+    if format in recorded.READS:
+        lacking = recorded.missing()
+        if lacking is not None:
+            raise LookupError(lacking)
+        return materials
+    return dataclasses.replace(
+        materials, target=dataclasses.replace(target, runtime=runtimes.reading(format))
+    )
+
+
+def _original(folder: Path, materials: Materials, wanted: set[str]) -> Path:
+    """The original, where it is compared with; else the export, whose tokenizer is the original's."""
+    return models.locate(materials.model) if "agreement" in wanted else folder
