@@ -99,8 +99,9 @@ def _shipped(materials: Materials, artifact: Path, scratch: Path) -> Path:
 
 
 def _key(materials: Materials, original: Path) -> str:
+    target = dataclasses.replace(materials.target, price_per_hour=None)
     decides = [
-        models.digest(original), materials.task, dataclasses.astuple(materials.target),
+        models.digest(original), materials.task, dataclasses.astuple(target),
         dict(environment(materials.target)),
     ]  # fmt: skip
     return hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:16]

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from cluster.executor import Executor, Resources
+from jobs import formats, runtimes
 from jobs.job import Failure, Job, Materials
 from jobs.layout import Layout
 from jobs.operations import Table
@@ -40,15 +41,18 @@ def foretelling(prepared: Prepared, ledger: Ledger, executor: Executor) -> Prepa
 def sampled(prepared: Prepared, count: int, seed: int) -> list[Layout]:
     """Layouts of distinct models that the study may propose, drawn uniformly; fewer where there are not so many."""
     generator = np.random.default_rng(seed)
+    shipped_as = formats.load(runtimes.load(prepared.materials.target.runtime).FORMAT)
     found: dict[str, Layout] = {}
     for _ in range(10 * count):
         recipe = prepared.space.recipe(
             prepared.plan.original.origin, uniform(prepared.space.knobs(), generator)
         )
         try:
-            found.setdefault(recipe.id, recipe.layout(prepared.layout))
+            layout = recipe.layout(prepared.layout)
         except ValueError:  # choices that make no model
             continue
+        if shipped_as.refusal(layout) is None:
+            found.setdefault(recipe.id, layout)
         if len(found) == count:
             break
     return list(found.values())
