@@ -108,16 +108,16 @@ def _nothing(target: Target) -> str | None:
 
 @dataclass(frozen=True)
 class Meter:
-    """metrics: what `measure` produces for these tasks; optional: what it produces besides where the machine can
-    tell. reads: which of the study's data it needs. exclusive: nothing else may run on the machine meanwhile.
-    missing: why this machine cannot measure it for this target, with the cure; None where it can."""
+    """metrics: what `measure` produces for these tasks; beside: what it tells of the machine as well, where that can
+    tell, which is no objective. reads: which of the study's data it needs. exclusive: nothing else may run on the
+    machine meanwhile. missing: why this machine cannot measure it for this target, with the cure; None where it can."""
 
     metrics: tuple[str, ...]
     tasks: tuple[Task, ...]
     measure: Callable[[Subject], Measurement]
     reads: Reads | None = None
     exclusive: bool = False
-    optional: tuple[str, ...] = ()
+    beside: tuple[str, ...] = ()
     missing: Callable[[Target], str | None] = _nothing
 
 

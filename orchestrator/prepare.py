@@ -306,6 +306,8 @@ def _meters(
 
     def able(metric: str) -> str:
         name = meters.producing(metric, task)
+        if metric not in meters.load(name).metrics:
+            raise ValueError(f"{metric}, which tells of the machine and not of a model")
         reason = meters.load(name).missing(materials.target)
         if reason is not None:
             raise ValueError(f"{metric}, which cannot be measured here: {reason}")

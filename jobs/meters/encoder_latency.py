@@ -14,7 +14,7 @@ def measure(subject: Subject) -> Measurement:
 
 METER = Meter(
     metrics=metrics_of(["prefill"]),
-    optional=MACHINE,
+    beside=MACHINE,
     tasks=("embedding", "classification"),
     measure=measure,
     exclusive=True,

@@ -43,12 +43,12 @@ def summary(timed: Timed) -> Measurement:
 
 
 def metrics_of(parts: Iterable[str]) -> tuple[str, ...]:
-    """The names of what is always measured of each part."""
-    return (*(name for part in parts for name in (f"{part}_ms", f"{part}_p90_ms")), "load_share")
+    """The names of what is measured of each part."""
+    return tuple(name for part in parts for name in (f"{part}_ms", f"{part}_p90_ms"))
 
 
-MACHINE = ("cpu_mhz",)
-"""What is measured of the machine where it tells."""
+MACHINE = ("load_share", "cpu_mhz")
+"""What is told of the machine, where it can tell."""
 
 
 def _machine(timed: Timed) -> dict[str, float]:
@@ -60,7 +60,7 @@ def _machine(timed: Timed) -> dict[str, float]:
 
 METER = Meter(
     metrics=metrics_of(["prefill", "decode"]),
-    optional=MACHINE,
+    beside=MACHINE,
     tasks=("causal-lm",),
     measure=measure,
     exclusive=True,

@@ -49,7 +49,7 @@ def test_a_meter_measures_exactly_the_metrics_it_names(
             meter.measure(subject)
         return
     found = meter.measure(subject)
-    assert {*meter.metrics} <= {*found.metrics} <= {*meter.metrics, *meter.optional}
+    assert {*meter.metrics} <= {*found.metrics} <= {*meter.metrics, *meter.beside}
     assert {*found.errors} <= {*found.metrics}
     assert {*found.unreliable} <= {*found.metrics}
     assert all(error >= 0 for error in found.errors.values())
@@ -59,7 +59,7 @@ def test_a_meter_measures_exactly_the_metrics_it_names(
 def test_every_metric_of_a_task_has_one_meter(task: Task) -> None:
     found = [meters.load(name) for name, of in CASES if of == task]
     produced = [metric for meter in found for metric in meter.metrics]
-    every = produced + [metric for meter in found for metric in meter.optional]
+    every = produced + [metric for meter in found for metric in meter.beside]
     assert len(every) == len(set(every))
     for metric in produced:
         assert metric in meters.load(meters.producing(metric, task)).metrics

@@ -63,6 +63,7 @@ def test_an_override_replaces_what_the_file_says(prepared: Callable[..., Prepare
         ("space.width.prune_ffn.ratio=1.5", "got 1.5, expected a value in [0, 0.9]"),
         ("search.table=some", "search.table: got 'some', expected auto or a whole number from 0"),
         ("target.price_per_hour=0", "target.price_per_hour: got 0.0, expected more than 0"),
+        ("objectives={load_share: {goal: min}}", "load_share, which tells of the machine and not of a model"),
         ("objectives={cost_per_million_tokens: {goal: min}}", "the study gives no target.price_per_hour"),
         ("space.later={distill: {steps: 3}}", "distill cannot follow rtn"),
     ],
