@@ -33,6 +33,8 @@ _ALIGNMENT = 64
 _STRUCTURE_BYTES = 4 * 1024
 """Room for what belongs to the graph and not to the model (shapes, axes), so that the size follows from the model's
 shapes alone."""
+_NAMED = ("input_ids", "attention_mask", "position_ids", "beam_idx", "logits", "last_hidden_state")
+"""The inputs and outputs, which have names that others ask for."""
 _OWN = "slimfront/"
 """Stands before the names of the constants that hold the model's tensors."""
 
@@ -143,9 +145,13 @@ def _fill(network: Any, artifact: Path) -> None:
             continue
         # What each reader is given is unpacked for it alone: shared, it would be kept unpacked in memory.
         source = _Source(name, packed.get(name), held.get(name))
-        for reader in list(node.output(0).get_target_inputs()):
+        for reader in sorted(node.output(0).get_target_inputs(), key=_kind_of):
             reader.replace_source_output(source.value().output(0))
         network.remove_parameter(node)
+
+
+def _kind_of(reader: Any) -> str:
+    return str(reader.get_node().get_type_name())
 
 
 class _Source:
@@ -341,7 +347,23 @@ def _lay_out(loose: Path, out: Path, room: int) -> None:
                 f"the graph's own constants take {file.tell() - end} bytes more than the {room} foreseen"
             )
         file.write(b"\0" * (end - file.tell()))
+    _rename(tree)
     tree.write(out / GRAPH)
+
+
+def _rename(tree: Any) -> None:
+    """Name operations by their places in the graph: the names they have are counted through the process, so that
+    the same model would be written differently each time."""
+    tree.getroot().set("name", "slimfront")
+    for layer in tree.iter("layer"):
+        if layer.get("type") != "Parameter" and not layer.get("name", "").startswith(_OWN):
+            layer.set("name", f"{layer.get('type')}_{layer.get('id')}")
+    for notes in tree.iter("rt_info"):
+        for note in [note for note in notes if note.get("name") == "fused_names"]:
+            notes.remove(note)
+    for port in tree.iter("port"):
+        if "names" in port.attrib and port.get("names") not in _NAMED:
+            del port.attrib["names"]
 
 
 def held(folder: Path) -> Mapping[str, int]:
