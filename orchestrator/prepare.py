@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from jobs import data, meters, models, runtimes
+from jobs import data, formats, meters, models, runtimes
 from jobs.families import TASKS, Task, family
 from jobs.job import Job, Materials, Target, TextSource
 from jobs.layout import Layout
@@ -34,12 +34,16 @@ WORKER_GIB = 0.6
 
 @dataclass(frozen=True)
 class Prepared:
-    """A study that is ready to run: valid, its model found, its data read once, its plan fixed."""
+    """A study that is ready to run: valid, its model found, its data read once, its plan fixed.
+
+    original: the folder of the model; layout: its own.
+    """
 
     config: StudyConfig
     text: str
     space: SearchSpace
     materials: Materials
+    original: Path
     layout: Layout
     plan: Plan
     table: Table | None = None
@@ -76,7 +80,7 @@ class Prepared:
         """The proposal that these choices make, with its cost, or why no such model can be."""
         recipe = self.space.recipe(self.plan.original.origin, choices)
         try:
-            return Proposed(recipe, choices, cost_of(recipe.layout(self.layout), self.table))
+            return Proposed(recipe, choices, self._cost(recipe))
         except ValueError as error:
             return Proposed(recipe, choices, None, str(error))
 
@@ -98,23 +102,37 @@ class Prepared:
         """What needs no evaluation: the size, or a bound of it. Nothing where the choices cannot be made."""
         recipe = self.space.recipe(self.plan.original.origin, choices)
         try:
-            return {"size_bytes": float(recipe.layout(self.layout).size_bytes())}
+            return {"size_bytes": float(self._cost(recipe).size_bytes)}
         except ValueError:
             return {}
 
+    def _cost(self, recipe: Recipe) -> Cost:
+        """ValueError where the recipe makes no model, or none that the target can run."""
+        layout = recipe.layout(self.layout)
+        formats.check(shipped_as(self.materials.target), layout)
+        return cost_of(layout, self.materials.target, self.original, self.table)
+
     def with_table(self, table: Table) -> Prepared:
         """The same study with latencies predicted by a table of operations."""
-        cost = cost_of(self.layout, table)
+        cost = cost_of(self.layout, self.materials.target, self.original, table)
         plan = dataclasses.replace(self.plan, original_cost=cost, prediction_errors=table.errors)
         return dataclasses.replace(self, plan=plan, table=table)
 
 
-def cost_of(layout: Layout, table: Table | None = None) -> Cost:
+def shipped_as(target: Target) -> str:
+    """The format that candidates are written in for a target."""
+    return runtimes.load(target.runtime).FORMAT
+
+
+def cost_of(layout: Layout, target: Target, original: Path, table: Table | None = None) -> Cost:
+    """What is known of a model from its shapes, and a table of operations. The size is that of the file for the
+    target."""
     try:
         predicted = {} if table is None else predict(layout, table)
     except LookupError:  # an operation that no model of the table did: as without a table
         predicted = {}
-    return Cost(layout.size_bytes(), layout.decode_macs(), len(layout.linears), predicted)
+    size_bytes = formats.load(shipped_as(target)).size_bytes(layout, original)
+    return Cost(size_bytes, layout.decode_macs(), len(layout.linears), predicted)
 
 
 def prepare(loaded: Loaded) -> Prepared:
@@ -164,7 +182,7 @@ def prepare(loaded: Loaded) -> Prepared:
     )
     plan = Plan(
         original=Recipe(origin),
-        original_cost=cost_of(layout),
+        original_cost=cost_of(layout, materials.target, folder),
         objectives=objectives_of(config),
         candidates=config.search.candidates,
         meters=tuple(name for name in plan_meters if not meters.load(name).exclusive),
@@ -172,7 +190,7 @@ def prepare(loaded: Loaded) -> Prepared:
         timed=timed & set(config.objectives),
         materials_digest=_measuring_digest(materials),
     )
-    return Prepared(config, loaded.text, space, materials, layout, plan)
+    return Prepared(config, loaded.text, space, materials, folder, layout, plan)
 
 
 def _refusals(space: SearchSpace, folder: Path, task: Task) -> list[Problem]:
@@ -247,7 +265,13 @@ def _check_values(config: StudyConfig, check: Check) -> None:
     )
     usable = runtimes.names()
     runtime = config.target.runtime
-    check("target.runtime", (runtime in usable, f"got {runtime}, expected one of {', '.join(usable)}"))
+    known = runtime in usable
+    lacking = runtimes.load(runtime).missing() if known else None
+    check(
+        "target.runtime",
+        (known, f"got {runtime}, expected one of {', '.join(usable)}"),
+        (lacking is None, f"got {runtime}, which does not run here: {lacking}"),
+    )
     algorithm, algorithms = config.search.algorithm, search.names()
     check(
         "search.algorithm",
