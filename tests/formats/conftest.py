@@ -67,6 +67,12 @@ def artifact(tiny: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
 
 
 @pytest.fixture(scope="session")
+def rows() -> Tensor:
+    """The texts that all are asked about."""
+    return ROWS
+
+
+@pytest.fixture(scope="session")
 def expected() -> Callable[[Path], Tensor]:
     """What our own code says of an artifact's weights to ROWS, computed in fp32."""
 
