@@ -1,8 +1,8 @@
 """Blocks: packed linears and tables as ONNX Runtime's operators take them, MatMulNBits and GatherBlockQuantized.
 
 Both want integers of 2, 4 or 8 bits in blocks of 16 to 256 neighbours of a row, a power of two, each with a scale and,
-where a row's middle is not its zero, a zero point: the first integer of a byte in its lowest bits, the last block of a row
-filled up. github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md
+where zero is not their middle, a zero point. The first integer of a byte stands in its lowest bits; the last block of a
+row is filled up. github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md
 """
 
 from __future__ import annotations
@@ -124,8 +124,6 @@ def _bits(packing: Packing) -> int:
 def _packing(spec: LinearSpec) -> Packing:
     assert spec.packing is not None
     return spec.packing
-
-
 
 
 def _spread(per_group: Tensor, spec: LinearSpec, blocks: Blocks) -> Tensor:

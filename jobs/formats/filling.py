@@ -1,4 +1,4 @@
-"""Filling: an ONNX graph's parameters become tensors of a file, and what reads packed ones operators that take them so."""
+"""Filling: an ONNX graph's parameters become tensors of a file, packed ones for operators that read them so."""
 
 from __future__ import annotations
 
@@ -84,7 +84,9 @@ class Filling:
                 self._places[at] = self._rows(stem, layer.spec, node)
                 continue
             products = self._readers[node.output[0]]
-            if node.op_type != "Transpose" or {self._places[one][0].op_type for one in products} != {"MatMul"}:
+            if node.op_type != "Transpose" or {self._places[one][0].op_type for one in products} != {
+                "MatMul"
+            }:
                 raise RuntimeError(f"{name} is read by {node.op_type}: neither a product nor a table")
             self._places[at] = []
             for one in products:
@@ -157,8 +159,8 @@ class Filling:
         ]
 
     def _of_blocks(self, stem: str, spec: LinearSpec, x: str, y: str) -> list[Any]:
-        """y = x Wᵀ. For real zero points z there is no fast operator, so they are taken out of the product:
-        W = s (q − z) = s (q − m) + s (m − z) with m the middle, and the second part meets only the sum of each block."""
+        """y = x Wᵀ. No fast operator knows real zero points z, so they are taken out of the product:
+        W = s (q − z) = s (q − m) + s (m − z) with m the middle; the second part meets only the sum of each block."""
         cut = blocks.of(spec)
         shape = (spec.out_features, cut.number, cut.size * cut.bits // 8)
         given = [x, self._seen(f"{stem}packed", f"{stem}blocks", shape), self._float(f"{stem}scales")]

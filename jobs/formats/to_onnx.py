@@ -10,8 +10,6 @@ Dense weights are bf16, which the graph turns into fp32 when it is loaded. Packe
 from __future__ import annotations
 
 import importlib.util
-import io
-import math
 import os
 import shutil
 import tempfile
@@ -23,7 +21,7 @@ from typing import Any
 import torch
 
 from jobs import graph, models
-from jobs.formats import blocks
+from jobs.formats import blocks, shapes
 from jobs.formats.filling import OWN_BYTES, Filling, aligned
 from jobs.layers import PackedEmbedding, PackedLinear, SparseLinear
 from jobs.layout import Layout, LinearSpec
@@ -32,6 +30,9 @@ from jobs.model import distinct_tensors
 GRAPH = "model.onnx"
 WEIGHTS = "model.onnx.data"
 _OPSET = 18
+_VERSION = 1
+"""Of how graphs are made: raised when a cached one would differ."""
+
 
 def missing() -> str | None:
     lacking = [name for name in ("onnx", "onnxruntime") if importlib.util.find_spec(name) is None]
@@ -96,7 +97,7 @@ def write(artifact: Path, out: Path, cache: Path | None) -> None:
         if isinstance(layer, (PackedLinear, PackedEmbedding, SparseLinear))
     }
     held = distinct_tensors(model.module)
-    for name in filled.parameters & (packed.keys() | held.keys()):
+    for name in sorted(filled.parameters & (packed.keys() | held.keys())):
         layer = packed.get(name)
         if isinstance(layer, (PackedLinear, PackedEmbedding)):
             filled.put_packed(name, layer)
@@ -113,30 +114,38 @@ def _skeleton(artifact: Path, cache: Path | None) -> Any:
     import onnx
 
     if cache is None:
-        return onnx.load_model_from_string(_traced(graph.function_of(artifact)))
+        return _traced(graph.function_of(artifact))
     kept = cache / "graphs"
-    file = kept / f"onnx-{onnx.__version__}-{graph.structure_key(artifact)}.onnx"
+    file = kept / f"onnx-{_VERSION}-{onnx.__version__}-{graph.structure_key(artifact)}.onnx"
     if not file.is_file():
         kept.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=kept) as scratch:
-            (Path(scratch) / file.name).write_bytes(_traced(graph.function_of(artifact)))
+            made = _traced(graph.function_of(artifact)).SerializeToString(deterministic=True)
+            (Path(scratch) / file.name).write_bytes(made)
             os.replace(Path(scratch) / file.name, file)
     return onnx.load_model_from_string(file.read_bytes())
 
 
-def _traced(function: graph.Function) -> bytes:
-    """The function as an ONNX model. By way of TorchScript: it takes a second where torch.export takes many, and traces
-    every family."""
-    tokens = {name: "tokens" for name in function.inputs} | {"attention_mask": "all_tokens"}
-    names = [*function.inputs, *function.past, *function.weights]
-    outputs = [*function.outputs, *(name.replace("past_key_values", "present") for name in function.past)]
-    dynamic = {name: {0: "batch", 1: tokens[name]} for name in function.inputs}
-    dynamic |= {name: {0: "batch", 2: "past_tokens"} for name in function.past}
-    file = io.BytesIO()
-    with torch.no_grad(), warnings.catch_warnings():
+def _traced(function: graph.Function) -> Any:
+    """The function as an ONNX model. By way of TorchScript, which traces every family, and in seconds."""
+    import onnx
+
+    every = "all_tokens" if function.past else "tokens"
+    outputs = {name: name.replace("past_key_values", "present") for name in function.past}
+    dynamic = {name: {0: "batch", 1: "tokens"} for name in function.inputs}
+    dynamic["attention_mask"] = {0: "batch", 1: every}
+    for past, present in outputs.items():
+        dynamic |= {past: {0: "batch", 2: "past_tokens"}, present: {0: "batch", 2: every}}
+    with tempfile.TemporaryDirectory() as scratch, torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of values that become constants, and of the exporter's age
         torch.onnx.export(
-            function.module, function.arguments, file, dynamo=False, opset_version=_OPSET,
-            input_names=names, output_names=outputs, dynamic_axes=dynamic,
+            function.module, function.arguments, Path(scratch) / GRAPH, dynamo=False, opset_version=_OPSET,
+            input_names=[*function.inputs, *function.past, *function.weights],
+            output_names=[*function.outputs, *outputs.values()],
+            dynamic_axes=dynamic,
         )  # fmt: skip
-    return file.getvalue()
+        traced = onnx.load(Path(scratch) / GRAPH)
+    sizes = {"batch": ("input_ids", 0), "tokens": ("input_ids", 1)}
+    if function.past:
+        sizes |= {every: ("attention_mask", 1), "past_tokens": (next(iter(function.past)), 2)}
+    return shapes.settle(traced, sizes)

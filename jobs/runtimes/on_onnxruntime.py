@@ -83,7 +83,9 @@ class OnnxRunner:
 
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = self._threads
-        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(self._folder))
+        options.add_session_config_entry(
+            "session.model_external_initializers_file_folder_path", str(self._folder)
+        )
         graph = _of_last_token(self._graph) if last_only else self._graph
         return onnxruntime.InferenceSession(
             graph.SerializeToString(), options, providers=["CPUExecutionProvider"]
@@ -95,7 +97,9 @@ class OnnxRunner:
         start, end = self._tokens, self._tokens + tokens
         given = {"input_ids": rows.numpy(), "attention_mask": np.ones((batch, end), np.int64)}
         if self._cached:
-            given["position_ids"] = np.ascontiguousarray(np.broadcast_to(np.arange(start, end), (batch, tokens)))
+            given["position_ids"] = np.ascontiguousarray(
+                np.broadcast_to(np.arange(start, end), (batch, tokens))
+            )
         binding = session.io_binding()
         for name, values in given.items():
             binding.bind_cpu_input(name, values)
