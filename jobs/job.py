@@ -18,12 +18,14 @@ FailureKind = Literal["invalid", "diverged", "out_of_memory", "preempted", "time
 
 @dataclass(frozen=True)
 class Target:
-    """What the model is to run on. Latency is measured for prompts of `prompt_tokens`, then `new_tokens`."""
+    """What the model is to run on. Latency is measured for prompts of `prompt_tokens`, then `new_tokens`.
+    price_per_hour: of such a machine, in any currency."""
 
     runtime: str = "torch"
     threads: int = 1
     prompt_tokens: int = 128
     new_tokens: int = 32
+    price_per_hour: float | None = None
 
 
 @dataclass(frozen=True)

@@ -188,22 +188,8 @@ class Layout:
         return found
 
     def size_bytes(self) -> int:
-        """The size of the safetensors file, to the byte: the header, padded to 8 bytes, and the tensors."""
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        offset = 0
-        # safetensors lays tensors out by type, the widest first, then by name.
-        places = {dtype: place for place, dtype in enumerate(_ITEM_BYTES)}
-        in_file = sorted(self.tensors().items(), key=lambda item: (places[item[1].dtype], item[0]))
-        for name, tensor in in_file:
-            end = offset + tensor.size_bytes
-            header[name] = {
-                "dtype": tensor.dtype,
-                "shape": list(tensor.shape),
-                "data_offsets": [offset, end],
-            }
-            offset = end
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        return 8 + math.ceil(len(text) / 8) * 8 + offset
+        """The size of the safetensors file, to the byte."""
+        return file_bytes(self.tensors())
 
     def parameters(self) -> int:
         """How many weights the model computes with, packed ones counted one by one."""
@@ -255,6 +241,21 @@ class Layout:
             },
             {name: _linear_spec(spec) for name, spec in record["tables"].items()},
         )
+
+
+def file_bytes(tensors: Mapping[str, TensorSpec]) -> int:
+    """The size of a safetensors file of these tensors, to the byte: the header, padded to 8 bytes, and the tensors."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    # safetensors lays tensors out by type, the widest first, then by name.
+    places = {dtype: place for place, dtype in enumerate(_ITEM_BYTES)}
+    in_file = sorted(tensors.items(), key=lambda item: (places[item[1].dtype], item[0]))
+    for name, tensor in in_file:
+        end = offset + tensor.size_bytes
+        header[name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    return 8 + math.ceil(len(text) / 8) * 8 + offset
 
 
 def _linear_spec(record: Mapping[str, Any]) -> LinearSpec:

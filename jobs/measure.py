@@ -34,8 +34,12 @@ def measure(names: Sequence[str], subject: Subject) -> Measurement:
 def environment(target: Target) -> Mapping[str, str]:
     """What decides a number besides the artifact: the machine and the libraries."""
     gpu = {"gpu": torch.cuda.get_device_name()} if target.runtime == "cuda" else {}
+    library = (
+        {target.runtime: version(target.runtime)} if target.runtime in ("openvino", "onnxruntime") else {}
+    )
     return {
         **gpu,
+        **library,
         "cpu": _cpu_name(),
         "cpus": str(os.cpu_count()),
         "machine": platform.machine(),

@@ -13,11 +13,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from jobs.families import Task
-from jobs.job import Materials, Measurement
+from jobs.job import Materials, Measurement, Target
 
 if TYPE_CHECKING:
     from jobs.models import Tokenizer
     from jobs.runtimes import Runner
+    from jobs.timing import Timed
 
 Reads = Literal["evaluation", "choices", "labelled"]
 
@@ -67,6 +68,24 @@ class Subject:
 
         return runtimes.load(self.materials.target.runtime).start(self.shipped, torch.get_num_threads())
 
+    @property
+    def new_tokens(self) -> int:
+        """How many tokens it makes one by one after each prompt: none where it is no causal model."""
+        return self.materials.target.new_tokens if self.materials.task == "causal-lm" else 0
+
+    @cached_property
+    def timed(self) -> Timed:
+        """What is shipped, timed in new processes of the target's runtime: once, for all meters that need it."""
+        from jobs import models, timing
+        from jobs.stopwatch import Request, time_artifact
+
+        target = self.materials.target
+        request = Request(
+            str(self.shipped), target.runtime, target.threads, target.prompt_tokens, self.new_tokens,
+            models.vocabulary(self.original),
+        )  # fmt: skip
+        return timing.time_quietly(lambda: time_artifact(request))
+
     @cached_property
     def tokenizer(self) -> Tokenizer:
         from jobs import models
@@ -83,16 +102,23 @@ class Subject:
         return windows[: max(1, math.ceil(self.fidelity * len(windows)))]
 
 
+def _nothing(target: Target) -> str | None:
+    return None
+
+
 @dataclass(frozen=True)
 class Meter:
-    """metrics: what `measure` produces for these tasks. reads: which of the study's data it needs.
-    exclusive: nothing else may run on the machine meanwhile."""
+    """metrics: what `measure` produces for these tasks; beside: what it tells of the machine as well, where that can
+    tell, which is no objective. reads: which of the study's data it needs. exclusive: nothing else may run on the
+    machine meanwhile. missing: why this machine cannot measure it for this target, with the cure; None where it can."""
 
     metrics: tuple[str, ...]
     tasks: tuple[Task, ...]
     measure: Callable[[Subject], Measurement]
     reads: Reads | None = None
     exclusive: bool = False
+    beside: tuple[str, ...] = ()
+    missing: Callable[[Target], str | None] = _nothing
 
 
 def mean_and_error(values: Float[Tensor, " items"]) -> tuple[float, float]:

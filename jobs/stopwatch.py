@@ -7,20 +7,25 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
+
+from jobs import machine, power
+from jobs.machine import Watch
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-_REPEATS = 10
-"""At least so many prefills, and so many decode steps."""
-_SECONDS = 2.0
-"""At least so long is spent on prefills, and on decode steps."""
+    from jobs.runtimes import Runner
+
 _TIMEOUT_S = 900.0
+_WARM_PREFILLS, _WARM_DECODES = 2, 4
 
 
 @dataclass(frozen=True)
@@ -36,22 +41,76 @@ class Request:
 
 
 @dataclass(frozen=True)
+class Turn:
+    """How long to time: at least so many prefills and decode steps, and at least so many seconds on each."""
+
+    repeats: int = 10
+    seconds: float = 1.0
+
+
+@dataclass(frozen=True)
 class Timings:
-    """Milliseconds of every prefill and every decode step. others: the share of the pinned processors'
-    time that other processes took meanwhile."""
+    """Milliseconds of every prefill and every decode step; others, mhz, throttled: see `machine.Seen`.
+
+    token_joules: energy per decoded token, without new tokens per token of the prompt. peak_bytes: the most memory
+    that the process held, from its start. None where the machine cannot tell.
+    """
 
     prefill_ms: list[float]
     decode_ms: list[float]
     others: float
+    mhz: list[float] = dataclasses.field(default_factory=list)
+    throttled: int = 0
+    token_joules: float | None = None
+    peak_bytes: int | None = None
 
 
-def time_artifact(request: Request) -> Timings:
-    """Time an artifact in a new process that has computed nothing before.
+class Stopwatch:
+    """A new process that has loaded an artifact, and computes only while it has its turn."""
+
+    def __init__(self, process: subprocess.Popen[str], errors: IO[str]) -> None:
+        self._process = process
+        self._errors = errors
+        self._reply()  # it has loaded the artifact
+
+    def time(self, turn: Turn) -> Timings:
+        """Let the process warm up and time; returns when it has. Raises as `started` does."""
+        self._say(json.dumps(dataclasses.asdict(turn)))
+        return Timings(**json.loads(self._reply()))
+
+    def _say(self, line: str) -> None:
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(line + "\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            pass  # it has ended: reading its reply tells why
+
+    def _reply(self) -> str:
+        assert self._process.stdout is not None
+        patience = threading.Timer(_TIMEOUT_S, self._process.kill)
+        patience.start()
+        try:
+            line = self._process.stdout.readline()
+        finally:
+            patience.cancel()
+        if line:
+            return line
+        code = self._process.wait()
+        if code < 0:
+            raise MemoryError(f"the timing process was killed by signal {-code}")
+        self._errors.seek(0)
+        raise RuntimeError(f"the timing process failed:\n{self._errors.read()[-2000:]}")
+
+
+@contextmanager
+def started(request: Request) -> Iterator[Stopwatch]:
+    """A stopwatch for an artifact; its process ends with the context.
 
     Raises ValueError where the machine lends fewer processors than `threads`, MemoryError where the
     process was killed, RuntimeError with what it wrote where it failed.
     """
-    lent = len(_processors())
+    lent = len(machine.processors())
     if request.threads > lent:
         raise ValueError(f"target.threads={request.threads}, but this machine lends {lent} processors")
     root = str(Path(__file__).parent.parent)
@@ -64,21 +123,30 @@ def time_artifact(request: Request) -> Timings:
         "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")])),
     }
     command = [sys.executable, "-m", "jobs.stopwatch", json.dumps(dataclasses.asdict(request))]
-    done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False
-    )
-    if done.returncode < 0:
-        raise MemoryError(f"the timing process was killed by signal {-done.returncode}")
-    if done.returncode > 0:
-        raise RuntimeError(f"the timing process failed:\n{done.stderr[-2000:]}")
-    return Timings(**json.loads(done.stdout.splitlines()[-1]))
+    with (
+        tempfile.TemporaryFile("w+") as errors,
+        subprocess.Popen(
+            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True
+        ) as process,
+    ):
+        try:
+            yield Stopwatch(process, errors)
+        except BaseException:
+            process.kill()
+            raise
+        # Leaving the context of the process closes its input, at which it ends.
 
 
-def main(request: Request) -> Timings:
-    """Time the artifact in this process, which must be a new one."""
-    pinned = _processors()[: request.threads]
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, pinned)
+def time_artifact(request: Request, turn: Turn = Turn()) -> Timings:
+    """Time an artifact in a new process that has computed nothing before. Raises as `started` does."""
+    with started(request) as stopwatch:
+        return stopwatch.time(turn)
+
+
+def main(request: Request, orders: IO[str], replies: IO[str]) -> None:
+    """Load the artifact in this process, which must be a new one, then time at every order; one line each."""
+    pinned = machine.processors()[: request.threads]
+    machine.pin(pinned)
     import torch  # after pinning: its threads start with the affinity of the one that starts them
 
     from jobs import runtimes
@@ -88,41 +156,39 @@ def main(request: Request) -> Timings:
     generator = torch.Generator().manual_seed(0)
     prompt = torch.randint(request.vocabulary, (1, request.prompt_tokens), generator=generator)
     tokens = torch.randint(request.vocabulary, (request.new_tokens, 1, 1), generator=generator)
+    replies.write("ready\n")
+    replies.flush()
+    for order in orders:
+        timings = _timings(runner, prompt, tokens, pinned, Turn(**json.loads(order)))
+        replies.write(json.dumps(dataclasses.asdict(timings)) + "\n")
+        replies.flush()
 
-    for _ in range(2):
+
+def _timings(runner: Runner, prompt: Tensor, tokens: Tensor, pinned: list[int], turn: Turn) -> Timings:
+    for _ in range(_WARM_PREFILLS):
         runner.prefill(prompt)
-    for token in tokens[:4]:
+    for token in tokens[:_WARM_DECODES]:
         runner.decode(token)
-    busy = _Busy(pinned)
-    prefills: list[float] = []
-    while len(prefills) < _REPEATS or sum(prefills) < _SECONDS:
+    watch, counters = Watch(pinned), power.counters()
+    joules, prefills, decodes = 0.0, list[float](), list[float]()
+    tally = power.Tally(counters)
+    while len(prefills) < turn.repeats or sum(prefills) < turn.seconds:
         prefills.append(_seconds(runner.prefill, prompt))
-    decodes: list[float] = []
-    while request.new_tokens and (len(decodes) < _REPEATS or sum(decodes) < _SECONDS):
+    watch.look()
+    if not len(tokens):
+        joules = tally.joules()
+    while len(tokens) and (len(decodes) < turn.repeats or sum(decodes) < turn.seconds):
         runner.prefill(prompt)
+        tally = power.Tally(counters)
         decodes += [_seconds(runner.decode, token) for token in tokens]
-    return Timings([1000 * one for one in prefills], [1000 * one for one in decodes], busy.others())
-
-
-class _Busy:
-    """What other processes take of some processors from now on."""
-
-    def __init__(self, processors: list[int]) -> None:
-        self._processors = processors
-        self._start = self._read()
-
-    def others(self) -> float:
-        """The share of the processors' time since then that was neither idle nor this process's."""
-        wall, busy, own = (now - then for now, then in zip(self._read(), self._start, strict=True))
-        return max(0.0, (busy - own) / (wall * len(self._processors)))
-
-    def _read(self) -> tuple[float, float, float]:
-        import psutil
-
-        each = psutil.cpu_times(percpu=True)
-        times = [each[processor] for processor in self._processors if processor < len(each)]
-        busy = sum(sum(one) - one.idle - getattr(one, "iowait", 0.0) for one in times)
-        return time.perf_counter(), busy, time.process_time()
+        joules += tally.joules()
+        watch.look()
+    seen = watch.seen()
+    count = len(decodes) or len(prefills) * prompt.shape[1]
+    return Timings(
+        [1000 * one for one in prefills], [1000 * one for one in decodes], seen.others, seen.mhz, seen.throttled,
+        joules / count if counters else None, machine.peak_memory_bytes(),
+    )  # fmt: skip
 
 
 def _seconds(work: Callable[[Tensor], object], tokens: Tensor) -> float:
@@ -131,12 +197,8 @@ def _seconds(work: Callable[[Tensor], object], tokens: Tensor) -> float:
     return time.perf_counter() - started
 
 
-def _processors() -> list[int]:
-    """The processors that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return sorted(os.sched_getaffinity(0))
-    return list(range(os.cpu_count() or 1))
-
-
 if __name__ == "__main__":
-    sys.stdout.write(json.dumps(dataclasses.asdict(main(Request(**json.loads(sys.argv[1]))))) + "\n")
+    # What libraries print goes to stderr: on stdout stand the replies alone.
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    main(Request(**json.loads(sys.argv[1])), sys.stdin, answers)

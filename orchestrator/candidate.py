@@ -18,7 +18,8 @@ class Candidate:
     """choices: what the search chose. size_bytes: of the weights, exact, known before anything runs.
 
     `over_limit` candidates break a limit by their exact size and never run. `measured` ones may still lack
-    the exclusive metrics (latency), which are taken only of what may be on the front.
+    the exclusive metrics (latency), which are taken only of what may be on the front. predicted: what a table of
+    operations said of metrics that were measured since, to tell how far it was off; no result.
     """
 
     recipe: Recipe
@@ -29,6 +30,7 @@ class Candidate:
     measurement: Measurement | None = None
     failure: Failure | None = None
     attempts: int = 0
+    predicted: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def id(self) -> str:

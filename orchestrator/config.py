@@ -56,20 +56,26 @@ class ObjectiveSpec:
 
 @dataclass
 class TargetSpec:
+    """price_per_hour: of such a machine, in any currency, for cost_per_million_tokens."""
+
     runtime: str = "torch"
     threads: int = 1
     prompt_tokens: int = 128
     new_tokens: int = 32
+    price_per_hour: float | None = None
 
 
 @dataclass
 class SearchSpec:
-    """order: `given` keeps the stages as they stand, `any` searches their order too."""
+    """order: `given` keeps the stages as they stand, `any` searches their order too. table: how many models are
+    timed before the search, at most, to predict how fast all others are (`auto`: 32 where at least 64 candidates
+    are tried; 0: multiply-adds stand in for time)."""
 
     algorithm: str = "random"
     order: str = "given"
     candidates: int = 24
     seed: int = 0
+    table: Any = "auto"
 
 
 @dataclass

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
 from cluster import doctor
-from jobs import meters, runtimes
+from jobs import formats, meters, runtimes
 from jobs import techniques as known
 
 
@@ -34,7 +34,11 @@ def diagnose() -> list[Finding]:
     findings += [Finding(*fact) for fact in doctor.facts()]
     findings.append(Finding("techniques", ", ".join(known.names()), bool(known.names())))
     findings.append(Finding("meters", ", ".join(meters.names()), bool(meters.names())))
-    findings.append(Finding("runtimes", ", ".join(runtimes.names()), bool(runtimes.names())))
+    for what, known_ones in (("runtime", runtimes), ("format", formats)):
+        for name in known_ones.names():
+            lacking = known_ones.load(name).missing()
+            value = "usable" if lacking is None else "not here"
+            findings.append(Finding(f"{what} {name}", value, True, lacking or ""))
     return findings
 
 

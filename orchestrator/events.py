@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from jobs.job import Failure, Job, Outcome
@@ -20,11 +20,14 @@ class Cost:
     size_bytes: of the weights' file, exact, or a bound where the data decide what each layer gets.
     decode_macs, linears: multiply-adds per token, and into how many layers they are divided: a model with
         no more of either, and no more bytes, is taken to be no slower.
+    predicted: milliseconds by metric, by a table of operations; empty where there is none. They compare
+        candidates, and are no measurements.
     """
 
     size_bytes: int
     decode_macs: int
     linears: int
+    predicted: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -107,6 +110,7 @@ class Plan:
     meters: taken of every candidate. timers: exclusive ones, taken in a row once the search has ended, of the
     original and of what may be on the front, so that a machine that drifts does so for all of them; of the
     original also at the start, which gives estimates their unit. timed: the objectives that the timers give.
+    prediction_errors: by how much, relatively and by metric, predictions are expected to err.
     """
 
     original: Recipe
@@ -117,3 +121,4 @@ class Plan:
     timers: tuple[str, ...]
     timed: frozenset[str]
     materials_digest: str
+    prediction_errors: Mapping[str, float] = field(default_factory=dict)

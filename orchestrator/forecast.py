@@ -7,17 +7,21 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from cluster.store import ArtifactStore
+from jobs import meters
 from jobs.job import Success, outcome_from_dict
 from jobs.technique import Technique
 from orchestrator.events import Proposed
-from orchestrator.prepare import Prepared
+from orchestrator.prepare import Prepared, table_models
 from orchestrator.search import Search
 
 ASSUMED_FLOPS = 1e11
 """Operations a second of one slot, where nothing like the job has run here yet: one core of a server CPU."""
 
-TIMING_SECONDS = 15.0
-"""One exclusive latency measurement, with the start of its process."""
+TIMING_SECONDS = 20.0
+"""One exclusive latency measurement, with the starts of its processes."""
+
+TABLE_SECONDS = 12.0
+"""One model of the table of operations: written, loaded and timed beside the original."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,7 @@ def forecast(prepared: Prepared, search: Search, store: ArtifactStore) -> Foreca
     tokens = 0 if evaluation is None else evaluation.samples * evaluation.tokens
     measuring = len(possible) * known.get("measuring", _forward(prepared) * tokens / ASSUMED_FLOPS)
     timing = len(possible) / 2 * TIMING_SECONDS if prepared.plan.timers else 0.0
+    timing += table_models(prepared.config) * TABLE_SECONDS if prepared.plan.timed else 0.0
     return Forecast(
         list(proposals.values()), sum(map(len, lineages)), len(distinct), len(distinct) - len(left),
         steps + measuring + timing, bool(known),
@@ -73,7 +78,7 @@ def seconds_by_technique(store: ArtifactStore) -> Mapping[str, float]:
         if record is None:
             continue
         steps, outcome = record["recipe"]["steps"], outcome_from_dict(record["result"])
-        if not isinstance(outcome, Success) or "latency" in record["meters"]:
+        if not isinstance(outcome, Success) or any(meters.load(m).exclusive for m in record["meters"]):
             continue
         seen.setdefault("measuring", []).append(outcome.measurement.seconds)
         if steps and outcome.seconds > 0.01:

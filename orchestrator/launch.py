@@ -9,7 +9,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from types import FrameType
 
@@ -18,6 +18,7 @@ from cluster.on_ray import RayExecutor
 from jobs.measure import environment
 from orchestrator import search
 from orchestrator.export import MATERIALS
+from orchestrator.foretelling import foretelling
 from orchestrator.ledger import Ledger
 from orchestrator.prepare import Prepared, slots_of
 from orchestrator.progress import Status, status_of, write_json, write_status, write_whole
@@ -65,29 +66,28 @@ def launch(
             environment(prepared.materials.target),
             prepared.plan.objectives,
         )
-        searching = search.make(
-            prepared.config.search.algorithm,
-            prepared.space.knobs(),
-            prepared.plan.objectives,
-            prepared.known,
-            prepared.config.search.seed,
-        )
-        study = replayed(prepared, ledger, searching)
         running = executor or RayExecutor(
             slots_of(prepared.config),
             prepared.config.cluster.memory_gib,
             address=prepared.config.cluster.address,
         )
-        watch = _Watch(prepared, study, show)
-        try:
-            with _interruptible():
+        with closing(ledger), closing(running), _interruptible():
+            prepared = foretelling(prepared, ledger, running)
+            searching = search.make(
+                prepared.config.search.algorithm,
+                prepared.space.knobs(),
+                prepared.plan.objectives,
+                prepared.known,
+                prepared.config.search.seed,
+            )
+            study = replayed(prepared, ledger, searching)
+            watch = _Watch(prepared, study, show)
+            try:
                 Service(
                     study, prepared, searching, running, ledger, tracker, do or _work(prepared), watch
                 ).run()
-        finally:
-            running.close()
-            watch.write(study)
-            ledger.close()
+            finally:
+                watch.write(study)
         shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)  # of trainings that were given up
         results = _judged(prepared, study)
         page = report_html(results, prepared.text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -11,11 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from jobs import data, meters, models, runtimes
+from jobs import data, formats, meters, models, runtimes
 from jobs.families import TASKS, Task, family
 from jobs.job import Job, Materials, Target, TextSource
 from jobs.layout import Layout
 from jobs.meter import Reads
+from jobs.operations import Table, predict
 from jobs.recipe import Origin, Recipe
 from orchestrator import search
 from orchestrator.config import Evaluation, InvalidStudy, Loaded, StudyConfig, Text
@@ -32,14 +34,19 @@ WORKER_GIB = 0.6
 
 @dataclass(frozen=True)
 class Prepared:
-    """A study that is ready to run: valid, its model found, its data read once, its plan fixed."""
+    """A study that is ready to run: valid, its model found, its data read once, its plan fixed.
+
+    original: the folder of the model; layout: its own.
+    """
 
     config: StudyConfig
     text: str
     space: SearchSpace
     materials: Materials
+    original: Path
     layout: Layout
     plan: Plan
+    table: Table | None = None
 
     @property
     def folder(self) -> Path:
@@ -73,7 +80,7 @@ class Prepared:
         """The proposal that these choices make, with its cost, or why no such model can be."""
         recipe = self.space.recipe(self.plan.original.origin, choices)
         try:
-            return Proposed(recipe, choices, cost_of(recipe.layout(self.layout)))
+            return Proposed(recipe, choices, self._cost(recipe))
         except ValueError as error:
             return Proposed(recipe, choices, None, str(error))
 
@@ -93,12 +100,39 @@ class Prepared:
 
     def known(self, choices: Choices) -> Mapping[str, float]:
         """What needs no evaluation: the size, or a bound of it. Nothing where the choices cannot be made."""
-        cost = self.propose(choices).cost
-        return {} if cost is None else {"size_bytes": float(cost.size_bytes)}
+        recipe = self.space.recipe(self.plan.original.origin, choices)
+        try:
+            return {"size_bytes": float(self._cost(recipe).size_bytes)}
+        except ValueError:
+            return {}
+
+    def _cost(self, recipe: Recipe) -> Cost:
+        """ValueError where the recipe makes no model, or none that the target can run."""
+        layout = recipe.layout(self.layout)
+        formats.check(shipped_as(self.materials.target), layout)
+        return cost_of(layout, self.materials.target, self.original, self.table)
+
+    def with_table(self, table: Table) -> Prepared:
+        """The same study with latencies predicted by a table of operations."""
+        cost = cost_of(self.layout, self.materials.target, self.original, table)
+        plan = dataclasses.replace(self.plan, original_cost=cost, prediction_errors=table.errors)
+        return dataclasses.replace(self, plan=plan, table=table)
 
 
-def cost_of(layout: Layout) -> Cost:
-    return Cost(layout.size_bytes(), layout.decode_macs(), len(layout.linears))
+def shipped_as(target: Target) -> str:
+    """The format that candidates are written in for a target."""
+    return runtimes.load(target.runtime).FORMAT
+
+
+def cost_of(layout: Layout, target: Target, original: Path, table: Table | None = None) -> Cost:
+    """What is known of a model from its shapes, and a table of operations. The size is that of the file for the
+    target."""
+    try:
+        predicted = {} if table is None else predict(layout, table)
+    except LookupError:  # an operation that no model of the table did: as without a table
+        predicted = {}
+    size_bytes = formats.load(shipped_as(target)).size_bytes(layout, original)
+    return Cost(size_bytes, layout.decode_macs(), len(layout.linears), predicted)
 
 
 def prepare(loaded: Loaded) -> Prepared:
@@ -148,7 +182,7 @@ def prepare(loaded: Loaded) -> Prepared:
     )
     plan = Plan(
         original=Recipe(origin),
-        original_cost=cost_of(layout),
+        original_cost=cost_of(layout, materials.target, folder),
         objectives=objectives_of(config),
         candidates=config.search.candidates,
         meters=tuple(name for name in plan_meters if not meters.load(name).exclusive),
@@ -156,7 +190,7 @@ def prepare(loaded: Loaded) -> Prepared:
         timed=timed & set(config.objectives),
         materials_digest=_measuring_digest(materials),
     )
-    return Prepared(config, loaded.text, space, materials, layout, plan)
+    return Prepared(config, loaded.text, space, materials, folder, layout, plan)
 
 
 def _refusals(space: SearchSpace, folder: Path, task: Task) -> list[Problem]:
@@ -184,6 +218,13 @@ def objectives_of(config: StudyConfig) -> tuple[Objective, ...]:
 def slots_of(config: StudyConfig) -> int:
     """How many jobs run at once on this machine."""
     return os.cpu_count() or 1 if config.cluster.slots == "auto" else int(config.cluster.slots)
+
+
+def table_models(config: StudyConfig) -> int:
+    """How many models are timed before the search, at most, to predict how fast the others are."""
+    if config.search.table == "auto":
+        return 32 if config.search.candidates >= 64 else 0
+    return int(config.search.table)
 
 
 Check = Callable[..., None]
@@ -224,12 +265,23 @@ def _check_values(config: StudyConfig, check: Check) -> None:
     )
     usable = runtimes.names()
     runtime = config.target.runtime
-    check("target.runtime", (runtime in usable, f"got {runtime}, expected one of {', '.join(usable)}"))
+    known = runtime in usable
+    lacking = runtimes.load(runtime).missing() if known else None
+    check(
+        "target.runtime",
+        (known, f"got {runtime}, expected one of {', '.join(usable)}"),
+        (lacking is None, f"got {runtime}, which does not run here: {lacking}"),
+    )
     algorithm, algorithms = config.search.algorithm, search.names()
     check(
         "search.algorithm",
         (algorithm in algorithms, f"got {algorithm}, expected one of {', '.join(algorithms)}"),
     )
+    table = config.search.table
+    some = isinstance(table, int) and not isinstance(table, bool) and table >= 0
+    check("search.table", (table == "auto" or some, f"got {table!r}, expected auto or a whole number from 0"))
+    price = config.target.price_per_hour
+    check("target.price_per_hour", (price is None or price > 0, f"got {price}, expected more than 0"))
     order = config.search.order
     check("search.order", (order in ("given", "any"), f"got {order}, expected given or any"))
     slots = config.cluster.slots
@@ -253,7 +305,9 @@ def _materials(config: StudyConfig, task: Task) -> Materials:
         training=None if config.data.train is None else _source(config.data.train),
         choices=config.data.choices,
         labelled=config.data.labelled,
-        target=Target(target.runtime, target.threads, target.prompt_tokens, target.new_tokens),
+        target=Target(
+            target.runtime, target.threads, target.prompt_tokens, target.new_tokens, target.price_per_hour
+        ),
     )
 
 
@@ -270,13 +324,31 @@ def _source(text: Text | Evaluation) -> TextSource:
 def _meters(
     config: StudyConfig, task: Task, materials: Materials, attempt: Callable[..., str | None]
 ) -> tuple[str, ...]:
-    """The meters that the objectives ask for; the size is always taken, and the text where there is a text."""
+    """The meters that the objectives ask for; the size is always taken, and the text where there is a text. Where
+    anything is timed, all is taken that can be learned of the same processes."""
     found = {"size"}
+
+    def able(metric: str) -> str:
+        name = meters.producing(metric, task)
+        if metric not in meters.load(name).metrics:
+            raise ValueError(f"{metric}, which tells of the machine and not of a model")
+        reason = meters.load(name).missing(materials.target)
+        if reason is not None:
+            raise ValueError(f"{metric}, which cannot be measured here: {reason}")
+        return name
+
     for metric in config.objectives:
-        what = f"a metric of task {task}"
-        name = attempt(f"objectives.{metric}", lambda metric=metric: meters.producing(metric, task), what)
+        what = f"a metric of task {task} that this machine can measure"
+        name = attempt(f"objectives.{metric}", lambda metric=metric: able(metric), what)
         if name is not None:
             found.add(name)
+    if any(meters.load(name).exclusive for name in found):
+        every = {name: meters.load(name) for name in meters.names()}
+        found |= {
+            name
+            for name, meter in every.items()
+            if meter.exclusive and task in meter.tasks and meter.missing(materials.target) is None
+        }
     if task == "causal-lm" and materials.evaluation is not None:
         found.add("text")
     if materials.choices is not None:
@@ -360,7 +432,9 @@ def _measuring_digest(materials: Materials) -> str:
     target = materials.target
     text = None if materials.evaluation is None else data.digest(materials.evaluation)
     parts = [text, *files, materials.task]
-    return _digest([*parts, target.runtime, target.threads, target.prompt_tokens, target.new_tokens])
+    asked = [target.runtime, target.threads, target.prompt_tokens, target.new_tokens]
+    priced = [] if target.price_per_hour is None else [target.price_per_hour]
+    return _digest([*parts, *asked, *priced])
 
 
 def _digest(parts: object) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import itertools
+import statistics
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
@@ -14,7 +15,7 @@ from plotly.subplots import make_subplots
 
 from orchestrator.candidate import Candidate
 from orchestrator.front import Objective
-from orchestrator.results import COSTS, Results, errors, metrics
+from orchestrator.results import COSTS, Results, errors, metrics, prediction_errors
 
 UNITS = {"_bytes": ("MB", 1e-6), "_ms": ("ms", 1.0), "_gib": ("GiB", 1.0), "_joules": ("J", 1.0)}
 INK, GREY, LINE = "#1b1f24", "#b3b9c1", "#e6e8eb"
@@ -53,6 +54,7 @@ def report_html(results: Results, yaml_text: str) -> str:
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}: the front</title>'
         f"<style>{STYLE}</style></head><body>\n<h1>{title}</h1>\n<p>{_summary(results)}</p>\n{figure}\n"
         f"<h2>The front, relative to the original</h2>\n{_front_table(results)}\n{_failures(results)}\n"
+        f"{_predictions(results)}\n"
         f"<h2>Measured on</h2>\n{_environment(results)}\n<h2>Study</h2>\n"
         f"<pre>{html.escape(yaml_text)}</pre>\n</body></html>\n"
     )
@@ -280,6 +282,23 @@ def _failures(results: Results) -> str:
     count = ", ".join(f"{len(found)} {kind}" for kind, found in sorted(kinds.items()))
     table = f'<div class="scroll text"><table>{head}{"".join(rows)}</table></div>'
     return f"<h2>Failed or over a limit: {count}</h2>{table}"
+
+
+def _predictions(results: Results) -> str:
+    """How far predictions were off, of every metric that was predicted and measured."""
+    off: dict[str, list[float]] = defaultdict(list)
+    for one in results.candidates:
+        for metric, error in prediction_errors(one).items():
+            off[metric].append(abs(error))
+    if not off:
+        return ""
+    texts = [
+        f"{_label(metric)} by {statistics.median(found):.1%} (median), {max(found):.1%} (worst of {len(found)})"
+        for metric, found in sorted(off.items())
+    ]
+    return (
+        f"<h2>Predictions, which steered the search</h2>\n<p>Off what was measured: {'; '.join(texts)}.</p>"
+    )
 
 
 def _environment(results: Results) -> str:

@@ -18,7 +18,7 @@ Standing = Literal[
 """Where a candidate stands. elsewhere: measured in another environment than the original, so not comparable;
 incomplete: measured, but not in every objective; waiting: not measured yet."""
 
-COSTS = ("_bytes", "_gib", "_ms", "_joules")
+COSTS = ("_bytes", "_gib", "_ms", "_joules", "cost_per_million_tokens")
 """The units of what a model costs; any other metric says how good it is."""
 
 
@@ -106,6 +106,12 @@ def metrics(candidate: Candidate) -> Metrics:
 
 def errors(candidate: Candidate) -> Mapping[str, float]:
     return candidate.measurement.errors if candidate.measurement else {}
+
+
+def prediction_errors(candidate: Candidate) -> dict[str, float]:
+    """By how much, relatively, what was predicted of a candidate was off what was measured, by metric."""
+    known = metrics(candidate)
+    return {metric: value / known[metric] - 1 for metric, value in candidate.predicted.items()}
 
 
 def front_json(results: Results) -> dict[str, Any]:

@@ -7,10 +7,11 @@ import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from jobs.job import Failure, Job, Success
+from jobs.job import Failure, Job, Measurement, Success
 from jobs.knobs import Value
 from jobs.recipe import Recipe
 from orchestrator.candidate import Candidate, State
+from orchestrator.estimate import predictions, share, surely_no_slower
 from orchestrator.events import (
     Began,
     Command,
@@ -183,7 +184,10 @@ class Study:
             candidate = self.candidates[node.recipe.id]
             before = candidate.measurement
             measurement = success.measurement if before is None else before.joined(success.measurement)
-            commands += self._update(node, "measured", measurement=measurement, artifact=success.artifact)
+            commands += self._update(
+                node, "measured", measurement=measurement, artifact=success.artifact,
+                predicted=self._predicted(node, measurement),
+            )  # fmt: skip
             if before is None:
                 commands += self._told(self.candidates[node.recipe.id], candidate.choices)
         commands += self._next(node)
@@ -249,10 +253,10 @@ class Study:
         for other in self.candidates.values():
             if other.id == candidate.id or other.measurement is None:
                 continue
-            theirs = self._cost(other)
-            slower = theirs.decode_macs > cost.decode_macs or theirs.linears > cost.linears
-            slower = slower or theirs.size_bytes > cost.size_bytes
-            if not slower and dominates(other.measurement.metrics, mine.metrics, measured):
+            no_slower = surely_no_slower(
+                self._cost(other), cost, self.plan.timed, self.plan.prediction_errors
+            )
+            if no_slower and dominates(other.measurement.metrics, mine.metrics, measured):
                 return False
         return True
 
@@ -260,6 +264,14 @@ class Study:
         cost = self._nodes[candidate.id].cost
         assert cost is not None, "every candidate that runs has a known cost"
         return cost
+
+    def _predicted(self, node: _Node, measurement: Measurement) -> Mapping[str, float]:
+        """What was predicted of what is measured now, but of the original, which predictions are relative to."""
+        original = self.original.measurement
+        if node.cost is None or original is None or node.recipe.id == self.original.id:
+            return {}
+        found = predictions(node.cost, self.plan.original_cost, original.metrics)
+        return {metric: value for metric, value in found.items() if metric in measurement.metrics}
 
     def _turn(self) -> list[Command]:
         """Go on to the timings when all proposals have ended."""
@@ -305,11 +317,10 @@ class Study:
         if candidate.measurement is None:
             return []
         metrics = dict(candidate.measurement.metrics)
-        share = self._cost(candidate).decode_macs / self.plan.original_cost.decode_macs
+        original = self.original.measurement
         for metric in self.plan.timed - set(metrics):
-            metrics[metric] = (
-                share * self.original.measurement.metrics[metric] if self.original.measurement else share
-            )
+            unit = original.metrics[metric] if original else 1.0
+            metrics[metric] = unit * share(metric, self._cost(candidate), self.plan.original_cost)
         return [Tell(choices, metrics)]
 
 

@@ -37,7 +37,7 @@ class Checked:
 
 
 def verify(folder: Path) -> list[Checked]:
-    """Measure what was recorded of this export once more, here.
+    """Measure what was recorded of this export once more, here, but for what this machine cannot measure.
 
     Raises ValueError where a file is not the one that was exported, LookupError where nothing here runs it,
     FileNotFoundError where the texts it was measured on are not here.
@@ -45,7 +45,8 @@ def verify(folder: Path) -> list[Checked]:
     check_files(folder)
     record = json.loads((folder / MEASUREMENT).read_text())
     materials = _here(folder, materials_from_dict(record["materials"]))
-    wanted = {meters.producing(metric, materials.task) for metric in record["metrics"]}
+    every = {meters.producing(metric, materials.task) for metric in record["metrics"]}
+    wanted = {name for name in every if meters.load(name).missing(materials.target) is None}
     with tempfile.TemporaryDirectory() as scratch:
         subject = Subject(folder, _original(folder, materials, wanted), materials, workdir=Path(scratch))
         found = measure.measure(sorted(wanted), subject)

@@ -27,16 +27,20 @@ def device(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
+def prose() -> str:
+    """English prose of some 100 kB."""
+    return "\n\n".join(list(pydoc_data.topics.topics.values())[:25])
+
+
 @pytest.fixture(scope="session")
 def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """English prose of some 100 kB."""
     file = tmp_path_factory.mktemp("text") / "topics.txt"
-    file.write_text("\n\n".join(list(pydoc_data.topics.topics.values())[:25]))
+    file.write_text(prose())
     return file
 
 
-@pytest.fixture(scope="session")
-def words(text_file: Path) -> transformers.PreTrainedTokenizerFast:
+def tokenizer_on(text: str) -> transformers.PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer of 512 tokens."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -47,13 +51,34 @@ def words(text_file: Path) -> transformers.PreTrainedTokenizerFast:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train([str(text_file)], trainer)
+    tokenizer.train_from_iterator(text.splitlines(keepends=True), trainer)
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
     )
 
 
+@pytest.fixture(scope="session")
+def words() -> transformers.PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of 512 tokens."""
+    return tokenizer_on(prose())
+
+
 Tiny = Callable[..., Path]
+
+
+def save_tiny(
+    family: str, task: Task | None, words: transformers.PreTrainedTokenizerFast, folder: Path
+) -> Path:
+    """Write a random model of a family and task (without one, the family's first) with its tokenizer."""
+    torch.manual_seed(0)
+    build = {
+        "causal-lm": transformers.AutoModelForCausalLM,
+        "classification": transformers.AutoModelForSequenceClassification,
+        "embedding": transformers.AutoModel,
+    }[task or families.family(family).tasks[0]]
+    build.from_config(config_of(family)).save_pretrained(folder)
+    words.save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")
@@ -62,19 +87,10 @@ def tiny(tmp_path_factory: pytest.TempPathFactory, words: transformers.PreTraine
     made: dict[tuple[str, Task], Path] = {}
 
     def folder_of(family: str, task: Task | None = None) -> Path:
-        kind = families.family(family)
-        task = task or kind.tasks[0]
+        task = task or families.family(family).tasks[0]
         if (family, task) not in made:
-            torch.manual_seed(0)
-            build = {
-                "causal-lm": transformers.AutoModelForCausalLM,
-                "classification": transformers.AutoModelForSequenceClassification,
-                "embedding": transformers.AutoModel,
-            }[task]
             folder = tmp_path_factory.mktemp("models") / f"tiny-{family}"
-            build.from_config(config_of(family)).save_pretrained(folder)
-            words.save_pretrained(folder)
-            made[family, task] = folder
+            made[family, task] = save_tiny(family, task, words, folder)
         return made[family, task]
 
     return folder_of

@@ -15,6 +15,7 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,7 @@ def _unread(name: str, layout: Layout) -> bool:
     return layout.task == "embedding" and name.startswith("pooler.")
 
 
+@lru_cache(maxsize=64)
 def _room(folder: Path) -> int:
     """Room for the large constants of a graph: those that the family's code computes."""
     return sum(aligned(size) for size in models.computed_bytes(folder) if size > OWN_BYTES)

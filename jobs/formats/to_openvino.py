@@ -13,7 +13,9 @@ import os
 import shutil
 import tempfile
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -28,11 +30,14 @@ from jobs.model import distinct_tensors, written_dtype
 
 GRAPH = "openvino_model.xml"
 WEIGHTS = "openvino_model.bin"
-_ALIGNMENT = 64
-"""Each constant starts at a multiple of it, a cache line, in the file that runtimes map."""
-_STRUCTURE_BYTES = 4 * 1024
+_ALIGNMENT = 8
+"""The graph's own constants start at multiples of it, the width of the widest."""
+_STRUCTURE_BYTES = 1024
 """Room for what belongs to the graph and not to the model (shapes, axes), so that the size follows from the model's
 shapes alone."""
+_NARROW = ("u8", "i8", "u4", "i4")
+_NAMED = ("input_ids", "attention_mask", "position_ids", "beam_idx", "logits", "last_hidden_state")
+"""The inputs and outputs, which have names that others ask for."""
 _OWN = "slimfront/"
 """Stands before the names of the constants that hold the model's tensors."""
 
@@ -50,7 +55,7 @@ def refusal(layout: Layout) -> str | None:
 def size_bytes(layout: Layout, original: Path) -> int:
     sizes = [size for spec in _specs(layout).values() for size in _bytes_of(spec)]
     sizes += [tensor.size_bytes for name, tensor in layout.others.items() if not _unread(name, layout)]
-    return sum(_aligned(size) for size in sizes) + _structure_bytes(original)
+    return _aligned(sum(sizes)) + _structure_bytes(original)
 
 
 def _unread(name: str, layout: Layout) -> bool:
@@ -58,6 +63,7 @@ def _unread(name: str, layout: Layout) -> bool:
     return layout.task == "embedding" and name.startswith("pooler.")
 
 
+@lru_cache(maxsize=64)
 def _structure_bytes(folder: Path) -> int:
     """Room for the constants of a graph, those that the family's code computes included: masks, tables of sines."""
     return _STRUCTURE_BYTES + sum(map(_aligned, models.computed_bytes(folder)))
@@ -130,56 +136,128 @@ def _name(node: Any, name: str) -> None:
 
 def _fill(network: Any, artifact: Path) -> None:
     """Put the artifact's tensors in the places of the parameters that stand for them."""
-    model = models.load(artifact)
-    packed = {
-        f"{name}.weight": layer
-        for name, layer in (*model.linears().items(), *model.tables().items())
-        if isinstance(layer, (PackedLinear, PackedEmbedding, SparseLinear))
-    }
-    held = distinct_tensors(model.module)
-    for node in network.get_parameters():
-        name = node.get_friendly_name()
-        if name not in packed and name not in held:
-            continue
+    from openvino import opset13 as op
+
+    held = _held(artifact)
+    nodes = {node.get_friendly_name(): node for node in network.get_parameters()}
+    places = {name: node for name, node in nodes.items() if name in held}
+    for names in _beside(places, held):
+        # One product is faster than several of the same inputs.
+        products = [_readers(places[name])[0].get_node() for name in names]
+        whole = _joined([held[name] for name in names])
+        value = whole.value(whole.constants(names[0]))
+        product = op.matmul(products[0].input_value(0), value, False, True)
+        rows = op.constant([held[name].shape[0] for name in names])
+        for number, output in enumerate(op.variadic_split(product, op.constant(-1), rows).outputs()):
+            for reader in products[number].output(0).get_target_inputs():
+                reader.replace_source_output(output)
+        for name in names:
+            network.remove_parameter(places.pop(name))
+    for name, node in places.items():
+        constants = held[name].constants(name)
         # What each reader is given is unpacked for it alone: shared, it would be kept unpacked in memory.
-        source = _Source(name, packed.get(name), held.get(name))
-        for reader in list(node.output(0).get_target_inputs()):
-            reader.replace_source_output(source.value().output(0))
+        for reader in _readers(node):
+            reader.replace_source_output(held[name].value(constants).output(0))
         network.remove_parameter(node)
 
 
-class _Source:
-    """The constants that hold one tensor, and the operations that make its values of them."""
+def _readers(node: Any) -> list[Any]:
+    return sorted(
+        node.output(0).get_target_inputs(), key=lambda reader: str(reader.get_node().get_type_name())
+    )
 
-    def __init__(self, name: str, layer: Any, tensor: Tensor | None) -> None:
-        self._layer = layer
-        if isinstance(layer, (PackedLinear, PackedEmbedding)):
-            stem = name.removesuffix("weight")
-            self._parts = {
-                part: _constant(stem + part, array, kind, shape)
-                for part, (array, kind, shape) in _pieces(layer).items()
-            }
-        else:
-            dense = layer.weight() if isinstance(layer, SparseLinear) else cast(Tensor, tensor)
-            dense = dense.detach().to(written_dtype(dense)).contiguous()
-            kinds = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32"}
-            array = dense.view(torch.uint8) if dense.dim() else dense.reshape(1).view(torch.uint8)
-            self._parts = {"weight": _constant(name, array.numpy(), kinds[dense.dtype], tuple(dense.shape))}
 
-    def value(self) -> Any:
-        """A new node that gives the values, in fp32."""
+def _beside(places: Mapping[str, Any], held: Mapping[str, _Held]) -> list[list[str]]:
+    """The linears that read the same and are held alike, so that their rows can be those of one."""
+    found: dict[Any, list[str]] = {}
+    for name, node in places.items():
+        readers = _readers(node)
+        product = readers[0].get_node() if len(readers) == 1 else None
+        if product is None or product.get_type_name() != "MatMul" or not held[name].even:
+            continue
+        turned = product.get_attributes()
+        if turned["transpose_a"] or not turned["transpose_b"]:
+            continue
+        source = product.input_value(0)
+        key = (source.get_node().get_friendly_name(), source.get_index(), held[name].kind)
+        found.setdefault(key, []).append(name)
+    return [sorted(names) for names in found.values() if len(names) > 1]
+
+
+_Piece = tuple[np.ndarray[Any, Any], str, tuple[int, ...]]
+"""Bytes, OpenVINO's name of their type, and a shape."""
+
+
+@dataclass(frozen=True)
+class _Held:
+    """A tensor of this shape as it is written: `weight`, or `packed` integers with `scales` and maybe `zeros`."""
+
+    parts: Mapping[str, _Piece]
+    shape: tuple[int, ...]
+
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """Equal where tensors differ in values and rows only."""
+        return tuple((part, kind, shape[1:]) for part, (_, kind, shape) in self.parts.items())
+
+    @property
+    def even(self) -> bool:
+        """Whether its integers fill whole bytes."""
+        return all(math.prod(shape) % 2 == 0 for _, _, shape in self.parts.values())
+
+    def constants(self, name: str) -> dict[str, Any]:
+        stem = name.removesuffix("weight")
+        return {
+            part: _constant(name if part == "weight" else stem + part, *piece)
+            for part, piece in self.parts.items()
+        }
+
+    def value(self, constants: Mapping[str, Any]) -> Any:
+        """A new node that gives the values of these constants, in fp32."""
         from openvino import opset13 as op
 
-        if "packed" not in self._parts:
-            return op.convert(self._parts["weight"], "f32")
-        value = op.convert(self._parts["packed"], "f16")
-        if "zeros" in self._parts:
-            value = op.subtract(value, op.convert(self._parts["zeros"], "f16"))
-        value = op.multiply(value, self._parts["scales"])
-        spec = self._layer.spec
-        if _group(spec):
-            value = op.reshape(value, [spec.out_features, spec.in_features], special_zero=False)
+        if "weight" in constants:
+            return op.convert(constants["weight"], "f32")
+        value = op.convert(constants["packed"], "f16")
+        if "zeros" in constants:
+            value = op.subtract(value, op.convert(constants["zeros"], "f16"))
+        value = op.multiply(value, constants["scales"])
+        if len(self.parts["packed"][2]) > 2:
+            value = op.reshape(value, list(self.shape), special_zero=False)
         return op.convert(value, "f32")
+
+
+def _joined(held: Sequence[_Held]) -> _Held:
+    """The rows of all, one after the other."""
+    parts = {}
+    for part, (_, kind, shape) in held[0].parts.items():
+        pieces = [one.parts[part] for one in held]
+        rows = sum(piece[2][0] for piece in pieces)
+        parts[part] = (np.concatenate([piece[0].reshape(-1) for piece in pieces]), kind, (rows, *shape[1:]))
+    return _Held(parts, (sum(one.shape[0] for one in held), *held[0].shape[1:]))
+
+
+def _held(artifact: Path) -> dict[str, _Held]:
+    """All tensors of an artifact, by the names that the graph's parameters have for them."""
+    model = models.load(artifact)
+    found = {}
+    for name, tensor in distinct_tensors(model.module).items():
+        found[name] = _dense(tensor)
+    for name, layer in (*model.linears().items(), *model.tables().items()):
+        if isinstance(layer, SparseLinear):
+            found[f"{name}.weight"] = _dense(layer.weight())
+        elif isinstance(layer, (PackedLinear, PackedEmbedding)):
+            shape = (layer.spec.out_features, layer.spec.in_features)
+            found[f"{name}.weight"] = _Held(_pieces(layer), shape)
+    return found
+
+
+def _dense(tensor: Tensor) -> _Held:
+    written = tensor.detach().to(written_dtype(tensor)).contiguous()
+    kinds = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32",
+             torch.int64: "i64", torch.int32: "i32", torch.uint8: "u8"}  # fmt: skip
+    raw = written.reshape(-1).view(torch.uint8).numpy()
+    return _Held({"weight": (raw, kinds[written.dtype], tuple(tensor.shape))}, tuple(tensor.shape))
 
 
 def _constant(name: str, array: np.ndarray[Any, Any], kind: str, shape: tuple[int, ...]) -> Any:
@@ -191,11 +269,8 @@ def _constant(name: str, array: np.ndarray[Any, Any], kind: str, shape: tuple[in
     return constant
 
 
-_Piece = tuple[np.ndarray[Any, Any], str, tuple[int, ...]]
-
-
 def _pieces(layer: PackedLinear | PackedEmbedding) -> dict[str, _Piece]:
-    """The bytes, type and shape of each constant of a packed layer."""
+    """The constants of a packed layer."""
     spec, known = layer.spec, layer.packing
     bits, group = _bits(known), _group(spec)
     grouped = (
@@ -312,7 +387,7 @@ def _lay_out(loose: Path, out: Path, room: int) -> None:
     each once, filled up to their fixed room."""
     written = (loose / WEIGHTS).read_bytes()
     tree = ElementTree.parse(loose / GRAPH)
-    ours: list[tuple[str, ElementTree.Element]] = []
+    ours: list[tuple[int, str, ElementTree.Element]] = []
     others: list[ElementTree.Element] = []
     for layer in tree.iter("layer"):
         data = layer.find("data")
@@ -320,15 +395,17 @@ def _lay_out(loose: Path, out: Path, room: int) -> None:
             continue
         name = layer.get("name", "")
         if name.startswith(_OWN):
-            ours.append((name, data))
+            ours.append((_NARROW.count(data.get("element_type", "")), name, data))
         else:
             others.append(data)
     places: dict[tuple[int, int], int] = {}
     with (out / WEIGHTS).open("wb") as file:
-        for _, data in sorted(ours, key=lambda one: one[0]):
+        # What has two bytes a number comes first, so that all of it lies even.
+        for _, _, data in sorted(ours, key=lambda one: one[:2]):
             start, size = int(data.get("offset", 0)), int(data.get("size", 0))
             data.set("offset", str(file.tell()))
-            file.write(written[start : start + size].ljust(_aligned(size), b"\0"))
+            file.write(written[start : start + size])
+        file.write(b"\0" * (_aligned(file.tell()) - file.tell()))
         end = file.tell() + room
         for data in others:
             place = (int(data.get("offset", 0)), int(data.get("size", 0)))
@@ -341,15 +418,20 @@ def _lay_out(loose: Path, out: Path, room: int) -> None:
                 f"the graph's own constants take {file.tell() - end} bytes more than the {room} foreseen"
             )
         file.write(b"\0" * (end - file.tell()))
+    _rename(tree)
     tree.write(out / GRAPH)
 
 
-def held(folder: Path) -> Mapping[str, int]:
-    """The names and bytes of the model's tensors in an export: what of it is weights."""
-    tree = ElementTree.parse(folder / GRAPH)
-    found = {}
+def _rename(tree: Any) -> None:
+    """Name operations by their places in the graph: the names they have are counted through the process, so that
+    the same model would be written differently each time."""
+    tree.getroot().set("name", "slimfront")
     for layer in tree.iter("layer"):
-        data = layer.find("data")
-        if data is not None and layer.get("name", "").startswith(_OWN):
-            found[layer.get("name", "").removeprefix(_OWN)] = int(data.get("size", 0))
-    return found
+        if layer.get("type") != "Parameter" and not layer.get("name", "").startswith(_OWN):
+            layer.set("name", f"{layer.get('type')}_{layer.get('id')}")
+    for notes in tree.iter("rt_info"):
+        for note in [note for note in notes if note.get("name") == "fused_names"]:
+            notes.remove(note)
+    for port in tree.iter("port"):
+        if "names" in port.attrib and port.get("names") not in _NAMED:
+            del port.attrib["names"]

@@ -28,7 +28,7 @@ def producing(metric: str, task: Task) -> str:
     for name in names():
         meter = load(name)
         if task in meter.tasks:
-            if metric in meter.metrics:
+            if metric in (*meter.metrics, *meter.beside):
                 return name
             known += meter.metrics
     raise LookupError(f"nothing measures {metric!r} for task {task} (there are: {', '.join(sorted(known))})")

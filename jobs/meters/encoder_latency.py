@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from jobs.job import Measurement
 from jobs.meter import Meter, Subject
-from jobs.meters.latency import metrics_of, time_quietly
+from jobs.meters.latency import MACHINE, metrics_of, summary
 
 
 def measure(subject: Subject) -> Measurement:
     """prefill_ms: for `prompt_tokens` at once, timed as `latency` times a causal model."""
-    return time_quietly(subject, new_tokens=0)
+    return summary(subject.timed)
 
 
 METER = Meter(
-    metrics=metrics_of(["prefill"]), tasks=("embedding", "classification"), measure=measure, exclusive=True
+    metrics=metrics_of(["prefill"]),
+    beside=MACHINE,
+    tasks=("embedding", "classification"),
+    measure=measure,
+    exclusive=True,
 )

@@ -2,69 +2,44 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable
 
 import numpy as np
 
-from jobs import models
 from jobs.job import Measurement
 from jobs.meter import Meter, Subject
-from jobs.stopwatch import Request, Timings, time_artifact
-
-_TRIES = 3
-_PATIENCE_S = 60.0
-"""No try is begun after so long: on a machine that stays busy, more would only take longer."""
-_SPREAD = 0.10
-"""The largest spread, relative to the median, of a timing that can be compared with others."""
-_OTHERS = 0.10
-"""The largest share of the processors' time that other processes may have taken."""
+from jobs.timing import PARTS, Timed, median_ms, milliseconds, spread
 
 
 def measure(subject: Subject) -> Measurement:
     """prefill_ms: for `prompt_tokens` at once; decode_ms: for each of `new_tokens` after them, with a KV
-    cache. Medians, with the 90th percentiles beside them; see `time_quietly`."""
-    return time_quietly(subject, subject.materials.target.new_tokens)
+    cache. Medians, with the 90th percentiles beside them; see `summary`."""
+    return summary(subject.timed)
 
 
-def time_quietly(subject: Subject, new_tokens: int) -> Measurement:
-    """Time the artifact in the target's runtime until machine and timings are quiet, up to three times.
+def summary(timed: Timed) -> Measurement:
+    """The median process's median and 90th percentile of each part, and which of them are too noisy.
 
-    The error of each metric is its spread: half of the interquartile range of the single timings. Single
-    outliers, which every machine has, show in the 90th percentile and do not move a median. Where no try
-    was quiet, the one of the least spread stands and is marked unreliable.
+    The error of a median is its spread: half of the interquartile range of the single timings, or of the
+    difference between the processes where that is more. load_share: of the processors' time, what other processes
+    took; cpu_mhz: the processors' frequency, where the system tells it.
     """
-    target = subject.materials.target
-    vocabulary = models.vocabulary(subject.original)
-    request = Request(
-        str(subject.shipped), target.runtime, target.threads, target.prompt_tokens, new_tokens, vocabulary
-    )
-    started = time.monotonic()
-    tries = [summary(time_artifact(request))]
-    while tries[-1].unreliable and len(tries) < _TRIES and time.monotonic() - started < _PATIENCE_S:
-        tries.append(summary(time_artifact(request)))
-    return min(tries, key=lambda one: (len(one.unreliable), _worst_spread(one)))
-
-
-def summary(timings: Timings) -> Measurement:
-    """Median, spread and 90th percentile of what was timed, and which of them are too noisy."""
     metrics: dict[str, float] = {}
     errors: dict[str, float] = {}
-    noisy: list[str] = []
-    for part, milliseconds in (("prefill", timings.prefill_ms), ("decode", timings.decode_ms)):
-        if not milliseconds:
+    unreliable: list[str] = []
+    for part in PARTS:
+        if not milliseconds(timed.tries[0], part):
             continue
-        low, middle, high, tail = (float(value) for value in np.percentile(milliseconds, [25, 50, 75, 90]))
-        found = {f"{part}_ms": middle, f"{part}_p90_ms": tail}
+        chosen = timed.chosen(part)
+        medians = [median_ms(one, part) for one in chosen]
+        tails = [float(np.percentile(milliseconds(one, part), 90)) for one in chosen]
+        found = {f"{part}_ms": float(np.median(medians)), f"{part}_p90_ms": float(np.median(tails))}
         metrics |= found
-        errors[f"{part}_ms"] = (high - low) / 2
-        if errors[f"{part}_ms"] > _SPREAD * middle or timings.others > _OTHERS:
-            noisy += found
-    return Measurement(metrics, errors, tuple(noisy))
-
-
-def _worst_spread(measurement: Measurement) -> float:
-    return max(error / measurement.metrics[name] for name, error in measurement.errors.items())
+        within = float(np.median([spread(one, part) for one in chosen]))
+        errors[f"{part}_ms"] = max(within, (max(medians) - min(medians)) / 2)
+        if not timed.reliable(part):
+            unreliable += found
+    return Measurement({**metrics, **_machine(timed)}, errors, tuple(unreliable))
 
 
 def metrics_of(parts: Iterable[str]) -> tuple[str, ...]:
@@ -72,6 +47,21 @@ def metrics_of(parts: Iterable[str]) -> tuple[str, ...]:
     return tuple(name for part in parts for name in (f"{part}_ms", f"{part}_p90_ms"))
 
 
+MACHINE = ("load_share", "cpu_mhz")
+"""What is told of the machine, where it can tell."""
+
+
+def _machine(timed: Timed) -> dict[str, float]:
+    chosen = timed.chosen("prefill")
+    mhz = [one for timings in chosen for one in timings.mhz]
+    found = {"load_share": float(np.median([one.others for one in chosen]))}
+    return {**found, "cpu_mhz": float(np.median(mhz))} if mhz else found
+
+
 METER = Meter(
-    metrics=metrics_of(["prefill", "decode"]), tasks=("causal-lm",), measure=measure, exclusive=True
+    metrics=metrics_of(["prefill", "decode"]),
+    beside=MACHINE,
+    tasks=("causal-lm",),
+    measure=measure,
+    exclusive=True,
 )

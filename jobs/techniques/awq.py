@@ -35,6 +35,7 @@ class Awq(Technique):
     """
 
     kind: ClassVar[Kind] = "bits"
+    version: ClassVar[int] = 2
     paper: ClassVar[str] = "Lin et al. 2023, AWQ, arXiv:2306.00978"
     needs: ClassVar[frozenset[Need]] = frozenset({"calibration"})
     accepts: ClassVar[frozenset[Form]] = frozenset({"dense", "factored"})

@@ -33,6 +33,7 @@ class Gptq(Technique):
     """
 
     kind: ClassVar[Kind] = "bits"
+    version: ClassVar[int] = 2
     paper: ClassVar[str] = "Frantar et al. 2022, GPTQ, arXiv:2210.17323"
     needs: ClassVar[frozenset[Need]] = frozenset({"calibration"})
     accepts: ClassVar[frozenset[Form]] = frozenset({"dense", "factored"})

@@ -35,6 +35,7 @@ class Hqq(Technique):
     """
 
     kind: ClassVar[Kind] = "bits"
+    version: ClassVar[int] = 2
     paper: ClassVar[str] = "Badri & Shaji 2023, Half-Quadratic Quantization, mobiusml.github.io/hqq_blog"
     accepts: ClassVar[frozenset[Form]] = frozenset({"dense", "factored"})
     leaves: ClassVar[frozenset[Form]] = frozenset({"packed"})

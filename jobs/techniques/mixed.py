@@ -39,7 +39,7 @@ class Mixed(Technique):
     """
 
     kind: ClassVar[Kind] = "bits"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     paper: ClassVar[str] = "Dong et al. 2019, HAWQ-V2, arXiv:1911.03852"
     needs: ClassVar[frozenset[Need]] = frozenset({"calibration", "gradients"})
     accepts: ClassVar[frozenset[Form]] = frozenset({"dense", "factored"})
@@ -69,7 +69,9 @@ class Mixed(Technique):
         packed = layout.with_linears(changed)
         if self.embedding_bits == 16:
             return packed
-        return packed.with_tables_packed(self._packing(self.embedding_bits))
+        return packed.with_tables_packed(
+            packing.table_packing(self.embedding_bits, self.group, self.symmetric)
+        )
 
     def compress(self, model: Model, context: Context) -> Model:
         layout = model.layout()

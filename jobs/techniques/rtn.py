@@ -25,6 +25,7 @@ class Rtn(Technique):
     """
 
     kind: ClassVar[Kind] = "bits"
+    version: ClassVar[int] = 2
     paper: ClassVar[str] = "Nagel et al. 2021, A White Paper on Neural Network Quantization, arXiv:2106.08295"
     accepts: ClassVar[frozenset[Form]] = frozenset({"dense", "factored"})
     leaves: ClassVar[frozenset[Form]] = frozenset({"packed"})

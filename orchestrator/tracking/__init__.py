@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 from orchestrator.candidate import Candidate
 from orchestrator.front import Objective
-from orchestrator.results import Results, errors, front_json, metrics
+from orchestrator.results import Results, errors, front_json, metrics, prediction_errors
 from orchestrator.tracking.outbox import Outbox
 
 
@@ -107,6 +107,7 @@ class MLflowTracker:
 def candidate_entry(candidate: Candidate) -> dict[str, Any]:
     """What MLflow shows of a candidate, as plain data."""
     failure = candidate.failure
+    off = {f"{metric}_predicted_error": error for metric, error in prediction_errors(candidate).items()}
     return {
         "id": candidate.id,
         "recipe": str(candidate.recipe),
@@ -114,7 +115,7 @@ def candidate_entry(candidate: Candidate) -> dict[str, Any]:
         "artifact": candidate.artifact,
         "attempts": candidate.attempts,
         "params": options(candidate),
-        "metrics": dict(metrics(candidate)),
+        "metrics": {**metrics(candidate), **off},
         "errors": dict(errors(candidate)),
         "unreliable": list(candidate.measurement.unreliable) if candidate.measurement else [],
         "environment": dict(candidate.measurement.environment) if candidate.measurement else {},

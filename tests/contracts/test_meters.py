@@ -1,57 +1,66 @@
 """What every meter promises, checked on whatever meters there are."""
 
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from jobs import meters
+from jobs import meters, timing
 from jobs.families import TASKS, Task
 from jobs.job import Materials, Target, TextSource
 from jobs.meter import Subject
-from jobs.meters import latency
 
+TARGET = Target(prompt_tokens=8, new_tokens=4, price_per_hour=0.5)
 CASES = [(name, task) for name in meters.names() for task in meters.load(name).tasks]
 
 
-@pytest.fixture
-def questions(tmp_path: Path) -> str:
+@pytest.fixture(scope="module")
+def subject_of(
+    tiny: Callable[..., Path], text_file: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[Task], Subject]:
+    """One subject for each task, so that what several meters read of it is made once."""
+    folder = tmp_path_factory.mktemp("items")
     item = {"context": "An expression", "choices": [" list", " of names"], "answer": 0}
-    file = tmp_path / "questions.jsonl"
-    file.write_text("\n".join([json.dumps(item)] * 3))
-    return str(file)
+    (folder / "questions.jsonl").write_text("\n".join([json.dumps(item)] * 3))
+    texts = [json.dumps({"text": f"An expression {n}", "label": n % 2}) for n in range(3)]
+    (folder / "labels.jsonl").write_text("\n".join(texts))
 
+    @functools.cache
+    def subject(task: Task) -> Subject:
+        model = tiny(*{"causal-lm": ("llama",), "embedding": ("bert",)}.get(task, ("bert", "classification")))
+        source = TextSource(str(text_file), 3, 16)
+        questions, labels = str(folder / "questions.jsonl"), str(folder / "labels.jsonl")
+        materials = Materials(str(model), task, source, choices=questions, labelled=labels, target=TARGET)
+        return Subject(model, model, materials)
 
-@pytest.fixture
-def labels(tmp_path: Path) -> str:
-    file = tmp_path / "labels.jsonl"
-    file.write_text("\n".join(json.dumps({"text": f"An expression {n}", "label": n % 2}) for n in range(3)))
-    return str(file)
+    return subject
 
 
 @pytest.mark.parametrize(("name", "task"), CASES)
 def test_a_meter_measures_exactly_the_metrics_it_names(
-    name: str, task: Task, tiny: Callable[..., Path], text_file: Path, questions: str, labels: str,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    monkeypatch.setattr(latency, "_PATIENCE_S", 0.0)  # one try, however noisy the machine that tests run on
-    folder = tiny(*{"causal-lm": ("llama",), "embedding": ("bert",)}.get(task, ("bert", "classification")))
-    target = Target(prompt_tokens=8, new_tokens=4)
-    source = TextSource(str(text_file), 3, 16)
-    materials = Materials(str(folder), task, source, choices=questions, labelled=labels, target=target)
-    meter = meters.load(name)
-    found = meter.measure(Subject(folder, folder, materials))
-    assert set(found.metrics) == set(meter.metrics)
-    assert set(found.errors) <= set(meter.metrics)
-    assert set(found.unreliable) <= set(meter.metrics)
+    name: str, task: Task, subject_of: Callable[[Task], Subject], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(timing, "_PATIENCE_S", 0.0)  # one try, however noisy the machine that tests run on
+    meter, subject = meters.load(name), subject_of(task)
+    if meter.missing(TARGET) is not None:
+        with pytest.raises(ValueError, match=f"{meter.metrics[0]} cannot be measured"):
+            meter.measure(subject)
+        return
+    found = meter.measure(subject)
+    assert {*meter.metrics} <= {*found.metrics} <= {*meter.metrics, *meter.beside}
+    assert {*found.errors} <= {*found.metrics}
+    assert {*found.unreliable} <= {*found.metrics}
     assert all(error >= 0 for error in found.errors.values())
 
 
 @pytest.mark.parametrize("task", TASKS)
 def test_every_metric_of_a_task_has_one_meter(task: Task) -> None:
-    produced = [m for name, of in CASES if of == task for m in meters.load(name).metrics]
-    assert len(produced) == len(set(produced))
+    found = [meters.load(name) for name, of in CASES if of == task]
+    produced = [metric for meter in found for metric in meter.metrics]
+    every = produced + [metric for meter in found for metric in meter.beside]
+    assert len(every) == len(set(every))
     for metric in produced:
         assert metric in meters.load(meters.producing(metric, task)).metrics
 

@@ -14,13 +14,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from jobs import families, formats, models, runtimes, techniques
-from jobs.context import Context
+from jobs import families, formats, models, runtimes
 from jobs.families import Task
 from jobs.formats import blocks, to_onnx
 from jobs.layers import PackedEmbedding, PackedLinear, SparseLinear
 from jobs.layout import Layout, LinearSpec, Packing
-from jobs.statistics import Statistics
 
 pytestmark = pytest.mark.skipif(to_onnx.missing() is not None, reason=str(to_onnx.missing()))
 
@@ -65,22 +63,6 @@ KINDS: dict[str, Steps] = {
     ),
 }
 TASKS = [(family, task) for family in families.names() for task in families.family(family).tasks]
-
-
-@pytest.fixture(scope="session")
-def artifact(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    """The artifact of some steps on a tiny model of a family, and task if not its first."""
-
-    def made(family: str, steps: Steps, task: Task | None = None) -> Path:
-        folder = tmp_path_factory.mktemp("artifact")
-        model = models.load(tiny(family, task))
-        for at, (name, options) in enumerate(steps):
-            context = Context(Statistics(folder / str(at), "parent"), folder, seed=0, calibration=ROWS)
-            model = techniques.load(name).of(options).compress(model, context)
-        models.save(model, folder / "made", {})
-        return folder / "made"
-
-    return made
 
 
 @pytest.fixture(scope="session")

@@ -5,15 +5,16 @@ from pathlib import Path
 
 import pytest
 
-from jobs import stopwatch
-from jobs.job import Materials, Target, TextSource
+from jobs import pairing, stopwatch, timing
+from jobs.job import Materials, Measurement, Target, TextSource
 from jobs.meter import Subject
-from jobs.meters import latency
-from jobs.stopwatch import Request, Timings
+from jobs.meters import cost, energy, latency, memory
+from jobs.stopwatch import Request, Timings, Turn
+from jobs.timing import Timed
 
 
-def subject(folder: Path, text_file: Path, threads: int = 1) -> Subject:
-    target = Target(threads=threads, prompt_tokens=8, new_tokens=4)
+def subject(folder: Path, text_file: Path, price_per_hour: float | None = None) -> Subject:
+    target = Target(threads=1, prompt_tokens=8, new_tokens=4, price_per_hour=price_per_hour)
     task = "causal-lm" if "llama" in folder.name else "embedding"
     return Subject(
         folder, folder, Materials(str(folder), task, TextSource(str(text_file), 1, 8), target=target)
@@ -23,15 +24,28 @@ def subject(folder: Path, text_file: Path, threads: int = 1) -> Subject:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """One try, however noisy the machine that tests run on."""
-    monkeypatch.setattr(latency, "_PATIENCE_S", 0.0)
+    monkeypatch.setattr(timing, "_PATIENCE_S", 0.0)
 
 
 @pytest.mark.usefixtures("quick")
 def test_a_causal_model_is_timed_in_prefill_and_decode(tiny_llama: Path, text_file: Path) -> None:
     found = latency.measure(subject(tiny_llama, text_file))
-    assert set(found.metrics) == set(latency.METER.metrics)
+    assert set(found.metrics) >= set(latency.METER.metrics)
     assert 0 < found.metrics["decode_ms"] <= found.metrics["decode_p90_ms"]
     assert set(found.errors) == {"prefill_ms", "decode_ms"}
+
+
+@pytest.mark.usefixtures("quick")
+def test_all_that_is_learned_of_the_same_processes_takes_one_timing(
+    tiny_llama: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timed: list[Request] = []
+    once = stopwatch.time_artifact
+    monkeypatch.setattr(stopwatch, "time_artifact", lambda request: timed.append(request) or once(request))
+    one = subject(tiny_llama, text_file)
+    latency.measure(one)
+    assert 0.05 < memory.measure(one).metrics["memory_gib"] < 4
+    assert len(timed) == 1
 
 
 def test_more_threads_than_processors_are_refused(tiny_llama: Path) -> None:
@@ -44,43 +58,53 @@ def test_a_failing_process_tells_why(tmp_path: Path) -> None:
         stopwatch.time_artifact(Request(str(tmp_path / "nowhere"), "torch", 1, 8, 4, 512))
 
 
-def test_steady_timings_are_reliable_and_their_error_is_half_their_spread() -> None:
-    found = latency.summary(Timings([10.0] * 10, [1.00, 1.05, 1.10] * 5, others=0.0))
+def test_two_stopwatches_take_turns_as_often_as_they_are_asked(tiny_llama: Path) -> None:
+    request = Request(str(tiny_llama), "torch", 1, 8, 4, 512)
+    with stopwatch.started(request) as one, stopwatch.started(request) as other:
+        found = pairing.turns(one, other, Turn(repeats=2, seconds=0.0), rounds=3)
+    assert set(found) == {"prefill", "decode"}
+    assert all(ms > 0 for both in found.values() for ms in both)
+
+
+def summed(*tries: Timings) -> Measurement:
+    return latency.summary(Timed(tries))
+
+
+def test_the_median_of_the_processes_counts_and_its_error_is_their_spread_where_that_is_more() -> None:
+    steady = [Timings([10.0] * 10, [ms - 0.05, ms, ms + 0.05] * 5, 0.0) for ms in (1.0, 1.02, 1.2)]
+    found = summed(*steady)
     assert found.unreliable == ()
-    assert found.metrics["decode_ms"] == 1.05
-    assert found.errors == {"prefill_ms": 0.0, "decode_ms": pytest.approx(0.05)}
+    assert found.metrics["decode_ms"] == pytest.approx(1.02)
+    assert found.errors == {"prefill_ms": 0.0, "decode_ms": pytest.approx(0.1)}
+    assert summed(*[steady[0]] * 3).errors["decode_ms"] == pytest.approx(0.05)
 
 
 def test_spread_timings_are_marked_unreliable_alone() -> None:
-    found = latency.summary(Timings([10.0] * 10, [1.0, 1.5, 2.0] * 5, others=0.0))
+    found = summed(*[Timings([10.0] * 10, [1.0, 1.5, 2.0] * 5, others=0.0)] * 3)
     assert found.unreliable == ("decode_ms", "decode_p90_ms")
 
 
-def test_timings_on_a_busy_machine_are_all_marked_unreliable() -> None:
-    found = latency.summary(Timings([10.0] * 10, [1.0] * 10, others=0.5))
-    assert set(found.unreliable) == set(found.metrics)
+def test_the_frequency_is_told_where_the_system_tells_it() -> None:
+    told = Timings([10.0] * 10, [1.0] * 10, 0.0, mhz=[3000.0, 3100.0, 2950.0])
+    assert summed(told).metrics["cpu_mhz"] == 3000.0
+    assert "cpu_mhz" not in summed(Timings([10.0] * 10, [1.0] * 10, 0.0)).metrics
 
 
-def test_a_noisy_try_is_repeated_and_the_quiet_one_stands(
-    tiny_llama: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tries = iter([Timings([10.0, 30.0] * 5, [1.0] * 10, 0.0), Timings([9.0] * 10, [1.0] * 10, 0.0)])
-    monkeypatch.setattr(latency, "time_artifact", lambda request: next(tries))
-    found = latency.measure(subject(tiny_llama, text_file))
-    assert found.metrics["prefill_ms"] == 9.0
+def test_energy_is_that_of_the_processes_that_count(tiny_llama: Path, text_file: Path) -> None:
+    one = subject(tiny_llama, text_file)
+    tries = [Timings([10.0] * 10, [1.0] * 10, 0.0, token_joules=joules) for joules in (0.5, 0.7, 0.6)]
+    one.__dict__["timed"] = Timed((Timings([10.0] * 10, [1.0] * 10, 0.9, token_joules=5.0), *tries))
+    found = energy.measure(one)
+    assert found.metrics == {"token_joules": 0.6}
+    assert found.errors == {"token_joules": pytest.approx(0.1)}
     assert found.unreliable == ()
 
 
-def test_after_three_noisy_tries_the_least_noisy_stands_and_is_marked(
-    tiny_llama: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    noisy = [Timings([10.0, spread] * 5, [1.0] * 10, 0.0) for spread in (40.0, 20.0, 30.0)]
-    tries = iter(noisy)
-    monkeypatch.setattr(latency, "time_artifact", lambda request: next(tries))
-    found = latency.measure(subject(tiny_llama, text_file))
-    assert found == latency.summary(noisy[1])
-    assert found.unreliable == ("prefill_ms", "prefill_p90_ms")
-    assert next(tries, None) is None
+def test_a_million_tokens_cost_their_time_at_the_given_price(tiny_llama: Path, text_file: Path) -> None:
+    one = subject(tiny_llama, text_file, price_per_hour=0.72)
+    one.__dict__["timed"] = Timed((Timings([10.0] * 10, [5.0] * 10, 0.0),) * 3)
+    # A million tokens at 5 ms are 5000 s, at 0.0002 a second.
+    assert cost.measure(one).metrics == {"cost_per_million_tokens": pytest.approx(1.0)}
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="the system cannot pin threads")

@@ -86,7 +86,7 @@ def test_a_head_of_its_own_is_packed_with_its_bias(tiny: object, request: pytest
     nn.init.normal_(model.module.lm_head.bias)
     bias = model.module.lm_head.bias.clone()
     made = Rtn(embedding_bits=8).compress(model, context(folder))
-    assert made.layout().tables["lm_head"] == LinearSpec(512, 64, True, Packing(8, 64, False))
+    assert made.layout().tables["lm_head"] == LinearSpec(512, 64, True, Packing(8, 0, False))
     assert torch.equal(made.module.lm_head.bias, bias)
 
 

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from jobs import machine, power
+from jobs.operations import Table, amounts
 from orchestrator.config import InvalidStudy, load
 from orchestrator.prepare import Prepared, prepare
 
@@ -59,6 +61,10 @@ def test_an_override_replaces_what_the_file_says(prepared: Callable[..., Prepare
         ("space.width.prune_ffn.ratio={low: 0.5, high: 0.2}", "got low=0.5 and high=0.2, expected low below high"),
         ("space.width.prune_ffn.ratio={low: 0.5}", "expected {low: …, high: …} within"),
         ("space.width.prune_ffn.ratio=1.5", "got 1.5, expected a value in [0, 0.9]"),
+        ("search.table=some", "search.table: got 'some', expected auto or a whole number from 0"),
+        ("target.price_per_hour=0", "target.price_per_hour: got 0.0, expected more than 0"),
+        ("objectives={load_share: {goal: min}}", "load_share, which tells of the machine and not of a model"),
+        ("objectives={cost_per_million_tokens: {goal: min}}", "the study gives no target.price_per_hour"),
         ("space.later={distill: {steps: 3}}", "distill cannot follow rtn"),
     ],
 )  # fmt: skip
@@ -132,6 +138,42 @@ def test_the_known_size_of_choices_is_that_of_the_layout(prepared: Callable[...,
     recipe = ready.space.recipe(ready.plan.original.origin, choices)
     assert [step.name() for step in recipe.steps] == ["drop_layers", "prune_ffn", "rtn"]
     assert ready.known(choices) == {"size_bytes": recipe.layout(ready.layout).size_bytes()}
+
+
+def test_energy_is_refused_where_the_machine_has_no_counter(
+    study_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(power, "counters", lambda *_: [])
+    (line,) = problems(study_file, "objectives.token_joules={goal: min}")
+    assert "objectives.token_joules: got token_joules, which cannot be measured here: " in line
+    assert "no counter of energy" in line
+
+
+def test_all_that_one_timing_can_tell_is_measured_with_it(
+    prepared: Callable[..., Prepared], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(power, "counters", lambda *_: [])
+    memory = ["memory"] if machine.peak_memory_bytes() else []
+    assert prepared("objectives.decode_ms={goal: min}").plan.timers == ("latency", *memory)
+    priced = prepared("objectives.decode_ms={goal: min}", "target.price_per_hour=0.1").plan
+    assert priced.timers == ("cost", "latency", *memory)
+    assert priced.timed == {"decode_ms"}
+
+
+def test_a_table_predicts_the_cost_of_what_is_proposed(prepared: Callable[..., Prepared]) -> None:
+    ready = prepared("objectives.decode_ms={goal: min}")
+    choices = {knob: domain.values[-1] for knob, domain in ready.space.knobs().items()}  # type: ignore[union-attr]
+    without = ready.propose(choices).cost
+    units = dict.fromkeys([*amounts(ready.layout), "linear packed 8", "weights packed 8 group 64"], 1.0)
+    told = ready.with_table(Table({"decode_ms": units}, {"decode_ms": 0.05}))
+    assert without is not None
+    assert without.predicted == {}
+    found = told.propose(choices).cost
+    assert found is not None
+    assert found.predicted["decode_ms"] < told.plan.original_cost.predicted["decode_ms"]
+    assert told.plan.prediction_errors == {"decode_ms": 0.05}
+    few = ready.with_table(Table({"decode_ms": dict.fromkeys(amounts(ready.layout), 1.0)}, {}))
+    assert few.propose(choices).cost == without
 
 
 def test_a_tokenizer_of_another_model_is_refused(study_file: Path, tiny_llama: Path, tmp_path: Path) -> None:

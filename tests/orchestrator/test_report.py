@@ -47,6 +47,15 @@ def results(*objectives: Objective) -> Results:
     )
 
 
+def test_the_page_tells_how_far_predictions_were_off() -> None:
+    found = [
+        candidate(n, 100, 0.7, 5.0, predicted={"decode_ms": ms}) for n, ms in ((1, 5.5), (2, 5.1), (3, 4.9))
+    ]
+    page = report_html(judge("laptop", [SIZE, SPEED], candidate(0, 200, 0.8, 10.0), found), "")
+    assert "decode by 2.0% (median), 10.0% (worst of 3)" in page
+    assert "Predictions" not in report_html(results(SIZE, SPEED), "")
+
+
 @pytest.fixture(scope="module")
 def page() -> str:
     return report_html(results(SIZE, SPEED, ACCURACY), "name: laptop\nnote: <b>&\n")

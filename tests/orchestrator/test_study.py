@@ -30,24 +30,27 @@ RTN = techniques.load("rtn")
 PRUNE = techniques.load("prune_ffn")
 
 
-def plan(candidates: int = 2, timers: bool = False, limit: float | None = None) -> Plan:
+def plan(
+    candidates: int = 2, timers: bool = False, limit: float | None = None, predicted: float | None = None
+) -> Plan:
     objectives = [Objective("size_bytes", "min", limit), Objective("accuracy", "max")]
     if timers:
         objectives.append(Objective("decode_ms", "min"))
     return Plan(
         original=ORIGINAL,
-        original_cost=Cost(100, 1000, 10),
+        original_cost=Cost(100, 1000, 10, {} if predicted is None else {"decode_ms": predicted}),
         objectives=tuple(objectives),
         candidates=candidates,
         meters=("text",),
         timers=("latency",) if timers else (),
         timed=frozenset({"decode_ms"} if timers else ()),
         materials_digest="m",
+        prediction_errors={"decode_ms": 0.1},
     )
 
 
-def proposal(recipe: Recipe, size: int = 50, macs: int = 500) -> Proposed:
-    return Proposed(recipe, {"choice": recipe.id}, Cost(size, macs, 10))
+def proposal(recipe: Recipe, size: int = 50, macs: int = 500, **predicted: float) -> Proposed:
+    return Proposed(recipe, {"choice": recipe.id}, Cost(size, macs, 10, predicted))
 
 
 def measured(accuracy: float, size: float = 50, **more: float) -> Success:
@@ -246,6 +249,41 @@ def test_a_search_that_learns_is_told_estimates_of_what_is_timed_later() -> None
     recorded = [command.candidate for command in commands if isinstance(command, Record)]
     assert recorded[0].measurement is not None
     assert "decode_ms" not in recorded[0].measurement.metrics
+
+
+def test_predictions_take_the_place_of_multiply_adds_relative_to_what_the_original_takes() -> None:
+    study, original = begun(plan(candidates=2, timers=True, predicted=20.0))
+    end(study, original, measured(0.5, size=100, decode_ms=10.0))
+    run = only_run(study.handle(proposal(DROPPED, macs=500, decode_ms=16.0)))
+    (told,) = [command for command in end(study, run, measured(0.4)) if isinstance(command, Tell)]
+    assert told.result == {"size_bytes": 50, "accuracy": 0.4, "decode_ms": 8.0}
+
+
+def test_what_was_predicted_is_kept_beside_what_was_measured() -> None:
+    study, original = begun(plan(candidates=1, timers=True, predicted=20.0))
+    end(study, original, measured(0.5, size=100, decode_ms=10.0))
+    run = only_run(study.handle(proposal(DROPPED, decode_ms=16.0)))
+    again, timing = runs(end(study, run, measured(0.4)))
+    assert study.candidates[DROPPED.id].predicted == {}
+    end(study, again, Success("artifact", 1, Measurement({"decode_ms": 12.0}), 0.0))
+    end(study, timing, Success("artifact", 1, Measurement({"decode_ms": 10.0}), 0.0))
+    # The machine is slower than at first: the original takes 12 ms by now.
+    assert study.candidates[DROPPED.id].predicted == {"decode_ms": pytest.approx(9.6)}
+    assert study.original.predicted == {}
+
+
+@pytest.mark.parametrize(("predicted", "timed"), [(15.0, False), (12.0, True)])
+def test_a_dominated_candidate_is_not_timed_if_it_is_predicted_slower_by_more_than_predictions_err(
+    predicted: float, timed: bool
+) -> None:
+    study, original = begun(plan(candidates=2, timers=True, predicted=20.0))
+    end(study, original, measured(0.5, size=100, decode_ms=10.0))
+    good, lean = ORIGINAL.then(RTN(bits=4)), ORIGINAL.then(PRUNE(ratio=0.5))
+    first = only_run(study.handle(proposal(good, size=50, macs=1000, decode_ms=10.0)))
+    second = only_run(study.handle(proposal(lean, size=60, macs=500, decode_ms=predicted)))
+    end(study, first, measured(0.4, size=50))
+    timings = runs(end(study, second, measured(0.3, size=60)))
+    assert (lean in {run.job.recipe for run in timings}) is timed
 
 
 def test_a_study_that_proposals_run_out_of_ends() -> None:

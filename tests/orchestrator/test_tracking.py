@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -24,7 +25,7 @@ from jobs.recipe import Origin, Recipe
 from orchestrator.candidate import Candidate
 from orchestrator.front import Objective
 from orchestrator.results import judge
-from orchestrator.tracking import MLflowTracker, mirror, options, sync
+from orchestrator.tracking import MLflowTracker, candidate_entry, mirror, options, sync
 from orchestrator.tracking.outbox import Delivered, Outbox
 
 # MLflow 3.17 still uses a loader strategy that SQLAlchemy 2.1 deprecates.
@@ -41,6 +42,13 @@ def recipe(dropped: int) -> Recipe:
 def measured(dropped: int, size: int, accuracy: float, **more: float) -> Candidate:
     known = Measurement({"size_bytes": float(size), "accuracy": accuracy, **more}, {"accuracy": 0.01})
     return Candidate(recipe(dropped), "measured", size, artifact=f"sha-{dropped}", measurement=known)
+
+
+def test_the_error_of_a_prediction_is_a_metric_and_the_prediction_is_none() -> None:
+    one = dataclasses.replace(measured(1, 80, 0.7, decode_ms=5.0), predicted={"decode_ms": 5.5})
+    found = candidate_entry(one)["metrics"]
+    assert found["decode_ms_predicted_error"] == pytest.approx(0.1)
+    assert set(found) == {"size_bytes", "accuracy", "decode_ms", "decode_ms_predicted_error"}
 
 
 @pytest.fixture(scope="session")

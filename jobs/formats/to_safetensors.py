@@ -1,0 +1,58 @@
+"""The format `safetensors`: a folder that `from_pretrained` of transformers loads without our code.
+
+For dense models of shapes that the family's own config can say. Sparse linears are written dense, zeros and all:
+the file is as large as if nothing had been removed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from jobs.formats import stock
+from jobs.layout import Layout, LinearSpec, file_bytes
+
+WEIGHTS = "*.safetensors"
+
+
+def missing() -> str | None:
+    return None
+
+
+def refusal(layout: Layout) -> str | None:
+    for name, spec in (*layout.linears.items(), *layout.tables.items()):
+        if spec.packing is not None:
+            return (
+                f"quantizing left {spec.packing.bits}-bit integers in {name}, and a plain model holds none; unpacked "
+                f"they would be as large as before"
+            )
+    return stock.refusal(layout)
+
+
+def size_bytes(layout: Layout, original: Path) -> int:
+    dense = stock.sparse_unpacked(layout)
+    tensors = dense.tensors()
+    if _is_transposed(layout):
+        for name in dense.linears:
+            tensor = tensors[f"{name}.weight"]
+            tensors[f"{name}.weight"] = dataclasses.replace(tensor, shape=tensor.shape[::-1])
+    return file_bytes(tensors)
+
+
+def write(artifact: Path, out: Path, cache: Path | None) -> None:
+    layout = Layout.read(artifact)
+
+    def weight_of(name: str, spec: LinearSpec, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        weight = stock.dense_weight(spec, held)
+        transposed = _is_transposed(layout) and name in layout.linears
+        return {"weight": weight.T.contiguous() if transposed else weight}
+
+    stock.write_folder(artifact, out, weight_of, {})
+
+
+def _is_transposed(layout: Layout) -> bool:
+    """Conv1D of GPT-2 holds a linear's weight as [in, out]."""
+    return layout.family.name == "gpt2"

@@ -1,0 +1,151 @@
+"""What every format promises, run over every file of jobs/formats, families of models and kinds of recipes."""
+
+from __future__ import annotations
+
+import filecmp
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from benchmarks import size
+from jobs import families, formats, techniques
+from jobs.layout import Layout
+from jobs.technique import Technique
+
+Steps = tuple[tuple[str, dict[str, object]], ...]
+
+KINDS: dict[str, Steps] = {
+    "as it is": (),
+    "8 bits": (("rtn", {"bits": 8, "group": 0, "symmetric": True}),),
+    "4 bits": (("rtn", {"bits": 4, "group": 32}),),
+    "3 bits": (("gptq", {"bits": 3, "group": 32}),),
+    "uneven groups": (("rtn", {"bits": 4, "group": 128, "symmetric": True}),),
+    "real zeros": (("hqq", {"bits": 4, "group": 32}),),
+    "rounded activations": (("smoothquant", {}),),
+    "packed embedding": (("rtn", {"bits": 4, "group": 32, "symmetric": True, "embedding_bits": 8}),),
+    "mended rounding": (("rtn", {"bits": 4, "group": 32, "correction_rank": 4}),),
+    "low rank": (("svd", {"keep": 0.5}),),
+    "fewer neurons": (("prune_ffn", {"ratio": 0.4}),),
+    "fewer neurons, biases": (("prune_ffn", {"ratio": 0.4, "correction": "bias"}),),
+    "fewer heads": (("prune_heads", {"ratio": 0.5}),),
+    "narrower": (("prune_hidden", {"ratio": 0.5}),),
+    "fewer blocks": (("drop_layers", {"count": 2}),),
+    "sparse": (("magnitude", {"sparsity": 0.5}),),
+    "chain": (
+        ("drop_layers", {"count": 1}),
+        ("prune_ffn", {"ratio": 0.4}),
+        ("rtn", {"bits": 4, "group": 32, "symmetric": True}),
+    ),
+    "chain with low rank": (
+        ("drop_layers", {"count": 1}),
+        ("svd", {"keep": 0.5}),
+        ("rtn", {"bits": 8, "symmetric": True}),
+    ),
+}
+TYPICAL = ("llama", "qwen2", "gpt2", "bert")
+"""Families that differ most: every kind is written of these, chains of the others."""
+CASES = [
+    (family, kind)
+    for family in families.names()
+    for kind in KINDS
+    if family in TYPICAL or kind in ("as it is", "chain")
+]
+RECIPES = 40
+
+Tiny = Callable[..., Path]
+Made = Callable[[str, str], Path]
+
+
+@pytest.fixture(params=formats.names())
+def name(request: pytest.FixtureRequest) -> str:
+    lacking = formats.load(request.param).missing()
+    if lacking is not None:
+        pytest.skip(lacking)
+    return str(request.param)
+
+
+def steps_of(kind: str) -> list[Technique]:
+    return [techniques.load(technique).of(options) for technique, options in KINDS[kind]]
+
+
+@pytest.fixture(scope="session")
+def made(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """The artifact of a kind of recipe on a family's tiny model, made once; skips where a step does not do it."""
+    found: dict[tuple[str, str], Path | None] = {}
+
+    def artifact(family: str, kind: str) -> Path:
+        if (family, kind) not in found:
+            folder = tmp_path_factory.mktemp("artifact") / "made"
+            found[family, kind] = size.compress(tiny(family), steps_of(kind), folder)
+        folder = found[family, kind]
+        if folder is None:
+            pytest.skip(f"no {kind} of a {family}")
+        return folder
+
+    return artifact
+
+
+@pytest.mark.parametrize(("family", "kind"), CASES)
+def test_it_writes_what_it_foretells_or_says_why_not(
+    name: str, family: str, kind: str, made: Made, tiny: Tiny, tmp_path: Path
+) -> None:
+    artifact = made(family, kind)
+    layout, out = Layout.read(artifact), tmp_path / "out"
+    reason = formats.load(name).refusal(layout)
+    if reason is not None:
+        with pytest.raises(
+            ValueError, match=re.escape(f"{name} cannot hold this model: {reason}")
+        ) as refused:
+            formats.write(name, artifact, out)
+        assert formats.OWN in str(refused.value)  # a format that can
+        assert not out.exists()
+        return
+    foretold = formats.load(name).size_bytes(layout, tiny(family))
+    formats.write(name, artifact, out)
+    assert formats.size_of(out, name) == foretold
+    assert formats.format_of(out) == name
+    assert json.loads((out / formats.MARK).read_text())["task"] == layout.task
+
+
+@pytest.mark.parametrize("kind", ["as it is", "chain", "packed embedding"])
+@pytest.mark.parametrize("family", TYPICAL)
+def test_two_writes_are_the_same_to_the_byte(
+    name: str, family: str, kind: str, made: Made, tmp_path: Path
+) -> None:
+    artifact = made(family, kind)
+    if formats.load(name).refusal(Layout.read(artifact)) is not None:
+        pytest.skip(f"{name} holds no such model")
+    for out in ("one", "two"):
+        formats.write(name, artifact, tmp_path / out)
+    files = sorted(file.name for file in (tmp_path / "one").iterdir())
+    assert files == sorted(file.name for file in (tmp_path / "two").iterdir())
+    same, _, _ = filecmp.cmpfiles(tmp_path / "one", tmp_path / "two", files, shallow=False)
+    assert sorted(same) == files
+
+
+@pytest.fixture(scope="session")
+def chanced(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> list[tuple[str, str, Path]]:
+    originals = {family: tiny(family) for family in size.FAMILIES}
+    return list(size.artifacts(originals, RECIPES, 1, tmp_path_factory.mktemp("chanced")))
+
+
+def test_the_size_of_random_recipes_is_foretold_to_the_byte(
+    name: str, chanced: list[tuple[str, str, Path]], tiny: Tiny
+) -> None:
+    rows = [size.written(name, family, text, artifact, tiny(family)) for family, text, artifact in chanced]
+    told = [row for row in rows if row.foretold is not None]
+    assert told
+    assert [row for row in told if row.foretold != row.found] == []
+
+
+def test_a_packed_linear_is_refused_by_name_with_formats_that_can(made: Made, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"4-bit integers in model\.layers\.0.*these can:.*slimfront"):
+        formats.write("safetensors", made("llama", "4 bits"), tmp_path / "out")
+
+
+def test_an_unknown_format_is_refused_with_the_nearest_known_one() -> None:
+    with pytest.raises(LookupError, match="did you mean safetensors"):
+        formats.load("safetensor")
