@@ -1,0 +1,153 @@
+"""The format `onnx`: an ONNX graph with an artifact's own integers and scales beside it, for ONNX Runtime.
+
+Inputs and outputs are those that Optimum and ONNX Runtime's generation expect: input_ids and attention_mask; a causal
+model's position_ids and past_key_values.N.key/value too, and present.N.key/value beside its logits.
+
+Dense weights are bf16, which the graph turns into fp32 when it is loaded. Packed ones are multiplied as they are
+(`jobs.formats.blocks`), by ONNX Runtime's own operators, which other programs do not know.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from jobs import graph, models
+from jobs.formats import blocks, shapes
+from jobs.formats.filling import OWN_BYTES, Filling, aligned
+from jobs.layers import PackedEmbedding, PackedLinear, SparseLinear
+from jobs.layout import Layout, LinearSpec
+from jobs.model import distinct_tensors
+
+GRAPH = "model.onnx"
+WEIGHTS = "model.onnx.data"
+_OPSET = 18
+_VERSION = 1
+"""Of how graphs are made: raised when a cached one would differ."""
+
+
+def missing() -> str | None:
+    lacking = [name for name in ("onnx", "onnxruntime") if importlib.util.find_spec(name) is None]
+    if lacking:
+        return f"{' and '.join(lacking)} not installed: pip install 'slimfront[onnx]'"
+    return None
+
+
+def refusal(layout: Layout) -> str | None:
+    for name, spec in _specs(layout).items():
+        known = spec.packing
+        if known is None:
+            continue
+        if known.activation_bits != 16 and known.activation_bits > 8:
+            return f"{name} rounds its activations to {known.activation_bits} bits, and ONNX multiplies integers of 8"
+        if blocks.fitting(spec) is None:
+            return f"groups of {known.group} in {name}, and ONNX Runtime's are multiples of 16"
+        if name in layout.tables and known.real_zeros:
+            return f"zero points of the table {name} that are not whole"
+    return None
+
+
+def size_bytes(layout: Layout, original: Path) -> int:
+    sizes = [size for spec in _specs(layout).values() for size in _bytes_of(spec)]
+    sizes += [tensor.size_bytes for name, tensor in layout.others.items() if not _unread(name, layout)]
+    return sum(map(aligned, sizes)) + _room(original)
+
+
+def _unread(name: str, layout: Layout) -> bool:
+    """Whether a tensor has no part in what a model of this task answers, and so none in the graph."""
+    return layout.task == "embedding" and name.startswith("pooler.")
+
+
+@lru_cache(maxsize=64)
+def _room(folder: Path) -> int:
+    """Room for the large constants of a graph: those that the family's code computes."""
+    return sum(aligned(size) for size in models.computed_bytes(folder) if size > OWN_BYTES)
+
+
+def _specs(layout: Layout) -> dict[str, LinearSpec]:
+    return {**layout.linears, **layout.tables}
+
+
+def _bytes_of(spec: LinearSpec) -> Iterator[int]:
+    """The bytes of each tensor of a linear or a table."""
+    if spec.packing is None:
+        yield 2 * spec.out_features * spec.in_features
+    else:
+        yield from blocks.parts_bytes(spec)
+        if spec.packing.input_scales:
+            yield 2 * spec.in_features
+    if spec.bias:
+        yield 2 * spec.out_features
+
+
+def write(artifact: Path, out: Path, cache: Path | None) -> None:
+    network = _skeleton(artifact, cache)
+    filled = Filling(network)
+    model = models.load(artifact)
+    packed = {
+        f"{name}.weight": layer
+        for name, layer in (*model.linears().items(), *model.tables().items())
+        if isinstance(layer, (PackedLinear, PackedEmbedding, SparseLinear))
+    }
+    held = distinct_tensors(model.module)
+    for name in sorted(filled.parameters & (packed.keys() | held.keys())):
+        layer = packed.get(name)
+        if isinstance(layer, (PackedLinear, PackedEmbedding)):
+            filled.put_packed(name, layer)
+        else:
+            filled.put_dense(name, layer.weight() if layer is not None else held[name])
+    filled.finish(out / WEIGHTS, _room(artifact))
+    (out / GRAPH).write_bytes(network.SerializeToString(deterministic=True))
+    models.copy_words(artifact, out)
+    shutil.copyfile(artifact / "config.json", out / "config.json")
+
+
+def _skeleton(artifact: Path, cache: Path | None) -> Any:
+    """The graph of an artifact's shape, with parameters in the places of weights; kept for others of this shape."""
+    import onnx
+
+    if cache is None:
+        return _traced(graph.function_of(artifact))
+    kept = cache / "graphs"
+    file = kept / f"onnx-{_VERSION}-{onnx.__version__}-{graph.structure_key(artifact)}.onnx"
+    if not file.is_file():
+        kept.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=kept) as scratch:
+            made = _traced(graph.function_of(artifact)).SerializeToString(deterministic=True)
+            (Path(scratch) / file.name).write_bytes(made)
+            os.replace(Path(scratch) / file.name, file)
+    return onnx.load_model_from_string(file.read_bytes())
+
+
+def _traced(function: graph.Function) -> Any:
+    """The function as an ONNX model. By way of TorchScript, which traces every family, and in seconds."""
+    import onnx
+
+    every = "all_tokens" if function.past else "tokens"
+    outputs = {name: name.replace("past_key_values", "present") for name in function.past}
+    dynamic = {name: {0: "batch", 1: "tokens"} for name in function.inputs}
+    dynamic["attention_mask"] = {0: "batch", 1: every}
+    for past, present in outputs.items():
+        dynamic |= {past: {0: "batch", 2: "past_tokens"}, present: {0: "batch", 2: every}}
+    with tempfile.TemporaryDirectory() as scratch, torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of values that become constants, and of the exporter's age
+        torch.onnx.export(
+            function.module, function.arguments, Path(scratch) / GRAPH, dynamo=False, opset_version=_OPSET,
+            input_names=[*function.inputs, *function.past, *function.weights],
+            output_names=[*function.outputs, *outputs.values()],
+            dynamic_axes=dynamic,
+        )  # fmt: skip
+        traced = onnx.load(Path(scratch) / GRAPH)
+    sizes = {"batch": ("input_ids", 0), "tokens": ("input_ids", 1)}
+    if function.past:
+        sizes |= {every: ("attention_mask", 1), "past_tokens": (next(iter(function.past)), 2)}
+    return shapes.settle(traced, sizes)
