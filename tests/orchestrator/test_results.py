@@ -96,12 +96,14 @@ def test_the_front_as_json_has_what_readers_of_it_rely_on() -> None:
     assert front["objectives"][0] == {"metric": "size_bytes", "goal": "min", "limit": 90.0}
     assert front["original"] == {
         "metrics": {"size_bytes": 100.0, "accuracy": 0.8, "decode_ms": 10.0}, "errors": {"accuracy": 0.01},
+        "environment": {"cpu": "Xeon", "threads": "2"},
     }  # fmt: skip
     assert front["members"][0] == {
         "id": small.id,
         "recipe": str(small.recipe),
         "metrics": {"size_bytes": 40.0, "accuracy": 0.5, "decode_ms": 5.0},
         "errors": {"accuracy": 0.01},
+        "environment": {"cpu": "Xeon", "threads": "2"},
         "artifact": "sha-3",
     }
     assert front["picks"]["smallest"] == small.id
