@@ -15,9 +15,12 @@ from jobs import formats, measure, meters, models, runtimes
 from jobs.job import Materials, Measurement, materials_from_dict
 from jobs.meter import Subject
 from orchestrator.export import MEASUREMENT
+from orchestrator.results import COSTS
 
 _SIGMAS = 3.0
 """How many of both errors together two measurements of one thing may lie apart."""
+_DRIFT = 0.03
+"""By so much of itself a time, or a process's memory, may differ besides: the errors are of one session each."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,8 @@ def compare(record: Mapping[str, Any], found: Measurement) -> list[Checked]:
             checked.append(Checked(metric, recorded, measured, None, note))
         else:
             allowed = _SIGMAS * math.hypot(error, found.errors.get(metric, 0.0))
+            if metric.endswith(COSTS):
+                allowed = max(allowed, _DRIFT * recorded)
             checked.append(Checked(metric, recorded, measured, allowed))
     return checked
 
