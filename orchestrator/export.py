@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from cluster.store import ArtifactRef, open_store
-from jobs import formats, models, runtimes
+from jobs import formats, models, runtimes, techniques
 from jobs.job import Materials, materials_from_dict
 from orchestrator.front import PICKS, Objective, ParetoFront
 
@@ -54,7 +54,8 @@ def export_member(study: Path, pick: str, out: Path, format: str | None = None) 
         measurement = {name: member[name] for name in ("metrics", "errors", "environment")}
         known = {"original": found["original"], "materials": json.loads((study / MATERIALS).read_text())}
         _write(made / MEASUREMENT, {**measurement, **known})
-        (made / "README.md").write_text(_card(format, member, found["original"], materials))
+        steps = [step["technique"] for step in about["recipe"]["steps"]]
+        (made / "README.md").write_text(_card(format, member, found["original"], materials, steps))
         mark = json.loads((made / formats.MARK).read_text())
         _write(made / formats.MARK, {**mark, "checksums": formats.checksums(made)})
         if out.exists():
@@ -63,8 +64,14 @@ def export_member(study: Path, pick: str, out: Path, format: str | None = None) 
     return member
 
 
-def _card(format: str, member: Mapping[str, Any], original: Mapping[str, Any], materials: Materials) -> str:
-    """The model card, with the head that model hubs read."""
+def _card(
+    format: str,
+    member: Mapping[str, Any],
+    original: Mapping[str, Any],
+    materials: Materials,
+    steps: Sequence[str],
+) -> str:
+    """The model card, with the head that model hubs read. steps: the techniques that made it."""
     licence = models.licence(materials.model)
     head = [f"license: {licence}"] if licence else []
     head += (
@@ -76,9 +83,12 @@ def _card(format: str, member: Mapping[str, Any], original: Mapping[str, Any], m
         for metric, value in sorted(member["metrics"].items())
     ]
     target = materials.target
+    needs = {need for step in steps for need in techniques.load(step).needs}
     texts = {
-        "Evaluated": materials.evaluation, "Calibrated": materials.calibration, "Trained": materials.training,
-    }  # fmt: skip
+        "Evaluated": materials.evaluation,
+        "Calibrated": materials.calibration if needs & {"calibration", "gradients"} else None,
+        "Trained": materials.training if "training" in needs else None,
+    }
     data = [
         f"- {use} on {source.path}, {source.samples} windows of {source.tokens} tokens"
         for use, source in texts.items()

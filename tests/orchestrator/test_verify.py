@@ -39,7 +39,11 @@ def test_what_was_recorded_comes_out_again(exported: Callable[..., Path], runtim
     assert all(one.ok and one.allowed is not None for one in found.values())
     card = (out / "README.md").read_text()
     assert "size_bytes" in card
-    assert json.loads((out / RECIPE).read_text())["text"] in card
+    recipe = json.loads((out / RECIPE).read_text())
+    assert recipe["text"] in card
+    assert "Evaluated on" in card
+    assert ("Calibrated on" in card) is any(step["technique"] != "rtn" for step in recipe["steps"])
+    assert "Trained on" not in card
 
 
 def test_a_recorded_number_that_does_not_come_out_is_told(exported: Callable[..., Path]) -> None:
