@@ -26,7 +26,7 @@ from jobs.job import Target
 from jobs.layout import Layout
 from jobs.measure import environment
 from jobs.pairing import time_pair
-from jobs.table import request_of
+from jobs.timing import request_of
 
 BUFFER_BYTES = 2**29
 

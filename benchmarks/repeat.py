@@ -22,8 +22,7 @@ from jobs.job import Target
 from jobs.measure import environment
 from jobs.meters.latency import summary
 from jobs.stopwatch import Request, time_artifact
-from jobs.table import request_of
-from jobs.timing import time_quietly
+from jobs.timing import request_of, time_quietly
 
 CLAIM = 0.03
 

@@ -63,7 +63,4 @@ def shipped(layout: Layout, original: Path, runtime: str, folder: Path) -> Path:
     artifact = Path(tempfile.mkdtemp(dir=folder)) / "made"
     models.save_stand_in(layout, original, artifact)
     name = runtimes.load(runtime).FORMAT
-    if name == formats.OWN:
-        return artifact
-    formats.write(name, artifact, artifact.with_name("shipped"), folder / "shared")
-    return artifact.with_name("shipped")
+    return formats.shipped(name, artifact, artifact.with_name("shipped"), folder / "shared")

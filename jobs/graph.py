@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from jobs import models
 from jobs.layers import round_activations
-from jobs.layout import Layout, LinearSpec
+from jobs.layout import Layout, LinearSpec, TensorSpec
 from jobs.model import Model, distinct_tensors
 
 _VERSION = 1
@@ -41,7 +41,6 @@ class Function:
     past: dict[str, Float[Tensor, "rows heads past width"]]
     weights: dict[str, Tensor]
     outputs: tuple[str, ...]
-    key: str
 
     @property
     def present(self) -> tuple[str, ...]:
@@ -73,7 +72,7 @@ def function_of(artifact: Path) -> Function:
                 past[f"past_key_values.{block}.{part}"] = torch.zeros(_ROWS, shape[1], _PAST, shape[3])
     function = _Function(module, tuple(weights), len(inputs), len(past), layout.task)
     outputs = ("last_hidden_state",) if layout.task == "embedding" else ("logits",)
-    return Function(function, inputs, past, weights, outputs, structure_key(artifact))
+    return Function(function, inputs, past, weights, outputs)
 
 
 def trace(function: Function) -> torch.jit.ScriptModule:
@@ -83,6 +82,13 @@ def trace(function: Function) -> torch.jit.ScriptModule:
             function.module, function.arguments, check_trace=False, strict=False
         )
     return traced
+
+
+def others(layout: Layout) -> dict[str, TensorSpec]:
+    """The tensors beside linears and tables that have a part in what a model of this task answers, and so in its
+    function: a sentence's vector is made without the pooler."""
+    pooled = layout.task != "embedding"
+    return {name: spec for name, spec in layout.others.items() if pooled or not name.startswith("pooler.")}
 
 
 def structure_key(artifact: Path) -> str:
@@ -105,7 +111,7 @@ class _Function(nn.Module):
         super().__init__()
         # No child of this: what is traced would hold its tensors.
         self._held = [module]
-        self._places = [_taken(module, name) for name in names]
+        self._places = _taken(module, names)
         self._splits = (inputs, inputs + past)
         self._task = task
         self._caches = hasattr(module.config, "use_cache")
@@ -131,15 +137,15 @@ class _Function(nn.Module):
         return (said.logits, *present)
 
 
-def _taken(module: nn.Module, name: str) -> list[tuple[nn.Module, str]]:
-    """Take a tensor from a module, so that any tensor may be put there: all places that it stood at."""
+def _taken(module: nn.Module, names: Sequence[str]) -> list[list[tuple[nn.Module, str]]]:
+    """Take these tensors from a module, so that any may be put there: of each all places that it stood at."""
     state = module.state_dict(keep_vars=True)
-    found = []
-    for other, tensor in state.items():
-        if tensor is state[name]:
-            path, _, child = other.rpartition(".")
-            found.append((module.get_submodule(path), child))
-    for part, child in found:
+    places: dict[int, list[tuple[nn.Module, str]]] = {}
+    for name, tensor in state.items():
+        path, _, child = name.rpartition(".")
+        places.setdefault(id(tensor), []).append((module.get_submodule(path), child))
+    found = [places[id(state[name])] for name in names]
+    for part, child in (place for one in found for place in one):
         part._parameters.pop(child, None)
         part._buffers.pop(child, None)
     return found

@@ -61,6 +61,11 @@ class Materials:
     labelled: str | None = None
     target: Target = Target()
 
+    @property
+    def new_tokens(self) -> int:
+        """How many tokens a model makes one by one after each prompt: none where it is no causal one."""
+        return self.target.new_tokens if self.task == "causal-lm" else 0
+
 
 @dataclass(frozen=True)
 class Measurement:

@@ -180,10 +180,15 @@ class Layout:
             tables={name: dataclasses.replace(spec, packing=packing) for name, spec in self.tables.items()},
         )
 
+    @property
+    def matrices(self) -> dict[str, LinearSpec]:
+        """Linears and tables alike, by their full names."""
+        return {**self.linears, **self.tables}
+
     def tensors(self) -> dict[str, TensorSpec]:
         """Every tensor of the file by its full name."""
         found = dict(self.others)
-        for name, spec in (*self.linears.items(), *self.tables.items()):
+        for name, spec in self.matrices.items():
             found |= {f"{name}.{part}": tensor for part, tensor in spec.tensors().items()}
         return found
 
@@ -194,8 +199,7 @@ class Layout:
     def parameters(self) -> int:
         """How many weights the model computes with, packed ones counted one by one."""
         linear = sum(
-            spec.out_features * (spec.in_features + int(spec.bias))
-            for spec in (*self.linears.values(), *self.tables.values())
+            spec.out_features * (spec.in_features + int(spec.bias)) for spec in self.matrices.values()
         )
         return linear + sum(math.prod(tensor.shape) for tensor in self.others.values())
 

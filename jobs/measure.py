@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from jobs import meters
+from jobs import meters, runtimes
 from jobs.job import Measurement, Target
 from jobs.meter import Subject
 
@@ -34,12 +34,10 @@ def measure(names: Sequence[str], subject: Subject) -> Measurement:
 def environment(target: Target) -> Mapping[str, str]:
     """What decides a number besides the artifact: the machine and the libraries."""
     gpu = {"gpu": torch.cuda.get_device_name()} if target.runtime == "cuda" else {}
-    library = (
-        {target.runtime: version(target.runtime)} if target.runtime in ("openvino", "onnxruntime") else {}
-    )
+    library = runtimes.load(target.runtime).LIBRARY
     return {
         **gpu,
-        **library,
+        library: version(library),
         "cpu": _cpu_name(),
         "cpus": str(os.cpu_count()),
         "machine": platform.machine(),

@@ -55,9 +55,7 @@ class Subject:
             return self.folder  # an artifact that runs as it is, or what has been shipped already
         if self.workdir is None:
             raise ValueError(f"to be measured as {self.format}, an artifact needs a workdir to be written to")
-        folder = self.workdir / f"shipped-{self.format}"
-        formats.write(self.format, self.folder, folder, self.cache)
-        return folder
+        return formats.shipped(self.format, self.folder, self.workdir / f"shipped-{self.format}", self.cache)
 
     @cached_property
     def runner(self) -> Runner:
@@ -68,22 +66,13 @@ class Subject:
 
         return runtimes.load(self.materials.target.runtime).start(self.shipped, torch.get_num_threads())
 
-    @property
-    def new_tokens(self) -> int:
-        """How many tokens it makes one by one after each prompt: none where it is no causal model."""
-        return self.materials.target.new_tokens if self.materials.task == "causal-lm" else 0
-
     @cached_property
     def timed(self) -> Timed:
         """What is shipped, timed in new processes of the target's runtime: once, for all meters that need it."""
-        from jobs import models, timing
-        from jobs.stopwatch import Request, time_artifact
+        from jobs import timing
+        from jobs.stopwatch import time_artifact
 
-        target = self.materials.target
-        request = Request(
-            str(self.shipped), target.runtime, target.threads, target.prompt_tokens, self.new_tokens,
-            models.vocabulary(self.original),
-        )  # fmt: skip
+        request = timing.request_of(self.materials, self.original, self.shipped)
         return timing.time_quietly(lambda: time_artifact(request))
 
     @cached_property

@@ -12,6 +12,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -154,12 +155,17 @@ def empty(folder: Path, layout: Layout) -> Model:
     return Model(module.eval(), model.family, folder)
 
 
-def computed_bytes(folder: Path) -> list[int]:
-    """The bytes of each distinct tensor that the model computes for itself and no file holds: masks, sines."""
-    module = _empty_module(transformers.AutoConfig.from_pretrained(folder), "cpu")
+@lru_cache(maxsize=8)
+def computed_bytes(original: Path) -> tuple[int, ...]:
+    """What `computed_in` finds in an original, from its config alone. Asked for every candidate, so remembered."""
+    return computed_in(_empty_module(transformers.AutoConfig.from_pretrained(original), "cpu"))
+
+
+def computed_in(module: nn.Module) -> tuple[int, ...]:
+    """The bytes of each distinct tensor that a model computes for itself and no file holds: masks, sines."""
     held = module.state_dict().keys()
     found = {tensor.numpy().tobytes() for name, tensor in module.named_buffers() if name not in held}
-    return sorted(len(values) for values in found)
+    return tuple(sorted(len(values) for values in found))
 
 
 def cache_of(blocks: Sequence[tuple[Tensor, Tensor]]) -> transformers.Cache:
@@ -246,7 +252,7 @@ def _arbitrary(layout: Layout) -> dict[str, Tensor]:
             found[name] = torch.empty(tensor.shape, dtype=dtype).normal_(0, 0.02, generator=generator)
         else:
             found[name] = torch.full(tensor.shape, 0.01 if name.endswith(".scales") else 1.0, dtype=dtype)
-    for name, spec in (*layout.linears.items(), *layout.tables.items()):
+    for name, spec in layout.matrices.items():
         if spec.packing is not None and f"{name}.zeros" in found:
             found[f"{name}.zeros"].fill_(2 ** (spec.packing.bits - 1))
         if spec.kept is not None:

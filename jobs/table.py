@@ -15,7 +15,8 @@ from jobs.job import Materials
 from jobs.layout import Layout
 from jobs.measure import environment
 from jobs.operations import Sample, Table, amounts, fit, kinds, telling
-from jobs.stopwatch import Request, Stopwatch, Turn, started
+from jobs.stopwatch import Stopwatch, Turn, started
+from jobs.timing import request_of
 
 _MORE = 8
 """So many samples beyond one for each kind of operation, to tell one kind from the other."""
@@ -59,15 +60,6 @@ def time_beside(
     return {f"{part}_ms": both for part, both in found.items()}
 
 
-def request_of(materials: Materials, original: Path, folder: Path) -> Request:
-    """The request to time what lies in `folder`, in the target's format, on the target."""
-    target = materials.target
-    tokens = target.new_tokens if materials.task == "causal-lm" else 0
-    return Request(
-        str(folder), target.runtime, target.threads, target.prompt_tokens, tokens, models.vocabulary(original)
-    )
-
-
 def _timed(
     materials: Materials, original: Path, layouts: Sequence[Layout], before: Mapping[str, float] | None
 ) -> list[Sample]:
@@ -91,11 +83,7 @@ def _timed(
 
 def _shipped(materials: Materials, artifact: Path, scratch: Path) -> Path:
     name = runtimes.load(materials.target.runtime).FORMAT
-    if name == formats.OWN:
-        return artifact
-    folder = artifact.with_name(f"{artifact.name}-{name}")
-    formats.write(name, artifact, folder, scratch / "shared")
-    return folder
+    return formats.shipped(name, artifact, artifact.with_name(f"{artifact.name}-{name}"), scratch / "shared")
 
 
 def _key(materials: Materials, original: Path) -> str:

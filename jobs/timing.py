@@ -5,11 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
-from jobs.stopwatch import Timings
+from jobs import models
+from jobs.job import Materials
+from jobs.stopwatch import Request, Timings
 
 Part = Literal["prefill", "decode"]
 PARTS: tuple[Part, ...] = ("prefill", "decode")
@@ -47,6 +50,15 @@ class Timed:
         medians = [median_ms(one, part) for one in chosen]
         agree = max(medians) - min(medians) <= 2 * _SPREAD * float(np.median(medians))
         return len(chosen) == _PROCESSES and agree and not any(noisy(one, part) for one in chosen)
+
+
+def request_of(materials: Materials, original: Path, folder: Path) -> Request:
+    """The request to time what lies in `folder`, in the target's format, on the target."""
+    target = materials.target
+    return Request(
+        str(folder), target.runtime, target.threads, target.prompt_tokens, materials.new_tokens,
+        models.vocabulary(original),
+    )  # fmt: skip
 
 
 def time_quietly(once: Callable[[], Timings], clock: Callable[[], float] = time.monotonic) -> Timed:

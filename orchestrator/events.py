@@ -17,7 +17,8 @@ from orchestrator.front import Objective
 class Cost:
     """What is known of a candidate before anything runs, from its layout alone.
 
-    size_bytes: of the weights' file, exact, or a bound where the data decide what each layer gets.
+    size_bytes: of the weights' file, exact. Where the data decide what each layer gets, a bound of the artifact, and
+        an estimate of forms that hold its layers otherwise.
     decode_macs, linears: multiply-adds per token, and into how many layers they are divided: a model with
         no more of either, and no more bytes, is taken to be no slower.
     predicted: milliseconds by metric, by a table of operations; empty where there is none. They compare

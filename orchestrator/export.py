@@ -13,6 +13,7 @@ from cluster.store import ArtifactRef, open_store
 from jobs import formats, models, runtimes, techniques
 from jobs.job import Materials, materials_from_dict
 from orchestrator.front import PICKS, Objective, ParetoFront
+from orchestrator.progress import write_json
 
 MATERIALS = "materials.json"
 """In a study's folder: what its jobs read, and the target."""
@@ -34,7 +35,8 @@ def export_member(study: Path, pick: str, out: Path, format: str | None = None) 
             f"{file} is not there: {study} holds no study, or nothing of it has ended yet"
         )
     found = json.loads(file.read_text())
-    materials = materials_from_dict(json.loads((study / MATERIALS).read_text()))
+    studied = json.loads((study / MATERIALS).read_text())
+    materials = materials_from_dict(studied)
     format = format or runtimes.load(materials.target.runtime).FORMAT
     formats.load(format)  # refused before anything is fetched
     member = _picked(found, pick)
@@ -50,14 +52,14 @@ def export_member(study: Path, pick: str, out: Path, format: str | None = None) 
         store.fetch(ArtifactRef(**record), held)
         formats.write(format, held, made, study.parent / "cache")
         about = models.about(held)
-        _write(made / RECIPE, {"id": member["id"], "text": member["recipe"], **about["recipe"]})
+        write_json(made / RECIPE, {"id": member["id"], "text": member["recipe"], **about["recipe"]})
         measurement = {name: member[name] for name in ("metrics", "errors", "environment")}
-        known = {"original": found["original"], "materials": json.loads((study / MATERIALS).read_text())}
-        _write(made / MEASUREMENT, {**measurement, **known})
+        known = {"original": found["original"], "materials": studied}
+        write_json(made / MEASUREMENT, {**measurement, **known})
         steps = [step["technique"] for step in about["recipe"]["steps"]]
         (made / "README.md").write_text(_card(format, member, found["original"], materials, steps))
         mark = json.loads((made / formats.MARK).read_text())
-        _write(made / formats.MARK, {**mark, "checksums": formats.checksums(made)})
+        write_json(made / formats.MARK, {**mark, "checksums": formats.checksums(made)})
         if out.exists():
             out.rmdir()
         os.replace(made, out)
@@ -134,7 +136,3 @@ def _picked(found: dict[str, Any], pick: str) -> dict[str, Any]:
             f"no member is called {pick!r}; give one of {', '.join(PICKS)} or the start of an id"
         )
     return dict(members[front.pick(pick)])
-
-
-def _write(file: Path, content: Mapping[str, Any]) -> None:
-    file.write_text(json.dumps(content, indent=1, allow_nan=False))

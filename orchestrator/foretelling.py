@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 
 from cluster.executor import Executor, Resources
-from jobs import formats, runtimes
+from jobs import formats
 from jobs.job import Failure, Job, Materials
 from jobs.layout import Layout
 from jobs.operations import Table
 from jobs.run import failure
 from jobs.table import make_table
 from orchestrator.ledger import Ledger
-from orchestrator.prepare import Prepared, table_models
+from orchestrator.prepare import Prepared, shipped_as, table_models
 from orchestrator.search.proposals import uniform
 
 _POOL = 200
@@ -41,7 +41,7 @@ def foretelling(prepared: Prepared, ledger: Ledger, executor: Executor) -> Prepa
 def sampled(prepared: Prepared, count: int, seed: int) -> list[Layout]:
     """Layouts of distinct models that the study may propose, drawn uniformly; fewer where there are not so many."""
     generator = np.random.default_rng(seed)
-    shipped_as = formats.load(runtimes.load(prepared.materials.target.runtime).FORMAT)
+    form = formats.load(shipped_as(prepared.materials.target))
     found: dict[str, Layout] = {}
     for _ in range(10 * count):
         recipe = prepared.space.recipe(
@@ -51,7 +51,7 @@ def sampled(prepared: Prepared, count: int, seed: int) -> list[Layout]:
             layout = recipe.layout(prepared.layout)
         except ValueError:  # choices that make no model
             continue
-        if shipped_as.refusal(layout) is None:
+        if form.refusal(layout) is None:
             found.setdefault(recipe.id, layout)
         if len(found) == count:
             break

@@ -166,10 +166,12 @@ def _standing(candidate: Candidate, objectives: Sequence[Objective], original: C
 
 def _comparable(one: Measurement, other: Measurement | None) -> bool:
     """Whether both were measured in one environment: in nothing that both state do they differ."""
-    if other is None:
-        return True
-    shared = one.environment.keys() & other.environment.keys()
-    return all(one.environment[name] == other.environment[name] for name in shared)
+    return other is None or not differing(one.environment, other.environment)
+
+
+def differing(one: Mapping[str, str], other: Mapping[str, str]) -> list[str]:
+    """What two environments both state, and not alike."""
+    return sorted(name for name in one.keys() & other.keys() if one[name] != other[name])
 
 
 def _bound(objective: Objective, original: float) -> float:

@@ -15,7 +15,7 @@ from jobs import formats, measure, meters, models, runtimes
 from jobs.job import Materials, Measurement, materials_from_dict
 from jobs.meter import Subject
 from orchestrator.export import MEASUREMENT
-from orchestrator.results import COSTS
+from orchestrator.results import COSTS, differing
 
 _SIGMAS = 3.0
 """How many of both errors together two measurements of one thing may lie apart."""
@@ -71,12 +71,8 @@ def check_files(folder: Path) -> None:
 
 
 def compare(record: Mapping[str, Any], found: Measurement) -> list[Checked]:
-    """What was recorded beside what was found. Times of another environment are shown, and not held against it."""
-    elsewhere = [
-        name
-        for name, value in record["environment"].items()
-        if name in found.environment and found.environment[name] != value
-    ]
+    """What was recorded beside what was found. What another environment costs is shown, and not held against it."""
+    elsewhere = differing(record["environment"], found.environment)
     checked = []
     for metric, recorded in sorted(record["metrics"].items()):
         if metric not in found.metrics:
@@ -88,7 +84,7 @@ def compare(record: Mapping[str, Any], found: Measurement) -> list[Checked]:
             checked.append(Checked(metric, recorded, measured, 0.0))
         elif error is None:
             checked.append(Checked(metric, recorded, measured, None, "recorded without an error"))
-        elif elsewhere:
+        elif elsewhere and metric.endswith(COSTS):
             note = f"recorded with another {', '.join(elsewhere)}"
             checked.append(Checked(metric, recorded, measured, None, note))
         else:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
-import importlib
 import json
 import os
 import pkgutil
@@ -13,6 +11,7 @@ from pathlib import Path
 from typing import Protocol, cast
 
 from jobs.layout import Layout
+from jobs.lookup import module_of
 
 OWN = "slimfront"
 """The form that artifacts lie in the store in, which only our own code reads."""
@@ -55,11 +54,8 @@ def names() -> list[str]:
 
 def load(name: str) -> Format:
     """The format of `jobs/formats/to_NAME.py`; LookupError lists which there are."""
-    if name not in names():
-        near = difflib.get_close_matches(name, names(), n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise LookupError(f"no format is called {name!r}{hint} (there are: {', '.join(names())})")
-    return cast(Format, importlib.import_module(f"{__name__}.{_PREFIX}{name.replace('-', '_')}"))
+    path = f"{__name__}.{_PREFIX}{name.replace('-', '_')}"
+    return cast(Format, module_of("format", name, names(), path))
 
 
 def check(name: str, layout: Layout) -> None:
@@ -88,6 +84,14 @@ def write(name: str, artifact: Path, out: Path, cache: Path | None = None) -> No
         kind.write(artifact, made, cache)
         (made / MARK).write_text(json.dumps({"format": name, "task": layout.task}))
         os.replace(made, out)
+
+
+def shipped(name: str, artifact: Path, out: Path, cache: Path | None = None) -> Path:
+    """The folder that is shipped: the artifact itself in our own form, else `out`, which it is written to."""
+    if name == OWN:
+        return artifact
+    write(name, artifact, out, cache)
+    return out
 
 
 def checksums(folder: Path) -> dict[str, str]:

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Int, UInt8
 from torch import Tensor
 
-from jobs.layers import PackedEmbedding, PackedLinear, unpack
+from jobs.layers import PackedEmbedding, PackedLinear, pack, unpack
 from jobs.layout import LinearSpec, Packing
 
 _SIZES = (256, 128, 64, 32, 16)
@@ -134,10 +134,5 @@ def _spread(per_group: Tensor, spec: LinearSpec, blocks: Blocks) -> Tensor:
 
 
 def _packed(values: Int[Tensor, "out in"], bits: int) -> UInt8[Tensor, "out row_bytes"]:
-    """Integers of 2, 4 or 8 bits by bytes, the first in the lowest bits; each row is filled up to whole bytes."""
-    share = 8 // bits
-    even = torch.nn.functional.pad(values.to(torch.uint8), (0, -values.shape[1] % share))
-    found = even[:, ::share].clone()
-    for place in range(1, share):
-        found |= even[:, place::share] << (bits * place)
-    return found
+    """Each row filled up to whole bytes, where `pack` fills it up to eight values."""
+    return pack(values, bits)[:, : math.ceil(values.shape[1] * bits / 8)]

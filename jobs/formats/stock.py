@@ -70,6 +70,13 @@ def sparse_unpacked(layout: Layout) -> Layout:
     return layout.with_linears(changed)
 
 
+def heads_apart(layout: Layout) -> tuple[str, LinearSpec] | None:
+    """The first linear that reads the heads, where these together are not as wide as the model; None where they are."""
+    out = layout.name(0, layout.family.attention.out)
+    spec = layout.linears[out]
+    return None if spec.in_features == spec.out_features else (out, spec)
+
+
 def config(artifact: Path, layout: Layout) -> dict[str, Any]:
     """The config.json of an artifact, told of its widths, heads and biases."""
     found: dict[str, Any] = json.loads((artifact / "config.json").read_text())
@@ -99,7 +106,7 @@ def write_folder(
     layout = Layout.read(artifact)
     with_biases = sparse_unpacked(layout).linears
     tensors = load_file(artifact / models.WEIGHTS)
-    for name, spec in (*layout.linears.items(), *layout.tables.items()):
+    for name, spec in layout.matrices.items():
         held = {part: tensors.pop(f"{name}.{part}") for part in spec.tensors()}
         made = weight_of(name, spec, held)
         if "bias" in held:
@@ -179,10 +186,10 @@ def _uneven(layout: Layout) -> str | None:
 def _heads(layout: Layout) -> str | None:
     if layout.family.name in _WITH_HEAD_WIDTH:
         return None
-    out = layout.name(0, layout.family.attention.out)
-    spec = layout.linears[out]
-    if spec.in_features == spec.out_features:
+    narrower = heads_apart(layout)
+    if narrower is None:
         return None
+    out, spec = narrower
     return (
         f"a {layout.family.name}'s heads divide its width among them, and {out} reads heads of "
         f"{spec.in_features} in all and writes {spec.out_features}"

@@ -155,10 +155,10 @@ def _cannot(spec: LinearSpec, packing: Packing) -> str | None:
 def _heads(layout: Layout) -> str | None:
     if layout.family.name != "qwen2":
         return None
-    out = layout.name(0, layout.family.attention.out)
-    spec = layout.linears[out]
-    if spec.in_features == spec.out_features:
+    narrower = stock.heads_apart(layout)
+    if narrower is None:
         return None
+    out, spec = narrower
     return (
         f"llama.cpp takes the heads of a qwen2 to be as wide together as the model, and {out} reads "
         f"{spec.in_features} and writes {spec.out_features}"
@@ -205,11 +205,10 @@ def _rows(layout: Layout) -> int:
 
 def _bytes_of(planned: Planned, layout: Layout, stored: Any) -> Tensor:
     """The tensor's rows as bytes, or fp32 numbers."""
-    linears = {**layout.linears, **layout.tables}
     order = _order(layout, planned)
-    if planned.source not in linears:
+    if planned.source not in layout.matrices:
         return cast(Tensor, stored.get_tensor(planned.source)).float()[order]
-    spec = linears[planned.source]
+    spec = layout.matrices[planned.source]
     held = {part: stored.get_tensor(f"{planned.source}.{part}") for part in spec.tensors() if part != "bias"}
     if planned.kind == BF16:
         return stock.dense_weight(spec, held)[order].contiguous().view(torch.uint8)

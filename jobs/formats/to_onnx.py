@@ -14,8 +14,7 @@ import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator
-from functools import lru_cache
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +42,7 @@ def missing() -> str | None:
 
 
 def refusal(layout: Layout) -> str | None:
-    for name, spec in _specs(layout).items():
+    for name, spec in layout.matrices.items():
         known = spec.packing
         if known is None:
             continue
@@ -57,24 +56,14 @@ def refusal(layout: Layout) -> str | None:
 
 
 def size_bytes(layout: Layout, original: Path) -> int:
-    sizes = [size for spec in _specs(layout).values() for size in _bytes_of(spec)]
-    sizes += [tensor.size_bytes for name, tensor in layout.others.items() if not _unread(name, layout)]
-    return sum(map(aligned, sizes)) + _room(original)
+    sizes = [size for spec in layout.matrices.values() for size in _bytes_of(spec)]
+    sizes += [tensor.size_bytes for tensor in graph.others(layout).values()]
+    return sum(map(aligned, sizes)) + _room(models.computed_bytes(original))
 
 
-def _unread(name: str, layout: Layout) -> bool:
-    """Whether a tensor has no part in what a model of this task answers, and so none in the graph."""
-    return layout.task == "embedding" and name.startswith("pooler.")
-
-
-@lru_cache(maxsize=64)
-def _room(folder: Path) -> int:
+def _room(computed: Sequence[int]) -> int:
     """Room for the large constants of a graph: those that the family's code computes."""
-    return sum(aligned(size) for size in models.computed_bytes(folder) if size > OWN_BYTES)
-
-
-def _specs(layout: Layout) -> dict[str, LinearSpec]:
-    return {**layout.linears, **layout.tables}
+    return sum(aligned(size) for size in computed if size > OWN_BYTES)
 
 
 def _bytes_of(spec: LinearSpec) -> Iterator[int]:
@@ -105,7 +94,7 @@ def write(artifact: Path, out: Path, cache: Path | None) -> None:
             filled.put_packed(name, layer)
         else:
             filled.put_dense(name, layer.weight() if layer is not None else held[name])
-    filled.finish(out / WEIGHTS, _room(artifact))
+    filled.finish(out / WEIGHTS, _room(models.computed_in(model.module)))
     (out / GRAPH).write_bytes(network.SerializeToString(deterministic=True))
     models.copy_words(artifact, out)
     shutil.copyfile(artifact / "config.json", out / "config.json")

@@ -15,7 +15,6 @@ import tempfile
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,9 +23,9 @@ import torch
 from torch import Tensor
 
 from jobs import graph, models
-from jobs.layers import PackedEmbedding, PackedLinear, SparseLinear, unpack
+from jobs.layers import PackedEmbedding, PackedLinear, SparseLinear, pack, unpack
 from jobs.layout import Layout, LinearSpec, Packing
-from jobs.model import distinct_tensors, written_dtype
+from jobs.model import Model, distinct_tensors, written_dtype
 
 GRAPH = "openvino_model.xml"
 WEIGHTS = "openvino_model.bin"
@@ -36,6 +35,7 @@ _STRUCTURE_BYTES = 1024
 """Room for what belongs to the graph and not to the model (shapes, axes), so that the size follows from the model's
 shapes alone."""
 _NARROW = ("u8", "i8", "u4", "i4")
+"""Types of a byte or less."""
 _NAMED = ("input_ids", "attention_mask", "position_ids", "beam_idx", "logits", "last_hidden_state")
 """The inputs and outputs, which have names that others ask for."""
 _OWN = "slimfront/"
@@ -53,32 +53,27 @@ def refusal(layout: Layout) -> str | None:
 
 
 def size_bytes(layout: Layout, original: Path) -> int:
-    sizes = [size for spec in _specs(layout).values() for size in _bytes_of(spec)]
-    sizes += [tensor.size_bytes for name, tensor in layout.others.items() if not _unread(name, layout)]
-    return _aligned(sum(sizes)) + _structure_bytes(original)
+    sizes = [size for spec in layout.matrices.values() for size in _bytes_of(spec)]
+    sizes += [tensor.size_bytes for tensor in graph.others(layout).values()]
+    return _aligned(sum(sizes)) + _structure_bytes(models.computed_bytes(original))
 
 
-def _unread(name: str, layout: Layout) -> bool:
-    """Whether a tensor has no part in what a model of this task answers, and so none in the graph."""
-    return layout.task == "embedding" and name.startswith("pooler.")
-
-
-@lru_cache(maxsize=64)
-def _structure_bytes(folder: Path) -> int:
+def _structure_bytes(computed: Sequence[int]) -> int:
     """Room for the constants of a graph, those that the family's code computes included: masks, tables of sines."""
-    return _STRUCTURE_BYTES + sum(map(_aligned, models.computed_bytes(folder)))
+    return _STRUCTURE_BYTES + sum(map(_aligned, computed))
 
 
 def write(artifact: Path, out: Path, cache: Path | None) -> None:
     import openvino
 
+    model = models.load(artifact)
     network = _skeleton(artifact, cache)
-    _fill(network, artifact)
-    if Layout.read(artifact).task == "causal-lm":
+    _fill(network, _held(model))
+    if model.task == "causal-lm":
         network = _stateful(network)
     with tempfile.TemporaryDirectory(dir=out) as scratch:
         openvino.serialize(network, Path(scratch) / GRAPH)
-        _lay_out(Path(scratch), out, _structure_bytes(artifact))
+        _lay_out(Path(scratch), out, _structure_bytes(models.computed_in(model.module)))
     models.copy_words(artifact, out)
     shutil.copyfile(artifact / "config.json", out / "config.json")
 
@@ -134,11 +129,10 @@ def _name(node: Any, name: str) -> None:
     node.output(0).get_tensor().set_names({name})
 
 
-def _fill(network: Any, artifact: Path) -> None:
-    """Put the artifact's tensors in the places of the parameters that stand for them."""
+def _fill(network: Any, held: Mapping[str, _Held]) -> None:
+    """Put an artifact's tensors in the places of the parameters that stand for them."""
     from openvino import opset13 as op
 
-    held = _held(artifact)
     nodes = {node.get_friendly_name(): node for node in network.get_parameters()}
     places = {name: node for name, node in nodes.items() if name in held}
     for names in _beside(places, held):
@@ -237,9 +231,8 @@ def _joined(held: Sequence[_Held]) -> _Held:
     return _Held(parts, (sum(one.shape[0] for one in held), *held[0].shape[1:]))
 
 
-def _held(artifact: Path) -> dict[str, _Held]:
+def _held(model: Model) -> dict[str, _Held]:
     """All tensors of an artifact, by the names that the graph's parameters have for them."""
-    model = models.load(artifact)
     found = {}
     for name, tensor in distinct_tensors(model.module).items():
         found[name] = _dense(tensor)
@@ -302,13 +295,10 @@ def _pieces(layer: PackedLinear | PackedEmbedding) -> dict[str, _Piece]:
 
 
 def _packed(values: Tensor, bits: int) -> np.ndarray[Any, Any]:
-    """Integers of 4 or 8 bits, two's complement where negative, as OpenVINO has them: the first in the low half."""
-    flat = (values.to(torch.int16) & (2**bits - 1)).to(torch.uint8).flatten()
-    if bits == 8:
-        return cast("np.ndarray[Any, Any]", flat.numpy())
-    even = torch.nn.functional.pad(flat, (0, len(flat) % 2)).view(-1, 2)
-    halves: Tensor = even[:, 0] | (even[:, 1] << 4)
-    return cast("np.ndarray[Any, Any]", halves.numpy())
+    """Integers of 4 or 8 bits, two's complement where negative, as OpenVINO has them: all rows as one."""
+    flat = (values.to(torch.int16) & (2**bits - 1)).view(1, -1)
+    found = pack(flat, bits)[0, : math.ceil(flat.numel() * bits / 8)]
+    return cast("np.ndarray[Any, Any]", found.numpy())
 
 
 def _bits(packing: Packing) -> int:
@@ -322,10 +312,6 @@ def _group(spec: LinearSpec) -> int:
     assert spec.packing is not None
     whole_row = spec.packing.group == 0 or spec.packing.group >= spec.in_features
     return 0 if whole_row else math.gcd(spec.packing.group, spec.in_features)
-
-
-def _specs(layout: Layout) -> dict[str, LinearSpec]:
-    return {**layout.linears, **layout.tables}
 
 
 def _bytes_of(spec: LinearSpec) -> Iterator[int]:
@@ -385,9 +371,9 @@ def _stateful(network: Any) -> Any:
 def _lay_out(loose: Path, out: Path, room: int) -> None:
     """Write the graph with its constants in our order: the model's tensors one by one, then those of the graph,
     each once, filled up to their fixed room."""
-    written = (loose / WEIGHTS).read_bytes()
+    written = np.memmap(loose / WEIGHTS, np.uint8, "r")
     tree = ElementTree.parse(loose / GRAPH)
-    ours: list[tuple[int, str, ElementTree.Element]] = []
+    ours: list[tuple[bool, str, ElementTree.Element]] = []
     others: list[ElementTree.Element] = []
     for layer in tree.iter("layer"):
         data = layer.find("data")
@@ -395,7 +381,7 @@ def _lay_out(loose: Path, out: Path, room: int) -> None:
             continue
         name = layer.get("name", "")
         if name.startswith(_OWN):
-            ours.append((_NARROW.count(data.get("element_type", "")), name, data))
+            ours.append((data.get("element_type") in _NARROW, name, data))
         else:
             others.append(data)
     places: dict[tuple[int, int], int] = {}
@@ -404,14 +390,14 @@ def _lay_out(loose: Path, out: Path, room: int) -> None:
         for _, _, data in sorted(ours, key=lambda one: one[:2]):
             start, size = int(data.get("offset", 0)), int(data.get("size", 0))
             data.set("offset", str(file.tell()))
-            file.write(written[start : start + size])
+            file.write(written[start : start + size].data)
         file.write(b"\0" * (_aligned(file.tell()) - file.tell()))
         end = file.tell() + room
         for data in others:
             place = (int(data.get("offset", 0)), int(data.get("size", 0)))
             if place not in places:
                 places[place] = file.tell()
-                file.write(written[place[0] : sum(place)].ljust(_aligned(place[1]), b"\0"))
+                file.write(written[place[0] : sum(place)].tobytes().ljust(_aligned(place[1]), b"\0"))
             data.set("offset", str(places[place]))
         if file.tell() > end:
             raise RuntimeError(

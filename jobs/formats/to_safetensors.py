@@ -23,7 +23,7 @@ def missing() -> str | None:
 
 
 def refusal(layout: Layout) -> str | None:
-    for name, spec in (*layout.linears.items(), *layout.tables.items()):
+    for name, spec in layout.matrices.items():
         if spec.packing is not None:
             return (
                 f"quantizing left {spec.packing.bits}-bit integers in {name}, and a plain model holds none; unpacked "

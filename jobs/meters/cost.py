@@ -16,7 +16,9 @@ def measure(subject: Subject) -> Measurement:
         raise ValueError(f"cost_per_million_tokens cannot be measured: {missing(subject.materials.target)}")
     timing = summary(subject.timed)
     name, tokens = (
-        ("decode_ms", 1) if subject.new_tokens else ("prefill_ms", subject.materials.target.prompt_tokens)
+        ("decode_ms", 1)
+        if subject.materials.new_tokens
+        else ("prefill_ms", subject.materials.target.prompt_tokens)
     )
     factor = cost(price, 1.0) / tokens
     return Measurement(

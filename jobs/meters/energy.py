@@ -15,7 +15,7 @@ def measure(subject: Subject) -> Measurement:
     """token_joules: for each new token, of an encoder or a classifier for each token it reads. All that the
     machine's processors and GPUs draw meanwhile, so only on a machine that does nothing else. The median over the
     processes that were timed; the error is half of their difference."""
-    part: Part = "decode" if subject.new_tokens else "prefill"
+    part: Part = "decode" if subject.materials.new_tokens else "prefill"
     drawn = [one.token_joules for one in subject.timed.chosen(part) if one.token_joules is not None]
     if not drawn:
         raise ValueError(f"token_joules cannot be measured here: {missing(subject.materials.target)}")

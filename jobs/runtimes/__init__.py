@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
-import importlib
 import pkgutil
 from pathlib import Path
 from typing import Protocol, cast
 
 from jaxtyping import Float, Int
 from torch import Tensor
+
+from jobs.lookup import module_of
 
 _PREFIX = "on_"
 
@@ -31,9 +31,11 @@ class Runner(Protocol):
 
 
 class Runtime(Protocol):
-    """What a module `on_NAME.py` offers. FORMAT: the one that candidates are written in for it, a name of
-    `jobs.formats`; READS: all that it can run."""
+    """What a module `on_NAME.py` offers. LIBRARY: the distribution that does the work, whose version is told
+    beside what was measured. FORMAT: the one that candidates are written in for it, a name of `jobs.formats`;
+    READS: all that it can run."""
 
+    LIBRARY: str
     FORMAT: str
     READS: tuple[str, ...]
 
@@ -52,11 +54,7 @@ def names() -> list[str]:
 
 def load(name: str) -> Runtime:
     """The runtime of `jobs/runtimes/on_NAME.py`; LookupError lists which there are."""
-    if name not in names():
-        near = difflib.get_close_matches(name, names(), n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise LookupError(f"no runtime is called {name!r}{hint} (there are: {', '.join(names())})")
-    return cast(Runtime, importlib.import_module(f"{__name__}.{_PREFIX}{name}"))
+    return cast(Runtime, module_of("runtime", name, names(), f"{__name__}.{_PREFIX}{name}"))
 
 
 def reading(format: str) -> str:

@@ -9,6 +9,7 @@ import torch
 from jobs.runtimes import on_torch
 from jobs.runtimes.on_torch import TorchRunner
 
+LIBRARY = on_torch.LIBRARY
 FORMAT = on_torch.FORMAT
 READS = on_torch.READS
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from jobs.formats import to_onnx
 
+LIBRARY = "onnxruntime"
 FORMAT = "onnx"
 READS = ("onnx",)
 

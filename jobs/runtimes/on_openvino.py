@@ -12,6 +12,7 @@ from torch import Tensor
 
 from jobs.formats import to_openvino
 
+LIBRARY = "openvino"
 FORMAT = "openvino"
 READS = ("openvino",)
 

@@ -17,6 +17,7 @@ from jobs import models
 from jobs.layers import PackedEmbedding, PackedLinear, SparseLinear
 from jobs.model import DTYPE, Model
 
+LIBRARY = "torch"
 FORMAT = "slimfront"
 READS = ("slimfront", "safetensors")
 

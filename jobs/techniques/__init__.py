@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
-import importlib
 import pkgutil
 
+from jobs.lookup import module_of
 from jobs.technique import Technique
 
 
@@ -18,13 +17,9 @@ def load(name: str) -> type[Technique]:
     """The one Technique class of `jobs/techniques/NAME.py`.
 
     Raises LookupError for an unknown name (with the nearest known one), and whatever the module's
-    own import raises: a technique with a missing dependency is an error, never absent in silence.
+    own import raises.
     """
-    if name not in names():
-        near = difflib.get_close_matches(name, names(), n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise LookupError(f"no technique is called {name!r}{hint} (there are: {', '.join(names())})")
-    module = importlib.import_module(f"{__name__}.{name}")
+    module = module_of("technique", name, names(), f"{__name__}.{name}")
     found = [
         value
         for value in vars(module).values()

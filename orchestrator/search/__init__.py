@@ -6,14 +6,13 @@ what they share. A search knows nothing of models: it sees knobs, numbers and li
 
 from __future__ import annotations
 
-import difflib
-import importlib
 import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from jobs.job import Failure
 from jobs.knobs import Choice, Domain, Range, Value
+from jobs.lookup import module_of
 from orchestrator.front import Objective
 
 Choices = Mapping[str, Value]
@@ -72,19 +71,16 @@ def make(
 
     Raises LookupError for an unknown name, ValueError for a space or objectives that cannot be searched.
     """
-    if name not in names():
-        near = difflib.get_close_matches(name, names(), n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise LookupError(f"no search is called {name!r}{hint} (there are: {', '.join(names())})")
+    algorithm = _algorithm(name)
     if not objectives:
         raise ValueError("a search needs at least one objective")
     domains = {knob: _domain(knob, given) for knob, given in space.items()}
-    search: Search = _algorithm(name)(domains, tuple(objectives), known, seed)
+    search: Search = algorithm(domains, tuple(objectives), known, seed)
     return search
 
 
 def _algorithm(name: str) -> Callable[[Space, tuple[Objective, ...], Known, int], Search]:
-    module = importlib.import_module(f"{__name__}.{name}{SUFFIX}")
+    module = module_of("search", name, names(), f"{__name__}.{name}{SUFFIX}")
     found = [
         value
         for value in vars(module).values()

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from benchmarks import size
-from jobs import models, techniques
+from jobs import formats, models, techniques
 from jobs.families import Task
 from jobs.layers import PackedEmbedding, PackedLinear, SparseLinear
 
@@ -73,10 +74,10 @@ def rows() -> Tensor:
 
 
 @pytest.fixture(scope="session")
-def expected() -> Callable[[Path], Tensor]:
-    """What our own code says of an artifact's weights to ROWS, computed in fp32."""
+def expected() -> Callable[..., Tensor]:
+    """What our own code says of an artifact's weights to ROWS, or other texts, computed in fp32."""
 
-    def answers(artifact: Path) -> Tensor:
+    def answers(artifact: Path, rows: Tensor = ROWS) -> Tensor:
         model = models.load(artifact)
         for name, layer in (*model.linears().items(), *model.tables().items()):
             if isinstance(layer, PackedEmbedding):
@@ -85,7 +86,7 @@ def expected() -> Callable[[Path], Tensor]:
                 model.replace(name, layer.dense(torch.float32))
         model.module.float()
         with torch.no_grad():
-            return model.answer(ROWS)
+            return model.answer(rows)
 
     return answers
 
@@ -108,3 +109,30 @@ def asked_of_stock(tmp_path_factory: pytest.TempPathFactory) -> Asked:
         return load_file(said)
 
     return ask
+
+
+@dataclass(frozen=True)
+class Heard:
+    """By name: artifacts, what was written of them, and what our own code and stock transformers say of these."""
+
+    made: dict[str, Path]
+    written: dict[str, Path]
+    said: dict[str, Tensor]
+    heard: dict[str, Tensor]
+
+
+@pytest.fixture(scope="session")
+def hear(
+    expected: Callable[..., Tensor], asked_of_stock: Asked, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Heard]:
+    """Writes artifacts in a format and asks of those that `how` tells how stock transformers is to load."""
+
+    def all_of(format: str, made: dict[str, Path], how: Mapping[str, Mapping[str, object]]) -> Heard:
+        written = {name: tmp_path_factory.mktemp("written") / "out" for name in made}
+        for name, folder in written.items():
+            formats.write(format, made[name], folder)
+        said = {name: expected(folder) for name, folder in made.items()}
+        asked = {name: {"folder": written[name], **given} for name, given in how.items()}
+        return Heard(made, written, said, asked_of_stock(asked))
+
+    return all_of

@@ -5,14 +5,14 @@ from __future__ import annotations
 import importlib.util
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from jobs import formats, models
+from jobs import models
 from jobs.formats import to_gguf, words
 from jobs.layers import PackedEmbedding, PackedLinear, SparseLinear
 from jobs.layout import Layout, LinearSpec, Packing
@@ -42,28 +42,12 @@ EXACT, ROUNDED = 1e-5, 0.004
 and an 8-bit embedding with zero points is written in bf16."""
 
 
-@dataclass(frozen=True)
-class Heard:
-    made: dict[str, Path]
-    written: dict[str, Path]
-    said: dict[str, Tensor]
-    heard: dict[str, Tensor]
-
-
 @pytest.fixture(scope="module")
-def everything(artifact, expected, asked_of_stock, tmp_path_factory: pytest.TempPathFactory) -> Heard:
-    made, written = {}, {}
-    for name, (family, steps) in CASES.items():
-        made[name] = artifact(family, steps)
-        written[name] = tmp_path_factory.mktemp("written") / "out"
-        formats.write("gguf", made[name], written[name])
-    asked = {
-        name: {"folder": folder, "class": "AutoModelForCausalLM", "gguf": to_gguf.FILE}
-        for name, folder in written.items()
-        if name in READ
-    }
-    said = {name: expected(folder) for name, folder in made.items()}
-    return Heard(made, written, said, asked_of_stock(asked))
+def everything(artifact, hear) -> Any:
+    made = {name: artifact(family, steps) for name, (family, steps) in CASES.items()}
+    return hear(
+        "gguf", made, {name: {"class": "AutoModelForCausalLM", "gguf": to_gguf.FILE} for name in READ}
+    )
 
 
 def rounded(name: str) -> bool:
@@ -77,13 +61,13 @@ def weight_of(layer: nn.Module) -> Tensor:
 
 
 @pytest.mark.parametrize("name", READ)
-def test_stock_transformers_says_what_ours_says(name: str, everything: Heard) -> None:
+def test_stock_transformers_says_what_ours_says(name: str, everything: Any) -> None:
     tolerance = ROUNDED if rounded(name) else EXACT
     torch.testing.assert_close(everything.heard[name], everything.said[name], rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_the_library_reads_our_very_weights(name: str, everything: Heard) -> None:
+def test_the_library_reads_our_very_weights(name: str, everything: Any) -> None:
     import gguf
 
     file = gguf.GGUFReader(everything.written[name] / to_gguf.FILE)
@@ -120,7 +104,7 @@ def test_integers_stand_in_the_blocks_as_they_do_in_a_row() -> None:
     assert found.flatten().tolist() == [*half, *(value | value << 4 for value in range(16))]
 
 
-def test_an_embedding_is_packed_where_its_zero_points_have_a_place(everything: Heard) -> None:
+def test_an_embedding_is_packed_where_its_zero_points_have_a_place(everything: Any) -> None:
     import gguf
 
     kinds = {}

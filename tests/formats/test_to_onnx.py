@@ -17,7 +17,6 @@ from torch import Tensor
 from jobs import families, formats, models, runtimes
 from jobs.families import Task
 from jobs.formats import blocks, to_onnx
-from jobs.layers import PackedEmbedding, PackedLinear, SparseLinear
 from jobs.layout import Layout, LinearSpec, Packing
 
 pytestmark = pytest.mark.skipif(to_onnx.missing() is not None, reason=str(to_onnx.missing()))
@@ -78,19 +77,6 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
     return made
 
 
-def expected(folder: Path, rows: Tensor = ROWS) -> Tensor:
-    """What our own code says of an artifact's weights, computed in fp32."""
-    model = models.load(folder)
-    for name, layer in (*model.linears().items(), *model.tables().items()):
-        if isinstance(layer, PackedEmbedding):
-            model.replace_embedding(layer.dense(torch.float32))
-        elif isinstance(layer, (PackedLinear, SparseLinear)):
-            model.replace(name, layer.dense(torch.float32))
-    model.module.float()
-    with torch.no_grad():
-        return model.answer(rows)
-
-
 def unrounded(folder: Path) -> Path:
     """The export with products that round nothing that they read."""
     import onnx
@@ -110,7 +96,7 @@ def answer(folder: Path) -> Tensor:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_it_says_what_the_artifact_says(
-    kind: str, artifact: Artifact, exported: Exported, tiny_llama: Path
+    kind: str, artifact: Artifact, exported: Exported, expected: Callable[..., Tensor], tiny_llama: Path
 ) -> None:
     made = artifact("llama", KINDS[kind])
     out = exported(made)
@@ -120,7 +106,12 @@ def test_it_says_what_the_artifact_says(
 
 @pytest.mark.parametrize(("family", "task"), TASKS)
 def test_every_family_is_exported_for_each_of_its_tasks(
-    family: str, task: Task, artifact: Artifact, exported: Exported, tiny: Tiny
+    family: str,
+    task: Task,
+    artifact: Artifact,
+    exported: Exported,
+    expected: Callable[..., Tensor],
+    tiny: Tiny,
 ) -> None:
     made = artifact(family, KINDS["4 bits, zeros"], task)
     out = exported(made)
@@ -130,7 +121,7 @@ def test_every_family_is_exported_for_each_of_its_tasks(
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "phi"])
 def test_decoding_token_by_token_says_what_the_whole_text_says(
-    family: str, artifact: Artifact, exported: Exported
+    family: str, artifact: Artifact, exported: Exported, expected: Callable[..., Tensor]
 ) -> None:
     made = artifact(family, KINDS["packed embedding"])
     runner = runtimes.load("onnxruntime").start(unrounded(exported(made)), 1)
@@ -141,7 +132,7 @@ def test_decoding_token_by_token_says_what_the_whole_text_says(
 
 
 def test_as_shipped_products_round_what_they_read_to_eight_bits(
-    artifact: Artifact, exported: Exported
+    artifact: Artifact, exported: Exported, expected: Callable[..., Tensor]
 ) -> None:
     made = artifact("llama", KINDS["4 bits"])
     off = (answer(exported(made)) - expected(made)).std() / expected(made).std()

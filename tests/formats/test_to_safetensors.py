@@ -8,12 +8,12 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
-from jobs import families, formats
+from jobs import families
 from jobs.families import Task
 from jobs.formats import to_safetensors
 from jobs.layout import Layout
@@ -60,33 +60,20 @@ CASES = {
 }
 
 
-@dataclass(frozen=True)
-class Heard:
-    folders: dict[str, Path]
-    said: dict[str, Tensor]
-    heard: dict[str, Tensor]
-
-
 @pytest.fixture(scope="module")
-def everything(artifact, expected, asked_of_stock, tmp_path_factory: pytest.TempPathFactory) -> Heard:
+def everything(artifact, hear) -> Any:
     """Every case, written, and what ours and stock transformers say of it."""
-    folders, said = {}, {}
-    for name, case in CASES.items():
-        made = artifact(case.family, case.steps, case.task)
-        folders[name] = tmp_path_factory.mktemp("written") / "out"
-        formats.write("safetensors", made, folders[name])
-        said[name] = expected(made)
-    asked = {name: {"folder": folders[name], "class": CLASSES[case.task]} for name, case in CASES.items()}
-    return Heard(folders, said, asked_of_stock(asked))
+    made = {name: artifact(case.family, case.steps, case.task) for name, case in CASES.items()}
+    return hear("safetensors", made, {name: {"class": CLASSES[case.task]} for name, case in CASES.items()})
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_stock_transformers_says_what_ours_says(name: str, everything: Heard) -> None:
+def test_stock_transformers_says_what_ours_says(name: str, everything: Any) -> None:
     torch.testing.assert_close(everything.heard[name], everything.said[name], rtol=0, atol=TOLERANCE)
 
 
-def test_heads_go_into_the_config(everything: Heard) -> None:
-    config = json.loads((everything.folders["llama, narrower"] / "config.json").read_text())
+def test_heads_go_into_the_config(everything: Any) -> None:
+    config = json.loads((everything.written["llama, narrower"] / "config.json").read_text())
     assert (config["num_key_value_heads"], config["num_attention_heads"], config["head_dim"]) == (1, 2, 16)
     assert config["hidden_size"] == 32
 

@@ -133,6 +133,23 @@ def test_a_loss_that_rises_far_above_its_start_stops_the_training() -> None:
         engine.train(Net(), rows(), growing, Training(1e-6, 50), quiet)
 
 
+def test_a_loss_may_rise_further_where_the_model_is_changed_between_steps() -> None:
+    def rising(to: float) -> engine.LossOf:
+        steps = iter(range(1000))
+        return lambda module, batch: off(module, batch) * 0 + min(1.0, next(steps) / 12) * to
+
+    def nothing_of_note(done: int) -> None:
+        pass
+
+    training = Training(1e-6, 16)
+    with pytest.raises(FloatingPointError):
+        engine.train(Net(), rows(), rising(3.0), training, quiet)
+    found = engine.train(Net(), rows(), rising(3.0), training, quiet, after_step=nothing_of_note)
+    assert len(found.losses) == 16
+    with pytest.raises(FloatingPointError):
+        engine.train(Net(), rows(), rising(30.0), training, quiet, after_step=nothing_of_note)
+
+
 def test_the_rate_rises_then_falls_and_is_never_zero() -> None:
     for decay in ("cosine", "linear"):
         training = Training(1.0, 20, warmup=0.2, decay=decay)
