@@ -6,7 +6,8 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+import statistics
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -45,6 +46,18 @@ class TextSource:
 
 
 @dataclass(frozen=True)
+class TaskSource:
+    """Tasks of lm-eval, each `name` or `name:metric`. folder: of task files that lm-eval does not have itself; items:
+    how many of each are read, all without it; shots: solved examples before each, the task's own number without it.
+    """
+
+    names: tuple[str, ...]
+    folder: str | None = None
+    items: int | None = None
+    shots: int | None = None
+
+
+@dataclass(frozen=True)
 class Materials:
     """What every job of a study shares: the original, the texts, the target.
 
@@ -59,6 +72,7 @@ class Materials:
     training: TextSource | None = None
     choices: str | None = None
     labelled: str | None = None
+    tasks: TaskSource | None = None
     target: Target = Target()
 
     @property
@@ -73,6 +87,8 @@ class Measurement:
 
     metrics, errors: by metric name; an error is a standard error, for timings the spread (see the meter).
     unreliable: metrics that were too noisy to compare, which keeps them off the front.
+    items: by metric, what each item of the evaluation (a window, a question, a text) adds to it, in the order of the
+    data: their mean is the metric, and two artifacts are compared item by item.
     environment: where it was measured; numbers of different environments are not compared.
     seconds: how long measuring took.
     """
@@ -82,6 +98,7 @@ class Measurement:
     unreliable: tuple[str, ...] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
     seconds: float = 0.0
+    items: Mapping[str, Sequence[float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name, value in {**self.metrics, **self.errors}.items():
@@ -96,7 +113,16 @@ class Measurement:
             tuple(sorted({*self.unreliable} - {*other.metrics} | {*other.unreliable})),
             {**self.environment, **other.environment},
             self.seconds + other.seconds,
+            {**self.items, **other.items},
         )
+
+
+def standard_error(items: Sequence[float]) -> float:
+    """Of the items' mean; 0 for a single one, which says nothing about spread."""
+    if len(items) < 2:
+        return 0.0
+    mean = statistics.fmean(items)
+    return math.sqrt(math.fsum((item - mean) ** 2 for item in items) / (len(items) - 1) / len(items))
 
 
 @dataclass(frozen=True)
@@ -144,7 +170,10 @@ def materials_from_dict(record: Mapping[str, Any]) -> Materials:
     for name in ("evaluation", "calibration", "training"):
         text = record[name]
         texts[name] = None if text is None else TextSource(**{**text, "part": tuple(text["part"])})
-    return Materials(**{**record, **texts, "target": Target(**record["target"])})
+    # What was recorded by an earlier version tells of no tasks.
+    asked = record.get("tasks")
+    tasks = None if asked is None else TaskSource(**{**asked, "names": tuple(asked["names"])})
+    return Materials(**{**record, **texts, "tasks": tasks, "target": Target(**record["target"])})
 
 
 def outcome_to_dict(outcome: Outcome) -> dict[str, Any]:

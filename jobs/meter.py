@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,14 +13,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from jobs.families import Task
-from jobs.job import Materials, Measurement, Target
+from jobs.job import Materials, Measurement, Target, standard_error
 
 if TYPE_CHECKING:
     from jobs.models import Tokenizer
     from jobs.runtimes import Runner
     from jobs.timing import Timed
 
-Reads = Literal["evaluation", "choices", "labelled"]
+Reads = Literal["evaluation", "choices", "labelled", "tasks"]
 
 
 @dataclass(frozen=True)
@@ -110,8 +110,15 @@ class Meter:
     missing: Callable[[Target], str | None] = _nothing
 
 
-def mean_and_error(values: Float[Tensor, " items"]) -> tuple[float, float]:
-    """The mean and its standard error, which is 0 for a single item: one says nothing about spread."""
-    if len(values) < 2:
-        return values.mean().item(), 0.0
-    return values.mean().item(), (values.std() / math.sqrt(len(values))).item()
+def measured(items: Mapping[str, Float[Tensor, " items"]]) -> Measurement:
+    """The metrics that are means of these items, with their standard errors.
+
+    What is no mean gives as items its value plus what each item moves it by, to first order (the infinitesimal
+    jackknife; Efron & Tibshirani 1993, ch. 21): the mean and its error are then right as well.
+    """
+    values = {metric: found.double() for metric, found in items.items()}
+    return Measurement(
+        {metric: found.mean().item() for metric, found in values.items()},
+        {metric: standard_error(found.tolist()) for metric, found in values.items()},
+        items={metric: found.tolist() for metric, found in values.items()},
+    )

@@ -150,6 +150,10 @@ def front(folder: Folder, as_json: AsJson = False) -> None:
     table.add_row("original", *_cells(original, metrics, None), "", style="bold", end_section=True)
     for member in found["members"]:
         table.add_row(member["id"][:8], *_cells(member, metrics, original), member["recipe"])
+    if any(member.get("differences", {}).keys() & {*metrics} for member in found["members"]):
+        table.caption = (
+            "in brackets: against the original, item by item of the evaluation, ± the standard error"
+        )
     _out().print(table)
 
 
@@ -360,8 +364,11 @@ def _cells(row: dict[str, Any], metrics: list[str], original: dict[str, Any] | N
 
 def _cell(metric: str, row: dict[str, Any], original: dict[str, Any] | None) -> str:
     value, error = row["metrics"].get(metric), row["errors"].get(metric, 0.0)
+    apart = row.get("differences", {}).get(metric)
     if value is None:
         return "–"
+    if apart is not None:
+        return f"{value:.4g} ({apart['value']:+.2g} ± {apart['error']:.1g})"
     if metric == "size_bytes":
         shown = f"{value / 1e6:.1f} MB"
     else:

@@ -38,14 +38,27 @@ class Evaluation:
 
 
 @dataclass
+class Tasks:
+    """Tasks of lm-eval, each `name` or `name:metric`. folder: of task files of your own; items: how many of each are
+    read, all without it; shots: solved examples before each, the task's own number without it."""
+
+    names: list[str] = field(default_factory=list)
+    folder: str | None = None
+    items: int | None = None
+    shots: int | None = None
+
+
+@dataclass
 class Data:
-    """choices: a .jsonl of multiple-choice items; labelled: a .jsonl of texts with labels, to classify."""
+    """choices: a .jsonl of multiple-choice items; labelled: a .jsonl of texts with labels, to classify; tasks:
+    lm-eval's, for task_score."""
 
     evaluation: Evaluation | None = None
     calibration: Text | None = None
     train: Text | None = None
     choices: str | None = None
     labelled: str | None = None
+    tasks: Tasks | None = None
 
 
 @dataclass

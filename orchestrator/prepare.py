@@ -10,17 +10,18 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from jobs import data, formats, meters, models, runtimes
 from jobs.families import TASKS, Task, family
-from jobs.job import Job, Materials, Target, TextSource
+from jobs.job import Job, Materials, Target, TaskSource, TextSource
 from jobs.layout import Layout
 from jobs.meter import Reads
+from jobs.meters import lm_eval_tasks
 from jobs.operations import Table, predict
 from jobs.recipe import Origin, Recipe
 from orchestrator import search
-from orchestrator.config import Evaluation, InvalidStudy, Loaded, StudyConfig, Text
+from orchestrator.config import Evaluation, InvalidStudy, Loaded, StudyConfig, Tasks, Text
 from orchestrator.events import Cost, Plan, Proposed
 from orchestrator.front import Objective
 from orchestrator.space import Choices, Problem, SearchSpace, parse
@@ -305,6 +306,7 @@ def _materials(config: StudyConfig, task: Task) -> Materials:
         training=None if config.data.train is None else _source(config.data.train),
         choices=config.data.choices,
         labelled=config.data.labelled,
+        tasks=None if config.data.tasks is None else _tasks(config.data.tasks),
         target=Target(
             target.runtime, target.threads, target.prompt_tokens, target.new_tokens, target.price_per_hour
         ),
@@ -319,6 +321,10 @@ def _source(text: Text | Evaluation) -> TextSource:
     )
     part = (text.part[0], text.part[-1]) if text.part else (0.0, 0.0)
     return TextSource(text.path, samples, tokens, part, dict(text.where))
+
+
+def _tasks(tasks: Tasks) -> TaskSource:
+    return TaskSource(tuple(tasks.names), tasks.folder, tasks.items, tasks.shots)
 
 
 def _meters(
@@ -353,6 +359,9 @@ def _meters(
         found.add("text")
     if materials.choices is not None:
         found.add("choices")
+    if materials.tasks is not None:
+        name = attempt("data.tasks", lambda: able("task_score"), f"tasks that task {task} can be measured on")
+        found |= {name} if name is not None else set()
     return tuple(sorted(found))
 
 
@@ -400,19 +409,22 @@ def _check_data(
                 data.windows_for(source, folder)
         except (ValueError, OSError) as error:
             problems.append(Problem(key, f"got {error}"))
-    read: tuple[tuple[Reads, str | None, Callable[[str], object]], ...] = (
-        ("choices", materials.choices, data.choices),
-        ("labelled", materials.labelled, data.labelled),
+    read: tuple[tuple[Reads, object, Callable[[Any], object], str], ...] = (
+        ("choices", materials.choices, data.choices, "a .jsonl of items"),
+        ("labelled", materials.labelled, data.labelled, "a .jsonl of items"),
+        ("tasks", materials.tasks, lm_eval_tasks.check, "names of lm-eval's tasks"),
     )
-    for reads, file, parse_items in read:
-        if file is None:
+    for reads, given, check_it, expected in read:
+        if given is None:
             if reads in read_by:
                 problems.append(
-                    Problem(f"data.{reads}", "got nothing, expected a .jsonl of items: an objective needs it")
+                    Problem(f"data.{reads}", f"got nothing, expected {expected}: an objective needs it")
                 )
             continue
+        if f"data.{reads}" in wrong:
+            continue
         try:
-            parse_items(file)
+            check_it(given)
         except (ValueError, OSError) as error:
             problems.append(Problem(f"data.{reads}", f"got {error}"))
 
@@ -434,7 +446,8 @@ def _measuring_digest(materials: Materials) -> str:
     parts = [text, *files, materials.task]
     asked = [target.runtime, target.threads, target.prompt_tokens, target.new_tokens]
     priced = [] if target.price_per_hour is None else [target.price_per_hour]
-    return _digest([*parts, *asked, *priced])
+    tasks = [] if materials.tasks is None else [lm_eval_tasks.digest(materials.tasks)]
+    return _digest([*parts, *asked, *priced, *tasks])
 
 
 def _digest(parts: object) -> str:

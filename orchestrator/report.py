@@ -15,7 +15,15 @@ from plotly.subplots import make_subplots
 
 from orchestrator.candidate import Candidate
 from orchestrator.front import Objective
-from orchestrator.results import COSTS, Results, errors, metrics, prediction_errors
+from orchestrator.results import (
+    COSTS,
+    Difference,
+    Results,
+    difference,
+    errors,
+    metrics,
+    prediction_errors,
+)
 
 UNITS = {"_bytes": ("MB", 1e-6), "_ms": ("ms", 1.0), "_gib": ("GiB", 1.0), "_joules": ("J", 1.0)}
 INK, GREY, LINE = "#1b1f24", "#b3b9c1", "#e6e8eb"
@@ -242,13 +250,15 @@ def _row(candidate: Candidate, results: Results, named: Sequence[str], kind: str
             cells.append("<td>–</td><td></td>")
             continue
         error = f" <small>± {_number(name, spread[name], False)}</small>" if name in spread else ""
-        relative = "" if kind == "original" else _relative(name, known[name], original.get(name))
+        apart = None if kind == "original" else difference(candidate, results.original, name)
+        relative = "" if kind == "original" else _relative(name, known[name], original.get(name), apart)
         cells.append(f"<td>{_number(name, known[name])}{error}</td><td>{relative}</td>")
     return f'<tr class="{kind}">{"".join(cells)}</tr>'
 
 
-def _relative(metric: str, value: float, original: float | None) -> str:
-    """Size as a share, time as how many times faster, accuracy in points, anything else in percent."""
+def _relative(metric: str, value: float, original: float | None, apart: Difference | None) -> str:
+    """Size as a share, time as how many times faster, accuracy in points, anything else in percent; with the
+    standard error of the difference where both were measured on the same items."""
     if not original or not value:
         return ""
     if metric.endswith("_ms"):
@@ -256,8 +266,10 @@ def _relative(metric: str, value: float, original: float | None) -> str:
     if metric.endswith(COSTS):
         return f"{value / original:.0%}"
     if "accuracy" in metric:
-        return f"{(value - original) * 100:+.1f} points"
-    return f"{value / original - 1:+.1%}"
+        error = f" <small>± {apart.error * 100:.1f}</small>" if apart else ""
+        return f"{(value - original) * 100:+.1f} points{error}"
+    error = f" <small>± {apart.error / abs(original):.1%}</small>" if apart else ""
+    return f"{value / original - 1:+.1%}{error}"
 
 
 def _failures(results: Results) -> str:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from jobs.job import Measurement
+from jobs.job import Measurement, standard_error
 from orchestrator.candidate import Candidate
 from orchestrator.front import PICKS, Metrics, Objective, ParetoFront
 
@@ -108,6 +109,26 @@ def errors(candidate: Candidate) -> Mapping[str, float]:
     return candidate.measurement.errors if candidate.measurement else {}
 
 
+@dataclass(frozen=True)
+class Difference:
+    """By how much one candidate's metric is above another's, with the standard error of that."""
+
+    value: float
+    error: float
+
+
+def difference(one: Candidate, other: Candidate, metric: str) -> Difference | None:
+    """`one` against `other`, item by item of the evaluation, so that what is hard for both drops out; None where
+    they were not measured on the same items."""
+    mine, theirs = (
+        each.measurement.items.get(metric, ()) if each.measurement else () for each in (one, other)
+    )
+    if not mine or len(mine) != len(theirs):
+        return None
+    apart = [a - b for a, b in zip(mine, theirs, strict=True)]
+    return Difference(statistics.fmean(apart), standard_error(apart))
+
+
 def prediction_errors(candidate: Candidate) -> dict[str, float]:
     """By how much, relatively, what was predicted of a candidate was off what was measured, by metric."""
     known = metrics(candidate)
@@ -126,6 +147,7 @@ def front_json(results: Results) -> dict[str, Any]:
                 "id": id,
                 "recipe": str(by_id[id].recipe),
                 **_measured(by_id[id]),
+                "differences": _differences(by_id[id], results.original),
                 "artifact": by_id[id].artifact,
             }
             for id in results.members
@@ -144,6 +166,12 @@ def _measured(candidate: Candidate) -> dict[str, Any]:
         "errors": dict(errors(candidate)),
         "environment": dict(environment),
     }
+
+
+def _differences(candidate: Candidate, original: Candidate) -> dict[str, dict[str, float]]:
+    """To the original, by metric."""
+    found = {metric: difference(candidate, original, metric) for metric in metrics(candidate)}
+    return {metric: asdict(one) for metric, one in found.items() if one is not None}
 
 
 def _standing(candidate: Candidate, objectives: Sequence[Objective], original: Candidate) -> Standing:

@@ -7,7 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from jobs.job import Measurement
-from jobs.meter import Meter, Subject, mean_and_error
+from jobs.meter import Meter, Subject, measured
 from jobs.runtimes import Runner, on_torch
 
 _TOKENS_AT_ONCE = 1024
@@ -20,8 +20,7 @@ def measure(subject: Subject) -> Measurement:
     rows = subject.evaluation()
     original = vectors(on_torch.start(subject.original, torch.get_num_threads()), rows)
     cosines = nn.functional.cosine_similarity(vectors(subject.runner, rows), original)
-    agreement, error = mean_and_error(cosines.double())
-    return Measurement({"agreement": agreement}, {"agreement": error})
+    return measured({"agreement": cosines})
 
 
 @torch.inference_mode()

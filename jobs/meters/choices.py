@@ -9,10 +9,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from jobs import data
+from jobs import data, likelihood
 from jobs.data import Question
 from jobs.job import Measurement
-from jobs.meter import Meter, Subject, mean_and_error
+from jobs.meter import Meter, Subject, measured
 from jobs.models import Tokenizer
 from jobs.runtimes import Runner
 
@@ -39,35 +39,18 @@ def measure(subject: Subject) -> Measurement:
         lengths = torch.tensor([len(choice.encode()) for choice in question.choices])
         plain.append(scores.argmax().item() == question.answer)
         normalised.append((scores / lengths).argmax().item() == question.answer)
-    accuracy, error = mean_and_error(torch.tensor(plain).double())
-    accuracy_norm, error_norm = mean_and_error(torch.tensor(normalised).double())
-    return Measurement(
-        {"choice_accuracy": accuracy, "choice_accuracy_norm": accuracy_norm},
-        {"choice_accuracy": error, "choice_accuracy_norm": error_norm},
+    return measured(
+        {"choice_accuracy": torch.tensor(plain), "choice_accuracy_norm": torch.tensor(normalised)}
     )
 
 
-@torch.inference_mode()
 def likelihoods(runner: Runner, tokenizer: Tokenizer, question: Question) -> Float[Tensor, " choices"]:
     """The log-likelihood (nats) of each choice as the continuation of the context.
 
     Raises FloatingPointError where the model gives no finite ones.
     """
     encoded = _encode(tokenizer, question)
-    longest = max(len(ending) for ending in encoded.endings)
-    # Filled up on the right: what stands after the text cannot change what a causal model says before it.
-    rows = torch.tensor(
-        [encoded.context + ending + [0] * (longest - len(ending)) for ending in encoded.endings]
-    )
-    logits = runner.answer(rows)[:, -longest - 1 :]
-    found = []
-    for row, ending in zip(logits, encoded.endings, strict=True):
-        said = torch.log_softmax(row[: len(ending)].float(), dim=-1)
-        found.append(said.gather(1, torch.tensor(ending).unsqueeze(1)).sum())
-    scores = torch.stack(found)
-    if not bool(torch.isfinite(scores).all()):
-        raise FloatingPointError(f"the log-likelihoods of {question.choices} came out as {scores.tolist()}")
-    return scores
+    return likelihood.of_endings(runner, encoded.context, encoded.endings)[0]
 
 
 def _encode(tokenizer: Tokenizer, question: Question) -> _Encoded:

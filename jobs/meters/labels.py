@@ -1,4 +1,4 @@
-"""How often a classifier gives a text its right label."""
+"""How well a classifier tells the labels of texts: how often it is right, and its F1."""
 
 from __future__ import annotations
 
@@ -6,32 +6,49 @@ import math
 from typing import Any
 
 import torch
+from jaxtyping import Float, Int
+from torch import Tensor
 
 from jobs import data, models
 from jobs.data import Labelled
 from jobs.job import Measurement
-from jobs.meter import Meter, Subject, mean_and_error
+from jobs.meter import Meter, Subject, measured
 
 
 @torch.inference_mode()
 def measure(subject: Subject) -> Measurement:
-    """accuracy: the share of the labelled texts whose label has the highest logit, with its standard error
-    over texts. Each text runs alone, cut to what the model can read."""
+    """accuracy: the share of the labelled texts whose label has the highest logit. f1: the mean over the classes of
+    2 TP / (2 TP + FP + FN), of those that occur as a label or as an answer (macro F1). Standard errors are over texts.
+    Each text runs alone, cut to what the model can read."""
     if subject.materials.labelled is None:
         raise ValueError("accuracy needs texts with labels; give the study data.labelled")
     texts = data.labelled(subject.materials.labelled)
     texts = texts[: max(1, math.ceil(subject.fidelity * len(texts)))]
     config: Any = models.config(subject.original)
     longest = int(getattr(config, "max_position_embeddings", 512)) - 2  # RoBERTa keeps two places for itself
-    hits = []
+    answers, labels = [], []
     for one in texts:
         tokens = subject.tokenizer(one.text, truncation=True, max_length=longest, return_tensors="pt")
         logits = subject.runner.answer(tokens.input_ids)[0]
         if not bool(torch.isfinite(logits).all()):
             raise FloatingPointError(f"the logits of {one.text[:40]!r} came out as {logits.tolist()}")
-        hits.append(logits.argmax().item() == class_of(one, config))
-    accuracy, error = mean_and_error(torch.tensor(hits).double())
-    return Measurement({"accuracy": accuracy}, {"accuracy": error})
+        answers.append(int(logits.argmax()))
+        labels.append(class_of(one, config))
+    said, right = torch.tensor(answers), torch.tensor(labels)
+    return measured({"accuracy": said == right, "f1": f1_items(said, right)})
+
+
+def f1_items(said: Int[Tensor, " texts"], right: Int[Tensor, " texts"]) -> Float[Tensor, " texts"]:
+    """Macro F1, and by how much each text moves it (see `measured`).
+
+    With means over the texts, a class has F = 2 mean(tp) / (mean(said) + mean(right)), of which the derivative by one
+    text's share is (2 tp - F (said + right)) / (mean(said) + mean(right)).
+    """
+    classes = torch.unique(torch.cat([said, right]))
+    told, true = (one.unsqueeze(1).eq(classes).double() for one in (said, right))
+    both = told.mean(dim=0) + true.mean(dim=0)
+    f1 = 2 * (told * true).mean(dim=0) / both
+    return (f1 + (2 * told * true - f1 * (told + true)) / both).mean(dim=1)
 
 
 def class_of(text: Labelled, config: Any) -> int:
@@ -46,4 +63,4 @@ def class_of(text: Labelled, config: Any) -> int:
     return index
 
 
-METER = Meter(metrics=("accuracy",), tasks=("classification",), measure=measure, reads="labelled")
+METER = Meter(metrics=("accuracy", "f1"), tasks=("classification",), measure=measure, reads="labelled")

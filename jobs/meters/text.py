@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from jobs.job import Measurement
-from jobs.meter import Meter, Subject, mean_and_error
+from jobs.meter import Meter, Subject, measured
 from jobs.runtimes import Runner
 
 _TOKENS_AT_ONCE = 512
@@ -22,15 +20,10 @@ def measure(subject: Subject) -> Measurement:
     rows = subject.evaluation()
     batches = torch.split(rows, max(1, _TOKENS_AT_ONCE // rows.shape[1]))
     losses, hits = zip(*(score(subject.runner, batch) for batch in batches), strict=True)
-    loss, loss_error = mean_and_error(torch.cat(losses))
-    accuracy, accuracy_error = mean_and_error(torch.cat(hits))
-    # math.exp would raise its own OverflowError; a perplexity of infinity is refused as such.
-    perplexity = math.exp(loss) if loss < 700 else math.inf
+    loss = torch.cat(losses)
     # The delta method: d exp(x) = exp(x) dx.
-    return Measurement(
-        {"perplexity": perplexity, "accuracy": accuracy},
-        {"perplexity": perplexity * loss_error, "accuracy": accuracy_error},
-    )
+    perplexity = loss.mean().exp() * (1 + loss - loss.mean())
+    return measured({"perplexity": perplexity, "accuracy": torch.cat(hits)})
 
 
 @torch.inference_mode()

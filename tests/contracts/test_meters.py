@@ -9,11 +9,32 @@ import pytest
 
 from jobs import meters, timing
 from jobs.families import TASKS, Task
-from jobs.job import Materials, Target, TextSource
+from jobs.job import Materials, Target, TaskSource, TextSource, standard_error
 from jobs.meter import Subject
 
+OWN_TASK = """
+task: own
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{context}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: answer
+target_delimiter: ""
+metric_list: [{{metric: acc}}]
+"""
 TARGET = Target(prompt_tokens=8, new_tokens=4, price_per_hour=0.5)
 CASES = [(name, task) for name in meters.names() for task in meters.load(name).tasks]
+
+
+def own_tasks(folder: Path) -> TaskSource:
+    """A task of three questions, in a folder of its own."""
+    (folder / "tasks").mkdir(exist_ok=True)
+    item = {"context": "An expression", "choices": [" list", " of names"], "answer": 0}
+    (folder / "tasks" / "items.jsonl").write_text("\n".join([json.dumps(item)] * 3))
+    (folder / "tasks" / "own.yaml").write_text(OWN_TASK.format(data=folder / "tasks" / "items.jsonl"))
+    return TaskSource(("own",), str(folder / "tasks"))
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +53,15 @@ def subject_of(
         model = tiny(*{"causal-lm": ("llama",), "embedding": ("bert",)}.get(task, ("bert", "classification")))
         source = TextSource(str(text_file), 3, 16)
         questions, labels = str(folder / "questions.jsonl"), str(folder / "labels.jsonl")
-        materials = Materials(str(model), task, source, choices=questions, labelled=labels, target=TARGET)
+        materials = Materials(
+            str(model),
+            task,
+            source,
+            choices=questions,
+            labelled=labels,
+            tasks=own_tasks(folder),
+            target=TARGET,
+        )
         return Subject(model, model, materials)
 
     return subject
@@ -53,6 +82,12 @@ def test_a_meter_measures_exactly_the_metrics_it_names(
     assert {*found.errors} <= {*found.metrics}
     assert {*found.unreliable} <= {*found.metrics}
     assert all(error >= 0 for error in found.errors.values())
+    for metric, items in found.items.items():
+        assert sum(items) / len(items) == pytest.approx(found.metrics[metric])
+        assert standard_error(items) == pytest.approx(found.errors[metric])
+    assert found.items or meter.reads is None, (
+        "what reads items of data tells of each, for paired comparisons"
+    )
 
 
 @pytest.mark.parametrize("task", TASKS)

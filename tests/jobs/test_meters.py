@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from jobs import models
 from jobs.data import Question
 from jobs.job import Materials, TextSource
-from jobs.meter import Subject, mean_and_error
+from jobs.meter import Subject, measured
 from jobs.meters import agreement, choices, labels, size, text
 
 
@@ -84,8 +84,10 @@ def test_a_model_of_nan_is_no_measurement(subject: Subject, tmp_path: Path) -> N
 
 
 def test_the_error_of_a_mean_is_the_deviation_over_the_root_of_the_number() -> None:
-    assert mean_and_error(torch.tensor([1.0, 2.0, 3.0, 4.0])) == pytest.approx((2.5, 0.6454972))
-    assert mean_and_error(torch.tensor([3.0])) == (3.0, 0.0)
+    found = measured({"four": torch.tensor([1.0, 2.0, 3.0, 4.0]), "one": torch.tensor([3.0])})
+    assert found.metrics == {"four": 2.5, "one": 3.0}
+    assert found.errors == {"four": pytest.approx(0.6454972), "one": 0.0}
+    assert found.items == {"four": [1.0, 2.0, 3.0, 4.0], "one": [3.0]}
 
 
 def test_the_likelihood_of_a_choice_is_that_of_its_tokens_after_the_context(subject: Subject) -> None:
@@ -165,10 +167,40 @@ def test_a_classifiers_accuracy_is_the_share_of_texts_it_labels_right(
     with torch.no_grad():
         said = [module(torch.tensor([tokenizer(one).input_ids])).logits.argmax().item() for one in texts]
     items = [{"text": one, "label": label} for one, label in zip(texts, said, strict=True)]
-    assert labels.measure(classifier(tiny, tmp_path / "a.jsonl", *items)).metrics == {"accuracy": 1.0}
+    perfect = labels.measure(classifier(tiny, tmp_path / "a.jsonl", *items)).metrics
+    assert perfect == {"accuracy": 1.0, "f1": 1.0}
     items[0]["label"] = f"LABEL_{1 - said[0]}"  # a name that the config knows, and the wrong one
     found = labels.measure(classifier(tiny, tmp_path / "b.jsonl", *items))
     assert found.metrics["accuracy"] == pytest.approx(2 / 3)
+
+
+def macro_f1(said: list[int], right: list[int]) -> float:
+    each = []
+    for one in {*said, *right}:
+        hits = sum(a == b == one for a, b in zip(said, right, strict=True))
+        each.append(2 * hits / (said.count(one) + right.count(one)))
+    return sum(each) / len(each)
+
+
+def test_f1_is_that_of_counting_and_its_error_that_of_leaving_texts_out() -> None:
+    generator = torch.Generator().manual_seed(0)
+    right = torch.randint(3, (300,), generator=generator)
+    said = torch.where(torch.rand(300, generator=generator) < 0.7, right, right * 0 + 1)
+    found = labels.f1_items(said, right)
+    whole = macro_f1(said.tolist(), right.tolist())
+    assert found.mean().item() == pytest.approx(whole)
+    without = []
+    for at in range(300):
+        kept = torch.arange(300) != at
+        without.append(macro_f1(said[kept].tolist(), right[kept].tolist()))
+    left_out = torch.tensor(without)
+    jackknife = math.sqrt(299 / 300 * (left_out - left_out.mean()).square().sum().item())
+    assert found.std().item() / math.sqrt(300) == pytest.approx(jackknife, rel=0.02)
+
+
+def test_a_class_that_is_never_told_counts_as_zero() -> None:
+    found = labels.f1_items(torch.tensor([0, 0, 0, 0]), torch.tensor([0, 0, 0, 1]))
+    assert found.mean().item() == pytest.approx(6 / 7 / 2)
 
 
 def test_a_label_that_the_model_does_not_know_is_refused(tiny: Callable[..., Path], tmp_path: Path) -> None:

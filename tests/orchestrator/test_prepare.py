@@ -49,6 +49,10 @@ def test_an_override_replaces_what_the_file_says(prepared: Callable[..., Prepare
         ("objectives.speed.goal=max", "objectives.speed: got nothing measures 'speed' for task causal-lm"),
         ("objectives.agreement.goal=max", "objectives.agreement: got nothing measures 'agreement' for task causal-lm"),
         ("objectives.choice_accuracy.goal=max", "data.choices: got nothing, expected a .jsonl of items"),
+        ("objectives.task_score.goal=max", "data.tasks: got nothing, expected names of lm-eval's tasks"),
+        ("data.tasks={folder: /nowhere, names: [a]}", "data.tasks: got /nowhere is not there"),
+        ("data.tasks={names: [arc_easiest]}", "data.tasks: got lm-eval has no task 'arc_easiest'"),
+        ("data.tasks={names: [arc_easy], items: 0}", "data.tasks: got items=0, expected at least 1"),
         ("name=a/b", "name: got 'a/b', expected letters, digits"),
         ("store=s3://bucket/x", "store: got s3://bucket/x, expected a local folder"),
         ("data.evaluation.tokens=100000000", "data.evaluation: got"),
@@ -158,6 +162,13 @@ def test_all_that_one_timing_can_tell_is_measured_with_it(
     priced = prepared("objectives.decode_ms={goal: min}", "target.price_per_hour=0.1").plan
     assert priced.timers == ("cost", "latency", *memory)
     assert priced.timed == {"decode_ms"}
+
+
+def test_tasks_are_measured_wherever_they_are_given(prepared: Callable[..., Prepared]) -> None:
+    ready = prepared("data.tasks={names: [arc_easy, 'hellaswag:acc_norm'], items: 20}")
+    assert ready.plan.meters == ("lm_eval_tasks", "size", "text")
+    fewer = prepared("data.tasks={names: [arc_easy], items: 20}")
+    assert fewer.plan.materials_digest != ready.plan.materials_digest
 
 
 def test_a_table_predicts_the_cost_of_what_is_proposed(prepared: Callable[..., Prepared]) -> None:

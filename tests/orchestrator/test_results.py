@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from typing import Any
 
@@ -12,7 +13,7 @@ from jobs.job import Failure, Measurement
 from jobs.recipe import Origin, Recipe
 from orchestrator.candidate import Candidate
 from orchestrator.front import Objective
-from orchestrator.results import Results, front_json, judge
+from orchestrator.results import Difference, Results, difference, front_json, judge
 
 ORIGIN = Origin("model", "data", 0)
 HERE = {"cpu": "Xeon", "threads": "2"}
@@ -104,6 +105,7 @@ def test_the_front_as_json_has_what_readers_of_it_rely_on() -> None:
         "metrics": {"size_bytes": 40.0, "accuracy": 0.5, "decode_ms": 5.0},
         "errors": {"accuracy": 0.01},
         "environment": {"cpu": "Xeon", "threads": "2"},
+        "differences": {},
         "artifact": "sha-3",
     }
     assert front["picks"]["smallest"] == small.id
@@ -131,3 +133,30 @@ def test_without_a_measured_original_there_is_a_front_but_no_hypervolume() -> No
     results = judge("study", OBJECTIVES, unmeasured, [candidate(3, 40, 0.6, 5.0)])
     assert len(results.members) == 1
     assert front_json(results)["hypervolume"] is None
+
+
+def with_items(one: Candidate, *items: float) -> Candidate:
+    assert one.measurement is not None
+    return dataclasses.replace(
+        one, measurement=dataclasses.replace(one.measurement, items={"accuracy": items})
+    )
+
+
+def test_candidates_are_compared_item_by_item() -> None:
+    original = with_items(ORIGINAL, 0.9, 0.5, 0.1)
+    small = with_items(candidate(1, 80, 0.4, 8.0), 0.8, 0.4, 0.0)
+    assert difference(small, original, "accuracy") == Difference(pytest.approx(-0.1), pytest.approx(0.0))
+    odd = with_items(small, 0.8, 0.4, 0.3)
+    found = difference(odd, original, "accuracy")
+    assert found == Difference(pytest.approx(0.0), pytest.approx(0.1))  # of -0.1, -0.1, 0.2
+    found_json = front_json(judge("study", OBJECTIVES, original, [odd]))
+    member = next(one for one in found_json["members"] if one["id"] == odd.id)
+    assert member["differences"] == {
+        "accuracy": {"value": pytest.approx(0.0), "error": pytest.approx(0.1)},
+    }
+
+
+def test_what_was_measured_on_other_items_is_not_compared() -> None:
+    fewer = with_items(candidate(1, 80, 0.4, 8.0), 0.8, 0.4)
+    assert difference(fewer, with_items(ORIGINAL, 0.9, 0.5, 0.1), "accuracy") is None
+    assert difference(fewer, ORIGINAL, "accuracy") is None
