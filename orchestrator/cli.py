@@ -217,6 +217,34 @@ def verify(folder: Exported, as_json: AsJson = False) -> None:
 
 
 @app.command()
+def compare(
+    first: Annotated[Path, typer.Argument(metavar="FIRST", help="What `slimfront export` wrote.")],
+    second: Annotated[Path, typer.Argument(metavar="SECOND", help="Another export, of any form.")],
+    pairs: Annotated[
+        int, typer.Option(min=1, help="How often each is timed, in turns: 6 make 95 % sure.")
+    ] = 6,
+    as_json: AsJson = False,
+) -> None:
+    """Compare two exports: quality on the same items, times in turns, so that drift and hard texts drop out."""
+    from orchestrator.compare import compare as compared
+
+    try:
+        found = compared(first, second, pairs)
+    except (ImportError, LookupError, OSError, ValueError) as error:
+        _fail(_said(error))
+    if as_json:
+        _print_json([dataclasses.asdict(one) for one in found])
+        return
+    table = Table("metric", str(first), str(second), "second against first", "")
+    for one in found:
+        time = one.metric.endswith("_ms")
+        against = f"× {one.against:.3f}" if time else f"{one.against:+.4g}"
+        bounds = "" if one.low == one.high else f"{one.low:.4g} to {one.high:.4g}, {one.confidence:.0%} sure"
+        table.add_row(one.metric, f"{one.first:.6g}", f"{one.second:.6g}", against, bounds)
+    _out().print(table)
+
+
+@app.command()
 def chat(
     folder: Exported,
     prompt: Annotated[

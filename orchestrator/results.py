@@ -111,18 +111,23 @@ def errors(candidate: Candidate) -> Mapping[str, float]:
 
 @dataclass(frozen=True)
 class Difference:
-    """By how much one candidate's metric is above another's, with the standard error of that."""
+    """By how much one metric is above another, with the standard error of that."""
 
     value: float
     error: float
 
 
 def difference(one: Candidate, other: Candidate, metric: str) -> Difference | None:
+    """`one` against `other`; see `paired`."""
+    if one.measurement is None or other.measurement is None:
+        return None
+    return paired(one.measurement, other.measurement, metric)
+
+
+def paired(one: Measurement, other: Measurement, metric: str) -> Difference | None:
     """`one` against `other`, item by item of the evaluation, so that what is hard for both drops out; None where
     they were not measured on the same items."""
-    mine, theirs = (
-        each.measurement.items.get(metric, ()) if each.measurement else () for each in (one, other)
-    )
+    mine, theirs = one.items.get(metric, ()), other.items.get(metric, ())
     if not mine or len(mine) != len(theirs):
         return None
     apart = [a - b for a, b in zip(mine, theirs, strict=True)]

@@ -47,11 +47,11 @@ def verify(folder: Path) -> list[Checked]:
     """
     check_files(folder)
     record = json.loads((folder / MEASUREMENT).read_text())
-    materials = _here(folder, materials_from_dict(record["materials"]))
+    materials = here(folder, materials_from_dict(record["materials"]))
     every = {meters.producing(metric, materials.task) for metric in record["metrics"]}
     wanted = {name for name in every if meters.load(name).missing(materials.target) is None}
     with tempfile.TemporaryDirectory() as scratch:
-        subject = Subject(folder, _original(folder, materials, wanted), materials, workdir=Path(scratch))
+        subject = Subject(folder, original_of(folder, materials, wanted), materials, workdir=Path(scratch))
         found = measure.measure(sorted(wanted), subject)
     return compare(record, found)
 
@@ -95,7 +95,7 @@ def compare(record: Mapping[str, Any], found: Measurement) -> list[Checked]:
     return checked
 
 
-def _here(folder: Path, materials: Materials) -> Materials:
+def here(folder: Path, materials: Materials) -> Materials:
     """The same, for a runtime that runs the form of this export: the recorded one if that does."""
     format, target = formats.format_of(folder), materials.target
     recorded = runtimes.load(target.runtime)
@@ -109,6 +109,6 @@ def _here(folder: Path, materials: Materials) -> Materials:
     )
 
 
-def _original(folder: Path, materials: Materials, wanted: set[str]) -> Path:
+def original_of(folder: Path, materials: Materials, wanted: set[str]) -> Path:
     """The original, where it is compared with; else the export, whose tokenizer is the original's."""
     return models.locate(materials.model) if "agreement" in wanted else folder

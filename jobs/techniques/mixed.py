@@ -15,7 +15,7 @@ from jobs import grids, packing
 from jobs.context import Context
 from jobs.gradients import sensitivities
 from jobs.knapsack import least_error
-from jobs.knobs import Range, knob
+from jobs.knobs import Choice, Range, knob
 from jobs.layers import check_finite
 from jobs.layout import Layout, LinearSpec, Packing
 from jobs.model import Model
@@ -24,11 +24,12 @@ from jobs.technique import Form, Kind, Need, Technique
 from jobs.techniques.gptq import Gptq, quantize
 
 _BITS = (2, 3, 4, 8)
+"""All that errors are found for, whatever may be chosen of them."""
 
 
 @dataclass(frozen=True)
 class Mixed(Technique):
-    """Gives each linear 2, 3, 4 or 8 bits so that the loss rises least at `average_bits`.
+    """Gives each linear one of `widths`, in bits, so that the loss rises least at `average_bits`.
 
     Rounding a linear raises the loss by about ½ s tr(E G Eᵀ): E is what rounding to nearest on clipped grids
     takes from its weights, G the Gram matrix of its inputs, so that the trace is the outputs' squared error,
@@ -46,6 +47,11 @@ class Mixed(Technique):
     leaves: ClassVar[frozenset[Form]] = frozenset({"packed"})
 
     average_bits: float = knob(3.5, Range(2.25, 8.0), "bits per weight, on average over the blocks' linears")
+    widths: str = knob(
+        "2 3 4 8",
+        Choice(("2 3 4 8", "2 4 8", "4 8")),
+        "the bits that a linear may get: where 3 take the room of 4, as in OpenVINO and ONNX, better without",
+    )
     group: int = packing.group_knob()
     symmetric: bool = packing.symmetric_knob()
     embedding_bits: int = packing.embedding_bits_knob()
@@ -58,8 +64,12 @@ class Mixed(Technique):
         """One linear after the other is given the next more bits than the average, the others the next
         fewer, until as many bytes are spent as any assignment may."""
         self.check_forms(layout)
-        low = max(bits for bits in _BITS if bits <= self.average_bits)
-        high = min(bits for bits in _BITS if bits >= self.average_bits)
+        if self.average_bits < min(self._widths):
+            raise ValueError(
+                f"average_bits={self.average_bits:g} is less than the fewest of widths={self.widths!r}"
+            )
+        low = max(bits for bits in self._widths if bits <= self.average_bits)
+        high = min(bits for bits in self._widths if bits >= self.average_bits)
         left = self._budget(layout.linears) - sum(_bytes(spec, low) for spec in layout.linears.values())
         changed = {}
         for name, spec in layout.linears.items():
@@ -103,10 +113,15 @@ class Mixed(Technique):
         importance: Mapping[str, Tensor],
     ) -> dict[str, int]:
         """The bits of each linear, from its errors at 2, 3, 4 and 8 bits and what they cost the loss."""
-        costs = torch.tensor([[_bytes(spec, bits) for bits in _BITS] for spec in linears.values()])
-        losses = torch.stack([errors[name].double() * float(importance[name]) for name in linears])
+        costs = torch.tensor([[_bytes(spec, bits) for bits in self._widths] for spec in linears.values()])
+        held = [_BITS.index(bits) for bits in self._widths]
+        losses = torch.stack([errors[name][held].double() * float(importance[name]) for name in linears])
         chosen = least_error(costs, losses, self._budget(linears))
-        return {name: _BITS[choice] for name, choice in zip(linears, chosen, strict=True)}
+        return {name: self._widths[choice] for name, choice in zip(linears, chosen, strict=True)}
+
+    @property
+    def _widths(self) -> tuple[int, ...]:
+        return tuple(int(bits) for bits in self.widths.split())
 
     def _budget(self, linears: Mapping[str, LinearSpec]) -> int:
         """Bytes of integers at the average."""

@@ -72,20 +72,32 @@ def test_a_budget_below_the_cheapest_is_refused() -> None:
         knapsack.least_error(torch.tensor([[24, 36]]), torch.rand(1, 2), 23)
 
 
-@pytest.mark.parametrize("average", [2.25, 3.1, 4.0, 5.7, 8.0])
+@pytest.mark.parametrize(
+    ("average", "widths"),
+    [
+        (2.25, "2 3 4 8"), (3.1, "2 3 4 8"), (4.0, "2 3 4 8"), (5.7, "2 3 4 8"), (8.0, "2 3 4 8"),
+        (3.1, "2 4 8"), (4.0, "4 8"), (5.7, "4 8"),
+    ],
+)  # fmt: skip
 def test_bits_stay_within_the_average_and_the_outline(
-    average: float, tiny_llama: Path, tmp_path: Path
+    average: float, widths: str, tiny_llama: Path, tmp_path: Path
 ) -> None:
-    step = Mixed(average_bits=average)
+    step = Mixed(average_bits=average, widths=widths)
     original = models.original_layout(tiny_llama)
     made = step.compress(models.load(tiny_llama), context(tmp_path)).layout()
     used = {name: spec.packing.bits for name, spec in made.linears.items() if spec.packing}
+    assert {str(bits) for bits in used.values()} <= {*widths.split()}
     sizes = {name: spec.out_features * spec.in_features for name, spec in made.linears.items()}
     assert sum(used[name] * sizes[name] for name in used) <= average * sum(sizes.values())
     expected = step.outline(original).tensors()
     assert made.tensors().keys() == expected.keys()
     bytes_of = [sum(tensor.size_bytes for tensor in each.values()) for each in (made.tensors(), expected)]
     assert 0.9 * bytes_of[1] < bytes_of[0] <= bytes_of[1]
+
+
+def test_an_average_below_all_widths_is_refused(tiny_llama: Path) -> None:
+    with pytest.raises(ValueError, match=r"average_bits=3\.5 is less than the fewest of widths='4 8'"):
+        Mixed(average_bits=3.5, widths="4 8").outline(models.original_layout(tiny_llama))
 
 
 def test_errors_are_those_of_the_outputs_and_computed_once_for_all_averages(

@@ -1,0 +1,85 @@
+"""Compare: two exports against each other, timed in turns and judged on the same items."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import statistics
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from jobs import measure, meters
+from jobs.job import Materials, Measurement, materials_from_dict
+from jobs.meter import Subject
+from jobs.pairing import time_pair
+from jobs.timing import request_of
+from orchestrator.export import MEASUREMENT
+from orchestrator.results import paired
+from orchestrator.verify import check_files, here, original_of
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One metric of both. against: the second's, less the first's, or for times divided by it; low, high: between
+    which bounds that lies, for times so surely as `confidence` says, else within two standard errors."""
+
+    metric: str
+    first: float
+    second: float
+    against: float
+    low: float
+    high: float
+    confidence: float = 0.95
+
+
+def compare(first: Path, second: Path, pairs: int) -> list[Compared]:
+    """Size and quality of both, measured now on the texts that the first was, and their times, in so many pairs.
+
+    Raises as `verify` does, and ValueError where they do not do the same task.
+    """
+    sides = []
+    for folder in (first, second):
+        check_files(folder)
+        record = json.loads((folder / MEASUREMENT).read_text())
+        sides.append((folder, here(folder, materials_from_dict(record["materials"])), record["metrics"]))
+    (_, known, metrics), (_, other, others) = sides
+    if known.task != other.task:
+        raise ValueError(f"{first} is for {known.task}, {second} for {other.task}: they cannot be compared")
+    both = {meters.producing(metric, known.task) for metric in metrics.keys() & others.keys()}
+    asked = sorted(name for name in both if not meters.load(name).exclusive)
+    one, two = (
+        _measured(folder, dataclasses.replace(known, target=materials.target), asked)
+        for folder, materials, _ in sides
+    )
+    return [*_quality(one, two), *_times(sides[0][:2], sides[1][:2], pairs)]
+
+
+def _measured(folder: Path, materials: Materials, asked: list[str]) -> Measurement:
+    with tempfile.TemporaryDirectory() as scratch:
+        subject = Subject(folder, original_of(folder, materials, {*asked}), materials, workdir=Path(scratch))
+        return measure.measure(asked, subject)
+
+
+def _quality(first: Measurement, second: Measurement) -> list[Compared]:
+    found = []
+    for metric, value in first.metrics.items():
+        apart = paired(second, first, metric)
+        against = second.metrics[metric] - value
+        within = 2 * apart.error if apart is not None else 0.0
+        found.append(
+            Compared(metric, value, second.metrics[metric], against, against - within, against + within)
+        )
+    return found
+
+
+def _times(first: tuple[Path, Materials], second: tuple[Path, Materials], pairs: int) -> list[Compared]:
+    one, other = (request_of(materials, folder, folder) for folder, materials in (first, second))
+    timed = time_pair(one, other, pairs)
+    return [
+        Compared(
+            f"{part}_ms", statistics.median(timed.first_ms[part]), statistics.median(timed.second_ms[part]),
+            ratio.ratio, ratio.low, ratio.high, ratio.confidence,
+        )
+        for part, ratio in timed.ratios.items()
+    ]  # fmt: skip
