@@ -48,7 +48,12 @@ class Case:
 _LEARNED = {"mode": "int4_asym", "group_size": 64, "awq": True, "scale_estimation": True}
 _MIXED = {"widths": "4 8", "embedding_bits": 8}
 CASES = {
-    "8 bits": Case("gptq", {"bits": 8, "group": 0, "embedding_bits": 8}, {"mode": "int8_asym"}, timed=True),
+    "8 bits": Case(
+        "gptq",
+        {"bits": 8, "group": 0, "symmetric": True, "embedding_bits": 8},
+        {"mode": "int8_asym"},
+        timed=True,
+    ),
     "ratio 0.6": Case("mixed", {"average_bits": 5.5, **_MIXED}, {**_LEARNED, "ratio": 0.6}),
     "ratio 0.8": Case("mixed", {"average_bits": 4.7, **_MIXED}, {**_LEARNED, "ratio": 0.8}),
     "4 bits": Case("gptq", {"bits": 4, "embedding_bits": 8}, {**_LEARNED, "ratio": 1.0}, timed=True),

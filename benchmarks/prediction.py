@@ -53,7 +53,8 @@ def main() -> int:
         at_first = predict(whole, table)
         folder = shipped(whole, original, given.runtime, Path(scratch))
         with started(request_of(materials, original, folder)) as first:
-            for _ in range(given.visits):
+            for visit in range(given.visits):
+                print(f"visit {visit + 1} of {given.visits}", flush=True)
                 for text, layout in others:
                     found = time_beside(first, materials, original, layout, Path(scratch))
                     for metric, (beside, ms) in found.items():

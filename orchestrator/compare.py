@@ -13,6 +13,7 @@ from jobs import measure, meters
 from jobs.job import Materials, Measurement, materials_from_dict
 from jobs.meter import Subject
 from jobs.pairing import time_pair
+from jobs.stopwatch import Request
 from jobs.timing import request_of
 from orchestrator.export import MEASUREMENT
 from orchestrator.results import paired
@@ -38,21 +39,23 @@ def compare(first: Path, second: Path, pairs: int) -> list[Compared]:
 
     Raises as `verify` does, and ValueError where they do not do the same task.
     """
-    sides = []
-    for folder in (first, second):
-        check_files(folder)
-        record = json.loads((folder / MEASUREMENT).read_text())
-        sides.append((folder, here(folder, materials_from_dict(record["materials"])), record["metrics"]))
-    (_, known, metrics), (_, other, others) = sides
+    known, metrics = _recorded(first)
+    other, others = _recorded(second)
     if known.task != other.task:
         raise ValueError(f"{first} is for {known.task}, {second} for {other.task}: they cannot be compared")
-    both = {meters.producing(metric, known.task) for metric in metrics.keys() & others.keys()}
+    # The same texts, threads and prompts for both, each in the runtime of its form.
+    other = dataclasses.replace(known, target=dataclasses.replace(known.target, runtime=other.target.runtime))
+    both = {meters.producing(metric, known.task) for metric in metrics & others}
     asked = sorted(name for name in both if not meters.load(name).exclusive)
-    one, two = (
-        _measured(folder, dataclasses.replace(known, target=materials.target), asked)
-        for folder, materials, _ in sides
-    )
-    return [*_quality(one, two), *_times(sides[0][:2], sides[1][:2], pairs)]
+    quality = _quality(_measured(first, known, asked), _measured(second, other, asked))
+    return [*quality, *_times(request_of(known, first, first), request_of(other, second, second), pairs)]
+
+
+def _recorded(folder: Path) -> tuple[Materials, set[str]]:
+    """What an export was measured with, for a runtime that is here, and the metrics."""
+    check_files(folder)
+    record = json.loads((folder / MEASUREMENT).read_text())
+    return here(folder, materials_from_dict(record["materials"])), {*record["metrics"]}
 
 
 def _measured(folder: Path, materials: Materials, asked: list[str]) -> Measurement:
@@ -73,9 +76,8 @@ def _quality(first: Measurement, second: Measurement) -> list[Compared]:
     return found
 
 
-def _times(first: tuple[Path, Materials], second: tuple[Path, Materials], pairs: int) -> list[Compared]:
-    one, other = (request_of(materials, folder, folder) for folder, materials in (first, second))
-    timed = time_pair(one, other, pairs)
+def _times(first: Request, second: Request, pairs: int) -> list[Compared]:
+    timed = time_pair(first, second, pairs)
     return [
         Compared(
             f"{part}_ms", statistics.median(timed.first_ms[part]), statistics.median(timed.second_ms[part]),

@@ -48,7 +48,7 @@ def measure(subject: Subject) -> Measurement:
     longest = int(getattr(models.config(subject.original), "max_position_embeddings", 2048))
     found: Any = simple_evaluate(
         _adapter(subject.runner, subject.tokenizer, longest),
-        tasks=list(names),
+        tasks=list(dict.fromkeys(names)),
         task_manager=_manager(source.folder),
         num_fewshot=source.shots,
         limit=_limit(source, subject.fidelity),
@@ -134,14 +134,17 @@ def _leaves(found: Mapping[str, Any], name: str) -> list[str]:
 
 def _items(found: Mapping[str, Any], task: str, metric: str | None) -> list[float]:
     """What each item adds to the task's metric, which must be a mean over them."""
-    every = {key.partition(",")[0]: value for key, value in found["results"][task].items() if "," in key}
-    told = [name for name in every if not name.endswith("_stderr")]
-    chosen = metric or told[0]
-    if chosen not in told:
-        raise ValueError(f"task {task} has no metric {chosen} (there are: {', '.join(told)})")
-    values = [sample.get(chosen) for sample in found["samples"][task]]
+    # Keys are metric,filter: an answer may be read out of what was written in several ways, of which the first counts.
+    told = [key.split(",") for key in found["results"][task] if "," in key]
+    known = {name: filter for name, filter in reversed(told) if not name.endswith("_stderr")}
+    chosen = metric or told[0][0]
+    if chosen not in known:
+        raise ValueError(f"task {task} has no metric {chosen} (there are: {', '.join(reversed(known))})")
+    samples = [one for one in found["samples"][task] if one["filter"] == known[chosen]]
+    values = [sample.get(chosen) for sample in samples]
     single = all(isinstance(value, int | float) for value in values)
-    if not single or abs(sum(values) / len(values) - every[chosen]) > 1e-6:
+    mean = found["results"][task][f"{chosen},{known[chosen]}"]
+    if not single or abs(sum(values) / len(values) - mean) > 1e-6:
         raise ValueError(f"{chosen} of task {task} is no mean over its items; choose another metric of it")
     return [float(value) for value in values]
 

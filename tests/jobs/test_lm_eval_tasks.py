@@ -42,6 +42,9 @@ output_type: generate_until
 doc_to_text: "{{{{context}}}}"
 doc_to_target: "{{{{wanted}}}}"
 generation_kwargs: {{until: ["\\n\\n"], max_gen_toks: 6, do_sample: false}}
+filter_list:
+  - {{name: first, filter: [{{function: take_first}}]}}
+  - {{name: letters, filter: [{{function: regex, regex_pattern: "[a-z]+"}}, {{function: take_first}}]}}
 metric_list: [{{metric: exact_match}}]
 """
 TEXTS = """
@@ -119,6 +122,17 @@ def test_each_name_counts_alike_and_a_group_is_the_mean_of_its_tasks(tiny_llama:
     many, few, answers = score("many"), score("few"), score("answers")
     assert score("both") == pytest.approx((many + few) / 2)
     assert score("both", "answers") == pytest.approx(((many + few) / 2 + answers) / 2)
+
+
+def test_of_several_filters_the_first_counts() -> None:
+    results = {
+        "t": {"alias": "t", "em,strict": 0.5, "em_stderr,strict": 0.1, "em,loose": 1.0, "f,loose": 0.0}
+    }
+    samples = [{"filter": "strict", "em": value} for value in (0.0, 1.0)]
+    samples += [{"filter": "loose", "em": 1.0, "f": 0.0}] * 2
+    found = {"results": results, "samples": {"t": samples}}
+    assert lm_eval_tasks._items(found, "t", None) == [0.0, 1.0]
+    assert lm_eval_tasks._items(found, "t", "f") == [0.0, 0.0]
 
 
 def test_the_error_is_that_of_a_mean_of_independent_tasks() -> None:
