@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import platform
 import time
@@ -22,12 +23,10 @@ def measure(names: Sequence[str], subject: Subject) -> Measurement:
     found = Measurement({})
     for name in names:
         found = found.joined(meters.load(name).measure(subject))
-    return Measurement(
-        found.metrics,
-        found.errors,
-        found.unreliable,
-        {**found.environment, **environment(subject.materials.target)},
-        time.perf_counter() - started,
+    return dataclasses.replace(
+        found,
+        environment={**found.environment, **environment(subject.materials.target)},
+        seconds=time.perf_counter() - started,
     )
 
 

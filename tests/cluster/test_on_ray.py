@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +34,9 @@ def busy(folder):
 
 def main():
     executor = RayExecutor(slots=2)
-    for key in "ab":
-        executor.submit(key, busy, sys.argv[1], resources=Resources())
     try:
+        for key in "ab":
+            executor.submit(key, busy, sys.argv[1], resources=Resources())
         executor.wait()
     except KeyboardInterrupt:
         executor.submit("one more", abs, -1, resources=Resources())
@@ -89,13 +89,27 @@ def until(holds: Any, seconds: float = 60) -> None:
         time.sleep(0.02)
 
 
-def start_driver(folder: Path) -> subprocess.Popen[str]:
+@contextmanager
+def driver(folder: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A running DRIVER, whose workers write to `folder`, and itself to a file beside it: not to a pipe, which
+    whatever it started might hold open."""
     folder.mkdir()
-    return subprocess.Popen(
-        [sys.executable, "-c", DRIVER, str(folder)],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-    )  # fmt: skip
+    with (
+        said_by(folder).open("w") as log,
+        subprocess.Popen(
+            [sys.executable, "-c", DRIVER, str(folder)],
+            stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        ) as process,
+    ):  # fmt: skip
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def said_by(folder: Path) -> Path:
+    return folder.with_suffix(".log")
 
 
 def workers_of(folder: Path) -> list[int]:
@@ -167,21 +181,22 @@ def test_losing_a_worker_prints_nothing(executor: RayExecutor, capfd: pytest.Cap
 
 
 def test_after_a_kill_the_same_program_starts_at_once_and_ends_quietly_on_ctrl_c(tmp_path: Path) -> None:
-    killed = start_driver(tmp_path / "killed")
-    until(lambda: len(workers_of(tmp_path / "killed")) == 2)
-    killed.kill()
-    killed.communicate(timeout=60)
-    until(lambda: all(map(gone, workers_of(tmp_path / "killed"))), seconds=10)
+    with driver(tmp_path / "killed") as killed:
+        until(lambda: len(workers_of(tmp_path / "killed")) == 2)
+        killed.kill()
+        killed.wait(60)
+        until(lambda: all(map(gone, workers_of(tmp_path / "killed"))), seconds=10)
 
-    driver = start_driver(tmp_path / "again")
-    until(lambda: len(workers_of(tmp_path / "again")) == 2)
-    processes = psutil.Process(driver.pid).children(recursive=True)
-    os.killpg(driver.pid, signal.SIGINT)
-    said, _ = driver.communicate(timeout=60)
-    assert said == "1\n"
-    assert driver.returncode == 0
-    _, left = psutil.wait_procs(processes, timeout=20)
-    assert left == []
+    again = tmp_path / "again"
+    with driver(again) as running:
+        until(lambda: len(workers_of(again)) == 2)
+        processes = psutil.Process(running.pid).children(recursive=True)
+        os.killpg(running.pid, signal.SIGINT)
+        # Longer than it waits itself: where that is in vain, what it says tells so.
+        until(lambda: running.poll() is not None, seconds=100)
+        assert (running.returncode, said_by(again).read_text()) == (0, "1\n")
+        _, left = psutil.wait_procs(processes, timeout=20)
+        assert left == []
 
 
 def test_a_machine_that_went_away_is_told_from_work_that_failed(one_ray: None) -> None:

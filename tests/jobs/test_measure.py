@@ -14,6 +14,7 @@ def test_all_meters_are_joined_with_environment_and_seconds(tiny_llama: Path, te
     assert set(found.metrics) == {"perplexity", "accuracy", "size_bytes"}
     assert found.environment == environment(Target())
     assert found.seconds > 0
+    assert {metric: len(items) for metric, items in found.items.items()} == {"perplexity": 2, "accuracy": 2}
 
 
 def test_the_environment_names_machine_libraries_and_threads() -> None:

@@ -52,6 +52,9 @@ def test_a_study_ends_with_a_front_of_measured_files(prepared: Callable[..., Pre
     assert [member["id"] for member in written["members"]] == results.members
     for member in written["members"]:
         assert store.record(f"artifacts/{member['id']}") is not None
+        apart = member["differences"]["accuracy"]["value"]
+        both = (row["metrics"]["accuracy"] for row in (member, written["original"]))
+        assert apart == pytest.approx(next(both) - next(both))
     for candidate in results.candidates:
         assert candidate.measurement is not None
         assert candidate.measurement.metrics["size_bytes"] == candidate.size_bytes
