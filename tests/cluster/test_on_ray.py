@@ -22,6 +22,7 @@ pytestmark = pytest.mark.ray
 
 # A program that works on a Ray of its own until it is stopped. Each piece writes down its process.
 DRIVER = """
+import signal
 import sys
 from pathlib import Path
 from cluster.executor import Resources
@@ -33,6 +34,8 @@ def busy(folder):
     time.sleep(600)
 
 def main():
+    # Tests that were started in the background of a shell ignore it, and so would this program.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     executor = RayExecutor(slots=2)
     try:
         for key in "ab":
