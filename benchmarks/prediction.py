@@ -59,11 +59,12 @@ def main() -> int:
                     found = time_beside(first, materials, original, layout, Path(scratch))
                     for metric, (beside, ms) in found.items():
                         ratios.setdefault((text, metric), []).append(ms / beside)
+    layouts = dict(others)
     off: dict[str, list[float]] = {}
     noise: dict[str, list[float]] = {}
     for (text, metric), each in ratios.items():
         found_ratio = float(np.median(each))
-        error = predict(dict(others)[text], table)[metric] / at_first[metric] / found_ratio - 1
+        error = predict(layouts[text], table)[metric] / at_first[metric] / found_ratio - 1
         off.setdefault(metric, []).append(abs(error))
         noise.setdefault(metric, []).extend(abs(one / found_ratio - 1) for one in each)
         print(f"{metric} {error:+6.1%} of {found_ratio:.3f} ({min(each):.3f} to {max(each):.3f})  {text}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from jobs import formats, models, runtimes
+from jobs.generation import continued, likeliest
 from jobs.models import Tokenizer
 from jobs.runtimes import Runner
 
@@ -33,20 +34,15 @@ class Chat:
         takes the likeliest token.
         """
         prompt = self._prompt(said)
-        generator = torch.Generator().manual_seed(seed)
-        logits = self._runner.prefill(prompt)
+        choose = likeliest if temperature == 0 else _drawing(temperature, seed)
         written: list[int] = []
         shown = ""
-        for _ in range(tokens):
-            token = _next(logits[0, -1].float(), temperature, generator)
-            if token == self._words.eos_token_id:
-                return
+        for token in continued(self._runner, prompt, tokens, self._words.eos_token_id, choose):
             written.append(token)
             text = str(self._words.decode(written, skip_special_tokens=True))
             if not text.endswith("\ufffd"):  # half of a character, whose other bytes are still to come
                 yield text[len(shown) :]
                 shown = text
-            logits = self._runner.decode(torch.tensor([[token]]))
 
     def _prompt(self, said: str) -> Tensor:
         if self._words.chat_template is None:
@@ -57,8 +53,12 @@ class Chat:
         return torch.tensor([self._words(str(framed), add_special_tokens=False).input_ids])
 
 
-def _next(logits: Float[Tensor, " vocabulary"], temperature: float, generator: torch.Generator) -> int:
-    if temperature == 0:
-        return int(logits.argmax().item())
-    shares = torch.softmax(logits / temperature, dim=-1)
-    return int(torch.multinomial(shares, 1, generator=generator).item())
+def _drawing(temperature: float, seed: int) -> Callable[[Float[Tensor, " vocabulary"]], int]:
+    """Draws each token by its probability at this temperature."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def drawn(logits: Float[Tensor, " vocabulary"]) -> int:
+        shares = torch.softmax(logits / temperature, dim=-1)
+        return int(torch.multinomial(shares, 1, generator=generator).item())
+
+    return drawn

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import statistics
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from jobs import measure, meters
-from jobs.job import Materials, Measurement, materials_from_dict
+from jobs import measure, meters, models
+from jobs.job import Materials, Measurement
 from jobs.meter import Subject
 from jobs.pairing import time_pair
 from jobs.stopwatch import Request
 from jobs.timing import request_of
-from orchestrator.export import MEASUREMENT
 from orchestrator.results import paired
-from orchestrator.verify import check_files, here, original_of
+from orchestrator.verify import original_of, recorded
 
 
 @dataclass(frozen=True)
@@ -37,25 +35,23 @@ class Compared:
 def compare(first: Path, second: Path, pairs: int) -> list[Compared]:
     """Size and quality of both, measured now on the texts that the first was, and their times, in so many pairs.
 
-    Raises as `verify` does, and ValueError where they do not do the same task.
+    Raises as `verify` does, and ValueError where their tasks or tokenizers differ.
     """
-    known, metrics = _recorded(first)
-    other, others = _recorded(second)
+    record, known = recorded(first)
+    another, other = recorded(second)
     if known.task != other.task:
         raise ValueError(f"{first} is for {known.task}, {second} for {other.task}: they cannot be compared")
+    if models.tokenizer_digest(first) != models.tokenizer_digest(second):
+        raise ValueError(f"{first} and {second} have other tokenizers: their items are not the same")
     # The same texts, threads and prompts for both, each in the runtime of its form.
     other = dataclasses.replace(known, target=dataclasses.replace(known.target, runtime=other.target.runtime))
-    both = {meters.producing(metric, known.task) for metric in metrics & others}
+    both = {
+        meters.producing(metric, known.task)
+        for metric in record["metrics"].keys() & another["metrics"].keys()
+    }
     asked = sorted(name for name in both if not meters.load(name).exclusive)
     quality = _quality(_measured(first, known, asked), _measured(second, other, asked))
     return [*quality, *_times(request_of(known, first, first), request_of(other, second, second), pairs)]
-
-
-def _recorded(folder: Path) -> tuple[Materials, set[str]]:
-    """What an export was measured with, for a runtime that is here, and the metrics."""
-    check_files(folder)
-    record = json.loads((folder / MEASUREMENT).read_text())
-    return here(folder, materials_from_dict(record["materials"])), {*record["metrics"]}
 
 
 def _measured(folder: Path, materials: Materials, asked: list[str]) -> Measurement:

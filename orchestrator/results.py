@@ -126,7 +126,7 @@ def difference(one: Candidate, other: Candidate, metric: str) -> Difference | No
 
 def paired(one: Measurement, other: Measurement, metric: str) -> Difference | None:
     """`one` against `other`, item by item of the evaluation, so that what is hard for both drops out; None where
-    they were not measured on the same items."""
+    they have not as many. That the items are the same is for the caller to know: those of one study are."""
     mine, theirs = one.items.get(metric, ()), other.items.get(metric, ())
     if not mine or len(mine) != len(theirs):
         return None

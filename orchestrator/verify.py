@@ -45,15 +45,21 @@ def verify(folder: Path) -> list[Checked]:
     Raises ValueError where a file is not the one that was exported, LookupError where nothing here runs it,
     FileNotFoundError where the texts it was measured on are not here.
     """
-    check_files(folder)
-    record = json.loads((folder / MEASUREMENT).read_text())
-    materials = here(folder, materials_from_dict(record["materials"]))
+    record, materials = recorded(folder)
     every = {meters.producing(metric, materials.task) for metric in record["metrics"]}
     wanted = {name for name in every if meters.load(name).missing(materials.target) is None}
     with tempfile.TemporaryDirectory() as scratch:
         subject = Subject(folder, original_of(folder, materials, wanted), materials, workdir=Path(scratch))
         found = measure.measure(sorted(wanted), subject)
     return compare(record, found)
+
+
+def recorded(folder: Path) -> tuple[dict[str, Any], Materials]:
+    """What was recorded of an export, and what it was measured with, for a runtime that is here. Raises as `verify`
+    does."""
+    check_files(folder)
+    record: dict[str, Any] = json.loads((folder / MEASUREMENT).read_text())
+    return record, _here(folder, materials_from_dict(record["materials"]))
 
 
 def check_files(folder: Path) -> None:
@@ -95,7 +101,7 @@ def compare(record: Mapping[str, Any], found: Measurement) -> list[Checked]:
     return checked
 
 
-def here(folder: Path, materials: Materials) -> Materials:
+def _here(folder: Path, materials: Materials) -> Materials:
     """The same, for a runtime that runs the form of this export: the recorded one if that does."""
     format, target = formats.format_of(folder), materials.target
     recorded = runtimes.load(target.runtime)

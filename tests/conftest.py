@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import pydoc_data.topics
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
+import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from jobs import families
@@ -124,6 +126,25 @@ def config_of(family: str) -> transformers.PretrainedConfig:
                        "num_feedforward_networks": 2},
     }  # fmt: skip
     return transformers.AutoConfig.for_model(family, **given[family])
+
+
+@pytest.fixture(scope="session")
+def lm_eval_task() -> Callable[..., None]:
+    """Writes into a folder a task of lm-eval that reads these items (context, choices, answer): questions, unless
+    `options` of its file say otherwise."""
+
+    def written(folder: Path, name: str, items: Sequence[Mapping[str, object]], **options: object) -> None:
+        data = folder / f"{name}.jsonl"
+        data.write_text("\n".join(json.dumps(item) for item in items))
+        told = {
+            "task": name, "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(data)}},
+            "test_split": "test", "output_type": "multiple_choice", "doc_to_text": "{{context}}",
+            "doc_to_choice": "{{choices}}", "doc_to_target": "answer", "target_delimiter": "",
+            "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
+        }  # fmt: skip
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump({**told, **options}))
+
+    return written
 
 
 @pytest.fixture(scope="session")

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from jobs import likelihood, models
+from jobs.generation import continued
 from jobs.job import Measurement, Target, TaskSource
 from jobs.meter import Meter, Subject, measured
 from jobs.models import Tokenizer
@@ -189,7 +190,6 @@ def _adapter(runner: Runner, words: Tokenizer, longest: int) -> TemplateLM:
     return Shipped()
 
 
-@torch.inference_mode()
 def _written(runner: Runner, words: Tokenizer, longest: int, context: str, options: Mapping[str, Any]) -> str:
     """What the model writes after the context, always taking the likeliest token, up to the first stop."""
     if options.get("do_sample") and options.get("temperature", 1.0) > 0:
@@ -200,18 +200,13 @@ def _written(runner: Runner, words: Tokenizer, longest: int, context: str, optio
     stops = [stops] if isinstance(stops, str) else stops
     most = min(int(options.get("max_gen_toks", _NEW_TOKENS)), longest // 2)
     prompt = list(words(context, add_special_tokens=False, verbose=False).input_ids)[-(longest - most) :]
-    logits = runner.prefill(torch.tensor([prompt]))
     tokens: list[int] = []
     text = ""
-    while len(tokens) < most:
-        token = int(logits[0, -1].argmax())
-        if token == words.eos_token_id:
-            break
+    for token in continued(runner, torch.tensor([prompt]), most, words.eos_token_id):
         tokens.append(token)
         text = str(words.decode(tokens, skip_special_tokens=True))
         if any(stop in text for stop in stops):
             break
-        logits = runner.decode(torch.tensor([[token]]))
     return min((text.partition(stop)[0] for stop in stops), key=len, default=text)
 
 

@@ -12,39 +12,21 @@ from jobs.families import TASKS, Task
 from jobs.job import Materials, Target, TaskSource, TextSource, standard_error
 from jobs.meter import Subject
 
-OWN_TASK = """
-task: own
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {data}}}}}
-test_split: test
-output_type: multiple_choice
-doc_to_text: "{{{{context}}}}"
-doc_to_choice: "{{{{choices}}}}"
-doc_to_target: answer
-target_delimiter: ""
-metric_list: [{{metric: acc}}]
-"""
 TARGET = Target(prompt_tokens=8, new_tokens=4, price_per_hour=0.5)
 CASES = [(name, task) for name in meters.names() for task in meters.load(name).tasks]
 
 
-def own_tasks(folder: Path) -> TaskSource:
-    """A task of three questions, in a folder of its own."""
-    (folder / "tasks").mkdir(exist_ok=True)
-    item = {"context": "An expression", "choices": [" list", " of names"], "answer": 0}
-    (folder / "tasks" / "items.jsonl").write_text("\n".join([json.dumps(item)] * 3))
-    (folder / "tasks" / "own.yaml").write_text(OWN_TASK.format(data=folder / "tasks" / "items.jsonl"))
-    return TaskSource(("own",), str(folder / "tasks"))
-
-
 @pytest.fixture(scope="module")
 def subject_of(
-    tiny: Callable[..., Path], text_file: Path, tmp_path_factory: pytest.TempPathFactory
+    tiny: Callable[..., Path],
+    text_file: Path,
+    lm_eval_task: Callable[..., None],
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Callable[[Task], Subject]:
     """One subject for each task, so that what several meters read of it is made once."""
     folder = tmp_path_factory.mktemp("items")
     item = {"context": "An expression", "choices": [" list", " of names"], "answer": 0}
-    (folder / "questions.jsonl").write_text("\n".join([json.dumps(item)] * 3))
+    lm_eval_task(folder, "questions", [item] * 3)
     texts = [json.dumps({"text": f"An expression {n}", "label": n % 2}) for n in range(3)]
     (folder / "labels.jsonl").write_text("\n".join(texts))
 
@@ -59,7 +41,7 @@ def subject_of(
             source,
             choices=questions,
             labelled=labels,
-            tasks=own_tasks(folder),
+            tasks=TaskSource(("questions",), str(folder)),
             target=TARGET,
         )
         return Subject(model, model, materials)

@@ -6,57 +6,34 @@ import dataclasses
 import json
 import math
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 
 from jobs import models
-from jobs.job import Materials, TaskSource
+from jobs.job import Materials, TaskSource, materials_from_dict
 from jobs.meter import Subject
 from jobs.meters import choices, lm_eval_tasks
 from jobs.runtimes import on_torch
 
 pytest.importorskip("lm_eval", reason="the extra `tasks`")
 
-QUESTIONS = """
-task: {name}
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {data}}}}}
-test_split: test
-output_type: multiple_choice
-doc_to_text: "{{{{context}}}}"
-doc_to_choice: "{{{{choices}}}}"
-doc_to_target: answer
-target_delimiter: ""
-metric_list: [{{metric: acc}}, {{metric: acc_norm}}]
-"""
-ANSWERS = """
-task: answers
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {data}}}}}
-test_split: test
-output_type: generate_until
-doc_to_text: "{{{{context}}}}"
-doc_to_target: "{{{{wanted}}}}"
-generation_kwargs: {{until: ["\\n\\n"], max_gen_toks: 6, do_sample: false}}
-filter_list:
-  - {{name: first, filter: [{{function: take_first}}]}}
-  - {{name: letters, filter: [{{function: regex, regex_pattern: "[a-z]+"}}, {{function: take_first}}]}}
-metric_list: [{{metric: exact_match}}]
-"""
-TEXTS = """
-task: texts
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {data}}}}}
-test_split: test
-output_type: loglikelihood_rolling
-doc_to_text: ""
-doc_to_target: "{{{{context}}}}"
-metric_list: [{{metric: word_perplexity}}]
-"""
+ANSWERS = {
+    "output_type": "generate_until", "doc_to_choice": None, "doc_to_target": "{{wanted}}",
+    "generation_kwargs": {"until": ["\n\n"], "max_gen_toks": 6, "do_sample": False},
+    "filter_list": [
+        {"name": "first", "filter": [{"function": "take_first"}]},
+        {"name": "letters", "filter": [{"function": "regex", "regex_pattern": "[a-z]+"}, {"function": "take_first"}]},
+    ],
+    "metric_list": [{"metric": "exact_match"}],
+}  # fmt: skip
+TEXTS = {
+    "output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_choice": None, "doc_to_target": "{{context}}",
+    "metric_list": [{"metric": "word_perplexity"}],
+}  # fmt: skip
 CONTEXTS = ("An expression", "The operator is", "A statement of", "Names in the block", "Classes may")
 ITEMS = [
     {"context": one, "choices": [" list", " of names and values", " was"], "answer": at % 3, "wanted": "x"}
@@ -65,15 +42,13 @@ ITEMS = [
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(lm_eval_task: Callable[..., None], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Tasks of one's own: `many` of five questions, `few` of two, the group of both, and two of other kinds."""
     made = tmp_path_factory.mktemp("tasks")
-    for name, count, text in (
-        ("many", 5, QUESTIONS), ("few", 2, QUESTIONS), ("answers", 3, ANSWERS), ("texts", 2, TEXTS)
-    ):  # fmt: skip
-        data = made / f"{name}.jsonl"
-        data.write_text("\n".join(json.dumps(item) for item in ITEMS[:count]))
-        (made / f"{name}.yaml").write_text(text.format(name=name, data=data))
+    lm_eval_task(made, "many", ITEMS)
+    lm_eval_task(made, "few", ITEMS[:2])
+    lm_eval_task(made, "answers", ITEMS[:3], **ANSWERS)
+    lm_eval_task(made, "texts", ITEMS[:2], **TEXTS)
     (made / "both.yaml").write_text(
         "group: both\ntask: [many, few]\naggregate_metric_list: [{metric: acc, weight_by_size: false}]\n"
     )
@@ -191,4 +166,12 @@ def test_a_task_that_samples_is_refused(tiny_llama: Path, folder: Path) -> None:
         lm_eval_tasks._written(
             asked.runner, asked.tokenizer, 64, "An", {"do_sample": True, "temperature": 0.7}
         )
-    assert torch.is_inference_mode_enabled() is False
+
+
+def test_materials_come_back_from_a_record_with_their_tasks() -> None:
+    tasks = TaskSource(("many", "few:acc_norm"), "tasks", 3, 1)
+    for materials in (Materials("model", "causal-lm", tasks=tasks), Materials("model", "causal-lm")):
+        record = json.loads(json.dumps(dataclasses.asdict(materials)))
+        assert materials_from_dict(record) == materials
+    earlier = {name: value for name, value in record.items() if name != "tasks"}
+    assert materials_from_dict(earlier) == materials

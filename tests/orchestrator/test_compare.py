@@ -49,12 +49,23 @@ def test_the_command_shows_both(exports: tuple[Path, Path], monkeypatch: pytest.
     assert {one["metric"] for one in json.loads(done.stdout)} >= {"size_bytes", "accuracy"}
 
 
+def signed_again(export: Path) -> None:
+    mark = json.loads((export / formats.MARK).read_text())
+    (export / formats.MARK).write_text(json.dumps({**mark, "checksums": formats.checksums(export)}))
+
+
+def test_exports_with_other_tokenizers_have_no_items_in_common(exports: tuple[Path, Path]) -> None:
+    with (exports[1] / "tokenizer.json").open("a") as file:
+        file.write("\n")
+    signed_again(exports[1])
+    with pytest.raises(ValueError, match="other tokenizers"):
+        compare(*exports, pairs=1)
+
+
 def test_exports_for_different_tasks_are_not_compared(exports: tuple[Path, Path]) -> None:
     record = json.loads((exports[1] / MEASUREMENT).read_text())
     record["materials"]["task"] = "embedding"
     (exports[1] / MEASUREMENT).write_text(json.dumps(record))
-    mark = json.loads((exports[1] / formats.MARK).read_text())
-    mark["checksums"] = formats.checksums(exports[1])
-    (exports[1] / formats.MARK).write_text(json.dumps(mark))
+    signed_again(exports[1])
     with pytest.raises(ValueError, match=r"is for causal-lm, .* for embedding: they cannot be compared"):
         compare(*exports, pairs=1)
