@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -29,6 +30,24 @@ class ArtifactRef:
     size_bytes: int
 
 
+@dataclass(frozen=True)
+class Held:
+    """One artifact that a store holds. used_at: when it was last put or fetched, in seconds since 1970."""
+
+    ref: ArtifactRef
+    used_at: float
+
+
+@dataclass(frozen=True)
+class Holdings:
+    """What a store holds in all. unfinished_bytes: of writes that go on, or were killed."""
+
+    artifacts: tuple[Held, ...]
+    records: int
+    records_bytes: int
+    unfinished_bytes: int
+
+
 class ArtifactStore(Protocol):
     """Any number of processes may use one store at once; each method is atomic against a kill."""
 
@@ -54,6 +73,16 @@ class ArtifactStore(Protocol):
 
     def records(self, prefix: str) -> Iterator[str]:
         """The keys that start with `prefix`, sorted."""
+
+    def forget(self, key: str) -> None:
+        """Remove the record `key`, which may then be created anew; nothing happens if there is none. For records
+        of what can be made again: what a record of a result counted, would count twice."""
+
+    def holdings(self) -> Holdings:
+        """All that is held, as far as it can be told while others write and remove."""
+
+    def sweep(self, seconds: float) -> None:
+        """Remove what writers left unfinished and have not touched for so long."""
 
 
 @dataclass(frozen=True)
@@ -96,14 +125,17 @@ class LocalStore:
         tmp/                        what is being written, or was when its writer was killed
 
     Everything is written under tmp/, synced, and then appears under its name at once, by a rename or a
-    hard link. What killed writers left is removed a day later, when the store is next opened.
+    hard link. What killed writers left is removed a day later, when the store is next opened. The time of an
+    artifact's folder is that of its last use.
     """
+
+    FOLDERS = ("objects", "records", "tmp")
 
     def __init__(self, root: Path) -> None:
         self.root = root.absolute()
-        for name in ("objects", "records", "tmp"):
+        for name in self.FOLDERS:
             (self.root / name).mkdir(parents=True, exist_ok=True)
-        self._sweep()
+        self.sweep(_LEFTOVER_SECONDS)
 
     def put(self, folder: Path) -> ArtifactRef:
         files = list(_plain_files(folder))
@@ -116,6 +148,7 @@ class LocalStore:
             place = self._object(ref)
             if not place.exists():
                 _reveal(staged, place)
+            _touch(place)
         finally:
             shutil.rmtree(staged, ignore_errors=True)
         return ref
@@ -144,6 +177,7 @@ class LocalStore:
                     f"artifact {ref.digest} in {self.root} is damaged; remove it, so that it is made again"
                 )
             staged.rename(folder)
+            _touch(held)
         except FileNotFoundError as error:
             raise LookupError(f"artifact {ref.digest} was removed from {self.root} meanwhile") from error
         finally:
@@ -195,6 +229,35 @@ class LocalStore:
         keys = (file.relative_to(top).as_posix().removesuffix(".json") for file in start.rglob("*.json"))
         yield from sorted(key for key in keys if key.startswith(prefix))
 
+    def forget(self, key: str) -> None:
+        place = self._record(key)
+        try:
+            place.unlink()
+        except FileNotFoundError:
+            return
+        _sync_folder(place.parent)
+
+    def holdings(self) -> Holdings:
+        objects = (folder for folder in (self.root / "objects").glob("*/*") if _DIGEST.fullmatch(folder.name))
+        records = _sizes(self.root / "records")
+        return Holdings(
+            artifacts=tuple(held for folder in objects if (held := _held(folder)) is not None),
+            records=len(records),
+            records_bytes=sum(records),
+            unfinished_bytes=sum(_sizes(self.root / "tmp")),
+        )
+
+    def sweep(self, seconds: float) -> None:
+        for leftover in (self.root / "tmp").iterdir():
+            try:
+                old = time.time() - leftover.lstat().st_mtime > seconds
+                if old and leftover.is_dir():
+                    shutil.rmtree(leftover)
+                elif old:
+                    leftover.unlink()
+            except FileNotFoundError:
+                continue  # its writer has ended, or another process sweeps too
+
     def _object(self, ref: ArtifactRef) -> Path:
         if not _DIGEST.fullmatch(ref.digest):
             raise ValueError(f"{ref.digest!r} is no artifact's digest; give 64 hexadecimal digits")
@@ -205,17 +268,6 @@ class LocalStore:
 
     def _temporary(self) -> Path:
         return self.root / "tmp" / uuid.uuid4().hex
-
-    def _sweep(self) -> None:
-        for leftover in (self.root / "tmp").iterdir():
-            try:
-                old = time.time() - leftover.lstat().st_mtime > _LEFTOVER_SECONDS
-                if old and leftover.is_dir():
-                    shutil.rmtree(leftover)
-                elif old:
-                    leftover.unlink()
-            except FileNotFoundError:
-                continue  # its writer has ended, or another process sweeps too
 
 
 def _plain_files(folder: Path) -> Iterator[str]:
@@ -228,6 +280,31 @@ def _plain_files(folder: Path) -> Iterator[str]:
             yield entry.name
         else:
             raise ValueError(f"{entry.path} is a link or no plain file; an artifact holds only plain files")
+
+
+def _sizes(folder: Path) -> list[int]:
+    """Of all files below; what vanishes meanwhile is left out."""
+    found = []
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                found.append(os.lstat(os.path.join(parent, name)).st_size)
+    return found
+
+
+def _held(folder: Path) -> Held | None:
+    """The artifact of this folder; None where it was removed meanwhile."""
+    try:
+        used_at = folder.stat().st_mtime
+    except FileNotFoundError:
+        return None
+    return Held(ArtifactRef(folder.name, sum(_sizes(folder))), used_at)
+
+
+def _touch(folder: Path) -> None:
+    """Note that an artifact is used now, where that may be noted: not in another user's store."""
+    with contextlib.suppress(OSError):
+        os.utime(folder)
 
 
 def _entry(folder: Path, name: str) -> Entry:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,9 @@ from torch import Tensor
 
 Part = tuple[dict[str, Tensor], dict[str, str]]
 """Named tensors, and notes to keep beside them."""
+
+_PART = re.compile(r"(\.[^.]+)?\.(safetensors|partial)$|\.[^.]+$")
+"""What the names of files that belong together end in, each in its own way."""
 
 
 @dataclass(frozen=True)
@@ -34,11 +38,33 @@ class Stored(Mapping[str, Tensor]):
         return len(self.names)
 
 
+@dataclass(frozen=True)
+class Kept:
+    """Files of a cache that are of use only together: the statistics of one kind of one key, or a traced graph.
+
+    name: that of the files without what tells them apart, `KEY-KIND` of statistics. used_at: seconds since 1970.
+    """
+
+    name: str
+    files: tuple[Path, ...]
+    size_bytes: int
+    used_at: float
+
+    @property
+    def key(self) -> str:
+        return self.name.partition("-")[0]
+
+    def remove(self) -> None:
+        """Whoever reads them now reads on; whoever needs them next makes them again."""
+        for file in self.files:
+            file.unlink(missing_ok=True)
+
+
 class Cache:
     """Tensors by their kind, all of one key.
 
     folder: where they are kept as `KEY-KIND.PART.safetensors`; None keeps them in memory.
-    limit_bytes: of the folder; the least recently used files beyond it are removed after each write.
+    limit_bytes: of the folder; what was used longest ago is removed beyond it after each write.
 
     Two workers may compute the same at once: the files are whole at any time, and the later one replaces
     an equal one.
@@ -126,19 +152,32 @@ def _open(file: Path) -> Stored:
     return Stored(tuple(opened.keys()), opened.get_tensor, about)  # type: ignore[no-untyped-call]
 
 
-def _evict(folder: Path, limit_bytes: int, keep: str) -> None:
-    """Remove the files used longest ago, but those of the stem `keep`, until the folder is within its limit."""
+def kept(folder: Path) -> list[Kept]:
+    """What lies in a cache's folder, that used longest ago first; what other workers remove meanwhile is left out."""
+    groups: dict[str, list[Path]] = {}
+    for file in folder.iterdir() if folder.is_dir() else ():
+        if file.is_file():
+            groups.setdefault(_PART.sub("", file.name), []).append(file)
     found = []
-    for file in [*folder.glob("*.safetensors"), *folder.glob("*.partial")]:
+    for name, files in groups.items():
         try:
-            state = file.stat()
-        except FileNotFoundError:  # evicted by another worker
+            states = [file.stat() for file in files]
+        except FileNotFoundError:
             continue
-        found.append((state.st_mtime_ns, state.st_size, file))
-    total = sum(size for _, size, _ in found)
-    for _, size, file in sorted(found):
+        used_at = max(max(state.st_mtime, state.st_atime) for state in states)
+        size_bytes = sum(state.st_size for state in states)
+        # A graph is found by its .xml and read with its .bin: that must not be the first to go.
+        found.append(Kept(name, tuple(sorted(files, reverse=True)), size_bytes, used_at))
+    return sorted(found, key=lambda one: one.used_at)
+
+
+def _evict(folder: Path, limit_bytes: int, keep: str) -> None:
+    """Remove what was used longest ago, but the statistics `keep`, until the folder is within its limit."""
+    found = kept(folder)
+    total = sum(one.size_bytes for one in found)
+    for one in found:
         if total <= limit_bytes:
             return
-        if not file.name.startswith(f"{keep}."):
-            file.unlink(missing_ok=True)
-            total -= size
+        if one.name != keep:
+            one.remove()
+            total -= one.size_bytes

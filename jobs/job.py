@@ -14,7 +14,7 @@ from typing import Any, Literal
 from jobs.families import Task
 from jobs.recipe import Recipe
 
-FailureKind = Literal["invalid", "diverged", "out_of_memory", "preempted", "timeout", "bug"]
+FailureKind = Literal["invalid", "diverged", "out_of_memory", "disk_full", "preempted", "timeout", "bug"]
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import time
 import traceback
 from dataclasses import dataclass
@@ -103,6 +104,8 @@ def _kind(error: BaseException) -> FailureKind:
         return "diverged"
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or _allocation_failed(error):
         return "out_of_memory"
+    if _disk_is_full(error):
+        return "disk_full"
     return "invalid" if isinstance(error, ValueError) else "bug"
 
 
@@ -110,6 +113,23 @@ def _allocation_failed(error: BaseException) -> bool:
     # So the CPU's allocator and CUDA's libraries report it, as a RuntimeError.
     told = ("can't allocate memory", "_STATUS_ALLOC_FAILED")
     return isinstance(error, RuntimeError) and any(text in str(error) for text in told)
+
+
+def _disk_is_full(error: BaseException | None) -> bool:
+    # Libraries raise errors of their own for it, and what cleans up after it may raise another.
+    told = (
+        "No space left on device",
+        "Disk quota exceeded",
+        "PytorchStreamWriter failed writing",
+        "unexpected pos ",
+    )
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        if any(text in str(error) for text in told):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _make(job: Job, materials: Materials, parent: Path | None, places: _Places, report: Report) -> None:

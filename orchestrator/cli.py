@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
+from rich import filesize
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -22,6 +23,7 @@ from rich.table import Table
 if TYPE_CHECKING:
     from orchestrator.catalogue import Entry
     from orchestrator.prepare import Prepared
+    from orchestrator.trim import Inventory, Item
 
 app = typer.Typer(
     help="Find the Pareto front of smaller language models, measured on the files you would ship.",
@@ -120,7 +122,7 @@ def resume(folder: Folder) -> None:
 @app.command()
 def status(folder: Folder, as_json: AsJson = False) -> None:
     """How far a study is."""
-    from orchestrator.launch import is_running
+    from orchestrator.lock import is_running
     from orchestrator.progress import Status, line
 
     found = _read_json(folder / "status.json")
@@ -323,6 +325,40 @@ def doctor() -> None:
         raise typer.Exit(1)
 
 
+@app.command()
+def store(
+    place: Annotated[
+        Path, typer.Argument(metavar="STORE", help="What `store:` of a study names, such as runs.")
+    ],
+    trim: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="Remove what can be made again until no more is left: 5GB."),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only tell what would be removed.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show what a store holds, and trim it: fronts, originals and results stay, all else can be made again."""
+    from orchestrator import trim as trimming
+
+    try:
+        limit = None if trim is None else trimming.bytes_of(trim)
+        held = trimming.inventory(place)
+        beyond = [] if limit is None else held.beyond(limit)
+        gone = beyond if dry_run else trimming.remove(beyond)
+    except (LookupError, OSError, ValueError) as error:
+        _fail(_said(error))
+    left = trimming.inventory(place).size_bytes if gone and not dry_run else held.size_bytes
+    if as_json:
+        _print_json({**trimming.summary(held, gone), "size_bytes": left, "dry_run": dry_run})
+    else:
+        _show_store(held, gone, None if limit is None else "would go" if dry_run else "removed")
+        hint = f"; what may go is made again when needed: slimfront store {place} --trim 5GB leaves no more than that"
+        _out().print(f"{_size(left)} in all{hint if limit is None else ''}", soft_wrap=True)
+    if limit is not None and not dry_run and left > limit:
+        _err().print(f"{_size(left)} are left: the rest has to stay", soft_wrap=True)
+        raise typer.Exit(1)
+
+
 @tracking_app.command()
 def sync(folder: Folder, uri: Annotated[str | None, typer.Option(help="MLflow's address.")] = None) -> None:
     """Bring MLflow up to date with a study, after an outage or to another server."""
@@ -356,6 +392,24 @@ def _run(prepared: Prepared, overrides: tuple[str, ...]) -> None:
     _err().print(f"Report: {prepared.folder / 'report.html'}")
     if not results.members:
         raise typer.Exit(1)
+
+
+def _show_store(held: Inventory, gone: list[Item], went: str | None) -> None:
+    from orchestrator import trim as trimming
+
+    found = trimming.summary(held, gone)
+    columns = {"size": "size_bytes", "may go": "removable_bytes"} | ({went: "removed_bytes"} if went else {})
+    table = Table("what", "number", *columns)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for kind, of_kind in found["kinds"].items():
+        sizes = (of_kind[key] for key in columns.values())
+        table.add_row(trimming.CALLED[kind], str(of_kind["number"]), *map(_size, sizes))
+    out = _out()
+    out.print(table)
+    for study in found["studies"]:
+        state = ", running" if study["running"] else ""
+        out.print(f"{study['study']}{state}: {study['front']} on its front")
 
 
 def _show_technique(entry: Entry) -> None:
@@ -403,6 +457,10 @@ def _cell(metric: str, row: dict[str, Any], original: dict[str, Any] | None) -> 
         shown = f"{value:.4g}" + (f" ± {error:.2g}" if error else "")
     base = None if original is None else original["metrics"].get(metric)
     return shown if not base or metric != "size_bytes" else f"{shown} ({value / base:.0%})"
+
+
+def _size(size_bytes: int) -> str:
+    return filesize.decimal(size_bytes)
 
 
 def _mb(size_bytes: float) -> str:

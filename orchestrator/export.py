@@ -12,18 +12,27 @@ from typing import Any
 from cluster.store import ArtifactRef, open_store
 from jobs import formats, models, runtimes, techniques
 from jobs.job import Materials, materials_from_dict
+from jobs.recipe import Recipe
+from orchestrator.events import Proposed
 from orchestrator.front import PICKS, Objective, ParetoFront
+from orchestrator.ledger import Ledger
 from orchestrator.progress import write_json
+from orchestrator.work import SCRATCH, Workplace, made_again
 
 MATERIALS = "materials.json"
 """In a study's folder: what its jobs read, and the target."""
 RECIPE = "recipe.json"
 MEASUREMENT = "measurement.json"
 
+_ANOTHER_COPY = """
+The files that were measured had been removed; these were made again by the same recipe and differ from them in their
+last bits. `slimfront verify` measures these.
+"""
+
 
 def export_member(study: Path, pick: str, out: Path, format: str | None = None) -> dict[str, Any]:
     """Write the model of the picked member, and beside it a model card, its recipe, its measurement and checksums;
-    returns the member.
+    returns the member. A model that was removed from the store is made again first, which takes as long as it took.
 
     study: the study's folder, whose parent is the store. pick: a name such as knee, or the start of an id.
     format: the form that the study's target runs, unless another is given. Raises LookupError where nothing is
@@ -42,14 +51,11 @@ def export_member(study: Path, pick: str, out: Path, format: str | None = None) 
     member = _picked(found, pick)
     if out.exists() and any(out.iterdir()):
         raise FileExistsError(f"{out} is not empty; give a new folder")
-    store = open_store(str(study.parent))
-    record = store.record(f"artifacts/{member['id']}")
-    if record is None:
-        raise LookupError(f"the model of {member['id']} is no longer in the store {study.parent}")
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent) as scratch:
         held, made = Path(scratch) / "held", Path(scratch) / "made"
-        store.fetch(ArtifactRef(**record), held)
+        ref = _artifact(study, member["id"], materials, Path(scratch))
+        open_store(str(study.parent)).fetch(ref, held)
         formats.write(format, held, made, study.parent / "cache")
         about = models.about(held)
         write_json(made / RECIPE, {"id": member["id"], "text": member["recipe"], **about["recipe"]})
@@ -57,13 +63,42 @@ def export_member(study: Path, pick: str, out: Path, format: str | None = None) 
         known = {"original": found["original"], "materials": studied}
         write_json(made / MEASUREMENT, {**measurement, **known})
         steps = [step["technique"] for step in about["recipe"]["steps"]]
-        (made / "README.md").write_text(_card(format, member, found["original"], materials, steps))
+        card = _card(format, member, found["original"], materials, steps)
+        (made / "README.md").write_text(card if ref.digest == member["artifact"] else card + _ANOTHER_COPY)
         mark = json.loads((made / formats.MARK).read_text())
         write_json(made / formats.MARK, {**mark, "checksums": formats.checksums(made)})
         if out.exists():
             out.rmdir()
         os.replace(made, out)
     return member
+
+
+def _artifact(study: Path, id: str, materials: Materials, scratch: Path) -> ArtifactRef:
+    """The artifact of this member, made again where it was removed from the store."""
+    store = open_store(str(study.parent))
+    record = store.record(f"artifacts/{id}")
+    if record is not None and store.has(ArtifactRef(**record)):
+        return ArtifactRef(**record)
+    place = Workplace(materials, str(study.parent), scratch / SCRATCH, study.parent / "cache")
+    return made_again(_recipe(study, id), place)
+
+
+def _recipe(study: Path, id: str) -> Recipe:
+    if not (study / "ledger.db").is_file():
+        raise LookupError(
+            f"the model of {id} was removed, and without {study / 'ledger.db'} it can't be made again"
+        )
+    ledger = Ledger(study / "ledger.db", read_only=True)
+    try:
+        proposed = (event.recipe for _, event in ledger.events() if isinstance(event, Proposed))
+        recipe = next((step for one in proposed for step in one.lineage() if step.id == id), None)
+    finally:
+        ledger.close()
+    if recipe is None:
+        raise LookupError(
+            f"the model of {id} was removed, and the ledger of {study} does not know its recipe"
+        )
+    return recipe
 
 
 def _card(

@@ -23,7 +23,9 @@ from jobs.job import (
 )
 from jobs.recipe import Recipe
 
+SCRATCH = "scratch"
 CHECKPOINTS = "checkpoints"
+"""In a study's folder: what jobs in progress write, and what trainings go on from."""
 
 
 @dataclass(frozen=True)
@@ -47,59 +49,26 @@ def work(job: Job, workplace: Workplace) -> Outcome:
     Any number of attempts may run at once or after each other: the first to commit wins, all return what won.
     """
     try:
-        return _work(job, workplace)
+        outcome = _work(job, workplace)
     except Exception as error:  # noqa: BLE001 - the worker boundary: failures cross it as data
-        return run.failure(error)
+        outcome = run.failure(error)
+    if isinstance(outcome, Failure) and outcome.kind == "disk_full":
+        return dataclasses.replace(outcome, message=f"{outcome.message}; {_cure(workplace)}")
+    return outcome
 
 
-def _work(job: Job, workplace: Workplace) -> Outcome:
+def made_again(recipe: Recipe, workplace: Workplace) -> ArtifactRef:
+    """Where this recipe's model is held; what was removed of its lineage is made again. RuntimeError if it can't be."""
     store = open_store(workplace.store)
-    done = store.record(_result_key(job))
-    if done is not None:
-        return outcome_from_dict(done["result"])
+    held = artifact_of(recipe, store)
+    if held is not None:
+        return held
     workplace.scratch.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=workplace.scratch) as scratch:
-        outcome = _attempt(job, workplace, store, Path(scratch))
-    if isinstance(outcome, Success) or outcome.kind in ("invalid", "diverged"):
-        # No other attempt will follow.
-        shutil.rmtree(_checkpoints(job, workplace), ignore_errors=True)
+        outcome = _attempt(Job(recipe, (), ""), workplace, store, Path(scratch))
     if isinstance(outcome, Failure):
-        return outcome  # another attempt may go better: only results are committed
-    record = {"result": outcome_to_dict(outcome), "recipe": job.recipe.to_dict(), "meters": list(job.meters)}
-    if store.commit(_result_key(job), record):
-        return outcome
-    return outcome_from_dict(_committed(store, _result_key(job))["result"])
-
-
-def _attempt(job: Job, workplace: Workplace, store: ArtifactStore, scratch: Path) -> Outcome:
-    built = artifact_of(job.recipe, store)
-    parent = None if job.recipe.parent is None else artifact_of(job.recipe.parent, store)
-    made = run.attempt(
-        job,
-        workplace.materials,
-        parent=None if parent is None or built is not None else _fetched(store, parent, scratch / "parent"),
-        built=None if built is None else _fetched(store, built, scratch / "built"),
-        folder=scratch / "made",
-        cache=workplace.cache,
-        report=_unreported,
-        checkpoints=_checkpoints(job, workplace),
-    )
-    if isinstance(made, Failure):
-        return made
-    if built is not None:
-        return Success(built.digest, built.size_bytes, made.measurement, made.seconds)
-    ref = store.put(scratch / "made")
-    if not store.commit(_artifact_key(job.recipe), dataclasses.asdict(ref)):
-        winner = artifact_of(job.recipe, store)
-        if winner != ref:
-            # Somebody else's copy of this model came first and differs in its last bits: what counts is
-            # measured on the copy that counts.
-            return _attempt(job, workplace, store, scratch / "again")
-    return Success(ref.digest, ref.size_bytes, made.measurement, made.seconds)
-
-
-def _checkpoints(job: Job, workplace: Workplace) -> Path:
-    return workplace.scratch.with_name(CHECKPOINTS) / job.recipe.id
+        raise RuntimeError(f"{recipe} could not be made again: {outcome.message}")
+    return ArtifactRef(outcome.artifact, outcome.size_bytes)
 
 
 def artifact_of(recipe: Recipe, store: ArtifactStore) -> ArtifactRef | None:
@@ -111,9 +80,113 @@ def artifact_of(recipe: Recipe, store: ArtifactStore) -> ArtifactRef | None:
     return ref if store.has(ref) else None
 
 
-def _fetched(store: ArtifactStore, ref: ArtifactRef, folder: Path) -> Path:
-    store.fetch(ref, folder)
-    return folder
+def _cure(workplace: Workplace) -> str:
+    return (
+        "a disk is full: make room, then resume the study. "
+        f"`slimfront store {workplace.store} --trim SIZE` removes what can be made again"
+    )
+
+
+def _work(job: Job, workplace: Workplace) -> Outcome:
+    store = open_store(workplace.store)
+    done = store.record(_result_key(job))
+    if done is not None:
+        return outcome_from_dict(done["result"])
+    workplace.scratch.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=workplace.scratch) as scratch:
+        outcome = _attempt(job, workplace, store, Path(scratch))
+    if isinstance(outcome, Failure):
+        return outcome  # another attempt may go better: only results are committed
+    record = {"result": outcome_to_dict(outcome), "recipe": job.recipe.to_dict(), "meters": list(job.meters)}
+    if store.commit(_result_key(job), record):
+        return outcome
+    return outcome_from_dict(_committed(store, _result_key(job))["result"])
+
+
+def _attempt(job: Job, workplace: Workplace, store: ArtifactStore, scratch: Path) -> Outcome:
+    outcome = _done(job, workplace, store, scratch)
+    if isinstance(outcome, Success) or outcome.kind in ("invalid", "diverged"):
+        # No other attempt will follow.
+        shutil.rmtree(_checkpoints(job, workplace), ignore_errors=True)
+    return outcome
+
+
+def _done(job: Job, workplace: Workplace, store: ArtifactStore, scratch: Path) -> Outcome:
+    scratch.mkdir(exist_ok=True)
+    built = _fetched(job.recipe, store, scratch / "built")
+    parent = None if built is not None else _parent(job, workplace, store, scratch)
+    if isinstance(parent, Failure):
+        return parent
+    made = run.attempt(
+        job,
+        workplace.materials,
+        parent=None if parent is None else parent.folder,
+        built=None if built is None else built.folder,
+        folder=scratch / "made",
+        cache=workplace.cache,
+        report=_unreported,
+        checkpoints=_checkpoints(job, workplace),
+    )
+    if isinstance(made, Failure):
+        return made
+    if built is not None:
+        return Success(built.ref.digest, built.ref.size_bytes, made.measurement, made.seconds)
+    ref = store.put(scratch / "made")
+    if _held_by(job.recipe, ref, store) != ref:
+        # Somebody else's copy of this model came first and differs in its last bits: what counts is
+        # measured on the copy that counts.
+        return _attempt(job, workplace, store, scratch / "again")
+    return Success(ref.digest, ref.size_bytes, made.measurement, made.seconds)
+
+
+@dataclass(frozen=True)
+class _Fetched:
+    """An artifact and the folder that it was fetched into."""
+
+    ref: ArtifactRef
+    folder: Path
+
+
+def _parent(job: Job, workplace: Workplace, store: ArtifactStore, scratch: Path) -> _Fetched | Failure | None:
+    """The parent's artifact; where it was removed it is made again first, from its own parent. None of the original."""
+    recipe = job.recipe.parent
+    if recipe is None:
+        return None
+    found = _fetched(recipe, store, scratch / "parent")
+    if found is not None:
+        return found
+    step = dataclasses.replace(job, recipe=recipe, meters=())
+    outcome = _attempt(step, workplace, store, scratch / "lineage")
+    shutil.rmtree(scratch / "lineage", ignore_errors=True)
+    if isinstance(outcome, Failure):
+        return dataclasses.replace(outcome, message=f"{recipe} could not be made again: {outcome.message}")
+    return _fetched(recipe, store, scratch / "parent")
+
+
+def _fetched(recipe: Recipe, store: ArtifactStore, folder: Path) -> _Fetched | None:
+    """This recipe's artifact in `folder`; None where it is not held."""
+    ref = artifact_of(recipe, store)
+    if ref is None:
+        return None
+    try:
+        store.fetch(ref, folder)
+    except LookupError:  # removed at this moment
+        return None
+    return _Fetched(ref, folder)
+
+
+def _held_by(recipe: Recipe, made: ArtifactRef, store: ArtifactStore) -> ArtifactRef:
+    """The artifact that counts as this recipe's: the one that was just made and put, unless another is held."""
+    while not store.commit(_artifact_key(recipe), dataclasses.asdict(made)):
+        held = artifact_of(recipe, store)
+        if held is not None:
+            return held
+        store.forget(_artifact_key(recipe))  # it names what was removed
+    return made
+
+
+def _checkpoints(job: Job, workplace: Workplace) -> Path:
+    return workplace.scratch.with_name(CHECKPOINTS) / job.recipe.id
 
 
 def _committed(store: ArtifactStore, key: str) -> Mapping[str, Any]:

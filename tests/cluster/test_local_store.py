@@ -38,6 +38,9 @@ KILLED_WRITER = textwrap.dedent(
         store.put(source)
     elif operation == "remove":
         store.remove(store.put(source))
+    elif operation == "forget":
+        store.commit("results/01", {"perplexity": 12.5, "padding": "x" * 100_000})
+        store.forget("results/01")
     else:
         store.commit("results/01", {"perplexity": 12.5, "padding": "x" * 100_000})
     """
@@ -53,7 +56,7 @@ def model(tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("operation", ["put", "remove", "commit"])
+@pytest.mark.parametrize("operation", ["put", "remove", "commit", "forget"])
 def test_a_writer_killed_at_any_step_leaves_all_or_nothing(
     tmp_path: Path, model: Path, operation: str
 ) -> None:
@@ -83,7 +86,7 @@ def test_a_writer_killed_at_any_step_leaves_all_or_nothing(
         assert ended.returncode == -signal.SIGKILL
     assert ended.returncode == 0
     assert fatal > 3
-    assert operation == "commit" or seen == {"artifact", "no artifact"}
+    assert operation in ("commit", "forget") or seen == {"artifact", "no artifact"}
 
 
 def test_damaged_content_is_not_handed_out(tmp_path: Path, model: Path) -> None:
@@ -134,6 +137,27 @@ def test_leftovers_go_after_a_day_and_work_in_progress_stays(tmp_path: Path) -> 
         os.utime(tmp_path / "tmp" / name, (0, 0))
     LocalStore(tmp_path)
     assert sorted(file.name for file in (tmp_path / "tmp").iterdir()) == ["new", "new-file"]
+
+
+def test_fetching_is_using(tmp_path: Path, model: Path) -> None:
+    store = LocalStore(tmp_path / "store")
+    ref = store.put(model)
+    (held,) = (tmp_path / "store" / "objects").glob("*/*")
+    os.utime(held, (1000, 1000))
+    assert [one.used_at for one in store.holdings().artifacts] == [1000]
+    store.fetch(ref, tmp_path / "copy")
+    assert store.holdings().artifacts[0].used_at > 1000
+
+
+def test_what_is_unfinished_is_told_and_swept(tmp_path: Path) -> None:
+    store = LocalStore(tmp_path)
+    (tmp_path / "tmp" / "half").mkdir()
+    (tmp_path / "tmp" / "half" / "weights").write_bytes(b"x" * 1000)
+    assert store.holdings().unfinished_bytes == 1000
+    store.sweep(60)
+    assert store.holdings().unfinished_bytes == 1000
+    store.sweep(0)
+    assert store.holdings().unfinished_bytes == 0
 
 
 def test_a_finished_write_leaves_nothing_behind(tmp_path: Path, model: Path) -> None:

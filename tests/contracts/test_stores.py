@@ -7,13 +7,14 @@ import inspect
 import multiprocessing
 import os
 import pkgutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 import cluster
-from cluster.store import ArtifactRef, ArtifactStore, LocalStore, open_store
+from cluster.store import ArtifactRef, ArtifactStore, Holdings, LocalStore, open_store
 
 FACTORIES: dict[str, Callable[[Path], ArtifactStore]] = {"LocalStore": LocalStore}
 # Those that any process opens by a path.
@@ -194,6 +195,41 @@ def test_a_record_with_a_number_that_is_none_is_refused(store: ArtifactStore, va
         store.commit("results/01", {"perplexity": value})
     assert store.record("results/01") is None
     assert list(store.records("results/")) == []
+
+
+def test_a_forgotten_record_can_be_created_anew(store: ArtifactStore) -> None:
+    assert store.commit("artifacts/01", {"digest": "a"})
+    store.forget("artifacts/01")
+    store.forget("artifacts/01")
+    assert store.record("artifacts/01") is None
+    assert list(store.records("")) == []
+    assert store.commit("artifacts/01", {"digest": "b"})
+    assert store.record("artifacts/01") == {"digest": "b"}
+    with pytest.raises(ValueError, match="key"):
+        store.forget("../tmp")
+
+
+def test_all_that_is_held_is_told_with_its_last_use(
+    store: ArtifactStore, model: Path, tmp_path: Path
+) -> None:
+    assert store.holdings() == Holdings((), 0, 0, 0)
+    first = store.put(model)
+    (model / "empty").write_bytes(b"full")
+    second = store.put(model)
+    store.commit("results/01", {"a": 1})
+    held = {one.ref: one.used_at for one in store.holdings().artifacts}
+    assert held.keys() == {first, second}
+    assert all(abs(used_at - time.time()) < 60 for used_at in held.values())
+    assert store.holdings().records == 1
+    assert store.holdings().records_bytes > 0
+    time.sleep(0.02)
+    store.fetch(first, tmp_path / "copy")
+    later = {one.ref: one.used_at for one in store.holdings().artifacts}
+    assert later[first] >= later[second]
+    store.sweep(0)
+    assert store.holdings().unfinished_bytes == 0
+    store.remove(first)
+    assert [one.ref for one in store.holdings().artifacts] == [second]
 
 
 def _race(place: str, number: int, start: object, wins: object) -> None:

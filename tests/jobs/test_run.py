@@ -1,6 +1,7 @@
 """One job on a worker: the original or one step is made, measured on its files, and every failure is data."""
 
 import dataclasses
+import errno
 import json
 from pathlib import Path
 
@@ -188,6 +189,12 @@ def test_a_text_that_is_too_short_is_invalid(materials: Materials, root: Path, t
             "out_of_memory",
         ),
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`"), "out_of_memory"),
+        (OSError(errno.ENOSPC, "No space left on device"), "disk_full"),
+        (
+            RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)"),
+            "disk_full",
+        ),
+        (OSError(errno.EACCES, "Permission denied"), "bug"),
         (RuntimeError("shapes differ"), "bug"),
         (KeyError("x"), "bug"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from cluster.store import LocalStore
 from jobs import families
 
 
@@ -65,6 +67,33 @@ def test_a_folder_without_a_study_exits_3(tmp_path: Path, command: str) -> None:
     done = slimfront(command, tmp_path, cwd=tmp_path)
     assert done.returncode == 3
     assert "Traceback" not in done.stderr
+
+
+def test_a_store_is_shown_and_trimmed(tmp_path: Path) -> None:
+    kept = LocalStore(tmp_path / "runs")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "weights").write_bytes(b"x" * 5000)
+    ref = kept.put(tmp_path / "model")
+    kept.commit("artifacts/01", dataclasses.asdict(ref))
+    shown = slimfront("store", "runs", cwd=tmp_path)
+    assert shown.returncode == 0, shown.stderr
+    assert "intermediate models" in shown.stdout
+    assert "5.0 kB" in shown.stdout
+    tried = slimfront("store", "runs", "--trim", "1kB", "--dry-run", "--json", cwd=tmp_path)
+    assert json.loads(tried.stdout)["kinds"]["intermediates"]["removed_bytes"] == 5000
+    assert kept.has(ref)
+    trimmed = slimfront("store", "runs", "--trim", "1kB", cwd=tmp_path)
+    assert trimmed.returncode == 0, trimmed.stderr
+    assert not kept.has(ref)
+    assert list(kept.records("")) == []
+    kept.commit("results/01", {"recipe": {"steps": []}, "meters": [], "result": {"artifact": "a"}})
+    assert slimfront("store", "runs", "--trim", "0", cwd=tmp_path).returncode == 1
+    wrong = slimfront("store", "runs", "--trim", "lots", cwd=tmp_path)
+    assert wrong.returncode == 3
+    assert "give one like 5GB" in wrong.stderr
+    missing = slimfront("store", "elsewhere", cwd=tmp_path)
+    assert missing.returncode == 3
+    assert "holds no store" in missing.stderr
 
 
 @pytest.mark.ray
