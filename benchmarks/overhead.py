@@ -1,29 +1,61 @@
-"""The cost of an empty candidate: ask → Ray → commit → ledger → tell → outbox, with nothing done in the job.
+"""What a scheduler costs: slot time per candidate beside the work, and how busy it keeps two slots.
 
-python -m benchmarks.overhead [--candidates 1000] [--json FILE]
+python -m benchmarks.overhead [--candidates 10000] [--durations 0,0.1,1,lognormal] [--peers] [--json FILE]
+
+A job sleeps for its duration, so that two slots and what serves them fit on two cores, and commits its record
+to the store as every job does. Everything else is the real thing: ask → Ray → commit → ledger → tell → outbox,
+with the mirror's process carrying the outbox to MLflow on SQLite. By the ledger's times, from the first start of a
+candidate to the last end:
+
+    utilisation                 Σ durations ÷ (slots × makespan)
+    slot time per candidate     (slots × makespan − Σ durations) ÷ candidates
+    commit                      the part of it in which a worker committed the record: mostly two fsyncs of the disk
+    CPU per candidate           of this process and, besides, of Ray's and the workers', without the mirror's, whose
+                                priority is low: what others do on the machine does not count, unlike above
+
+`lognormal` durations have a mean of 1 s and σ = 1 of the logarithm. Peers run the same sleeps on as many slots: Optuna
+(random sampling, a journal file as its durable storage) in joblib's processes, and Ray Tune (random sampling, actors
+used again). They log nothing to MLflow. They get fewer candidates where they take long; the table says how many.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import hashlib
 import json
+import math
+import os
 import platform
 import tempfile
 import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import NormalDist, fmean
 
+import joblib
+import optuna
 import psutil
 import transformers
+from rich.console import Console
+from rich.table import Table
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from cluster.on_ray import RayExecutor
+from cluster.on_ray import RayExecutor, connect
 from cluster.store import open_store
 from jobs.job import Job, Measurement, Outcome, Success, outcome_to_dict
 from orchestrator.config import load
+from orchestrator.events import Ended, Started
 from orchestrator.launch import launch
-from orchestrator.prepare import prepare
+from orchestrator.ledger import Ledger
+from orchestrator.prepare import Prepared, prepare
 from orchestrator.progress import Status
+
+SLOTS = 2
+BUSY_SECONDS = 200.0
+"""How long a row's jobs keep one slot busy, at most: it bounds the candidates where jobs take time."""
+PEER_CANDIDATES = {"optuna + joblib": 2000, "ray tune": 100}
 
 STUDY = """
 name: overhead
@@ -32,16 +64,63 @@ data:
   calibration: {{path: "package:pydoc_data.topics", samples: 1, tokens: 16}}
   evaluation: {{path: "package:pydoc_data.topics", tokens: 16, window: 16}}
 objectives: {{size_bytes: {{goal: min}}, accuracy: {{goal: max}}}}
-space: {{width: {{prune_ffn: {{ratio: {{low: 0.01, high: 0.9}}, correction: [none, bias, least_squares]}}}}}}
+space:
+  step:
+    gptq:
+      bits: [2, 3, 4, 8]
+      group: 32
+      correction_rank: {{low: 0, high: 16}}
+      damping: {{low: 0.0001, high: 1.0}}
+    awq:
+      bits: [2, 3, 4, 8]
+      group: 32
+      correction_rank: {{low: 0, high: 16}}
+      trials: {{low: 1, high: 100}}
+    hqq:
+      bits: [2, 3, 4, 8]
+      group: 32
+      correction_rank: {{low: 0, high: 16}}
+      iterations: {{low: 1, high: 200}}
+    asvd:
+      keep: {{low: 0.1, high: 0.9}}
+      alpha: {{low: 0.0, high: 2.0}}
 search: {{candidates: {candidates}, algorithm: {algorithm}}}
 store: {folder}/runs
+tracking: {{uri: {uri}}}
 """
+"""Hundreds of thousands of recipes, of one step each: a candidate is one job."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table. commit_ms: of slot_ms; driver_ms, workers_ms: CPU time per candidate. 0: not known."""
+
+    system: str
+    duration: str
+    candidates: int
+    slots: int
+    slot_ms: float
+    utilisation: float
+    commit_ms: float = 0.0
+    driver_ms: float = 0.0
+    workers_ms: float = 0.0
+
+
+def seconds_of(duration: str, name: str) -> float:
+    """How long the job of this name sleeps; always as long."""
+    return lognormal(name, 1.0, 1.0) if duration == "lognormal" else float(duration)
+
+
+def lognormal(name: str, mean: float, sigma: float) -> float:
+    """A draw that depends on the name alone. sigma: the standard deviation of its logarithm."""
+    share = (int.from_bytes(hashlib.sha256(name.encode()).digest()[:6]) + 0.5) / 2**48
+    return mean * math.exp(NormalDist(-(sigma**2) / 2, sigma).inv_cdf(share))
 
 
 def write_model(folder: Path) -> None:
-    """A random Llama with room for a thousand different widths, and a tokenizer of bytes."""
+    """A random Llama of one narrow block, and a tokenizer of bytes."""
     config = transformers.LlamaConfig(
-        vocab_size=512, hidden_size=16, intermediate_size=16384, num_hidden_layers=1, num_attention_heads=2,
+        vocab_size=512, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
         tie_word_embeddings=True,
     )  # fmt: skip
     transformers.LlamaForCausalLM(config).save_pretrained(folder)
@@ -52,58 +131,205 @@ def write_model(folder: Path) -> None:
     transformers.PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(folder)
 
 
-def nothing(job: Job, store: str) -> Outcome:
-    """An empty job: only its record is committed, as every job's is."""
-    accuracy = int(job.id, 16) / 16**16  # any number that differs
-    outcome = Success("none", 0, Measurement({"accuracy": accuracy}), 0.0)
+def empty_study(folder: Path, candidates: int, algorithm: str = "random", uri: str = "''") -> Prepared:
+    """A study of a tiny model with so many candidates of one step each. uri: `none` does without MLflow."""
+    write_model(folder / "model")
+    file = folder / "study.yaml"
+    file.write_text(STUDY.format(folder=folder, candidates=candidates, algorithm=algorithm, uri=uri))
+    return prepare(load(file))
+
+
+def accuracy_of(job: Job) -> float:
+    """Any number that differs."""
+    return int(job.id, 16) / 16**16
+
+
+def sleep(job: Job, store: str, duration: str) -> Outcome:
+    """A job that only takes its time; its record is committed as every job's is. Reports how long that took as
+    the seconds of measuring."""
+    seconds = seconds_of(duration, job.id)
+    time.sleep(seconds)
+    outcome = Success("none", 0, Measurement({"accuracy": accuracy_of(job)}), seconds)
     record = {"result": outcome_to_dict(outcome), "recipe": job.recipe.to_dict(), "meters": list(job.meters)}
+    began = time.perf_counter()
     open_store(store).commit(f"results/{job.id}", record)
-    return outcome
+    committing = replace(outcome.measurement, seconds=time.perf_counter() - began)
+    return replace(outcome, measurement=committing)
 
 
-def measure(candidates: int, algorithm: str, slots: int = 2) -> dict[str, float]:
-    """Slot time per empty candidate in ms: slots × time ÷ candidates, from the first that ended to the last."""
-    ends: list[tuple[float, int]] = []
+class CpuMeter:
+    """CPU seconds of this process and of its descendants but the mirror, from the first candidate to the last."""
 
-    def note(status: Status) -> None:
-        ends.append((time.perf_counter(), status.measured))
+    def __init__(self) -> None:
+        self._samples: list[tuple[int, float, float]] = []
+
+    def __call__(self, status: Status) -> None:
+        if (not self._samples and status.measured > 1) or status.stage == "done":
+            others = sum(_cpu_seconds(one) for one in psutil.Process().children(recursive=True))
+            self._samples.append((status.measured, time.process_time(), others))
+
+    def ms_per_candidate(self) -> tuple[float, float]:
+        (first, *before), (last, *after) = self._samples[0], self._samples[-1]
+        driver, workers = (1000 * (b - a) / max(1, last - first) for a, b in zip(before, after, strict=True))
+        return driver, workers
+
+
+def _cpu_seconds(process: psutil.Process) -> float:
+    try:
+        if "orchestrator.tracking" in process.cmdline():
+            return 0.0
+        times = process.cpu_times()
+    except psutil.NoSuchProcess:
+        return 0.0
+    return times.user + times.system
+
+
+def slimfront(duration: str, candidates: int, algorithm: str) -> Row:
+    with tempfile.TemporaryDirectory() as scratch:
+        prepared = empty_study(Path(scratch), candidates, algorithm)
+        do = functools.partial(sleep, store=prepared.config.store, duration=duration)
+        executor = RayExecutor(SLOTS)
+        meter = CpuMeter()
+        launch(prepared, meter, executor=executor, do=do)
+        for process in psutil.Process().children():  # the mirror, which has minutes of work left
+            process.terminate()
+        ledger = Ledger(prepared.folder / "ledger.db", read_only=True)
+        events = list(ledger.events())
+        ledger.close()
+    first = next(event.job_id for _, event in events if isinstance(event, Started))  # the original's
+    started = [at for at, event in events if isinstance(event, Started) and event.job_id != first]
+    done = [(at, event.outcome) for at, event in events if isinstance(event, Ended)][1:]
+    ended = [(at, outcome) for at, outcome in done if isinstance(outcome, Success)]
+    makespan = max(at for at, _ in ended) - min(started)
+    row = _row("slimfront", duration, [outcome.seconds for _, outcome in ended], makespan)
+    commit_ms = 1000 * fmean(outcome.measurement.seconds for _, outcome in ended)
+    driver_ms, workers_ms = meter.ms_per_candidate()
+    return replace(row, commit_ms=commit_ms, driver_ms=driver_ms, workers_ms=workers_ms)
+
+
+def unseen(status: Status) -> None:
+    """Nobody watches."""
+
+
+def _row(system: str, duration: str, seconds: list[float], makespan: float) -> Row:
+    slot_seconds = SLOTS * makespan
+    return Row(
+        system,
+        duration,
+        len(seconds),
+        SLOTS,
+        1000 * (slot_seconds - sum(seconds)) / len(seconds),
+        sum(seconds) / slot_seconds,
+    )
+
+
+def optuna_with_joblib(duration: str, candidates: int, algorithm: str) -> Row:
+    with tempfile.TemporaryDirectory() as scratch:
+        journal = str(Path(scratch) / "journal")
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        study = optuna.create_study(
+            storage=_journal(journal), study_name="overhead", directions=["minimize", "maximize"]
+        )
+        with joblib.Parallel(n_jobs=SLOTS) as parallel:
+            parallel(joblib.delayed(_optimize)(journal, duration, 0) for _ in range(SLOTS))  # starts them
+            share = candidates // SLOTS
+            parallel(joblib.delayed(_optimize)(journal, duration, share) for _ in range(SLOTS))
+        trials = study.trials
+    began = min(trial.datetime_start for trial in trials if trial.datetime_start)
+    ended = max(trial.datetime_complete for trial in trials if trial.datetime_complete)
+    seconds = [seconds_of(duration, str(trial.number)) for trial in trials]
+    return _row("optuna + joblib", duration, seconds, (ended - began).total_seconds())
+
+
+def _journal(file: str) -> optuna.storages.JournalStorage:
+    return optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(file))
+
+
+def _optimize(journal: str, duration: str, trials: int) -> None:
+    """What one of joblib's processes does."""
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+
+    def objective(trial: optuna.Trial) -> tuple[float, float]:
+        bits = trial.suggest_categorical("bits", [2, 3, 4, 8])
+        damping = trial.suggest_float("damping", 1e-4, 1.0, log=True)
+        time.sleep(seconds_of(duration, str(trial.number)))
+        return float(bits), damping
+
+    study = optuna.load_study(
+        study_name="overhead", storage=_journal(journal), sampler=optuna.samplers.RandomSampler()
+    )
+    study.optimize(objective, n_trials=trials)
+
+
+def ray_tune(duration: str, candidates: int, algorithm: str) -> Row:
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+    ray, _ = connect(None, SLOTS, None)
+    from ray import tune
+
+    def trainable(config: dict[str, float]) -> None:
+        began = time.time()
+        seconds = seconds_of(duration, str(config["number"]))
+        time.sleep(seconds)
+        tune.report({"damping": config["damping"], "began": began, "ended": time.time(), "seconds": seconds})
 
     with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        write_model(folder / "model")
-        file = folder / "study.yaml"
-        file.write_text(STUDY.format(folder=folder, candidates=candidates, algorithm=algorithm))
-        prepared = prepare(load(file))
-        store = str(folder / "runs")
-        executor = RayExecutor(slots)
-        began = time.perf_counter()
-        launch(prepared, note, executor=executor, do=functools.partial(nothing, store=store))
-        whole = time.perf_counter() - began
-        for process in psutil.Process().children():  # the mirror, which has a minute's work left
-            process.terminate()
-    running = [(at, count) for at, count in ends if count > 0]
-    (first_at, first), (last_at, last) = running[0], running[-1]
-    return {
-        "slot_ms": 1000 * slots * (last_at - first_at) / (last - first),
-        "candidates": last - 1,
-        "slots": slots,
-        "whole_seconds": whole,
-    }
+        space = {
+            "number": tune.grid_search(list(range(candidates))),
+            "bits": tune.choice([2, 3, 4, 8]),
+            "damping": tune.loguniform(1e-4, 1.0),
+        }
+        results = tune.Tuner(
+            tune.with_resources(trainable, {"cpu": 1}),
+            param_space=space,
+            tune_config=tune.TuneConfig(num_samples=1, reuse_actors=True),
+            run_config=tune.RunConfig(storage_path=scratch, verbose=0),
+        ).fit()
+        found = [result.metrics for result in results]
+    ray.shutdown()
+    makespan = max(one["ended"] for one in found) - min(one["began"] for one in found)
+    return _row("ray tune", duration, [one["seconds"] for one in found], makespan)
+
+
+PEERS: dict[str, Callable[[str, int, str], Row]] = {
+    "optuna + joblib": optuna_with_joblib,
+    "ray tune": ray_tune,
+}
+
+
+def bounded(duration: str, candidates: int) -> int:
+    """How many candidates to run, so that their jobs don't take all day."""
+    mean = 1.0 if duration == "lognormal" else float(duration)
+    return min(candidates, int(BUSY_SECONDS / mean)) if mean else candidates
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--candidates", type=int, default=1000)
+    parser.add_argument("--candidates", type=int, default=10_000)
+    parser.add_argument("--durations", default="0,0.1,1,lognormal")
     parser.add_argument("--algorithm", default="random")
+    parser.add_argument("--peers", action="store_true")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
-    found = measure(given.candidates, given.algorithm)
-    print(f"{platform.machine()}, {found['slots']:.0f} slots, {found['candidates']:.0f} empty candidates:")
-    print(
-        f"{found['slot_ms']:.1f} ms of slot time a candidate ({found['whole_seconds']:.1f} s from launch to report)"
-    )
+    rows = []
+    for duration in given.durations.split(","):
+        count = bounded(duration, given.candidates)
+        rows.append(slimfront(duration, count, given.algorithm))
+        if given.peers:
+            for name, peer in PEERS.items():
+                rows.append(peer(duration, min(count, PEER_CANDIDATES[name]), given.algorithm))
+    table = Table(
+        "system", "job, s", "candidates", "slot ms a candidate", "of it commit", "utilisation", "CPU ms: driver + rest",
+        title=f"{SLOTS} slots on {platform.machine()}, {os.cpu_count()} cores",
+    )  # fmt: skip
+    for row in rows:
+        table.add_row(
+            row.system, row.duration, str(row.candidates), f"{row.slot_ms:.1f}",
+            f"{row.commit_ms:.1f}" if row.commit_ms else "–", f"{row.utilisation:.1%}",
+            f"{row.driver_ms:.2f} + {row.workers_ms:.2f}" if row.driver_ms else "–",
+        )  # fmt: skip
+    Console().print(table)
     if given.json is not None:
-        given.json.write_text(json.dumps(found, indent=1))
+        given.json.write_text(json.dumps([asdict(row) for row in rows], indent=1))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
@@ -33,6 +34,9 @@ class Worker:
 
     def run(self, key: str, fn: Callable[..., Any], args: tuple[Any, ...]) -> Ended:
         return run_piece(key, fn, args)
+
+    def load(self, fn: Callable[..., Any]) -> None:
+        """Does nothing: to be called with `fn`, this process has imported what that needs."""
 
 
 @dataclass
@@ -56,7 +60,8 @@ class RayExecutor:
 
     A piece is only handed to an idle worker: the next one starts a call's latency (about a millisecond)
     after the last, and nothing waits in line behind a long piece while another slot is free. A thread
-    hands out the work, so slots don't run dry while the caller thinks. Neither pieces nor `env` may hold
+    hands out the work, so slots don't run dry while the caller thinks. When the first piece starts, the other workers
+    import what its function needs, which may take as long as a short piece. Neither pieces nor `env` may hold
     secrets: Ray shows them to whoever may see its state.
 
     `env` is set before a worker's process starts, as thread counts must be; by default each worker's
@@ -87,6 +92,7 @@ class RayExecutor:
         self._tickets: dict[str, int] = {}
         self._submitted = 0
         self._ended: dict[str, Ended] = {}
+        self._loaded = False
         self._broken: BaseException | None = None
         self._closed = False
         self._changed = threading.Condition()
@@ -172,12 +178,23 @@ class RayExecutor:
         while not self._closed and (ticket := self._admission.next()) is not None:
             piece = self._pieces[ticket]
             piece.worker = self._idle.pop()
+            self._load(piece.fn)
             try:
                 future = piece.worker.run.remote(piece.key, piece.fn, piece.args).future()
             except (Exception, SystemExit) as error:  # noqa: BLE001 - such as what does not pickle
                 future = Future()
                 future.set_exception(error)
             future.add_done_callback(lambda done, ticket=ticket: self._resolved.put((ticket, done)))
+
+    def _load(self, fn: Callable[..., Any]) -> None:
+        """Once, while the first piece imports the same: later, one that is exclusive may be well under way."""
+        if self._loaded:
+            return
+        self._loaded = True
+        # What cannot be sent, `run` reports.
+        with suppress(Exception, SystemExit):
+            for worker in self._idle:
+                worker.load.remote(fn)
 
     def _settle(self, ticket: int, done: Future[Any]) -> None:
         if self._closed:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Mapping
@@ -48,7 +49,7 @@ class Recipe:
             layout = step.outline(layout)
         return layout
 
-    @property
+    @functools.cached_property
     def id(self) -> str:
         """16 hex digits of the digest of the origin and each step's name, version and options."""
         text = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from orchestrator.events import Cost
+from jobs.job import Measurement
+from orchestrator.events import Cost, Plan
 
 _FOLLOWS = {
     "prefill_p90_ms": ("prefill_ms",),
@@ -25,6 +26,14 @@ def share(metric: str, cost: Cost, original: Cost) -> float:
     if metric == "memory_gib":
         return cost.size_bytes / original.size_bytes
     return cost.decode_macs / original.decode_macs
+
+
+def estimates(cost: Cost, plan: Plan, original: Measurement) -> dict[str, float]:
+    """What a candidate is taken to need in the objectives that are timed later, by what the original needed."""
+    return {
+        metric: original.metrics[metric] * share(metric, cost, plan.original_cost)
+        for metric in plan.timed & original.metrics.keys()
+    }
 
 
 def predictions(cost: Cost, original: Cost, measured: Mapping[str, float]) -> dict[str, float]:

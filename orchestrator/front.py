@@ -134,17 +134,17 @@ class ParetoFront:
         An id that is added again is taken by its new values. Raises LookupError where an objective has
         no value and ValueError where one is NaN or infinite; the front is then as it was.
         """
-        losses(metrics, self.objectives)
+        new = np.array(losses(metrics, self.objectives))
         self.members.pop(id, None)
         if any(objective.broken_by(metrics[objective.metric]) for objective in self.objectives):
             return False
-        if any(dominates(member, metrics, self.objectives) for member in self.members.values()):
+        members = self._losses()
+        if np.any((members <= new).all(axis=1) & (members < new).any(axis=1)):
             return False
-        self.members = {
-            other: member
-            for other, member in self.members.items()
-            if not dominates(metrics, member, self.objectives)
-        }
+        worse = np.flatnonzero((members >= new).all(axis=1) & (members > new).any(axis=1)).tolist()
+        ids = list(self.members)
+        for place in worse:
+            del self.members[ids[place]]
         self.members[id] = dict(metrics)
         return True
 
@@ -186,7 +186,7 @@ class ParetoFront:
         return wanted[name][0]
 
     def _losses(self) -> NDArray[np.float64]:
-        rows = [losses(metrics, self.objectives) for metrics in self.members.values()]
+        rows = [[o.loss(m[o.metric]) for o in self.objectives] for m in self.members.values()]
         return np.array(rows, dtype=np.float64).reshape(-1, len(self.objectives))
 
     def _distances(self) -> NDArray[np.float64]:

@@ -17,23 +17,24 @@ from cluster.executor import Executor
 from cluster.on_ray import RayExecutor
 from jobs.measure import environment
 from orchestrator import search
+from orchestrator.candidate import Candidate
 from orchestrator.export import MATERIALS
 from orchestrator.foretelling import foretelling
+from orchestrator.front import Objective
 from orchestrator.ledger import Ledger
+from orchestrator.lock import only_one
 from orchestrator.prepare import Prepared, slots_of
 from orchestrator.progress import Status, status_of, write_json, write_status, write_whole
 from orchestrator.report import report_html
-from orchestrator.results import Results, front_json, judge
-from orchestrator.service import Service, Work, only_one, replayed
+from orchestrator.results import Results, Standings, front_json
+from orchestrator.service import Service, Work, replay
 from orchestrator.study import Study
 from orchestrator.tracking import MLflowTracker, NoTracker, Tracker
-from orchestrator.work import CHECKPOINTS, Workplace, work
+from orchestrator.work import CHECKPOINTS, SCRATCH, Workplace, work
 
 WRITE_SECONDS = 1.0
 """How often status and front are written, at most: what a person reads need not be newer. Where there are very
 many candidates it is done more seldom, so that it takes no more than a fiftieth of the time."""
-
-SCRATCH = "scratch"
 
 Show = Callable[[Status], None]
 
@@ -73,14 +74,15 @@ def launch(
         )
         with closing(ledger), closing(running), _interruptible():
             prepared = foretelling(prepared, ledger, running)
+            study = Study(prepared.plan)
             searching = search.make(
                 prepared.config.search.algorithm,
                 prepared.space.knobs(),
                 prepared.plan.objectives,
-                prepared.known,
+                lambda choices: prepared.known(choices, study.original.measurement),
                 prepared.config.search.seed,
             )
-            study = replayed(prepared, ledger, searching)
+            replay(study, ledger, searching)
             watch = _Watch(prepared, study, show)
             try:
                 Service(
@@ -89,7 +91,7 @@ def launch(
             finally:
                 watch.write(study)
         shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)  # of trainings that were given up
-        results = _judged(prepared, study)
+        results = _standings(prepared, study).results()
         page = report_html(results, prepared.text)
         write_whole(folder / "report.html", page)
         tracker.finish(results, page)
@@ -147,11 +149,16 @@ class _Watch:
         self._prepared = prepared
         self._show = show
         self._began = time.time()
-        self._ended_before = sum(c.state in ("measured", "failed") for c in study.candidates.values())
+        self._ended_before = study.states["measured"] + study.states["failed"]
         self._written, self._pause = 0.0, 0.0
+        self._standings = _standings(prepared, study)
         self._results: Results | None = None
 
-    def __call__(self, study: Study) -> None:
+    def record(self, candidate: Candidate) -> None:
+        self._standings.take(candidate.id)
+        self._results = None
+
+    def turn(self, study: Study) -> None:
         if time.time() - self._written >= self._pause:
             self.write(study)
 
@@ -159,8 +166,11 @@ class _Watch:
         """Bring the files up to date; called now and then, and at the very end."""
         began = time.time()
         folder = self._prepared.folder
-        if study.original.measurement is not None:
-            self._results = _judged(self._prepared, study)
+        if self._standings.objectives != _objectives(self._prepared, study):
+            self._standings = _standings(self._prepared, study)
+            self._results = None
+        if study.original.measurement is not None and self._results is None:
+            self._results = self._standings.results()
             write_json(folder / "front.json", front_json(self._results))
         status = self._status(study)
         write_status(folder, status)
@@ -173,20 +183,12 @@ class _Watch:
         return status_of(name, study, self._results, self._began, self._ended_before)
 
 
-def _judged(prepared: Prepared, study: Study) -> Results:
-    """The results so far. While the search goes on nothing is timed yet: the front is that of the other objectives."""
+def _standings(prepared: Prepared, study: Study) -> Standings:
+    return Standings(prepared.config.name, _objectives(prepared, study), study.original.id, study.candidates)
+
+
+def _objectives(prepared: Prepared, study: Study) -> list[Objective]:
+    """What results are judged by now. While the search goes on nothing is timed yet: by the other objectives."""
     plan = prepared.plan
     untimed = [objective for objective in plan.objectives if objective.metric not in plan.timed]
-    objectives = untimed if untimed and study.stage == "searching" else list(plan.objectives)
-    return judge(prepared.config.name, objectives, study.original, list(study.candidates.values()))
-
-
-def is_running(folder: Path) -> bool:
-    """Whether a process runs the study of this folder now."""
-    if not (folder / "lock").exists():
-        return False
-    try:
-        with only_one(folder):
-            return False
-    except BlockingIOError:
-        return True
+    return untimed if untimed and study.stage == "searching" else list(plan.objectives)

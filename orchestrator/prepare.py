@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from jobs import data, formats, meters, models, runtimes
 from jobs.families import TASKS, Task, family
-from jobs.job import Job, Materials, Target, TaskSource, TextSource
+from jobs.job import Job, Materials, Measurement, Target, TaskSource, TextSource
 from jobs.layout import Layout
 from jobs.meter import Reads
 from jobs.meters import lm_eval_tasks
@@ -22,6 +22,7 @@ from jobs.operations import Table, predict
 from jobs.recipe import Origin, Recipe
 from orchestrator import search
 from orchestrator.config import Evaluation, InvalidStudy, Loaded, StudyConfig, Tasks, Text
+from orchestrator.estimate import estimates
 from orchestrator.events import Cost, Plan, Proposed
 from orchestrator.front import Objective
 from orchestrator.space import Choices, Problem, SearchSpace, parse
@@ -99,13 +100,16 @@ class Prepared:
         bytes_per_weight = 20 if training else 12 if squares else 6
         return round(WORKER_GIB + bytes_per_weight * parameters / 2**30, 3)
 
-    def known(self, choices: Choices) -> Mapping[str, float]:
-        """What needs no evaluation: the size, or a bound of it. Nothing where the choices cannot be made."""
+    def known(self, choices: Choices, original: Measurement | None = None) -> Mapping[str, float]:
+        """What needs no evaluation: the size, or a bound of it, and once the original is timed what timings are taken
+        to be. Nothing where the choices cannot be made."""
         recipe = self.space.recipe(self.plan.original.origin, choices)
         try:
-            return {"size_bytes": float(self._cost(recipe).size_bytes)}
+            cost = self._cost(recipe)
         except ValueError:
             return {}
+        timed = {} if original is None else estimates(cost, self.plan, original)
+        return {"size_bytes": float(cost.size_bytes), **timed}
 
     def _cost(self, recipe: Recipe) -> Cost:
         """ValueError where the recipe makes no model, or none that the target can run."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -46,7 +45,7 @@ class Status:
 
 def status_of(name: str, study: Study, results: Results | None, began: float, ended_before: int) -> Status:
     """The status now. Time left is judged by the candidates that ended since this process took over."""
-    states = Counter(candidate.state for candidate in study.candidates.values())
+    states = study.states
     ended = states["measured"] + states["failed"]
     elapsed = time.time() - began
     since = ended - ended_before

@@ -25,7 +25,7 @@ COSTS = ("_bytes", "_gib", "_ms", "_joules", "cost_per_million_tokens")
 
 @dataclass(frozen=True)
 class Results:
-    """candidates: all of them, the original among them; members: the ids on the front, smallest first.
+    """by_id: all candidates, the original among them; members: the ids on the front, smallest first.
 
     The original is what everything is compared with, whether or not it is on the front itself.
     """
@@ -33,14 +33,17 @@ class Results:
     study: str
     objectives: list[Objective]
     original: Candidate
-    candidates: list[Candidate]
+    by_id: Mapping[str, Candidate]
     members: list[str]
     standings: Mapping[str, Standing]
 
     @property
+    def candidates(self) -> list[Candidate]:
+        return list(self.by_id.values())
+
+    @property
     def front(self) -> ParetoFront:
-        by_id = {candidate.id: candidate for candidate in self.candidates}
-        return ParetoFront(self.objectives, {id: metrics(by_id[id]) for id in self.members})
+        return ParetoFront(self.objectives, {id: metrics(self.by_id[id]) for id in self.members})
 
     @property
     def reference(self) -> dict[str, float] | None:
@@ -88,15 +91,53 @@ def judge(
     """
     by_id = {candidate.id: candidate for candidate in (original, *candidates)}
     by_id[original.id] = original
-    standings = {id: _standing(one, objectives, original) for id, one in by_id.items()}
-    front = ParetoFront(
-        objectives, {id: metrics(by_id[id]) for id, standing in standings.items() if standing == "front"}
-    )
-    for id, standing in standings.items():
-        if standing == "front" and id not in front.members:
-            standings[id] = "dominated"
-    members = sorted(front.members, key=lambda id: (metrics(by_id[id])["size_bytes"], id))
-    return Results(study, list(objectives), original, list(by_id.values()), members, standings)
+    return Standings(study, objectives, original.id, by_id).results()
+
+
+class Standings:
+    """Where the candidates of a study that goes on stand, brought up to date one candidate at a time.
+
+    by_id is the study's own and is only read here. What `results` gives is what `judge` finds of all of them,
+    without comparing all of them again.
+    """
+
+    def __init__(
+        self, study: str, objectives: Sequence[Objective], original: str, by_id: Mapping[str, Candidate]
+    ) -> None:
+        self.objectives = list(objectives)
+        self._study = study
+        self._original = original
+        self._by_id = by_id
+        self._judge_all()
+
+    def take(self, id: str) -> None:
+        """This candidate has ended, or more is known of it."""
+        if id == self._original or self._own.get(id) == "front":
+            # Others were compared with what it was before: who it kept off the front may be on it now.
+            self._judge_all()
+            return
+        one = self._by_id[id]
+        self._own[id] = _standing(one, self.objectives, self._by_id[self._original])
+        if self._own[id] == "front":
+            self._front.add(id, metrics(one))
+
+    def results(self) -> Results:
+        """All of it as it is now; a candidate that `take` was not told of yet is waiting."""
+        standings = {id: self._standing_of(id) for id in self._by_id}
+        members = sorted(self._front.members, key=lambda id: (metrics(self._by_id[id])["size_bytes"], id))
+        return Results(
+            self._study, self.objectives, self._by_id[self._original], dict(self._by_id), members, standings
+        )
+
+    def _standing_of(self, id: str) -> Standing:
+        own = self._own.get(id, "waiting")
+        return "dominated" if own == "front" and id not in self._front.members else own
+
+    def _judge_all(self) -> None:
+        original = self._by_id[self._original]
+        self._own = {id: _standing(one, self.objectives, original) for id, one in self._by_id.items()}
+        compared = {id: metrics(self._by_id[id]) for id, own in self._own.items() if own == "front"}
+        self._front = ParetoFront(self.objectives, compared)
 
 
 def metrics(candidate: Candidate) -> Metrics:
@@ -142,7 +183,7 @@ def prediction_errors(candidate: Candidate) -> dict[str, float]:
 
 def front_json(results: Results) -> dict[str, Any]:
     """The front as plain data: what `front.json` holds. Members are sorted by size."""
-    by_id = {candidate.id: candidate for candidate in results.candidates}
+    by_id = results.by_id
     return {
         "study": results.study,
         "objectives": [asdict(objective) for objective in results.objectives],

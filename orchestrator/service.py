@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import fcntl
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Protocol
 
 from cluster.executor import Executor, Resources
 from jobs.job import Failure, Job, Outcome
+from orchestrator.candidate import Candidate
 from orchestrator.events import Began, Command, Ended, Event, Exhausted, Record, Run, Started, Tell
 from orchestrator.ledger import Ledger
 from orchestrator.prepare import Prepared
@@ -24,12 +23,21 @@ DUPLICATES_IN_A_ROW = 200
 """So many proposals without a new recipe among them, and the space is taken to be exhausted."""
 
 Work = Callable[[Job], Outcome]
-Watch = Callable[[Study], None]
+
+
+class Watch(Protocol):
+    """Looks on. What it does takes time from the loop."""
+
+    def record(self, candidate: Candidate) -> None:
+        """What is known of a candidate now: it ended, or was timed. The study has it already."""
+
+    def turn(self, study: Study) -> None:
+        """The loop has gone round once."""
 
 
 @dataclass
 class Service:
-    """What one process needs to carry a study on. `work` must pickle; `watch` is called after every turn."""
+    """What one process needs to carry a study on. `work` must pickle."""
 
     study: Study
     prepared: Prepared
@@ -51,7 +59,7 @@ class Service:
                 if ended.lost is not None:
                     outcome = Failure("preempted" if ended.preempted else "bug", ended.lost)
                 self._take(Ended(job_id, int(attempt), outcome))
-            self.watch(self.study)
+            self.watch.turn(self.study)
 
     def _propose(self) -> None:
         duplicates = 0
@@ -89,29 +97,18 @@ class Service:
                 self.search.tell([(command.choices, command.result)])
             elif isinstance(command, Record):
                 self.tracker.record(command.candidate)
+                self.watch.record(command.candidate)
 
     def _run(self, command: Run) -> None:
-        self._take(Started(command.job.id, command.attempt))
+        job_id = command.job.id
+        self._take(Started(job_id, command.attempt))
         resources = Resources(memory_gib=self.prepared.memory_gib(command.job), exclusive=command.alone)
-        self.executor.submit(
-            f"{command.job.id}#{command.attempt}", self.work, command.job, resources=resources
-        )
+        self.executor.submit(f"{job_id}#{command.attempt}", self.work, command.job, resources=resources)
 
 
-def replayed(prepared: Prepared, ledger: Ledger, search: Search) -> Study:
-    """The study as the ledger holds it, the search told of all that has ended."""
-    study = Study(prepared.plan)
+def replay(study: Study, ledger: Ledger, search: Search) -> None:
+    """Bring a new study to where the ledger is, and tell the search of all that has ended."""
     for _, event in ledger.events():
         for command in study.handle(event):
             if isinstance(command, Tell):
                 search.tell([(command.choices, command.result)])
-    return study
-
-
-@contextmanager
-def only_one(folder: Path) -> Iterator[None]:
-    """Hold a study's folder against a second service. BlockingIOError where another process holds it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from array import array
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -11,7 +13,8 @@ from jobs.job import Failure, Job, Measurement, Success
 from jobs.knobs import Value
 from jobs.recipe import Recipe
 from orchestrator.candidate import Candidate, State
-from orchestrator.estimate import predictions, share, surely_no_slower
+from orchestrator.contenders import Rival, contenders
+from orchestrator.estimate import estimates, predictions
 from orchestrator.events import (
     Began,
     Command,
@@ -26,17 +29,18 @@ from orchestrator.events import (
     Started,
     Tell,
 )
-from orchestrator.front import dominates
 
 MAX_BUG_ATTEMPTS = 3
 """An unexplained failure is tried this often before the candidate is given up as poison."""
 
 
-@dataclass
+@dataclass(slots=True)
 class _Node:
-    """One recipe of the trie and how far it is."""
+    """One recipe of the trie and how far it is. children: the ids of what is made from it, in their order."""
 
     recipe: Recipe
+    id: str
+    parent: str | None
     cost: Cost | None = None
     artifact: str | None = None
     wanted: bool = False
@@ -47,7 +51,7 @@ class _Node:
     attempt: int = 0
     failed_attempts: int = 0
     alone: bool = False
-    children: list[str] = field(default_factory=list)
+    children: dict[str, None] = field(default_factory=dict)
 
 
 class Study:
@@ -59,6 +63,8 @@ class Study:
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self.candidates: dict[str, Candidate] = {}
+        self.states: Counter[State] = Counter()
+        """How many candidates are in each state."""
         self.exhausted: str | None = None
         self.reused = 0
         self.proposed = 0
@@ -66,14 +72,16 @@ class Study:
         self._nodes: dict[str, _Node] = {}
         self._by_job: dict[str, str] = {}
         self._timing = False
-        # What is under way, kept beside the states it follows from: they are asked for at every turn.
+        # What follows from the nodes and candidates, kept beside them: it is asked for at every turn.
         self._busy: set[str] = set()
         self._open: set[str] = set()
+        self._contenders: frozenset[str] | None = None
+        self._original_id = plan.original.id
         self._enter(plan.original, {}, plan.original_cost)
 
     @property
     def original(self) -> Candidate:
-        return self.candidates[self.plan.original.id]
+        return self.candidates[self._original_id]
 
     @property
     def running(self) -> int:
@@ -114,8 +122,19 @@ class Study:
     def _handle_began(self) -> list[Command]:
         for node in self._nodes.values():
             node.job = None
+            if node.failure is not None and node.failure.kind == "disk_full":
+                self._revive(node)
         self._busy.clear()
         return [command for node in list(self._nodes.values()) for command in self._next(node)]
+
+    def _revive(self, node: _Node) -> None:
+        """Let a node be tried again: what it failed of is mended by who takes the study up."""
+        node.failure, node.failed_attempts = None, 0
+        if node.wanted:
+            candidate = self.candidates[node.id]
+            state: State = "waiting" if candidate.measurement is None else "measured"
+            self._keep(dataclasses.replace(candidate, state=state, failure=None))
+        self._timing, self._contenders = False, None
 
     def _handle_proposed(self, event: Proposed) -> list[Command]:
         known = self.candidates.get(event.recipe.id)
@@ -124,7 +143,7 @@ class Study:
         if event.cost is None:
             failure = Failure("invalid", event.refused or "the recipe cannot be applied to this model")
             failed = Candidate(event.recipe, "failed", 0, event.choices, failure=failure)
-            self.candidates[failed.id] = failed
+            self._keep(failed)
             self.proposed += 1
             return [Record(failed), Tell(event.choices, failure)]
         broken = [
@@ -132,7 +151,7 @@ class Study:
         ]
         if broken:
             over = Candidate(event.recipe, "over_limit", event.cost.size_bytes, event.choices)
-            self.candidates[over.id] = over
+            self._keep(over)
             why = f"size_bytes={event.cost.size_bytes} breaks the limit of {broken[0].limit:g}"
             return [Record(over), Tell(event.choices, Failure("invalid", why))]
         self.proposed += 1
@@ -141,14 +160,14 @@ class Study:
     def _enter(self, recipe: Recipe, choices: Mapping[str, Value], cost: Cost) -> list[_Node]:
         """Put a candidate and its lineage into the trie; the nodes from the original to it."""
         candidate = Candidate(recipe, "waiting", cost.size_bytes, choices)
-        self.candidates[candidate.id] = candidate
-        self._open.add(candidate.id)
-        nodes = [self._nodes.setdefault(step.id, _Node(step)) for step in recipe.lineage()]
-        for parent, child in itertools.pairwise(nodes):
-            if child.recipe.id not in parent.children:
-                parent.children.append(child.recipe.id)
-            else:
-                self.reused += 1
+        self._keep(candidate)
+        nodes: list[_Node] = []
+        for step in recipe.lineage():
+            id, parent = step.id, nodes[-1].id if nodes else None
+            nodes.append(self._nodes.setdefault(id, _Node(step, id, parent)))
+        for above, below in itertools.pairwise(nodes):
+            self.reused += below.id in above.children
+            above.children[below.id] = None
         nodes[-1].wanted, nodes[-1].cost = True, cost
         return nodes
 
@@ -161,7 +180,7 @@ class Study:
 
     def _handle_started(self, event: Started) -> list[Command]:
         node = self._node_of(event.job_id)
-        if node is None or not node.wanted or node.measured:
+        if node is None or not node.wanted or node.measured or node.failure is not None:
             return []
         return self._update(node, "running")
 
@@ -170,38 +189,46 @@ class Study:
         if node is None or node.job is None or node.job.id != event.job_id or event.attempt != node.attempt:
             return []  # late or repeated: this attempt was given up, or its result is counted already
         job, node.job = node.job, None
-        self._busy.discard(node.recipe.id)
+        self._busy.discard(node.id)
         if isinstance(event.outcome, Failure):
             return self._handle_failure(node, job, event.outcome)
         return self._handle_success(node, job, event.outcome)
 
     def _handle_success(self, node: _Node, job: Job, success: Success) -> list[Command]:
+        new = node.artifact is None
         node.artifact, node.alone, node.failed_attempts = success.artifact, False, 0
         commands: list[Command] = []
         if job.meters:
             node.measured = True
             node.timed = job.meters == self.plan.timers
-            candidate = self.candidates[node.recipe.id]
+            if not node.timed:
+                self._contenders = None  # of what is known now, which has changed
+            candidate = self.candidates[node.id]
             before = candidate.measurement
-            measurement = success.measurement if before is None else before.joined(success.measurement)
+            news = _compact(success.measurement)
+            measurement = news if before is None else before.joined(news)
             commands += self._update(
                 node, "measured", measurement=measurement, artifact=success.artifact,
                 predicted=self._predicted(node, measurement),
             )  # fmt: skip
             if before is None:
-                commands += self._told(self.candidates[node.recipe.id], candidate.choices)
+                commands += self._told(self.candidates[node.id], candidate.choices)
         commands += self._next(node)
-        for child in node.children:
-            commands += self._next(self._nodes[child])
+        if new:
+            for child in node.children:
+                commands += self._next(self._nodes[child])
         return commands
 
     def _handle_failure(self, node: _Node, job: Job, failure: Failure) -> list[Command]:
         if failure.kind == "preempted":
             return self._next(node)
         node.failed_attempts += 1
-        again = {"out_of_memory": 2, "bug": MAX_BUG_ATTEMPTS, "timeout": MAX_BUG_ATTEMPTS}.get(
-            failure.kind, 1
-        )
+        again = {
+            "out_of_memory": 2,
+            "bug": MAX_BUG_ATTEMPTS,
+            "timeout": MAX_BUG_ATTEMPTS,
+            "disk_full": MAX_BUG_ATTEMPTS,
+        }.get(failure.kind, 1)
         if node.failed_attempts < again:
             node.alone = failure.kind == "out_of_memory"
             return self._next(node)
@@ -212,10 +239,10 @@ class Study:
         node.failure = failure
         commands: list[Command] = []
         if node.wanted:
-            candidate = self.candidates[node.recipe.id]
+            candidate = self.candidates[node.id]
             commands += self._update(node, "failed", failure=failure)
             if candidate.measurement is None:
-                commands += self._told(self.candidates[node.recipe.id], candidate.choices)
+                commands += self._told(self.candidates[node.id], candidate.choices)
         if node.artifact is None:
             for child in node.children:
                 if self._nodes[child].failure is None:
@@ -226,10 +253,9 @@ class Study:
         """The job that this node needs now, if it is ready for one."""
         if node.job is not None or node.failure is not None:
             return []
-        parent = node.recipe.parent
-        if parent is not None and self._nodes[parent.id].artifact is None:
+        if node.parent is not None and self._nodes[node.parent].artifact is None:
             return []
-        if parent is None and not node.measured:
+        if node.parent is None and not node.measured:
             # Everything waits for the original anyway: it is measured and timed in one go.
             return [self._run(node, (*self.plan.meters, *self.plan.timers), bool(self.plan.timers))]
         if node.artifact is None or (node.wanted and not node.measured):
@@ -238,37 +264,29 @@ class Study:
 
     def _to_be_timed(self, node: _Node) -> bool:
         """Whether this candidate is to be timed now."""
-        candidate = self.candidates.get(node.recipe.id)
-        if not self._timing or not self.plan.timers or node.timed or candidate is None:
+        if not self._timing or not self.plan.timers or node.timed or node.id not in self.candidates:
             return False
-        return candidate is self.original or self.may_be_on_front(candidate)
+        if self._contenders is None:
+            self._contenders = self._found_contenders()
+        return node.parent is None or node.id in self._contenders
 
-    def may_be_on_front(self, candidate: Candidate) -> bool:
-        """Whether no other candidate is surely at least as good: on all that is measured, and by its cost no slower."""
-        measured = [o for o in self.plan.objectives if o.metric not in self.plan.timed]
-        mine = candidate.measurement
-        if mine is None or any(o.broken_by(mine.metrics[o.metric]) for o in measured):
-            return False
-        cost = self._cost(candidate)
-        for other in self.candidates.values():
-            if other.id == candidate.id or other.measurement is None:
-                continue
-            no_slower = surely_no_slower(
-                self._cost(other), cost, self.plan.timed, self.plan.prediction_errors
-            )
-            if no_slower and dominates(other.measurement.metrics, mine.metrics, measured):
-                return False
-        return True
+    def _found_contenders(self) -> frozenset[str]:
+        measured = [
+            (id, candidate.measurement)
+            for id, candidate in self.candidates.items()
+            if candidate.measurement is not None
+        ]
+        return contenders({id: Rival(one.metrics, self._cost(id)) for id, one in measured}, self.plan)
 
-    def _cost(self, candidate: Candidate) -> Cost:
-        cost = self._nodes[candidate.id].cost
+    def _cost(self, id: str) -> Cost:
+        cost = self._nodes[id].cost
         assert cost is not None, "every candidate that runs has a known cost"
         return cost
 
     def _predicted(self, node: _Node, measurement: Measurement) -> Mapping[str, float]:
         """What was predicted of what is measured now, but of the original, which predictions are relative to."""
         original = self.original.measurement
-        if node.cost is None or original is None or node.recipe.id == self.original.id:
+        if node.cost is None or original is None or node.parent is None:
             return {}
         found = predictions(node.cost, self.plan.original_cost, original.metrics)
         return {metric: value for metric, value in found.items() if metric in measurement.metrics}
@@ -290,8 +308,8 @@ class Study:
         job = Job(node.recipe, tuple(meters), self.plan.materials_digest)
         node.job = job
         node.attempt += 1
-        self._busy.add(node.recipe.id)
-        self._by_job[job.id] = node.recipe.id
+        self._busy.add(node.id)
+        self._by_job[job.id] = node.id
         return Run(job, node.attempt, alone)
 
     def _node_of(self, job_id: str) -> _Node | None:
@@ -299,12 +317,22 @@ class Study:
         return None if recipe_id is None else self._nodes[recipe_id]
 
     def _update(self, node: _Node, state: State, **changes: object) -> list[Command]:
-        before = self.candidates[node.recipe.id]
+        before = self.candidates[node.id]
         after = dataclasses.replace(before, state=state, attempts=node.attempt, **changes)  # type: ignore[arg-type]
-        self.candidates[after.id] = after
-        if state in ("measured", "failed"):
-            self._open.discard(after.id)
+        self._keep(after)
         return [Record(after)] if state in ("measured", "failed") else []
+
+    def _keep(self, candidate: Candidate) -> None:
+        """Put a candidate, new or changed, in its place, and bring up to date what follows from all of them."""
+        before = self.candidates.get(candidate.id)
+        self.candidates[candidate.id] = candidate
+        if before is not None:
+            self.states[before.state] -= 1
+        self.states[candidate.state] += 1
+        if candidate.state in ("waiting", "running"):
+            self._open.add(candidate.id)
+        else:
+            self._open.discard(candidate.id)
 
     def _told(self, candidate: Candidate, choices: Mapping[str, Value]) -> list[Command]:
         """What to tell the search of a candidate that has ended; nothing of one that is under way."""
@@ -316,12 +344,16 @@ class Study:
             return [Tell(choices, Failure("invalid", "breaks the size limit"))]
         if candidate.measurement is None:
             return []
-        metrics = dict(candidate.measurement.metrics)
         original = self.original.measurement
-        for metric in self.plan.timed - set(metrics):
-            unit = original.metrics[metric] if original else 1.0
-            metrics[metric] = unit * share(metric, self._cost(candidate), self.plan.original_cost)
+        foretold = {} if original is None else estimates(self._cost(candidate.id), self.plan, original)
+        metrics = {**foretold, **candidate.measurement.metrics}
         return [Tell(choices, metrics)]
+
+
+def _compact(measurement: Measurement) -> Measurement:
+    """The same, with its items as bare numbers: a study holds those of thousands of candidates."""
+    items = {metric: array("d", values) for metric, values in measurement.items.items()}
+    return dataclasses.replace(measurement, items=items)
 
 
 def _inherited(node: _Node) -> Failure:

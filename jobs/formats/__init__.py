@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -46,10 +47,13 @@ class Format(Protocol):
         """
 
 
-def names() -> list[str]:
+@functools.cache
+def names() -> tuple[str, ...]:
     """Every format there is, read from the files of this folder."""
     found = (module.name for module in pkgutil.iter_modules(__path__))
-    return sorted(name.removeprefix(_PREFIX).replace("_", "-") for name in found if name.startswith(_PREFIX))
+    return tuple(
+        sorted(name.removeprefix(_PREFIX).replace("_", "-") for name in found if name.startswith(_PREFIX))
+    )
 
 
 def load(name: str) -> Format:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import pkgutil
 from pathlib import Path
 from typing import Protocol, cast
@@ -46,10 +47,11 @@ class Runtime(Protocol):
         """Load the model of this folder, which is in FORMAT, to run it on so many threads."""
 
 
-def names() -> list[str]:
+@functools.cache
+def names() -> tuple[str, ...]:
     """Every runtime there is, read from the files of this folder."""
     found = (module.name for module in pkgutil.iter_modules(__path__))
-    return sorted(name.removeprefix(_PREFIX) for name in found if name.startswith(_PREFIX))
+    return tuple(sorted(name.removeprefix(_PREFIX) for name in found if name.startswith(_PREFIX)))
 
 
 def load(name: str) -> Runtime:

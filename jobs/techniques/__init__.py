@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import pkgutil
 
 from jobs.lookup import module_of
 from jobs.technique import Technique
 
 
-def names() -> list[str]:
+@functools.cache
+def names() -> tuple[str, ...]:
     """Every technique there is, in alphabetical order, read from the files of this folder."""
-    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+    return tuple(sorted(module.name for module in pkgutil.iter_modules(__path__)))
 
 
 def load(name: str) -> type[Technique]:

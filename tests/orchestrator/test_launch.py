@@ -23,9 +23,9 @@ from orchestrator.config import load
 from orchestrator.export import export_member
 from orchestrator.launch import OtherStudy, launch
 from orchestrator.ledger import Ledger
+from orchestrator.lock import only_one
 from orchestrator.prepare import Prepared, prepare
 from orchestrator.results import Results
-from orchestrator.service import only_one
 from orchestrator.work import Workplace, work
 
 

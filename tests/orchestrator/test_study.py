@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import random
+from collections import Counter
+
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from jobs import techniques
 from jobs.job import Failure, Job, Measurement, Success
@@ -21,6 +26,7 @@ from orchestrator.events import (
     Tell,
 )
 from orchestrator.front import Objective
+from orchestrator.results import Standings, judge
 from orchestrator.study import Study
 
 ORIGIN = Origin("model", "data", 0)
@@ -340,3 +346,66 @@ def test_replaying_the_events_rebuilds_the_study_after_any_number_of_kills() -> 
     assert copy.candidates == study.candidates
     assert (copy.running, copy.stage, copy.reused) == (study.running, study.stage, study.reused)
     assert copy.candidates[DROPPED.id].measurement == measured(0.4).measurement
+
+
+OUTCOMES = st.sampled_from(["measured", "measured", "measured", "invalid", "bug", "preempted"])
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 3), st.integers(2, 4), OUTCOMES), max_size=30),
+    st.booleans(),
+    st.randoms(),
+)
+def test_what_is_kept_beside_the_candidates_is_what_all_of_them_add_up_to(
+    steps: list[tuple[int, int, str]], timers: bool, order: random.Random
+) -> None:
+    study = Study(plan(candidates=100, timers=timers, limit=90))
+    waiting = runs(study.handle(Began()))
+    standings = Standings("study", study.plan.objectives, study.original.id, study.candidates)
+
+    def take(commands: list[Command]) -> None:
+        waiting.extend(runs(commands))
+        for command in commands:
+            if isinstance(command, Record):
+                standings.take(command.candidate.id)
+
+    def end_one(kind: str, value: int) -> None:
+        run = waiting.pop(order.randrange(len(waiting)))
+        study.handle(Started(run.job.id, run.attempt))
+        done = measured(value / 10, size=40 + 10 * value, **({"decode_ms": float(value)} if timers else {}))
+        take(end(study, run, done if kind == "measured" else Failure(kind, "why")))  # type: ignore[arg-type]
+
+    def check() -> None:
+        assert study.states + Counter() == Counter(c.state for c in study.candidates.values())
+        everyone = list(study.candidates.values())
+        assert standings.results() == judge("study", study.plan.objectives, study.original, everyone)
+
+    for count, value, kind in steps:
+        recipe = ORIGINAL.then(DROP(count=count)).then(RTN(bits={2: 2, 3: 4, 4: 8}[value]))
+        take(study.handle(proposal(recipe, size=40 + 20 * value)))
+        if waiting:
+            end_one(kind, value)
+        check()
+    take(study.handle(Exhausted("enough")))
+    while waiting:
+        end_one("measured", order.randint(1, 9))
+        check()
+
+
+def test_no_more_is_proposed_than_can_wait_however_long_nothing_ends() -> None:
+    study, original = begun(plan(candidates=10_000))
+    end(study, original, measured(0.5))
+    for slots in (2, 50):
+        while study.wants(slots):
+            # One prefix that all wait for: only the first of them has a job.
+            study.handle(proposal(DROPPED.then(PRUNE(ratio=study.proposed / 20_000))))
+        assert study.proposed == 4 * slots
+
+
+def test_a_late_start_does_not_bring_a_failed_candidate_back() -> None:
+    study, original = begun(plan())
+    end(study, original, measured(0.5))
+    run = only_run(study.handle(proposal(DROPPED)))
+    end(study, run, Failure("invalid", "no"))
+    assert study.handle(Started(run.job.id, run.attempt)) == []
+    assert study.candidates[DROPPED.id].state == "failed"
