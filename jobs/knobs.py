@@ -41,6 +41,11 @@ class Choice:
 
     values: tuple[Value, ...]
 
+    @property
+    def ordered(self) -> bool:
+        """Whether these are numbers, of which near ones do alike."""
+        return all(isinstance(value, int | float) and not isinstance(value, bool) for value in self.values)
+
     def __contains__(self, value: object) -> bool:
         # 1 == True in Python; an option that takes numbers must not take booleans, and the other way round.
         return any(

@@ -84,7 +84,7 @@ class SearchSpec:
     timed before the search, at most, to predict how fast all others are (`auto`: 32 where at least 64 candidates
     are tried; 0: multiply-adds stand in for time)."""
 
-    algorithm: str = "random"
+    algorithm: str = "surrogate"
     order: str = "given"
     candidates: int = 24
     seed: int = 0

@@ -66,6 +66,10 @@ class Proposals:
             accepted.append(choices)
         return accepted
 
+    def take(self, choices: Choices) -> None:
+        """Count choices that were found otherwise as proposed."""
+        self._seen.add(key(choices))
+
     def _draw_one(self, sample: Callable[[], dict[str, Value]]) -> dict[str, Value] | None:
         nearest: dict[Objective, float] = {}
         only_breakers = True

@@ -35,7 +35,14 @@ def measured(choices: Mapping[str, Value]) -> dict[str, float]:
     return {**size(choices), "accuracy": 1.0 - 0.05 * float(choices["depth"]) - 1 / float(choices["bits"])}
 
 
-@pytest.fixture(params=search.names())
+# Optuna's Gaussian process takes seconds an ask.
+NAMES = [
+    pytest.param(name, marks=[pytest.mark.slow, pytest.mark.timeout(1200)] * (name == "gp"))
+    for name in search.names()
+]
+
+
+@pytest.fixture(params=NAMES)
 def name(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 

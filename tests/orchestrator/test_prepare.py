@@ -40,7 +40,7 @@ def test_an_override_replaces_what_the_file_says(prepared: Callable[..., Prepare
         ("search.candidats=3", "command line search.candidats: got candidats, expected a known key: did you mean cand"),
         ("search.candidates=many", "command line search.candidates: got 'many', expected a whole number"),
         ("search.candidates=0", "command line search.candidates: got 0, expected at least 1"),
-        ("search.algorithm=magic", "command line search.algorithm: got magic, expected one of nsga2, random"),
+        ("search.algorithm=magic", "command line search.algorithm: got magic, expected one of gp, grid, nsga2"),
         ("task=poetry", "command line task: got poetry, expected one of causal-lm, classification, embedding"),
         ("target.threads=1000", "expected 1 to"),
         ("target.runtime=abacus", "got abacus, expected one of"),

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+from collections import Counter
+from collections.abc import Mapping
+
+import numpy as np
 import pytest
 
 from jobs.job import Failure
@@ -14,7 +20,7 @@ ERROR = Objective("error", "min")
 
 
 def test_the_searches_are_those_of_the_files() -> None:
-    assert {"random", "nsga2"} <= set(search.names())
+    assert {"random", "grid", "nsga2", "tpe", "gp"} <= set(search.names())
 
 
 def test_an_unknown_search_is_refused_with_the_nearest_name() -> None:
@@ -74,7 +80,8 @@ def test_true_and_one_are_different_choices() -> None:
     assert sorted(type(choices["knob"]).__name__ for choices in trying.ask(3)) == ["bool", "int"]
 
 
-def test_nsga2_finds_a_better_front_than_random_choices_do() -> None:
+@pytest.mark.parametrize("name", ["nsga2", "tpe"])
+def test_what_learns_finds_a_better_front_than_random_choices_do(name: str) -> None:
     space = {f"x{number}": Range(0.0, 1.0) for number in range(8)}
     objectives = [Objective("f"), Objective("g")]
 
@@ -87,19 +94,20 @@ def test_nsga2_finds_a_better_front_than_random_choices_do() -> None:
     def volume(name: str) -> float:
         trying = search.make(name, space, objectives, seed=1)
         front = ParetoFront(objectives)
-        for turn in range(60):
-            results = [(choices, zdt1(choices)) for choices in trying.ask(5)]
+        for turn in range(300):
+            results = [(choices, zdt1(choices)) for choices in trying.ask(1)]
             trying.tell(results)
             for number, (_, metrics) in enumerate(results):
                 front.add(f"{turn}.{number}", metrics)
         return front.hypervolume({"f": 1.1, "g": 6.0})
 
-    assert volume("nsga2") > 1.1 * volume("random")
+    assert volume(name) > 1.1 * volume("random")
 
 
-def test_nsga2_turns_from_what_breaks_a_measured_limit() -> None:
+@pytest.mark.parametrize("name", ["nsga2", "tpe"])
+def test_what_breaks_a_measured_limit_is_turned_from(name: str) -> None:
     space = {"x": Range(0.0, 1.0), "y": Range(0.0, 1.0)}
-    trying = search.make("nsga2", space, [Objective("x"), Objective("y", "max", limit=0.9)], seed=0)
+    trying = search.make(name, space, [Objective("x"), Objective("y", "max", limit=0.9)], seed=0)
     kept = []
     for _ in range(30):
         results = [
@@ -108,3 +116,60 @@ def test_nsga2_turns_from_what_breaks_a_measured_limit() -> None:
         trying.tell(results)
         kept += [metrics["y"] >= 0.9 for _, metrics in results]
     assert sum(kept[-75:]) > 0.3 * 75, "one in ten uniform choices keeps the limit"
+
+
+GRID = {
+    "layers": Range(1, 5, integer=True),
+    "keep": Range(0.1, 10.0, log=True),
+    "steps": Range(1, 1000, integer=True, log=True),
+    "order": Choice(("prune", "factorize")),
+}
+
+
+def test_a_grid_has_every_combination_once_and_then_ends() -> None:
+    trying = search.make("grid", GRID, [ERROR], seed=3)
+    asked = trying.ask(5000)
+    values = {knob: {choices[knob] for choices in asked} for knob in GRID}
+    assert sorted(values["layers"]) == [1, 2, 3, 4, 5]
+    assert sorted(values["keep"])[::4] == pytest.approx([0.1, 1.0, 10.0])
+    assert min(values["steps"]) == 1
+    assert max(values["steps"]) == 1000
+    combinations = {tuple(choices.items()) for choices in asked}
+    assert len(combinations) == len(asked) == math.prod(len(those) for those in values.values())
+    assert trying.ask(1) == []
+
+
+def test_a_grid_leaves_out_what_breaks_a_known_limit_and_nothing_else() -> None:
+    def size(choices: Mapping[str, Value]) -> dict[str, float]:
+        return {"size_bytes": float(choices["layers"]) * float(choices["keep"])}
+
+    everything = search.make("grid", GRID, [ERROR]).ask(5000)
+    limit = Objective("size_bytes", limit=1.0)
+    kept = search.make("grid", GRID, [ERROR, limit], size).ask(5000)
+    assert kept == [choices for choices in everything if size(choices)["size_bytes"] <= 1.0]
+
+
+def test_the_beginning_of_a_grid_is_spread_over_a_space_too_large_to_end() -> None:
+    space = {f"layer{number}": Choice((2, 3, 4, 8)) for number in range(40)}
+    begun = search.make("grid", space, [ERROR]).ask(64)
+    for one, other in itertools.pairwise(space):
+        counts = Counter(choices[one] for choices in begun)
+        assert set(counts) == {2, 3, 4, 8}
+        assert max(counts.values()) <= 20, "16 are an even share"
+        assert len({(choices[one], choices[other]) for choices in begun}) >= 12
+
+
+def test_a_grid_goes_on_after_more_results_than_it_looks_at_in_one_draw() -> None:
+    space = {f"layer{number}": Choice((2, 3, 4, 8)) for number in range(8)}
+    before = search.make("grid", space, [ERROR], seed=1)
+    told = before.ask(4500)
+    resumed = search.make("grid", space, [ERROR], seed=1)
+    resumed.tell([(choices, {"error": 1.0}) for choices in told])
+    assert resumed.ask(3) == before.ask(3)
+
+
+def test_tpe_looks_elsewhere_while_a_choice_is_outstanding() -> None:
+    trying = search.make("tpe", {"x": Range(0.0, 1.0)}, [ERROR], seed=0)
+    for _ in range(30):
+        trying.tell([(one, {"error": (float(one["x"]) - 0.3) ** 2}) for one in trying.ask(1)])
+    assert np.ptp([float(one["x"]) for one in trying.ask(6)]) > 0.01

@@ -1,0 +1,234 @@
+"""Surrogate search: learns what choices do to what must be measured, and tries what should add most to the front."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Float
+from numpy.typing import NDArray
+
+from jobs.knobs import Value
+from orchestrator.front import Metrics, Objective, nondominated
+from orchestrator.search import Known, Result, Space
+from orchestrator.search.belief import Belief, LossBelief
+from orchestrator.search.improvement import Expected, expected_improvement
+from orchestrator.search.places import Places, Points
+from orchestrator.search.proposals import Proposals
+from orchestrator.search.survey import Losses, Pool, Survey
+
+_START = 6
+"""So many choices are asked, as different as can be, before anything is believed."""
+_ANYWHERE, _NEAR = 100, 80
+"""New choices that a proposal is picked from: drawn anywhere (and half as many levelled), and near the front, near
+the best of the last proposal, near what is believed to be the front."""
+_BEST = 20
+_KEPT = 150
+_BELIEVED = 600
+"""So many results are learned from, about."""
+_MEMBERS = {1: 1, 2: 400, 3: 60, 4: 16}
+"""So many points of a front count at most, by the number of objectives: boxes grow with their power."""
+_NOTHING = 1e-9
+_TURNS = (None, 0.5, None, 0.9)
+_KNOWN_SHARE = 0.8
+"""Shares of the space within the bounds of a volume, by what is believed and by what is known of it. None: bounds by
+the front."""
+_BOLD = (1.0, 3.0)
+"""What deviations are taken times, one after the other, until something is expected to add to the front."""
+
+Point = Float[NDArray[np.float64], " knobs"]
+Scores = Float[NDArray[np.float64], " points"]
+
+
+class SurrogateSearch:
+    """Objectives that are known beforehand are taken as they are; each other one has a belief of its own. A proposal
+    is what has the highest expected hypervolume improvement in a pool of choices: new ones each time, the best of the
+    last times kept. What was asked and is not told yet counts as if it had come out as believed, which keeps a batch
+    apart. Choices that fail are believed about too, and tried less where failures are likely.
+    """
+
+    def __init__(self, space: Space, objectives: Sequence[Objective], known: Known, seed: int) -> None:
+        self._objectives = tuple(objectives)
+        self._proposals = Proposals(objectives, known)
+        self._generator = np.random.default_rng(seed)
+        self._places = Places(space)
+        self._survey = Survey(self._places, objectives, known, self._generator)
+        self._told: dict[bytes, tuple[Point, Metrics | None]] = {}
+        self._asked: dict[bytes, Point] = {}
+        self._pool = self._survey.enter(self._places.none())
+        self._likely = self._places.none()
+        self._forget()
+
+    def ask(self, n: int) -> list[dict[str, Value]]:
+        found: list[dict[str, Value]] = []
+        while len(found) < n:
+            choices = self._next()
+            if choices is None:
+                break
+            self._proposals.take(choices)
+            point = self._places.point(choices)
+            self._asked[_mark(point)] = point
+            found.append(choices)
+        return found
+
+    def tell(self, results: Sequence[Result]) -> None:
+        acting = [(self._places.acting(choices), outcome) for choices, outcome in results]
+        for choices, metrics in self._proposals.news(acting):
+            try:
+                point = self._places.point(choices)
+            except (ValueError, LookupError):
+                continue  # of a study that was resumed with a narrower space
+            self._asked.pop(_mark(point), None)
+            self._told[_mark(point)] = point, metrics
+            self._stale = True
+
+    def _forget(self) -> None:
+        """Begin with no beliefs."""
+        self._beliefs: dict[int, LossBelief] = {}
+        self._failing: Belief | None = None
+        self._stale = True
+
+    def _next(self) -> dict[str, Value] | None:
+        pool = self._candidates()
+        if not len(pool):
+            # Nothing at hand: any choice that is new and keeps the limits, however long that takes to find.
+            drawn = self._proposals.draw(
+                1, lambda: self._places.choices(self._places.uniform(1, self._generator)[0])
+            )
+            return drawn[0] if drawn else None
+        points, losses = self._measured()
+        if not len(points) or len(self._told) + len(self._asked) < _START:
+            order = np.argsort(-self._novelty(pool), kind="stable")
+        else:
+            self._learn(points, losses)
+            foretold = self._foretold(pool)
+            order = np.argsort(-self._scores(pool, foretold, losses), kind="stable")
+            self._likely = pool.points[self._best(np.column_stack([one.median for one in foretold]))]
+        self._pool = pool.take(order[1 : _KEPT + 1])
+        return self._places.choices(pool.points[order[0]])
+
+    def _candidates(self) -> Pool:
+        """What was kept and what is new, but for what was asked or told; within the limits that are known."""
+        kept = self._pool.take(self._open(self._pool.points))
+        drawn = [
+            self._places.uniform(_ANYWHERE, self._generator),
+            self._places.levelled(_ANYWHERE // 2, self._generator),
+        ]
+        points, losses = self._measured()
+        for parents in (points[self._best(losses)], kept.points[:_BEST], self._likely):
+            if len(parents):
+                drawn.append(self._places.neighbours(parents, _NEAR, self._generator))
+        held = {_mark(point) for point in kept.points}
+        new = {_mark(point): point for point in np.concatenate(drawn)}
+        fresh = np.array([point for mark, point in new.items() if mark not in held])
+        fresh = fresh.reshape(-1, len(self._places.axes))
+        pool = kept.joined(self._survey.enter(fresh[self._open(fresh)]))
+        if self._survey.discovers(pool):
+            self._forget()
+            pool = self._survey.enter(pool.points)
+        return self._survey.within(pool)
+
+    def _open(self, points: Points) -> NDArray[np.bool_]:
+        marks = (_mark(point) for point in points)
+        return np.array(
+            [mark not in self._told and mark not in self._asked for mark in marks], dtype=np.bool_
+        )
+
+    def _measured(self) -> tuple[Points, Losses]:
+        """What was told and is no failure."""
+        complete = [(point, metrics) for point, metrics in self._told.values() if metrics is not None]
+        points = np.array([point for point, _ in complete]).reshape(-1, len(self._places.axes))
+        losses = [[o.loss(metrics[o.metric]) for o in self._objectives] for _, metrics in complete]
+        return points, np.array(losses, dtype=np.float64).reshape(-1, len(self._objectives))
+
+    def _best(self, losses: Losses) -> NDArray[np.bool_]:
+        return nondominated(losses, [Objective(o.metric) for o in self._objectives])
+
+    def _learn(self, points: Points, losses: Losses) -> None:
+        """Take in what was told since."""
+        if not self._stale:
+            return
+        some = np.arange(len(losses))[-_BELIEVED:]
+        if len(losses) > _BELIEVED:
+            some = np.union1d(np.flatnonzero(self._best(losses)), some)
+        rows = self._survey.enter(points[some]).rows
+        for column in np.flatnonzero(~self._survey.foreknown):
+            belief = self._beliefs.setdefault(int(column), LossBelief(self._survey.features))
+            belief.fit(rows, losses[some, column], self._survey.everywhere.rows)
+        latest = list(self._told.values())[-_BELIEVED:]
+        failed = np.array([metrics is None for _, metrics in latest], dtype=np.float64)
+        if failed.any():
+            self._failing = self._failing or Belief(self._survey.features)
+            self._failing.fit(self._survey.enter(np.array([point for point, _ in latest])).rows, failed)
+        self._stale = False
+
+    def _foretold(self, pool: Pool) -> list[Expected]:
+        """Of each objective, what is known or believed."""
+        return [
+            Expected(pool.known[:, column], np.zeros(len(pool)))
+            if known
+            else self._beliefs[column].predict(pool.rows)
+            for column, known in enumerate(self._survey.foreknown)
+        ]
+
+    def _scores(self, pool: Pool, foretold: Sequence[Expected], losses: Losses) -> Scores:
+        """What each choice is expected to add to the front; how new each is where nothing adds to it."""
+        if self._asked:
+            asked = self._survey.enter(np.array(list(self._asked.values())))
+            believed = [one.median for one in self._foretold(asked)]
+            losses = np.concatenate([losses, np.column_stack(believed)])
+        # The volume is of what beliefs see: where that is a logarithm, halving counts the same everywhere.
+        losses = np.column_stack(
+            [one.scale.seen(column) for one, column in zip(foretold, losses.T, strict=True)]
+        )
+        front, reference = self._bounded(losses, foretold)
+        for boldness in _BOLD:
+            gain = expected_improvement(front, reference, foretold, boldness)
+            if gain.max() > _NOTHING * float(np.prod(np.maximum(np.ptp(losses, axis=0), _NOTHING))):
+                return np.asarray(gain * self._works(pool))
+        return self._novelty(pool)
+
+    def _bounded(self, losses: Losses, foretold: Sequence[Expected]) -> tuple[Losses, Point]:
+        """The front, and the point that bounds its volume: where the limits are. Without a limit, in turns, a little
+        beyond the front, which fills it, and where much of the whole space is, which widens it. Bounds that only went
+        by results would keep the search where it is."""
+        front = losses[self._best(losses)]
+        ideal, worst = front.min(axis=0), front.max(axis=0)
+        share = _TURNS[len(losses) % len(_TURNS)]
+        if share is None:
+            reference = worst + 0.1 * np.maximum(worst - ideal, 1e-3 * np.ptp(losses, axis=0))
+        else:
+            usual = np.column_stack([one.mean for one in self._foretold(self._survey.everywhere)])
+            shares = np.where(self._survey.foreknown, _KNOWN_SHARE, share)
+            reference = np.nanquantile(usual, shares, axis=0).diagonal()
+            reference = np.maximum(reference, ideal + 0.1 * np.ptp(losses, axis=0))
+        for column, (objective, one) in enumerate(zip(self._objectives, foretold, strict=True)):
+            if objective.limit is not None:
+                reference[column] = one.scale.seen(np.array([objective.loss(objective.limit)]))[0]
+        extent = np.where(reference > ideal, reference - ideal, 1.0)
+        nearest = np.argsort((front / extent).sum(axis=1), kind="stable")
+        return front[nearest[: _MEMBERS.get(losses.shape[1], 8)]], reference
+
+    def _novelty(self, pool: Pool) -> Scores:
+        """How much of each choice is not told by those that were asked and told, whatever came of these."""
+        had = [point for point, _ in self._told.values()] + list(self._asked.values())
+        if not had:
+            return np.zeros(len(pool))
+        part = self._survey.features.effects
+        rows, others = pool.rows[:, part], self._survey.enter(np.array(had[-_BELIEVED:])).rows[:, part]
+        covariance = others @ others.T + 0.1 * np.eye(len(others))
+        across = rows @ others.T
+        return np.asarray(
+            (rows**2).sum(axis=1) - (across * np.linalg.solve(covariance, across.T).T).sum(axis=1)
+        )
+
+    def _works(self, pool: Pool) -> Scores:
+        """How likely each is not to fail, once some have."""
+        if self._failing is None:
+            return np.ones(len(pool))
+        return self._failing.below(pool.rows, 0.5)
+
+
+def _mark(point: Point) -> bytes:
+    """Equal for points that differ by rounding alone."""
+    return bytes((np.round(point, 9) + 0.0).tobytes())

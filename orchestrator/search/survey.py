@@ -1,0 +1,108 @@
+"""Survey: what is known of choices before they are measured, and the rows by which beliefs compare them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Bool, Float
+from numpy.typing import NDArray
+
+from jobs.knobs import Range
+from orchestrator.front import Objective
+from orchestrator.search import Known
+from orchestrator.search.features import Features, Rows
+from orchestrator.search.places import Axis, Places, Points
+
+_DRAWN = 100
+"""So many choices of each kind stand for all."""
+
+Losses = Float[NDArray[np.float64], "points objectives"]
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Choices as points; known: their losses, NaN where they have to be measured."""
+
+    points: Points
+    rows: Rows
+    known: Losses
+
+    def __len__(self) -> int:
+        return len(self.points)
+
+    def take(self, which: NDArray[np.intp] | NDArray[np.bool_]) -> Pool:
+        return Pool(self.points[which], self.rows[which], self.known[which])
+
+    def joined(self, other: Pool) -> Pool:
+        return Pool(
+            np.concatenate([self.points, other.points]),
+            np.concatenate([self.rows, other.rows]),
+            np.concatenate([self.known, other.known]),
+        )
+
+
+class Survey:
+    """Which objectives are known beforehand shows as they appear. They are features too, beside the knobs: what has to
+    be measured mostly goes with them (quality with size), and that is learned from few results.
+
+    everywhere: some choices of the whole space, drawn without looking at results.
+    """
+
+    def __init__(
+        self, places: Places, objectives: Sequence[Objective], known: Known, generator: np.random.Generator
+    ) -> None:
+        self._places = places
+        self._objectives = tuple(objectives)
+        self._known = known
+        self._limits = np.array([np.inf if o.limit is None else o.loss(o.limit) for o in objectives])
+        self._lines: dict[int, Axis] = {}
+        self.foreknown: Bool[NDArray[np.bool_], " objectives"] = np.zeros(len(objectives), dtype=np.bool_)
+        self.features = Features(places.axes)
+        drawn = places.uniform(_DRAWN, generator), places.levelled(_DRAWN, generator)
+        self._everywhere = np.concatenate(drawn)
+        self.everywhere = self.enter(self._everywhere)
+
+    def enter(self, points: Points) -> Pool:
+        known = np.full((len(points), len(self._objectives)), np.nan)
+        for row, point in enumerate(points):
+            values = self._known(self._places.choices(point))
+            for column, objective in enumerate(self._objectives):
+                if objective.metric in values:
+                    known[row, column] = objective.loss(values[objective.metric])
+        return Pool(points, self._rows(points, known), known)
+
+    def discovers(self, pool: Pool) -> bool:
+        """Whether an objective turns out to be known that was not. Then rows are made otherwise than before: what was
+        entered until now is to be entered anew, this pool too."""
+        found = np.isfinite(pool.known).any(axis=0) & ~self.foreknown
+        if not found.any():
+            return False
+        self.foreknown = self.foreknown | found
+        known = self.enter(np.concatenate([self._everywhere, pool.points])).known
+        for column in np.flatnonzero(self.foreknown):
+            low, high = float(np.nanmin(known[:, column])), float(np.nanmax(known[:, column]))
+            if low < high:
+                self._lines[int(column)] = Axis(
+                    self._objectives[column].metric, Range(low, high), (), 0, ordered=True
+                )
+        self.features = Features([*self._places.axes, *self._lines.values()])
+        self.everywhere = self.enter(self._everywhere)
+        return True
+
+    def within(self, pool: Pool) -> Pool:
+        """Without what breaks a limit that is known, or lacks what is known of others: no such model can be made."""
+        good = np.isfinite(pool.known) & (pool.known <= self._limits) | ~self.foreknown
+        return pool.take(np.asarray(good.all(axis=1)))
+
+    def _rows(self, points: Points, known: Losses) -> Rows:
+        lines = [
+            np.nan_to_num((known[:, column] - axis.domain.low) / (axis.domain.high - axis.domain.low))
+            for column, axis in self._lines.items()
+            if isinstance(axis.domain, Range)
+        ]
+        acting = np.ones((len(points), len(lines)), dtype=np.bool_)
+        return self.features.rows(
+            np.column_stack([points, *lines]), np.column_stack([self._places.active(points), acting])
+        )
