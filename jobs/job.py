@@ -117,6 +117,21 @@ class Measurement:
         )
 
 
+def first_items(measurement: Measurement, metric: str, count: int) -> Sequence[float]:
+    """The items of a metric as if no more than the first so many had been measured.
+
+    Those of perplexity are linear in losses about the mean of all, exp(m) (1 + l - m), and are moved to the mean of the
+    first. Those of other metrics that are no means (F1) stay as they are, which is right to first order.
+    """
+    items = measurement.items.get(metric, ())
+    if metric != "perplexity" or count >= len(items):
+        return items[:count]
+    whole = measurement.metrics[metric]
+    losses = [item / whole - 1 for item in items[:count]]
+    mean = statistics.fmean(losses)
+    return [whole * math.exp(mean) * (1 + loss - mean) for loss in losses]
+
+
 def standard_error(items: Sequence[float]) -> float:
     """Of the items' mean; 0 for a single one, which says nothing about spread."""
     if len(items) < 2:

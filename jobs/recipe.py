@@ -40,7 +40,11 @@ class Recipe:
 
     def lineage(self) -> list[Recipe]:
         """From the original to this recipe, both included."""
-        return [Recipe(self.origin, self.steps[:length]) for length in range(len(self.steps) + 1)]
+        return [*self._before, self]
+
+    @functools.cached_property
+    def _before(self) -> tuple[Recipe, ...]:
+        return tuple(Recipe(self.origin, self.steps[:length]) for length in range(len(self.steps)))
 
     def layout(self, original: Layout) -> Layout:
         """The layout of the model that this recipe makes of the original's; ValueError where a step can't apply."""

@@ -19,7 +19,8 @@ class Candidate:
 
     `over_limit` candidates break a limit by their exact size and never run. `measured` ones may still lack
     the exclusive metrics (latency), which are taken only of what may be on the front. predicted: what a table of
-    operations said of metrics that were measured since, to tell how far it was off; no result.
+    operations said of metrics that were measured since, to tell how far it was off; no result. fidelity: the share of
+    the evaluation that it was measured on. rungs: what it was measured at on smaller shares before.
     """
 
     recipe: Recipe
@@ -31,6 +32,8 @@ class Candidate:
     failure: Failure | None = None
     attempts: int = 0
     predicted: Mapping[str, float] = field(default_factory=dict)
+    fidelity: float = 1.0
+    rungs: Mapping[float, Mapping[str, float]] = field(default_factory=dict)
 
     @property
     def id(self) -> str:

@@ -23,6 +23,7 @@ from rich.table import Table
 if TYPE_CHECKING:
     from orchestrator.catalogue import Entry
     from orchestrator.prepare import Prepared
+    from orchestrator.results import Results
     from orchestrator.trim import Inventory, Item
 
 app = typer.Typer(
@@ -389,9 +390,31 @@ def _run(prepared: Prepared, overrides: tuple[str, ...]) -> None:
         _err().print(f"The original could not be measured: {results.original.failure.message}", style="red")
         raise typer.Exit(1)
     front(prepared.folder)
+    _tell_what_ails(prepared.folder, results)
     _err().print(f"Report: {prepared.folder / 'report.html'}")
     if not results.members:
         raise typer.Exit(1)
+
+
+def _tell_what_ails(folder: Path, results: Results) -> None:
+    from orchestrator.results import reasons, told_apart_by_chance
+
+    exhausted = _read_json(folder / "status.json").get("exhausted")
+    if exhausted is not None:
+        _err().print(f"The search ended early: {exhausted}.", soft_wrap=True)
+    failed = reasons(results)
+    for count, reason in failed[:5]:
+        _err().print(f"{count} failed, {reason}", soft_wrap=True, markup=False)
+    if len(failed) > 5:
+        _err().print(
+            f"{sum(count for count, _ in failed[5:])} failed of other reasons; the report has all of them"
+        )
+    for metric in told_apart_by_chance(results):
+        _err().print(
+            f"No two models of the front differ in {metric} by more than chance may do: more evaluation data "
+            "(data.evaluation) would tell them apart.",
+            soft_wrap=True,
+        )
 
 
 def _show_store(held: Inventory, gone: list[Item], went: str | None) -> None:

@@ -82,13 +82,15 @@ class TargetSpec:
 class SearchSpec:
     """order: `given` keeps the stages as they stand, `any` searches their order too. table: how many models are
     timed before the search, at most, to predict how fast all others are (`auto`: 32 where at least 64 candidates
-    are tried; 0: multiply-adds stand in for time)."""
+    are tried; 0: multiply-adds stand in for time). rungs: the shares of the evaluation that candidates are measured on
+    first, as long as they may be on the front (`auto`: by the length of the text; none: all of it at once)."""
 
     algorithm: str = "surrogate"
     order: str = "given"
     candidates: int = 24
     seed: int = 0
     table: Any = "auto"
+    rungs: Any = "auto"
 
 
 @dataclass

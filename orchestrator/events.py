@@ -43,7 +43,10 @@ class Proposed:
 
 @dataclass(frozen=True)
 class Began:
-    """A process took the study up, new or where another left it: nothing is running."""
+    """A process took the study up, new or where another left it: nothing is running. slots: how many jobs it can run
+    at once."""
+
+    slots: int = 1
 
 
 @dataclass(frozen=True)
@@ -101,7 +104,7 @@ class Record:
 
 
 Command = Run | Tell | Record
-Stage = Literal["searching", "timing", "done"]
+Stage = Literal["searching", "racing", "timing", "done"]
 
 
 @dataclass(frozen=True)
@@ -112,6 +115,8 @@ class Plan:
     original and of what may be on the front, so that a machine that drifts does so for all of them; of the
     original also at the start, which gives estimates their unit. timed: the objectives that the timers give.
     prediction_errors: by how much, relatively and by metric, predictions are expected to err.
+    rungs: the shares of the evaluation that candidates are measured on, one after the other as long as they may be on
+    the front; they rise, and the last is 1. The original is measured on all of it at once.
     """
 
     original: Recipe
@@ -123,3 +128,4 @@ class Plan:
     timed: frozenset[str]
     materials_digest: str
     prediction_errors: Mapping[str, float] = field(default_factory=dict)
+    rungs: tuple[float, ...] = (1.0,)

@@ -79,7 +79,7 @@ def launch(
                 prepared.config.search.algorithm,
                 prepared.space.knobs(),
                 prepared.plan.objectives,
-                lambda choices: prepared.known(choices, study.original.measurement),
+                lambda choices: prepared.known(choices, study),
                 prepared.config.search.seed,
             )
             replay(study, ledger, searching)
@@ -166,7 +166,8 @@ class _Watch:
         """Bring the files up to date; called now and then, and at the very end."""
         began = time.time()
         folder = self._prepared.folder
-        if self._standings.objectives != _objectives(self._prepared, study):
+        judged_by = self._standings.objectives, self._standings.fidelity
+        if judged_by != (_objectives(self._prepared, study), _fidelity(study)):
             self._standings = _standings(self._prepared, study)
             self._results = None
         if study.original.measurement is not None and self._results is None:
@@ -184,11 +185,17 @@ class _Watch:
 
 
 def _standings(prepared: Prepared, study: Study) -> Standings:
-    return Standings(prepared.config.name, _objectives(prepared, study), study.original.id, study.candidates)
+    objectives = _objectives(prepared, study)
+    return Standings(prepared.config.name, objectives, study.original.id, study.candidates, _fidelity(study))
 
 
 def _objectives(prepared: Prepared, study: Study) -> list[Objective]:
     """What results are judged by now. While the search goes on nothing is timed yet: by the other objectives."""
     plan = prepared.plan
     untimed = [objective for objective in plan.objectives if objective.metric not in plan.timed]
-    return untimed if untimed and study.stage == "searching" else list(plan.objectives)
+    return untimed if untimed and study.stage in ("searching", "racing") else list(plan.objectives)
+
+
+def _fidelity(study: Study) -> float:
+    """The share of the evaluation that counts at least: while the search goes on, whatever there is."""
+    return 0.0 if study.stage in ("searching", "racing") else 1.0

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -14,7 +16,7 @@ from typing import Any, TypeVar
 
 from jobs import data, formats, meters, models, runtimes
 from jobs.families import TASKS, Task, family
-from jobs.job import Job, Materials, Measurement, Target, TaskSource, TextSource
+from jobs.job import Job, Materials, Target, TaskSource, TextSource
 from jobs.layout import Layout
 from jobs.meter import Reads
 from jobs.meters import lm_eval_tasks
@@ -26,10 +28,17 @@ from orchestrator.estimate import estimates
 from orchestrator.events import Cost, Plan, Proposed
 from orchestrator.front import Objective
 from orchestrator.space import Choices, Problem, SearchSpace, parse
+from orchestrator.study import Study
 
 T = TypeVar("T")
 
 
+_FIRST_RUNG = 1 / 16
+_RUNGS_APART = 4
+_FEWEST_WINDOWS = 8
+"""Of text, that candidates are compared on: fewer tell too little of how far they vary."""
+_COSTS, _LAYOUTS = 50_000, 500
+"""So many are remembered."""
 WORKER_GIB = 0.6
 """What a worker's libraries take before any model is loaded."""
 
@@ -100,22 +109,44 @@ class Prepared:
         bytes_per_weight = 20 if training else 12 if squares else 6
         return round(WORKER_GIB + bytes_per_weight * parameters / 2**30, 3)
 
-    def known(self, choices: Choices, original: Measurement | None = None) -> Mapping[str, float]:
-        """What needs no evaluation: the size, or a bound of it, and once the original is timed what timings are taken
-        to be. Nothing where the choices cannot be made."""
-        recipe = self.space.recipe(self.plan.original.origin, choices)
+    def known(self, choices: Choices, study: Study | None = None) -> Mapping[str, float]:
+        """What needs no evaluation: the size, or a bound of it. By the study so far also what timings are taken to be,
+        once the original is timed, and how long trying these choices would take. Nothing where they make no model."""
+        recipe = self._remembered(self.space.recipe(self.plan.original.origin, choices))
         try:
             cost = self._cost(recipe)
         except ValueError:
             return {}
-        timed = {} if original is None else estimates(cost, self.plan, original)
-        return {"size_bytes": float(cost.size_bytes), **timed}
+        found = {"size_bytes": float(cost.size_bytes)}
+        if study is None:
+            return found
+        original, seconds = study.original.measurement, study.seconds(recipe)
+        if original is not None:
+            found |= estimates(cost, self.plan, original)
+        return found if seconds is None else {**found, search.SECONDS: seconds}
 
-    def _cost(self, recipe: Recipe) -> Cost:
-        """ValueError where the recipe makes no model, or none that the target can run."""
-        layout = recipe.layout(self.layout)
-        formats.check(shipped_as(self.materials.target), layout)
-        return cost_of(layout, self.materials.target, self.original, self.table)
+    @functools.cached_property
+    def _remembered(self) -> Callable[[Recipe], Recipe]:
+        """The same recipe, as one object, which knows its id and its lineage once it was asked for them."""
+        return functools.lru_cache(_COSTS)(lambda recipe: recipe)
+
+    @functools.cached_property
+    def _cost(self) -> Callable[[Recipe], Cost]:
+        """The cost of a recipe. ValueError where it makes no model, or none that the target can run. A search asks for
+        hundreds of costs to propose one candidate, many of them again and again, and most share what comes first."""
+
+        @functools.lru_cache(_COSTS)
+        def cost(recipe: Recipe) -> Cost:
+            found = layout(recipe)
+            formats.check(shipped_as(self.materials.target), found)
+            return cost_of(found, self.materials.target, self.original, self.table)
+
+        @functools.lru_cache(_LAYOUTS)
+        def layout(recipe: Recipe) -> Layout:
+            parent = recipe.parent
+            return self.layout if parent is None else recipe.steps[-1].outline(layout(parent))
+
+        return cost
 
     def with_table(self, table: Table) -> Prepared:
         """The same study with latencies predicted by a table of operations."""
@@ -194,6 +225,7 @@ def prepare(loaded: Loaded) -> Prepared:
         timers=tuple(name for name in plan_meters if meters.load(name).exclusive),
         timed=timed & set(config.objectives),
         materials_digest=_measuring_digest(materials),
+        rungs=rungs_of(config, materials, plan_meters),
     )
     return Prepared(config, loaded.text, space, materials, folder, layout, plan)
 
@@ -223,6 +255,18 @@ def objectives_of(config: StudyConfig) -> tuple[Objective, ...]:
 def slots_of(config: StudyConfig) -> int:
     """How many jobs run at once on this machine."""
     return os.cpu_count() or 1 if config.cluster.slots == "auto" else int(config.cluster.slots)
+
+
+def rungs_of(config: StudyConfig, materials: Materials, names: Sequence[str]) -> tuple[float, ...]:
+    """The shares of the evaluation that candidates are measured on, one after the other."""
+    if config.search.rungs != "auto":
+        return (*map(float, config.search.rungs), 1.0)
+    reads = {meters.load(name).reads for name in names} - {None}
+    if reads != {"evaluation"} or materials.evaluation is None:
+        return (1.0,)
+    first = max(_FIRST_RUNG, _FEWEST_WINDOWS / materials.evaluation.samples)
+    found = [first * _RUNGS_APART**rung for rung in range(3)]
+    return (*(rung for rung in found if rung <= 1 / 2), 1.0)
 
 
 def table_models(config: StudyConfig) -> int:
@@ -285,6 +329,17 @@ def _check_values(config: StudyConfig, check: Check) -> None:
     table = config.search.table
     some = isinstance(table, int) and not isinstance(table, bool) and table >= 0
     check("search.table", (table == "auto" or some, f"got {table!r}, expected auto or a whole number from 0"))
+    rungs = config.search.rungs
+    rising = isinstance(rungs, list) and all(
+        isinstance(rung, int | float) and low < rung < 1 for low, rung in itertools.pairwise([0.0, *rungs])
+    )
+    check(
+        "search.rungs",
+        (
+            rungs == "auto" or rising,
+            f"got {rungs!r}, expected auto or rising shares between 0 and 1, such as [0.1, 0.3]",
+        ),
+    )
     price = config.target.price_per_hour
     check("target.price_per_hour", (price is None or price > 0, f"got {price}, expected more than 0"))
     order = config.search.order

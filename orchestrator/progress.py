@@ -26,7 +26,8 @@ from orchestrator.study import Study
 
 @dataclass(frozen=True)
 class Status:
-    """What `slimfront status` shows. at: seconds since 1970; seconds_left: None where nothing is known yet."""
+    """What `slimfront status` shows. at: seconds since 1970; seconds_left: None where nothing is known yet; exhausted:
+    why the search ended before it had tried as many candidates as it might."""
 
     study: str
     stage: str
@@ -41,6 +42,7 @@ class Status:
     hypervolume: float | None
     seconds: float
     seconds_left: float | None
+    exhausted: str | None = None
 
 
 def status_of(name: str, study: Study, results: Results | None, began: float, ended_before: int) -> Status:
@@ -64,6 +66,7 @@ def status_of(name: str, study: Study, results: Results | None, began: float, en
         hypervolume=None if results is None else results.hypervolume,
         seconds=elapsed,
         seconds_left=elapsed / since * left if since > 0 and study.stage == "searching" else None,
+        exhausted=study.exhausted,
     )
 
 

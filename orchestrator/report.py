@@ -23,6 +23,8 @@ from orchestrator.results import (
     errors,
     metrics,
     prediction_errors,
+    rank_flips,
+    told_apart_by_chance,
 )
 
 UNITS = {"_bytes": ("MB", 1e-6), "_ms": ("ms", 1.0), "_gib": ("GiB", 1.0), "_joules": ("J", 1.0)}
@@ -63,6 +65,7 @@ def report_html(results: Results, yaml_text: str) -> str:
         f"<style>{STYLE}</style></head><body>\n<h1>{title}</h1>\n<p>{_summary(results)}</p>\n{figure}\n"
         f"<h2>The front, relative to the original</h2>\n{_front_table(results)}\n{_failures(results)}\n"
         f"{_predictions(results)}\n"
+        f"{_race(results)}\n"
         f"<h2>Measured on</h2>\n{_environment(results)}\n<h2>Study</h2>\n"
         f"<pre>{html.escape(yaml_text)}</pre>\n</body></html>\n"
     )
@@ -213,7 +216,8 @@ def _summary(results: Results) -> str:
     words = {
         "front": "on the front", "dominated": "dominated", "over_limit": "over a limit", "failed": "failed",
         "unreliable": "too noisy to compare", "elsewhere": "measured in another environment, not compared",
-        "incomplete": "measured in part", "waiting": "not measured",
+        "incomplete": "measured in part", "outrun": "surely beaten on a part of the evaluation",
+        "waiting": "not measured",
     }  # fmt: skip
     parts = [f"{counts[standing]} {text}" for standing, text in words.items() if counts[standing]]
     limits = [
@@ -221,10 +225,12 @@ def _summary(results: Results) -> str:
         for o in results.objectives
         if o.limit is not None
     ]
-    volume = results.hypervolume
+    volume, alike = results.hypervolume, told_apart_by_chance(results)
     text = f"{len(results.candidates)} models: {', '.join(parts)}."
     text += f" Limits: {', '.join(limits)} (dotted)." if limits else ""
     text += f" Hypervolume {volume:.3f} of 1." if volume is not None else ""
+    if alike:
+        text += f" No two models of the front differ in {', '.join(alike)} by more than chance may do."
     return html.escape(text + " Bars are standard errors; for timings, the spread.")
 
 
@@ -310,6 +316,22 @@ def _predictions(results: Results) -> str:
     ]
     return (
         f"<h2>Predictions, which steered the search</h2>\n<p>Off what was measured: {'; '.join(texts)}.</p>"
+    )
+
+
+def _race(results: Results) -> str:
+    """How much of the evaluation was read, and how well the smaller shares of it foretold the larger."""
+    read = sum(one.fidelity for one in results.candidates if one.measurement is not None)
+    every = sum(one.measurement is not None for one in results.candidates)
+    if read == every:
+        return ""
+    texts = [
+        f"{_label(flips.metric)} from {flips.low:.0%} to {flips.high:.0%} of it: {flips.flipped} of {flips.pairs}"
+        for flips in rank_flips(results)
+    ]
+    return (
+        f"<h2>The race</h2>\n<p>{every} models were measured on {read / every:.0%} of the evaluation, on average. "
+        f"Pairs whose order changed when they were measured on more: {'; '.join(texts) or 'none were'}.</p>"
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections import Counter
@@ -9,15 +10,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from jobs.job import Measurement, standard_error
+from jobs.job import Measurement, first_items, standard_error
 from orchestrator.candidate import Candidate
 from orchestrator.front import PICKS, Metrics, Objective, ParetoFront
 
 Standing = Literal[
-    "front", "dominated", "over_limit", "unreliable", "elsewhere", "incomplete", "failed", "waiting"
+    "front", "dominated", "over_limit", "unreliable", "elsewhere", "incomplete", "outrun", "failed", "waiting"
 ]
 """Where a candidate stands. elsewhere: measured in another environment than the original, so not comparable;
-incomplete: measured, but not in every objective; waiting: not measured yet."""
+incomplete: measured, but not in every objective; outrun: measured on a part of the evaluation, on which others were
+surely better; waiting: not measured yet."""
 
 COSTS = ("_bytes", "_gib", "_ms", "_joules", "cost_per_million_tokens")
 """The units of what a model costs; any other metric says how good it is."""
@@ -97,14 +99,20 @@ def judge(
 class Standings:
     """Where the candidates of a study that goes on stand, brought up to date one candidate at a time.
 
-    by_id is the study's own and is only read here. What `results` gives is what `judge` finds of all of them,
-    without comparing all of them again.
+    fidelity: the share of the evaluation that counts at least. by_id is the study's own and is only read here. What
+    `results` gives is what `judge` finds of all of them, without comparing all of them again.
     """
 
     def __init__(
-        self, study: str, objectives: Sequence[Objective], original: str, by_id: Mapping[str, Candidate]
+        self,
+        study: str,
+        objectives: Sequence[Objective],
+        original: str,
+        by_id: Mapping[str, Candidate],
+        fidelity: float = 1.0,
     ) -> None:
         self.objectives = list(objectives)
+        self.fidelity = fidelity
         self._study = study
         self._original = original
         self._by_id = by_id
@@ -117,7 +125,7 @@ class Standings:
             self._judge_all()
             return
         one = self._by_id[id]
-        self._own[id] = _standing(one, self.objectives, self._by_id[self._original])
+        self._own[id] = self._judged(one)
         if self._own[id] == "front":
             self._front.add(id, metrics(one))
 
@@ -133,9 +141,13 @@ class Standings:
         own = self._own.get(id, "waiting")
         return "dominated" if own == "front" and id not in self._front.members else own
 
+    def _judged(self, one: Candidate) -> Standing:
+        if one.state == "measured" and one.fidelity < self.fidelity:
+            return "outrun"
+        return _standing(one, self.objectives, self._by_id[self._original])
+
     def _judge_all(self) -> None:
-        original = self._by_id[self._original]
-        self._own = {id: _standing(one, self.objectives, original) for id, one in self._by_id.items()}
+        self._own = {id: self._judged(one) for id, one in self._by_id.items()}
         compared = {id: metrics(self._by_id[id]) for id, own in self._own.items() if own == "front"}
         self._front = ParetoFront(self.objectives, compared)
 
@@ -152,10 +164,11 @@ def errors(candidate: Candidate) -> Mapping[str, float]:
 
 @dataclass(frozen=True)
 class Difference:
-    """By how much one metric is above another, with the standard error of that."""
+    """By how much one metric is above another, with the standard error of that, and how many items tell it."""
 
     value: float
     error: float
+    items: int
 
 
 def difference(one: Candidate, other: Candidate, metric: str) -> Difference | None:
@@ -166,13 +179,65 @@ def difference(one: Candidate, other: Candidate, metric: str) -> Difference | No
 
 
 def paired(one: Measurement, other: Measurement, metric: str) -> Difference | None:
-    """`one` against `other`, item by item of the evaluation, so that what is hard for both drops out; None where
-    they have not as many. That the items are the same is for the caller to know: those of one study are."""
-    mine, theirs = one.items.get(metric, ()), other.items.get(metric, ())
-    if not mine or len(mine) != len(theirs):
-        return None
+    """`one` against `other`, item by item of what both were measured on, so that what is hard for both drops out; None
+    where there is nothing. That the items are the same is for the caller to know: those of one study are, and who was
+    measured on fewer has the first ones."""
+    count = min(len(one.items.get(metric, ())), len(other.items.get(metric, ())))
+    mine, theirs = first_items(one, metric, count), first_items(other, metric, count)
     apart = [a - b for a, b in zip(mine, theirs, strict=True)]
-    return Difference(statistics.fmean(apart), standard_error(apart))
+    return Difference(statistics.fmean(apart), standard_error(apart), len(apart)) if apart else None
+
+
+def reasons(results: Results) -> list[tuple[int, str]]:
+    """What candidates failed of, the most frequent first, as how many did and why."""
+    failures = (one.failure for one in results.candidates if one.failure is not None)
+    said = Counter(
+        f"{failure.kind.replace('_', ' ')}: {failure.message.splitlines()[0]}" for failure in failures
+    )
+    return [(count, reason) for reason, count in said.most_common()]
+
+
+def told_apart_by_chance(results: Results) -> list[str]:
+    """The objectives in which no two members of the front differ by more than twice the error of that difference."""
+    pairs = list(itertools.combinations([results.by_id[id] for id in results.members], 2))
+    found = []
+    for metric in (objective.metric for objective in results.objectives):
+        apart = [difference(one, other, metric) for one, other in pairs]
+        known = [one for one in apart if one is not None]
+        if known and all(abs(one.value) <= 2 * one.error for one in known):
+            found.append(metric)
+    return found
+
+
+@dataclass(frozen=True)
+class Flips:
+    """Of so many pairs that were measured on both shares of the evaluation, how many changed their order."""
+
+    metric: str
+    low: float
+    high: float
+    flipped: int
+    pairs: int
+
+
+def rank_flips(results: Results) -> list[Flips]:
+    """From each rung to the next, for each objective that the evaluation tells."""
+    known: dict[str, list[dict[float, float]]] = {}
+    for one in results.candidates:
+        if one.measurement is not None and one.rungs:
+            ladder = {**one.rungs, one.fidelity: one.measurement.metrics}
+            for metric in one.measurement.items:
+                known.setdefault(metric, []).append(
+                    {rung: at[metric] for rung, at in ladder.items() if metric in at}
+                )
+    found = []
+    for metric in (objective.metric for objective in results.objectives if objective.metric in known):
+        rungs = sorted({rung for ladder in known[metric] for rung in ladder})
+        for low, high in itertools.pairwise(rungs):
+            both = [(ladder[low], ladder[high]) for ladder in known[metric] if {low, high} <= ladder.keys()]
+            orders = [(a[0] - b[0]) * (a[1] - b[1]) for a, b in itertools.combinations(both, 2)]
+            found.append(Flips(metric, low, high, sum(order < 0 for order in orders), len(orders)))
+    return found
 
 
 def prediction_errors(candidate: Candidate) -> dict[str, float]:

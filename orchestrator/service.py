@@ -50,7 +50,7 @@ class Service:
 
     def run(self) -> None:
         """Carry the study on to its end. Interrupted anywhere, the next `run` of a new process goes on there."""
-        self._take(Began())
+        self._take(Began(self.executor.slots))
         while self.study.stage != "done":
             self._propose()
             for ended in self.executor.wait(WAIT_SECONDS):

@@ -29,7 +29,10 @@ from orchestrator.events import (
     Started,
     Tell,
 )
+from orchestrator.racing import Runner, next_fidelity, promoted
 
+ALL_FAILED = 20
+"""When so many candidates have failed and none came out, no more are tried."""
 MAX_BUG_ATTEMPTS = 3
 """An unexplained failure is tried this often before the candidate is given up as poison."""
 
@@ -44,7 +47,7 @@ class _Node:
     cost: Cost | None = None
     artifact: str | None = None
     wanted: bool = False
-    measured: bool = False
+    fidelity: float = 0.0
     timed: bool = False
     failure: Failure | None = None
     job: Job | None = None
@@ -52,6 +55,26 @@ class _Node:
     failed_attempts: int = 0
     alone: bool = False
     children: dict[str, None] = field(default_factory=dict)
+
+    @property
+    def measured(self) -> bool:
+        return self.fidelity > 0
+
+
+@dataclass
+class _Took:
+    """How long something took so far."""
+
+    seconds: float = 0.0
+    count: int = 0
+
+    @property
+    def mean(self) -> float:
+        return self.seconds / self.count if self.count else 0.0
+
+    def add(self, seconds: float) -> None:
+        self.seconds += seconds
+        self.count += 1
 
 
 class Study:
@@ -72,6 +95,10 @@ class Study:
         self._nodes: dict[str, _Node] = {}
         self._by_job: dict[str, str] = {}
         self._timing = False
+        self._slots = 1
+        self._outrun: set[str] = set()
+        self._took: dict[str, _Took] = {}
+        self._measuring = _Took()
         # What follows from the nodes and candidates, kept beside them: it is asked for at every turn.
         self._busy: set[str] = set()
         self._open: set[str] = set()
@@ -91,8 +118,20 @@ class Study:
     @property
     def stage(self) -> Stage:
         if not self._timing:
-            return "searching"
+            return "racing" if self._proposed_all and not self._open else "searching"
         return "timing" if self.running else "done"
+
+    def seconds(self, recipe: Recipe) -> float | None:
+        """What trying a recipe would take of one slot: the steps that nobody has made or makes now, each as long as its
+        technique took so far on average, and measuring. None while no candidate was measured."""
+        if self._measuring.count == 0:
+            return None
+        new = (one.steps[-1].name() for one in recipe.lineage()[1:] if one.id not in self._nodes)
+        # Of a technique that was not tried yet nothing is known but what others took.
+        unknown = _Took()
+        for took in self._took.values():
+            unknown.add(took.mean)
+        return self._measuring.mean + sum(self._took.get(name, unknown).mean for name in new)
 
     def wants(self, slots: int) -> bool:
         """Whether one more proposal is wanted now, so that none of `slots` has to wait for work.
@@ -107,7 +146,7 @@ class Study:
     def handle(self, event: Event) -> list[Command]:
         """Take one event in; what is to be done because of it."""
         if isinstance(event, Began):
-            commands = self._handle_began()
+            commands = self._handle_began(event)
         elif isinstance(event, Proposed):
             commands = self._handle_proposed(event)
         elif isinstance(event, Started):
@@ -119,12 +158,13 @@ class Study:
             commands = []
         return commands + self._turn()
 
-    def _handle_began(self) -> list[Command]:
+    def _handle_began(self, event: Began) -> list[Command]:
         for node in self._nodes.values():
             node.job = None
             if node.failure is not None and node.failure.kind == "disk_full":
                 self._revive(node)
         self._busy.clear()
+        self._slots = event.slots
         return [command for node in list(self._nodes.values()) for command in self._next(node)]
 
     def _revive(self, node: _Node) -> None:
@@ -196,20 +236,24 @@ class Study:
 
     def _handle_success(self, node: _Node, job: Job, success: Success) -> list[Command]:
         new = node.artifact is None
+        self._note_seconds(node, job, success, new)
         node.artifact, node.alone, node.failed_attempts = success.artifact, False, 0
         commands: list[Command] = []
         if job.meters:
-            node.measured = True
-            node.timed = job.meters == self.plan.timers
-            if not node.timed:
-                self._contenders = None  # of what is known now, which has changed
+            node.timed = node.timed or job.meters == self.plan.timers
             candidate = self.candidates[node.id]
             before = candidate.measurement
+            rungs = dict(candidate.rungs)
+            if job.meters[: len(self.plan.meters)] == self.plan.meters:
+                self._contenders = None  # of what is known now, which has changed
+                if before is not None and node.fidelity < job.fidelity:
+                    rungs[node.fidelity] = {metric: before.metrics[metric] for metric in before.items}
+                node.fidelity = job.fidelity
             news = _compact(success.measurement)
             measurement = news if before is None else before.joined(news)
             commands += self._update(
                 node, "measured", measurement=measurement, artifact=success.artifact,
-                predicted=self._predicted(node, measurement),
+                predicted=self._predicted(node, measurement), fidelity=node.fidelity, rungs=rungs,
             )  # fmt: skip
             if before is None:
                 commands += self._told(self.candidates[node.id], candidate.choices)
@@ -218,6 +262,14 @@ class Study:
             for child in node.children:
                 commands += self._next(self._nodes[child])
         return commands
+
+    def _note_seconds(self, node: _Node, job: Job, success: Success, new: bool) -> None:
+        if not node.recipe.steps:
+            return
+        if new and success.seconds > 0:
+            self._took.setdefault(node.recipe.steps[-1].name(), _Took()).add(success.seconds)
+        if job.meters == self.plan.meters and job.fidelity == self.plan.rungs[0]:
+            self._measuring.add(success.measurement.seconds)
 
     def _handle_failure(self, node: _Node, job: Job, failure: Failure) -> list[Command]:
         if failure.kind == "preempted":
@@ -259,7 +311,8 @@ class Study:
             # Everything waits for the original anyway: it is measured and timed in one go.
             return [self._run(node, (*self.plan.meters, *self.plan.timers), bool(self.plan.timers))]
         if node.artifact is None or (node.wanted and not node.measured):
-            return [self._run(node, self.plan.meters if node.wanted else (), node.alone)]
+            meters, fidelity = (self.plan.meters, self.plan.rungs[0]) if node.wanted else ((), 1.0)
+            return [self._run(node, meters, node.alone, fidelity)]
         return [self._run(node, self.plan.timers, alone=True)] if self._to_be_timed(node) else []
 
     def _to_be_timed(self, node: _Node) -> bool:
@@ -274,7 +327,7 @@ class Study:
         measured = [
             (id, candidate.measurement)
             for id, candidate in self.candidates.items()
-            if candidate.measurement is not None
+            if candidate.measurement is not None and candidate.fidelity >= 1
         ]
         return contenders({id: Rival(one.metrics, self._cost(id)) for id, one in measured}, self.plan)
 
@@ -292,20 +345,54 @@ class Study:
         return {metric: value for metric, value in found.items() if metric in measurement.metrics}
 
     def _turn(self) -> list[Command]:
-        """Go on to the timings when all proposals have ended."""
-        if self._timing or self.running or self.original.state == "waiting":
+        """When there is nothing more to propose, fill slots with measurements on more of the evaluation, of those who
+        may be on the front; when there are none, go on to the timings."""
+        if self.exhausted is None and self.states["failed"] >= ALL_FAILED and self._none_came_out():
+            self.exhausted = f"the first {self.states['failed']} candidates all failed"
+        if self._timing or self.original.state == "waiting" or not self._proposed_all:
             return []
-        if (
-            self.exhausted is None
-            and self.proposed < self.plan.candidates
-            and self.original.state != "failed"
-        ):
-            return []
+        raced = self._raced()
+        if raced or self.running:
+            return raced
         self._timing = True
         return [command for node in list(self._nodes.values()) for command in self._next(node)]
 
-    def _run(self, node: _Node, meters: Sequence[str], alone: bool) -> Run:
-        job = Job(node.recipe, tuple(meters), self.plan.materials_digest)
+    def _none_came_out(self) -> bool:
+        return self.states["measured"] <= (self.original.state == "measured")
+
+    @property
+    def _proposed_all(self) -> bool:
+        return (
+            self.exhausted is not None
+            or self.proposed >= self.plan.candidates
+            or self.original.state == "failed"
+        )
+
+    def _raced(self) -> list[Command]:
+        found: list[Command] = []
+        if len(self.plan.rungs) == 1 or self.original.measurement is None:
+            return found
+        runners = {
+            id: Runner(one.measurement, self._cost(id), one.fidelity)
+            for id, one in self.candidates.items()
+            if one.measurement is not None and one.failure is None
+        }
+        while self.running <= self._slots:
+            id, outrun = promoted(runners, self.plan, self._busy | self._outrun)
+            self._outrun |= outrun
+            if id is None and not self._busy:
+                # Who outran them may have turned out worse on more of the evaluation.
+                id, self._outrun = promoted(runners, self.plan)
+            if id is None:
+                break
+            node = self._nodes[id]
+            above = next_fidelity(self.plan.rungs, node.fidelity)
+            assert above is not None, "who is promoted is not at the top"
+            found.append(self._run(node, self.plan.meters, node.alone, above))
+        return found
+
+    def _run(self, node: _Node, meters: Sequence[str], alone: bool, fidelity: float = 1.0) -> Run:
+        job = Job(node.recipe, tuple(meters), self.plan.materials_digest, fidelity)
         node.job = job
         node.attempt += 1
         self._busy.add(node.id)

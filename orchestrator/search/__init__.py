@@ -21,6 +21,8 @@ Known = Callable[[Choices], Mapping[str, float]]
 Space = Mapping[str, Domain]
 
 SUFFIX = "_search"
+SECONDS = "seconds"
+"""What `known` may give beside metrics: how long evaluating a choice would take, as far as that is known now."""
 
 
 class Search(Protocol):
@@ -67,7 +69,8 @@ def make(
 
     space: each knob's domain, or plain data for it: `{"low": 1, "high": 8, "type": "int"}` (also
         `"log": true`) or `{"choices": [...], "ordered": true}`; ordered choices may be given in any order.
-    known: the metrics of a choice that need no evaluation, exact; asked often, so it must be quick.
+    known: the metrics of a choice that need no evaluation, exact; asked often, so it must be quick. Where it also gives
+        `seconds`, a search may prefer what adds more for each of them; they may change from call to call.
 
     Raises LookupError for an unknown name, ValueError for a space or objectives that cannot be searched.
     """

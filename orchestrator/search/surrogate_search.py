@@ -44,7 +44,8 @@ class SurrogateSearch:
     """Objectives that are known beforehand are taken as they are; each other one has a belief of its own. A proposal
     is what has the highest expected hypervolume improvement in a pool of choices: new ones each time, the best of the
     last times kept. What was asked and is not told yet counts as if it had come out as believed, which keeps a batch
-    apart. Choices that fail are believed about too, and tried less where failures are likely.
+    apart. Choices that fail are believed about too, and tried less where failures are likely. Where it is known what
+    trying a choice would take, what it should add is weighed by that.
     """
 
     def __init__(self, space: Space, objectives: Sequence[Objective], known: Known, seed: int) -> None:
@@ -109,7 +110,8 @@ class SurrogateSearch:
 
     def _candidates(self) -> Pool:
         """What was kept and what is new, but for what was asked or told; within the limits that are known."""
-        kept = self._pool.take(self._open(self._pool.points))
+        # Entered anew, for what trying them would take changes as the study makes what they share.
+        kept = self._survey.enter(self._pool.points[self._open(self._pool.points)])
         drawn = [
             self._places.uniform(_ANYWHERE, self._generator),
             self._places.levelled(_ANYWHERE // 2, self._generator),
@@ -185,7 +187,7 @@ class SurrogateSearch:
         for boldness in _BOLD:
             gain = expected_improvement(front, reference, foretold, boldness)
             if gain.max() > _NOTHING * float(np.prod(np.maximum(np.ptp(losses, axis=0), _NOTHING))):
-                return np.asarray(gain * self._works(pool))
+                return np.asarray(gain * self._works(pool) / pool.seconds)
         return self._novelty(pool)
 
     def _bounded(self, losses: Losses, foretold: Sequence[Expected]) -> tuple[Losses, Point]:

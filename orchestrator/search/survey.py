@@ -11,35 +11,40 @@ from numpy.typing import NDArray
 
 from jobs.knobs import Range
 from orchestrator.front import Objective
-from orchestrator.search import Known
+from orchestrator.search import SECONDS, Known
 from orchestrator.search.features import Features, Rows
 from orchestrator.search.places import Axis, Places, Points
 
 _DRAWN = 100
 """So many choices of each kind stand for all."""
 
+_LEAST_SECONDS = 1e-3
+
 Losses = Float[NDArray[np.float64], "points objectives"]
 
 
 @dataclass(frozen=True)
 class Pool:
-    """Choices as points; known: their losses, NaN where they have to be measured."""
+    """Choices as points; known: their losses, NaN where they have to be measured; seconds: what trying each would take,
+    1 where nothing is known of that."""
 
     points: Points
     rows: Rows
     known: Losses
+    seconds: NDArray[np.float64]
 
     def __len__(self) -> int:
         return len(self.points)
 
     def take(self, which: NDArray[np.intp] | NDArray[np.bool_]) -> Pool:
-        return Pool(self.points[which], self.rows[which], self.known[which])
+        return Pool(self.points[which], self.rows[which], self.known[which], self.seconds[which])
 
     def joined(self, other: Pool) -> Pool:
         return Pool(
             np.concatenate([self.points, other.points]),
             np.concatenate([self.rows, other.rows]),
             np.concatenate([self.known, other.known]),
+            np.concatenate([self.seconds, other.seconds]),
         )
 
 
@@ -65,13 +70,14 @@ class Survey:
         self.everywhere = self.enter(self._everywhere)
 
     def enter(self, points: Points) -> Pool:
-        known = np.full((len(points), len(self._objectives)), np.nan)
-        for row, point in enumerate(points):
-            values = self._known(self._places.choices(point))
-            for column, objective in enumerate(self._objectives):
-                if objective.metric in values:
-                    known[row, column] = objective.loss(values[objective.metric])
-        return Pool(points, self._rows(points, known), known)
+        every = [self._known(self._places.choices(point)) for point in points]
+        losses = [
+            [o.loss(values[o.metric]) if o.metric in values else np.nan for o in self._objectives]
+            for values in every
+        ]
+        known = np.array(losses).reshape(len(points), len(self._objectives))
+        seconds = np.array([max(values.get(SECONDS, 1.0), _LEAST_SECONDS) for values in every])
+        return Pool(points, self._rows(points, known), known, seconds)
 
     def discovers(self, pool: Pool) -> bool:
         """Whether an objective turns out to be known that was not. Then rows are made otherwise than before: what was

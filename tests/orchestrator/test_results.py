@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from typing import Any
 
 import pytest
 
 from jobs import techniques
-from jobs.job import Failure, Measurement
+from jobs.job import Failure, Measurement, first_items
 from jobs.recipe import Origin, Recipe
 from orchestrator.candidate import Candidate
 from orchestrator.front import Objective
-from orchestrator.results import Difference, Results, difference, front_json, judge
+from orchestrator.results import (
+    Difference,
+    Results,
+    difference,
+    front_json,
+    judge,
+    reasons,
+    told_apart_by_chance,
+)
 
 ORIGIN = Origin("model", "data", 0)
 HERE = {"cpu": "Xeon", "threads": "2"}
@@ -145,18 +154,49 @@ def with_items(one: Candidate, *items: float) -> Candidate:
 def test_candidates_are_compared_item_by_item() -> None:
     original = with_items(ORIGINAL, 0.9, 0.5, 0.1)
     small = with_items(candidate(1, 80, 0.4, 8.0), 0.8, 0.4, 0.0)
-    assert difference(small, original, "accuracy") == Difference(pytest.approx(-0.1), pytest.approx(0.0))
+    assert difference(small, original, "accuracy") == Difference(pytest.approx(-0.1), pytest.approx(0.0), 3)
     odd = with_items(small, 0.8, 0.4, 0.3)
     found = difference(odd, original, "accuracy")
-    assert found == Difference(pytest.approx(0.0), pytest.approx(0.1))  # of -0.1, -0.1, 0.2
+    assert found == Difference(pytest.approx(0.0), pytest.approx(0.1), 3)  # of -0.1, -0.1, 0.2
     found_json = front_json(judge("study", OBJECTIVES, original, [odd]))
     member = next(one for one in found_json["members"] if one["id"] == odd.id)
     assert member["differences"] == {
-        "accuracy": {"value": pytest.approx(0.0), "error": pytest.approx(0.1)},
+        "accuracy": {"value": pytest.approx(0.0), "error": pytest.approx(0.1), "items": 3},
     }
 
 
-def test_what_was_measured_on_other_items_is_not_compared() -> None:
+def test_models_are_compared_on_what_both_were_measured_on() -> None:
     fewer = with_items(candidate(1, 80, 0.4, 8.0), 0.8, 0.4)
-    assert difference(fewer, with_items(ORIGINAL, 0.9, 0.5, 0.1), "accuracy") is None
+    found = difference(fewer, with_items(ORIGINAL, 0.9, 0.5, 0.1), "accuracy")
+    assert found == Difference(pytest.approx(-0.1), pytest.approx(0.0), 2)
     assert difference(fewer, ORIGINAL, "accuracy") is None
+
+
+def test_the_first_items_of_a_perplexity_are_those_of_the_first_windows_alone() -> None:
+    def perplexity(losses: list[float]) -> Measurement:
+        mean = sum(losses) / len(losses)
+        items = [math.exp(mean) * (1 + loss - mean) for loss in losses]
+        return Measurement({"perplexity": math.exp(mean)}, items={"perplexity": items})
+
+    losses = [2.0, 3.5, 1.0, 4.0, 0.5]
+    alone = perplexity(losses[:2]).items["perplexity"]
+    assert first_items(perplexity(losses), "perplexity", 2) == pytest.approx(alone)
+
+
+def test_reasons_of_failures_are_counted() -> None:
+    bad = [candidate(n, 80 + n, 0.4, 8.0) for n in range(1, 4)]
+    said = ["no such layer\nat line 3", "no such layer", "NaN"]
+    failed = [
+        dataclasses.replace(one, state="failed", measurement=None, failure=Failure("bug", text))
+        for one, text in zip(bad, said, strict=True)
+    ]
+    results = judge("study", OBJECTIVES, ORIGINAL, failed)
+    assert reasons(results) == [(2, "bug: no such layer"), (1, "bug: NaN")]
+
+
+def test_a_front_that_chance_alone_tells_apart_says_so() -> None:
+    near = with_items(candidate(1, 70, 0.5, 8.0), 0.8, 0.4, 0.3)
+    other = with_items(candidate(2, 75, 0.51, 8.0), 0.7, 0.5, 0.33)
+    far = with_items(candidate(3, 80, 0.9, 8.0), 0.95, 0.9, 0.85)
+    assert told_apart_by_chance(judge("study", OBJECTIVES, ORIGINAL, [near, other])) == ["accuracy"]
+    assert told_apart_by_chance(judge("study", OBJECTIVES, ORIGINAL, [near, other, far])) == []

@@ -409,3 +409,40 @@ def test_a_late_start_does_not_bring_a_failed_candidate_back() -> None:
     end(study, run, Failure("invalid", "no"))
     assert study.handle(Started(run.job.id, run.attempt)) == []
     assert study.candidates[DROPPED.id].state == "failed"
+
+
+def test_a_search_of_which_all_candidates_fail_ends_with_the_reason() -> None:
+    study, original = begun(plan(candidates=100))
+    end(study, original, measured(0.5))
+    tried = 0
+    while study.wants(1):
+        tried += 1
+        run = only_run(study.handle(proposal(ORIGINAL.then(PRUNE(ratio=round(0.001 * tried, 3))))))
+        end(study, run, Failure("invalid", "no such layer"))
+    assert tried == 20
+    assert study.exhausted == "the first 20 candidates all failed"
+    assert study.stage == "done"
+
+
+def test_one_candidate_that_came_out_keeps_a_failing_search_going() -> None:
+    study, original = begun(plan(candidates=30))
+    end(study, original, measured(0.5))
+    end(study, only_run(study.handle(proposal(DROPPED))), measured(0.4))
+    tried = 0
+    while study.wants(1):
+        tried += 1
+        run = only_run(study.handle(proposal(ORIGINAL.then(PRUNE(ratio=round(0.001 * tried, 3))))))
+        end(study, run, Failure("invalid", "no such layer"))
+    assert tried == 29
+
+
+def test_what_shares_steps_takes_less_time() -> None:
+    study, original = begun(plan(candidates=5))
+    assert study.seconds(QUANTIZED) is None
+    end(study, original, measured(0.5))
+    made = only_run(study.handle(proposal(DROPPED)))
+    result = Success("artifact", 1, Measurement({"accuracy": 0.4}, seconds=3.0), 7.0)
+    end(study, made, result)
+    assert study.seconds(DROPPED) == 3.0
+    assert study.seconds(QUANTIZED) == 3.0 + 7.0  # rtn is taken to be as long as all is on average
+    assert study.seconds(ORIGINAL.then(DROP(count=2)).then(RTN(bits=4))) == 3.0 + 7.0 + 7.0

@@ -343,3 +343,19 @@ def test_with_noise_larger_than_the_differences_the_search_goes_on() -> None:
             [(choices, {"a": generator.normal(), "b": generator.normal()}) for choices in trying.ask(1)]
         )
     assert len(trying.ask(4)) == 4
+
+
+def test_of_what_adds_alike_the_cheaper_is_tried_first() -> None:
+    space = {"kind": Choice(("cheap", "dear")), **{f"x{i}": Range(0.0, 1.0) for i in range(3)}}
+
+    def known(choices: Mapping[str, Value]) -> dict[str, float]:
+        return {"seconds": 1.0 if choices["kind"] == "cheap" else 50.0}
+
+    trying = search.make("surrogate", space, [Objective("a"), Objective("b")], known, seed=0)
+    kinds = []
+    for _ in range(30):
+        for choices in trying.ask(1):
+            kinds.append(choices["kind"])
+            x = [float(choices[f"x{i}"]) for i in range(3)]
+            trying.tell([(choices, {"a": x[0] + x[2], "b": 1 - x[0] + x[1]})])
+    assert kinds[10:].count("cheap") > 15

@@ -110,7 +110,7 @@ def test_a_trimmed_store_keeps_fronts_originals_and_results_and_a_study_goes_on(
 def test_a_removed_parent_is_made_again_for_its_child_and_is_the_same(
     prepared: Callable[..., Prepared], made: list[Job]
 ) -> None:
-    ready = prepared(SPACE, "search.candidates=2")
+    ready = prepared(SPACE, "search.candidates=2", "search.algorithm=random")
     run_inline(ready)
     root = Path(ready.config.store)
     store = open_store(ready.config.store)
@@ -119,7 +119,7 @@ def test_a_removed_parent_is_made_again_for_its_child_and_is_the_same(
     left = set(store.records("artifacts/"))
     assert left < set(names)
     made.clear()
-    run_inline(prepared(SPACE, "search.candidates=6"))
+    run_inline(prepared(SPACE, "search.candidates=6", "search.algorithm=random"))
     again = [job for job in made if f"artifacts/{job.recipe.id}" in names]
     assert [str(job.recipe) for job in again] == ["drop_layers(count=1)"]
     for key in store.records("artifacts/"):
@@ -211,7 +211,7 @@ def test_scratch_of_a_study_that_starts_at_this_moment_stays(prepared: Callable[
 def test_a_trim_killed_between_record_and_artifact_leaves_a_sound_store(
     prepared: Callable[..., Prepared], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ready = prepared(SPACE, "search.candidates=2")
+    ready = prepared(SPACE, "search.candidates=2", "search.algorithm=random")
     run_inline(ready)
     root = Path(ready.config.store)
 
