@@ -24,7 +24,7 @@ space:
   depth: {{drop_layers: {{count: [1, 2]}}}}
   width: {{prune_ffn: {{ratio: [0.2, 0.4]}}}}
   bits: {{rtn: {{bits: [3, 4, 8], group: [32, 64]}}}}
-search: {{candidates: 5}}
+search: {{candidates: 5, rungs: []}}
 store: {store}
 tracking: {{uri: none}}
 """

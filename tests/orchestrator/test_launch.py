@@ -38,6 +38,16 @@ def workplace(prepared: Prepared) -> Workplace:
     return Workplace(prepared.materials, str(store), prepared.folder / "scratch", store / "cache")
 
 
+def counted(prepared: Prepared, done: list[Job]) -> Callable[[Job], Outcome]:
+    """The real work, which notes what it does."""
+
+    def do(job: Job) -> Outcome:
+        done.append(job)
+        return work(job, workplace(prepared))
+
+    return do
+
+
 def run_inline(prepared: Prepared, do: Callable[[Job], Outcome] | None = None) -> Results:
     return launch(prepared, unseen, executor=InlineExecutor(), do=do)
 
@@ -241,3 +251,22 @@ def test_killed_anywhere_the_same_command_goes_on_and_no_committed_candidate_run
     assert len(runs) <= len(committed) + killed
     results = run_inline(ready, lambda job: pytest.fail(f"{job.recipe} ran again"))
     assert [c.state for c in results.candidates] == ["measured"] * 6
+
+
+def test_a_study_in_rungs_measures_on_all_of_the_evaluation_what_ends_on_the_front(
+    prepared: Callable[..., Prepared],
+) -> None:
+    done: list[Job] = []
+    ready = prepared("search.rungs=[0.25]", "search.candidates=8")
+    results = run_inline(ready, counted(ready, done))
+    shares = {job.fidelity for job in done if job.meters}
+    assert shares == {0.25, 1.0}
+    assert all(results.by_id[id].fidelity == 1.0 for id in results.members)
+    windows = {
+        id: len(one.measurement.items["accuracy"]) for id, one in results.by_id.items() if one.measurement
+    }
+    assert all(windows[id] == 16 for id in results.members)
+    assert all(windows[id] == 4 for id, standing in results.standings.items() if standing == "outrun")
+    again: list[Job] = []
+    assert run_inline(ready, counted(ready, again)).members == results.members
+    assert again == []

@@ -223,7 +223,7 @@ def test_a_trim_killed_between_record_and_artifact_leaves_a_sound_store(
         with pytest.raises(KeyboardInterrupt):
             trimmed(root)
     assert kinds(inventory(root))["unnamed"] == 1
-    results = run_inline(prepared(SPACE, "search.candidates=4"))
+    results = run_inline(prepared(SPACE, "search.candidates=4", "search.algorithm=random"))
     assert [c.state for c in results.candidates] == ["measured"] * 5
     trimmed(root)
     assert "unnamed" not in kinds(inventory(root))
