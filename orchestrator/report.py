@@ -24,6 +24,7 @@ from orchestrator.results import (
     metrics,
     prediction_errors,
 )
+from orchestrator.savings import Savings
 
 UNITS = {"_bytes": ("MB", 1e-6), "_ms": ("ms", 1.0), "_gib": ("GiB", 1.0), "_joules": ("J", 1.0)}
 INK, GREY, LINE = "#1b1f24", "#b3b9c1", "#e6e8eb"
@@ -52,7 +53,7 @@ pre { background: #f6f7f8; padding: 14px 16px; border-radius: 6px; overflow-x: a
 """
 
 
-def report_html(results: Results, yaml_text: str) -> str:
+def report_html(results: Results, yaml_text: str, savings: Savings) -> str:
     """The whole page."""
     figure = plotly.io.to_html(
         front_figure(results), full_html=False, include_plotlyjs=True, config={"displaylogo": False}
@@ -62,7 +63,7 @@ def report_html(results: Results, yaml_text: str) -> str:
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}: the front</title>'
         f"<style>{STYLE}</style></head><body>\n<h1>{title}</h1>\n<p>{_summary(results)}</p>\n{figure}\n"
         f"<h2>The front, relative to the original</h2>\n{_front_table(results)}\n{_failures(results)}\n"
-        f"{_predictions(results)}\n"
+        f"{_predictions(results)}\n{_sharing(savings)}\n"
         f"<h2>Measured on</h2>\n{_environment(results)}\n<h2>Study</h2>\n"
         f"<pre>{html.escape(yaml_text)}</pre>\n</body></html>\n"
     )
@@ -310,6 +311,25 @@ def _predictions(results: Results) -> str:
     ]
     return (
         f"<h2>Predictions, which steered the search</h2>\n<p>Off what was measured: {'; '.join(texts)}.</p>"
+    )
+
+
+def _sharing(savings: Savings) -> str:
+    """What sharing saved, in seconds that were measured; nothing where nothing was shared."""
+    parts = [
+        (
+            f"{savings.steps} steps of one candidate were another's too",
+            savings.steps and savings.steps_seconds,
+        ),
+        ("statistics of a model were there for its next candidates", savings.statistics_seconds),
+        (f"{savings.jobs} jobs were done in the store already", savings.jobs and savings.jobs_seconds),
+    ]
+    texts = [f"{what} ({seconds:.0f} s)" for what, seconds in parts if seconds]
+    if not texts:
+        return ""
+    return (
+        f"<h2>What was shared</h2>\n<p>{html.escape('; '.join(texts))}: {savings.seconds:.0f} s of one slot's "
+        f"time saved, by what the same work took where it was done.</p>"
     )
 
 
