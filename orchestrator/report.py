@@ -324,11 +324,11 @@ def _sharing(savings: Savings) -> str:
         ("statistics of a model were there for its next candidates", savings.statistics_seconds),
         (f"{savings.jobs} jobs were done in the store already", savings.jobs and savings.jobs_seconds),
     ]
-    texts = [f"{what} ({seconds:.0f} s)" for what, seconds in parts if seconds]
+    texts = [f"{what} ({seconds:,.1f} s)" for what, seconds in parts if seconds]
     if not texts:
         return ""
     return (
-        f"<h2>What was shared</h2>\n<p>{html.escape('; '.join(texts))}: {savings.seconds:.0f} s of one slot's "
+        f"<h2>What was shared</h2>\n<p>{html.escape('; '.join(texts))}: {savings.seconds:,.1f} s of one slot's "
         f"time saved, by what the same work took where it was done.</p>"
     )
 

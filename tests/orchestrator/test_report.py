@@ -50,8 +50,8 @@ def results(*objectives: Objective) -> Results:
 
 def test_the_page_tells_what_sharing_saved() -> None:
     page = report_html(results(SIZE), "", Savings(3, 30.0, 12.4, 0, 0.0))
-    assert "3 steps of one candidate were another&#x27;s too (30 s)" in page
-    assert "(12 s): 42 s of one slot's time saved" in page
+    assert "3 steps of one candidate were another&#x27;s too (30.0 s)" in page
+    assert "(12.4 s): 42.4 s of one slot's time saved" in page
     assert "in the store already" not in page
     assert "What was shared" not in report_html(results(SIZE), "", Savings())
 
