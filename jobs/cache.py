@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,6 +69,8 @@ class Cache:
 
     Two workers may compute the same at once: the files are whole at any time, and the later one replaces
     an equal one.
+
+    spared_seconds: how long what was found in files had taken to compute, as if each had been alone.
     """
 
     def __init__(self, folder: Path | None, key: str, limit_bytes: int) -> None:
@@ -75,6 +78,7 @@ class Cache:
         self._key = key
         self._limit_bytes = limit_bytes
         self._memory: dict[str, Stored] = {}
+        self.spared_seconds = 0.0
 
     def streamed(self, kind: str, compute: Callable[[], Iterator[Part]]) -> Stored:
         """The tensors of this kind, and the notes beside them, from the cache or else from `compute`: each part
@@ -88,10 +92,14 @@ class Cache:
             return _joined([_held(*part) for part in compute()])
         files = _Files(self._folder, f"{self._key}-{kind}")
         found = files.open()
-        if found is None:
-            files.write(compute())
-            found = files.open()
-            _evict(self._folder, self._limit_bytes, files.stem)
+        if found is not None:
+            self.spared_seconds += files.seconds()
+            return found
+        started, before = time.perf_counter(), self.spared_seconds
+        # What is computed from other statistics of this key would have taken their time as well.
+        files.write(compute(), lambda: time.perf_counter() - started + self.spared_seconds - before)
+        found = files.open()
+        _evict(self._folder, self._limit_bytes, files.stem)
         if found is None:
             raise LookupError(f"the statistics {files.stem} in {self._folder} vanished while written")
         return found
@@ -99,7 +107,8 @@ class Cache:
 
 @dataclass(frozen=True)
 class _Files:
-    """The files of one kind of statistics: its parts, and a last one without tensors that says how many."""
+    """The files of one kind of statistics: its parts, and a last one without tensors that says how many, and how
+    long they took."""
 
     folder: Path
     stem: str
@@ -112,11 +121,19 @@ class _Files:
         except FileNotFoundError:
             return None
 
-    def write(self, parts: Iterator[Part]) -> None:
+    def seconds(self) -> float:
+        """How long they took; 0 where that is not known."""
+        try:
+            return float(_open(self._file("parts")).about.get("seconds", 0.0))
+        except FileNotFoundError:
+            return 0.0
+
+    def write(self, parts: Iterator[Part], seconds: Callable[[], float]) -> None:
+        """seconds: asked for when all parts are written."""
         number = 0
         for number, part in enumerate(parts, start=1):
             _write(self._file(str(number - 1)), *part)
-        _write(self._file("parts"), {}, {"parts": str(number)})
+        _write(self._file("parts"), {}, {"parts": str(number), "seconds": f"{seconds():.3f}"})
 
     def _file(self, part: str) -> Path:
         return self.folder / f"{self.stem}.{part}.safetensors"

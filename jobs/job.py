@@ -161,12 +161,18 @@ class Job:
 
 @dataclass(frozen=True)
 class Success:
-    """artifact: its content digest in the store; size_bytes: of the whole folder; seconds: making it took."""
+    """artifact: its content digest in the store; size_bytes: of the whole folder; seconds: making it took.
+
+    spared_seconds: making it would have taken so much longer without statistics that were there.
+    found: nothing ran now: the result was there.
+    """
 
     artifact: str
     size_bytes: int
     measurement: Measurement
     seconds: float
+    spared_seconds: float = 0.0
+    found: bool = False
 
 
 @dataclass(frozen=True)

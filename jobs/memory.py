@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import gc
 import sys
 
@@ -16,12 +17,12 @@ def held_gib() -> float:
     return held / 2**30
 
 
+@functools.cache
 def settle() -> None:
     """Set the libraries aside before a process loads its first model: else each collection walks all of them
-    again, 0.3 s. Nothing may be frozen later: a model that is, in cycles, is never freed."""
-    if gc.get_freeze_count() == 0:
-        gc.collect()
-        gc.freeze()
+    again, 0.3 s. Only the first call does anything: a model that is frozen, in cycles, is never freed."""
+    gc.collect()
+    gc.freeze()
 
 
 def release() -> None:

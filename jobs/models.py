@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import transformers
@@ -48,6 +48,14 @@ _TOKENIZER_FILES = (
     "merges.txt", "added_tokens.json", "chat_template.jinja", "generation_config.json",
 )  # fmt: skip
 Tokenizer = transformers.PreTrainedTokenizerBase
+
+
+class FileState(NamedTuple):
+    """Of one file: changed_at is in nanoseconds since 1970."""
+
+    path: str
+    size_bytes: int
+    changed_at: int
 
 
 def locate(source: str) -> Path:
@@ -99,6 +107,12 @@ def digest(folder: Path) -> str:
             with file.open("rb") as stream:
                 total.update(f"{file.name}:{hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
     return total.hexdigest()
+
+
+def state_of(folder: Path) -> tuple[FileState, ...]:
+    """What tells quickly, without reading them, whether the files of a folder are still the same."""
+    found = ((file, file.stat()) for file in sorted(folder.iterdir()))
+    return tuple(FileState(str(file), state.st_size, state.st_mtime_ns) for file, state in found)
 
 
 def tokenizer_digest(folder: Path) -> str:

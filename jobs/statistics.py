@@ -63,6 +63,11 @@ class Statistics:
     def __init__(self, folder: Path | None, key: str, limit_bytes: int = 4 * 2**30) -> None:
         self._cache = Cache(folder, key, limit_bytes)
 
+    @property
+    def spared_seconds(self) -> float:
+        """How long what was found in files had taken to compute."""
+        return self._cache.spared_seconds
+
     def grams(self, model: Model, calibration: Rows, report: Report) -> Grams:
         """The Gram matrix and the mean of every linear's inputs; ValueError names a linear that reads NaN."""
         stored = self.streamed("gram", lambda: _grams(model, calibration, report))

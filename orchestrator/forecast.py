@@ -29,6 +29,8 @@ class Forecast:
     """proposals: a sample of what the search would try first. steps: all their steps; jobs: the distinct ones.
 
     found: how many of these jobs the store holds already. seconds: of slot time, for what is left.
+    shared_seconds, found_seconds: of slot time, that the steps which are not distinct and the jobs that are found would
+        take.
     measured: whether the times come from jobs that ran here, or from the count of operations.
     """
 
@@ -37,6 +39,8 @@ class Forecast:
     jobs: int
     found: int
     seconds: float
+    shared_seconds: float
+    found_seconds: float
     measured: bool
 
 
@@ -54,19 +58,20 @@ def forecast(prepared: Prepared, search: Search, store: ArtifactStore) -> Foreca
     possible = [p for p in proposals.values() if p.cost is not None]
     lineages = [p.recipe.lineage()[1:] for p in possible]
     distinct = {recipe.id: recipe for lineage in lineages for recipe in lineage}
-    left = [recipe for recipe in distinct.values() if store.record(f"artifacts/{recipe.id}") is None]
+    found = {id for id in distinct if store.record(f"artifacts/{id}") is not None}
     known = seconds_by_technique(store)
-    steps = sum(
-        known.get(r.steps[-1].name(), _operations(r.steps[-1], prepared) / ASSUMED_FLOPS) for r in left
-    )
+    seconds = {id: _seconds(recipe.steps[-1], prepared, known) for id, recipe in distinct.items()}
+    unshared = sum(seconds[recipe.id] for lineage in lineages for recipe in lineage)
+    there = sum(seconds[id] for id in found)
+    steps = sum(seconds.values()) - there
     evaluation = prepared.materials.evaluation
     tokens = 0 if evaluation is None else evaluation.samples * evaluation.tokens
     measuring = len(possible) * known.get("measuring", _forward(prepared) * tokens / ASSUMED_FLOPS)
     timing = len(possible) / 2 * TIMING_SECONDS if prepared.plan.timers else 0.0
     timing += table_models(prepared.config) * TABLE_SECONDS if prepared.plan.timed else 0.0
     return Forecast(
-        list(proposals.values()), sum(map(len, lineages)), len(distinct), len(distinct) - len(left),
-        steps + measuring + timing, bool(known),
+        list(proposals.values()), sum(map(len, lineages)), len(distinct), len(found),
+        steps + measuring + timing, unshared - sum(seconds.values()), there, bool(known),
     )  # fmt: skip
 
 
@@ -84,6 +89,11 @@ def seconds_by_technique(store: ArtifactStore) -> Mapping[str, float]:
         if steps and outcome.seconds > 0.01:
             seen.setdefault(steps[-1]["technique"], []).append(outcome.seconds)
     return {name: fmean(values) for name, values in seen.items()}
+
+
+def _seconds(step: Technique, prepared: Prepared, known: Mapping[str, float]) -> float:
+    """Of making one step."""
+    return known.get(step.name(), _operations(step, prepared) / ASSUMED_FLOPS)
 
 
 def _forward(prepared: Prepared) -> float:

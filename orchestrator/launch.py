@@ -92,7 +92,7 @@ def launch(
                 watch.write(study)
         shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)  # of trainings that were given up
         results = _standings(prepared, study).results()
-        page = report_html(results, prepared.text)
+        page = report_html(results, prepared.text, study.savings)
         write_whole(folder / "report.html", page)
         tracker.finish(results, page)
         return results

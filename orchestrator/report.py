@@ -26,6 +26,7 @@ from orchestrator.results import (
     rank_flips,
     told_apart_by_chance,
 )
+from orchestrator.savings import Savings
 
 UNITS = {"_bytes": ("MB", 1e-6), "_ms": ("ms", 1.0), "_gib": ("GiB", 1.0), "_joules": ("J", 1.0)}
 INK, GREY, LINE = "#1b1f24", "#b3b9c1", "#e6e8eb"
@@ -54,7 +55,7 @@ pre { background: #f6f7f8; padding: 14px 16px; border-radius: 6px; overflow-x: a
 """
 
 
-def report_html(results: Results, yaml_text: str) -> str:
+def report_html(results: Results, yaml_text: str, savings: Savings) -> str:
     """The whole page."""
     figure = plotly.io.to_html(
         front_figure(results), full_html=False, include_plotlyjs=True, config={"displaylogo": False}
@@ -64,8 +65,7 @@ def report_html(results: Results, yaml_text: str) -> str:
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}: the front</title>'
         f"<style>{STYLE}</style></head><body>\n<h1>{title}</h1>\n<p>{_summary(results)}</p>\n{figure}\n"
         f"<h2>The front, relative to the original</h2>\n{_front_table(results)}\n{_failures(results)}\n"
-        f"{_predictions(results)}\n"
-        f"{_race(results)}\n"
+        f"{_predictions(results)}\n{_race(results)}\n{_sharing(savings)}\n"
         f"<h2>Measured on</h2>\n{_environment(results)}\n<h2>Study</h2>\n"
         f"<pre>{html.escape(yaml_text)}</pre>\n</body></html>\n"
     )
@@ -332,6 +332,25 @@ def _race(results: Results) -> str:
     return (
         f"<h2>The race</h2>\n<p>{every} models were measured on {read / every:.0%} of the evaluation, on average. "
         f"Pairs whose order changed when they were measured on more: {'; '.join(texts) or 'none were'}.</p>"
+    )
+
+
+def _sharing(savings: Savings) -> str:
+    """What sharing saved, in seconds that were measured; nothing where nothing was shared."""
+    parts = [
+        (
+            f"{savings.steps} steps of one candidate were another's too",
+            savings.steps and savings.steps_seconds,
+        ),
+        ("statistics of a model were there for its next candidates", savings.statistics_seconds),
+        (f"{savings.jobs} jobs were done in the store already", savings.jobs and savings.jobs_seconds),
+    ]
+    texts = [f"{what} ({seconds:,.1f} s)" for what, seconds in parts if seconds]
+    if not texts:
+        return ""
+    return (
+        f"<h2>What was shared</h2>\n<p>{html.escape('; '.join(texts))}: {savings.seconds:,.1f} s of one slot's "
+        f"time saved, by what the same work took where it was done.</p>"
     )
 
 

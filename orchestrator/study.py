@@ -30,6 +30,7 @@ from orchestrator.events import (
     Tell,
 )
 from orchestrator.racing import Runner, next_fidelity, promoted
+from orchestrator.savings import Savings
 
 ALL_FAILED = 20
 """When so many candidates have failed and none came out, no more are tried."""
@@ -39,7 +40,11 @@ MAX_BUG_ATTEMPTS = 3
 
 @dataclass(slots=True)
 class _Node:
-    """One recipe of the trie and how far it is. children: the ids of what is made from it, in their order."""
+    """One recipe of the trie and how far it is. children: the ids of what is made from it, in their order.
+
+    uses: how many candidates come from it, or are it; alone_seconds: what making it from its parent takes without
+    statistics that are there.
+    """
 
     recipe: Recipe
     id: str
@@ -54,6 +59,8 @@ class _Node:
     attempt: int = 0
     failed_attempts: int = 0
     alone: bool = False
+    uses: int = 0
+    alone_seconds: float = 0.0
     children: dict[str, None] = field(default_factory=dict)
 
     @property
@@ -90,8 +97,10 @@ class Study:
         """How many candidates are in each state."""
         self.exhausted: str | None = None
         self.reused = 0
+        """How many steps candidates have in common with one before them."""
         self.proposed = 0
         """How many candidates the search has proposed that may run; the original is none of them."""
+        self._found = Savings()
         self._nodes: dict[str, _Node] = {}
         self._by_job: dict[str, str] = {}
         self._timing = False
@@ -109,6 +118,13 @@ class Study:
     @property
     def original(self) -> Candidate:
         return self.candidates[self._original_id]
+
+    @property
+    def savings(self) -> Savings:
+        """What sharing has spared until now; a step that has not been made yet counts no seconds."""
+        steps = (node for node in self._nodes.values() if node.parent is not None)
+        seconds = sum((node.uses - 1) * node.alone_seconds for node in steps)
+        return dataclasses.replace(self._found, steps=self.reused, steps_seconds=seconds)
 
     @property
     def running(self) -> int:
@@ -205,8 +221,10 @@ class Study:
         for step in recipe.lineage():
             id, parent = step.id, nodes[-1].id if nodes else None
             nodes.append(self._nodes.setdefault(id, _Node(step, id, parent)))
+        nodes[0].uses += 1
         for above, below in itertools.pairwise(nodes):
-            self.reused += below.id in above.children
+            self.reused += below.uses > 0
+            below.uses += 1
             above.children[below.id] = None
         nodes[-1].wanted, nodes[-1].cost = True, cost
         return nodes
@@ -237,6 +255,7 @@ class Study:
     def _handle_success(self, node: _Node, job: Job, success: Success) -> list[Command]:
         new = node.artifact is None
         self._note_seconds(node, job, success, new)
+        self._take_account(node, success, new)
         node.artifact, node.alone, node.failed_attempts = success.artifact, False, 0
         commands: list[Command] = []
         if job.meters:
@@ -270,6 +289,18 @@ class Study:
             self._took.setdefault(node.recipe.steps[-1].name(), _Took()).add(success.seconds)
         if job.meters == self.plan.meters and job.fidelity == self.plan.rungs[0]:
             self._measuring.add(success.measurement.seconds)
+
+    def _take_account(self, node: _Node, success: Success, new: bool) -> None:
+        """Note what was spared by what was there. new: the node had no artifact before."""
+        before, measuring = self._found, success.measurement.seconds
+        if new:
+            node.alone_seconds = success.seconds + success.spared_seconds
+        if success.found:
+            spent = before.jobs_seconds + success.seconds + measuring
+            self._found = dataclasses.replace(before, jobs=before.jobs + 1, jobs_seconds=spent)
+        else:
+            spared = before.statistics_seconds + success.spared_seconds
+            self._found = dataclasses.replace(before, statistics_seconds=spared)
 
     def _handle_failure(self, node: _Node, job: Job, failure: Failure) -> list[Command]:
         if failure.kind == "preempted":

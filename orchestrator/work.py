@@ -91,7 +91,7 @@ def _work(job: Job, workplace: Workplace) -> Outcome:
     store = open_store(workplace.store)
     done = store.record(_result_key(job))
     if done is not None:
-        return outcome_from_dict(done["result"])
+        return _found(outcome_from_dict(done["result"]))
     workplace.scratch.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=workplace.scratch) as scratch:
         outcome = _attempt(job, workplace, store, Path(scratch))
@@ -101,6 +101,10 @@ def _work(job: Job, workplace: Workplace) -> Outcome:
     if store.commit(_result_key(job), record):
         return outcome
     return outcome_from_dict(_committed(store, _result_key(job))["result"])
+
+
+def _found(outcome: Outcome) -> Outcome:
+    return dataclasses.replace(outcome, found=True) if isinstance(outcome, Success) else outcome
 
 
 def _attempt(job: Job, workplace: Workplace, store: ArtifactStore, scratch: Path) -> Outcome:
@@ -136,7 +140,7 @@ def _done(job: Job, workplace: Workplace, store: ArtifactStore, scratch: Path) -
         # Somebody else's copy of this model came first and differs in its last bits: what counts is
         # measured on the copy that counts.
         return _attempt(job, workplace, store, scratch / "again")
-    return Success(ref.digest, ref.size_bytes, made.measurement, made.seconds)
+    return Success(ref.digest, ref.size_bytes, made.measurement, made.seconds, made.spared_seconds)
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from jobs import models
 from jobs.job import Measurement
 from jobs.meter import Meter, Subject, measured
 from jobs.runtimes import Runner, on_torch
@@ -18,9 +24,35 @@ def measure(subject: Subject) -> Measurement:
     window, each the mean of its last hidden states. The original runs in torch, whatever the target; there it
     agrees with itself by exactly 1. The error is the standard error over windows."""
     rows = subject.evaluation()
-    original = vectors(on_torch.start(subject.original, torch.get_num_threads()), rows)
-    cosines = nn.functional.cosine_similarity(vectors(subject.runner, rows), original)
+    cosines = nn.functional.cosine_similarity(
+        vectors(subject.runner, rows), original_vectors(subject.original, rows)
+    )
     return measured({"agreement": cosines})
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """Equal where the vectors are: for the same files, windows and threads, by which sums are rounded otherwise."""
+
+    files: tuple[models.FileState, ...]
+    windows: str
+    threads: int
+    original: Path = field(compare=False)
+    rows: Int[Tensor, "windows tokens"] = field(compare=False)
+
+
+def original_vectors(original: Path, rows: Int[Tensor, "windows tokens"]) -> Float[Tensor, "windows width"]:
+    """The original's vectors, remembered for as long as the process lives: every candidate is compared with them.
+
+    The tensor is shared: it must not be changed.
+    """
+    digest = hashlib.sha256(rows.numpy().tobytes()).hexdigest()
+    return _said(_Asked(models.state_of(original), digest, torch.get_num_threads(), original, rows))
+
+
+@lru_cache(maxsize=4)
+def _said(asked: _Asked) -> Float[Tensor, "windows width"]:
+    return vectors(on_torch.start(asked.original, asked.threads), asked.rows)
 
 
 @torch.inference_mode()

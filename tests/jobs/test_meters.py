@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from jobs.data import Question
 from jobs.job import Materials, TextSource
 from jobs.meter import Subject, measured
 from jobs.meters import agreement, choices, labels, size, text
+from jobs.runtimes import on_torch
 
 
 @pytest.fixture
@@ -145,6 +147,29 @@ def test_an_original_agrees_with_itself_and_less_with_a_damaged_model(
     found = agreement.measure(dataclasses.replace(encoder, folder=tmp_path / "smaller"))
     assert found.metrics["agreement"] < 0.9999
     assert found.errors["agreement"] > 0
+
+
+def test_the_original_is_read_once_and_again_only_where_it_has_changed(
+    encoder: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = tmp_path / "original"
+    shutil.copytree(encoder.original, original)
+    subject, start, started = dataclasses.replace(encoder, original=original), on_torch.start, []
+    expected = agreement.measure(subject)
+
+    def counted(folder: Path, threads: int) -> on_torch.TorchRunner:
+        started.append(folder)
+        return start(folder, threads)
+
+    monkeypatch.setattr(on_torch, "start", counted)
+    again = dataclasses.replace(encoder, original=original)
+    assert agreement.measure(again) == expected
+    assert started == [encoder.folder]
+    model = models.load(encoder.original)
+    del model.blocks[1]
+    models.save(model, original, {})
+    changed = agreement.measure(dataclasses.replace(encoder, original=original))
+    assert changed.metrics["agreement"] < 0.9999
 
 
 def test_the_size_is_that_of_the_weight_files(subject: Subject) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gc
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from jobs import models, techniques
+from jobs.cache import Part
 from jobs.context import Context, Report
 from jobs.layers import PackedLinear, SparseLinear
 from jobs.model import DTYPE, Model
@@ -94,6 +96,28 @@ def test_what_was_computed_once_is_read_from_its_file(tiny_llama: Path, tmp_path
     ]  # fmt: skip
     with pytest.raises(AssertionError, match="computed again"):
         Statistics(tmp_path, "another").grams(model, tokens(), refuse)
+
+
+def test_what_is_found_tells_how_long_it_would_have_taken_alone(tmp_path: Path) -> None:
+    def slowly() -> Part:
+        time.sleep(0.05)
+        return {"numbers": torch.zeros(1)}, {}
+
+    first = Statistics(tmp_path, "key")
+    first.stored("one", slowly)
+    assert first.spared_seconds == 0
+
+    second = Statistics(tmp_path, "key")
+
+    def further() -> Part:
+        second.stored("one", slowly)
+        return slowly()
+
+    second.stored("two", further)
+    assert second.spared_seconds >= 0.05
+    third = Statistics(tmp_path, "key")
+    third.stored("two", further)
+    assert third.spared_seconds >= 0.1
 
 
 def test_statistics_of_which_a_part_is_gone_are_computed_again(tiny_llama: Path, tmp_path: Path) -> None:

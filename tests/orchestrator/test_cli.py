@@ -39,6 +39,7 @@ def test_a_plan_runs_nothing(study_file: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "5 candidates" in done.stdout
     assert "shared" in done.stdout
+    assert "by shared steps" in done.stdout
     assert not list(study_file.parent.glob("runs/records/**/*.json"))
 
 

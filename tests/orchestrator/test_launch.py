@@ -89,6 +89,8 @@ def test_what_another_study_made_is_found_and_not_made_again(prepared: Callable[
         run.attempt = original_attempt
     assert len(ran) >= 6
     assert attempted == []
+    page = (prepared("name=other").folder / "report.html").read_text()
+    assert f"{len(ran)} jobs were done in the store already" in page
 
 
 def test_a_finished_study_runs_nothing_when_it_is_started_again(prepared: Callable[..., Prepared]) -> None:

@@ -14,6 +14,7 @@ from orchestrator.candidate import Candidate
 from orchestrator.front import Objective
 from orchestrator.report import axis_title, front_figure, report_html
 from orchestrator.results import Results, judge
+from orchestrator.savings import Savings
 
 SIZE, SPEED = Objective("size_bytes", "min", limit=120e6), Objective("decode_ms", "min")
 ACCURACY, PERPLEXITY = Objective("accuracy", "max"), Objective("perplexity", "min")
@@ -47,18 +48,26 @@ def results(*objectives: Objective) -> Results:
     )
 
 
+def test_the_page_tells_what_sharing_saved() -> None:
+    page = report_html(results(SIZE), "", Savings(3, 30.0, 12.4, 0, 0.0))
+    assert "3 steps of one candidate were another&#x27;s too (30.0 s)" in page
+    assert "(12.4 s): 42.4 s of one slot's time saved" in page
+    assert "in the store already" not in page
+    assert "What was shared" not in report_html(results(SIZE), "", Savings())
+
+
 def test_the_page_tells_how_far_predictions_were_off() -> None:
     found = [
         candidate(n, 100, 0.7, 5.0, predicted={"decode_ms": ms}) for n, ms in ((1, 5.5), (2, 5.1), (3, 4.9))
     ]
-    page = report_html(judge("laptop", [SIZE, SPEED], candidate(0, 200, 0.8, 10.0), found), "")
+    page = report_html(judge("laptop", [SIZE, SPEED], candidate(0, 200, 0.8, 10.0), found), "", Savings())
     assert "decode by 2.0% (median), 10.0% (worst of 3)" in page
-    assert "Predictions" not in report_html(results(SIZE, SPEED), "")
+    assert "Predictions" not in report_html(results(SIZE, SPEED), "", Savings())
 
 
 @pytest.fixture(scope="module")
 def page() -> str:
-    return report_html(results(SIZE, SPEED, ACCURACY), "name: laptop\nnote: <b>&\n")
+    return report_html(results(SIZE, SPEED, ACCURACY), "name: laptop\nnote: <b>&\n", Savings())
 
 
 def test_the_page_needs_no_network(page: str) -> None:
@@ -138,4 +147,4 @@ def test_axes_state_units_and_direction(objective: Objective, title: str) -> Non
 
 def test_a_study_without_any_front_still_has_a_page() -> None:
     original = candidate(0, 200, 0.8, 10.0, state="running", measurement=None)
-    assert "200.0 MB" in report_html(judge("laptop", [SIZE, ACCURACY], original, []), "")
+    assert "200.0 MB" in report_html(judge("laptop", [SIZE, ACCURACY], original, []), "", Savings())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections import Counter
 
@@ -27,6 +28,7 @@ from orchestrator.events import (
 )
 from orchestrator.front import Objective
 from orchestrator.results import Standings, judge
+from orchestrator.savings import Savings
 from orchestrator.study import Study
 
 ORIGIN = Origin("model", "data", 0)
@@ -101,6 +103,23 @@ def test_a_shared_prefix_runs_once() -> None:
     children = runs(end(study, first, measured(0.0)))
     assert [run.job.recipe.steps[-1] for run in children] == [RTN(bits=4), RTN(bits=8)]
     assert study.reused == 1
+
+
+def test_savings_are_what_shared_work_took_where_it_was_done() -> None:
+    study, original = begun(plan(candidates=3))
+    end(study, original, measured(0.5))
+    (first,) = runs(study.handle(proposal(DROPPED.then(RTN(bits=4)))))
+    study.handle(proposal(DROPPED.then(RTN(bits=8))))
+    # Made in 2 s, and 3 s more without statistics that were there.
+    made = dataclasses.replace(measured(0.0), seconds=2.0, spared_seconds=3.0)
+    one, other = runs(end(study, first, made))
+    end(study, one, measured(0.4))
+    taken = dataclasses.replace(measured(0.3).measurement, seconds=4.0)
+    end(study, other, Success("artifact", 1, taken, seconds=1.0, found=True))
+    assert study.savings == Savings(
+        steps=1, steps_seconds=5.0, statistics_seconds=3.0, jobs=1, jobs_seconds=5.0
+    )
+    assert study.savings.seconds == 13.0
 
 
 def test_an_intermediate_model_that_becomes_a_candidate_is_measured_without_being_made_again() -> None:
@@ -345,6 +364,7 @@ def test_replaying_the_events_rebuilds_the_study_after_any_number_of_kills() -> 
         copy.handle(event)
     assert copy.candidates == study.candidates
     assert (copy.running, copy.stage, copy.reused) == (study.running, study.stage, study.reused)
+    assert copy.savings == study.savings
     assert copy.candidates[DROPPED.id].measurement == measured(0.4).measurement
 
 

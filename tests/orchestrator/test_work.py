@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 from collections.abc import Callable
 from pathlib import Path
@@ -86,7 +87,18 @@ def test_a_committed_result_counts_though_its_artifact_is_gone(
     assert isinstance(made, Success)
     LocalStore(Path(place.store)).remove(ArtifactRef(made.artifact, made.size_bytes))
     monkeypatch.setattr(run, "attempt", lambda *given, **named: pytest.fail("it ran again"))
-    assert work(Job(root, ("text",), "materials"), place) == made
+    assert work(Job(root, ("text",), "materials"), place) == dataclasses.replace(made, found=True)
+
+
+def test_a_result_tells_what_statistics_spared_it(place: Workplace, root: Recipe) -> None:
+    first, second = (
+        work(Job(Recipe(root.origin, (PruneFfn(ratio=ratio),)), (), "materials"), place)
+        for ratio in (0.2, 0.4)
+    )
+    assert isinstance(first, Success)
+    assert isinstance(second, Success)
+    assert first.spared_seconds == 0
+    assert 0 < second.spared_seconds < first.seconds
 
 
 def test_a_full_disk_is_told_with_the_cure(
