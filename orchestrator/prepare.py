@@ -68,6 +68,7 @@ class Prepared:
                     option.technique.version,
                     str(option.searched),
                     str(option.fixed),
+                    *([str(option.spread)] if option.spread else []),
                 )
                 for stage, options in self.space.stages.items()
                 for option in options
@@ -164,10 +165,12 @@ def prepare(loaded: Loaded) -> Prepared:
 
     _check_values(config, check)
     task: Task = next((one for one in TASKS if one == config.task), "causal-lm")
-    space, space_problems = parse(config.space, config.search.order == "any")
+    folder = attempt("model", lambda: models.locate(config.model), "a model folder, a hub id or package:NAME")
+    layout = None if folder is None else attempt("model", lambda: models.original_layout(folder), "a model")
+    blocks = 1 if layout is None else layout.depth
+    space, space_problems = parse(config.space, config.search.order == "any", blocks)
     if "space" not in wrong:
         problems += space_problems
-    folder = attempt("model", lambda: models.locate(config.model), "a model folder, a hub id or package:NAME")
     if folder is not None:
         check(
             "task",
@@ -178,9 +181,8 @@ def prepare(loaded: Loaded) -> Prepared:
     materials = _materials(config, task)
     plan_meters = _meters(config, task, materials, attempt)
     _check_data(config, materials, plan_meters, space, folder, problems, wrong)
-    if problems or folder is None:
+    if problems or folder is None or layout is None:
         raise InvalidStudy([loaded.located(problem) for problem in problems])
-    layout = models.original_layout(folder)
     origin = Origin(models.digest(folder), _data_digest(materials), config.search.seed)
     timed = frozenset(
         m for name in plan_meters if meters.load(name).exclusive for m in meters.load(name).metrics
