@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import math
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,6 +24,7 @@ from jobs.recipe import Recipe
 from jobs.residency import whole
 from jobs.run import Places, context_of, device
 from jobs.runtimes.on_torch import unpacked
+from jobs.technique import Technique
 
 _TOKENS = 2048
 """Tokens of calibration text that answers are compared on, about; whole windows, spread evenly over the text."""
@@ -41,44 +44,81 @@ class Damage:
     rest: float
 
 
-def damage(recipe: Recipe, materials: Materials, cache: Path, report: Report) -> Damage:
-    """What the one step of a recipe does to the original, from the statistics in `cache` or else measured now.
+def damages(recipes: Sequence[Recipe], materials: Materials, cache: Path, report: Report) -> list[Damage]:
+    """What the one step of each recipe does to the original, from the statistics in `cache` or else measured now.
 
-    ValueError where there is no calibration text, or the step changes the number of blocks.
+    ValueError where there is no calibration text, or a step changes the number of blocks.
     """
-    if materials.calibration is None or len(recipe.steps) != 1:
-        raise ValueError(f"the damage of {recipe} takes one step and a calibration text to be measured")
-    with tempfile.TemporaryDirectory() as workdir:
-        context = context_of(recipe, materials, Places(Path(workdir) / "made", cache), report)
-        found = context.statistics.stored(
-            f"damage-{_TOKENS}-{recipe.id}", lambda: (_measured(recipe, materials, context), {})
-        )
-    return Damage(tuple(found["blocks"].tolist()), float(found["rest"]))
+    parent: list[_Parent] = []
+
+    def measured(recipe: Recipe, context: Context) -> dict[str, Tensor]:
+        if not parent:
+            parent.append(_Parent(materials))
+        return parent[0].compared(recipe.steps[0], context)
+
+    found = []
+    for recipe in recipes:
+        if materials.calibration is None or len(recipe.steps) != 1:
+            raise ValueError(f"the damage of {recipe} takes one step and a calibration text to be measured")
+        with tempfile.TemporaryDirectory() as workdir:
+            context = context_of(recipe, materials, Places(Path(workdir) / "made", cache), report)
+            stored = context.statistics.stored(
+                f"damage-{_TOKENS}-{recipe.id}",
+                lambda recipe=recipe, context=context: (measured(recipe, context), {}),  # type: ignore[misc]
+            )
+        found.append(Damage(tuple(stored["blocks"].tolist()), float(stored["rest"])))
+    return found
 
 
-def _measured(recipe: Recipe, materials: Materials, context: Context) -> dict[str, Tensor]:
-    folder = models.locate(materials.model)
-    parent = whole(models.load(folder, device()))
-    step = recipe.steps[0]
-    changed = whole(unpacked(step.compress(models.load(folder, device()), context)))
-    if len(changed.blocks) != len(parent.blocks):
-        raise ValueError(
-            f"{step} leaves {len(changed.blocks)} of {len(parent.blocks)} blocks: none is what it was"
-        )
-    batches = [_Batch.of(parent, rows) for rows in _rows(materials, folder)]
-    blocks = []
-    for index in range(len(parent.blocks)):
-        context.report(index / len(parent.blocks), f"damage of {step} to block {index}")
-        with _in_the_place_of(parent, index, changed.blocks[index]):
-            blocks.append(_mean(batches, lambda batch, index=index: batch.from_block(parent, index)))  # type: ignore[misc]
-    own = list(parent.blocks)
-    for index, block in enumerate(own):
-        changed.blocks[index] = block
-    rest = _mean(batches, lambda batch: batch.divergence(changed))
-    return {
-        "blocks": torch.tensor(blocks, dtype=torch.float64),
-        "rest": torch.tensor(rest, dtype=torch.float64),
-    }
+class _Parent:
+    """The original, what it answers on some text, and what was found of blocks in the place of its own.
+
+    Settings that differ outside the blocks alone leave the same blocks: these are compared once.
+    """
+
+    def __init__(self, materials: Materials) -> None:
+        self._folder = models.locate(materials.model)
+        self._model = whole(models.load(self._folder, device()))
+        self._batches = [_Batch.of(self._model, rows) for rows in _rows(materials, self._folder)]
+        self._found: dict[tuple[int, str], float] = {}
+
+    def compared(self, step: Technique, context: Context) -> dict[str, Tensor]:
+        changed = whole(unpacked(step.compress(models.load(self._folder, device()), context)))
+        own = list(self._model.blocks)
+        if len(changed.blocks) != len(own):
+            raise ValueError(f"{step} leaves {len(changed.blocks)} of {len(own)} blocks: none is what it was")
+        blocks = []
+        for index, block in enumerate(changed.blocks):
+            context.report(index / len(own), f"damage of {step} to block {index}")
+            blocks.append(self._of_block(index, block))
+        for index, block in enumerate(own):
+            changed.blocks[index] = block
+        rest = self._mean(lambda batch: batch.divergence(changed))
+        return {
+            name: torch.tensor(value, dtype=torch.float64)
+            for name, value in (("blocks", blocks), ("rest", rest))
+        }
+
+    def _of_block(self, index: int, block: nn.Module) -> float:
+        same = index, _digest(block)
+        if same not in self._found:
+            with _in_the_place_of(self._model, index, block):
+                self._found[same] = self._mean(lambda batch: batch.from_block(self._model, index))
+        return self._found[same]
+
+    def _mean(self, of: Callable[[_Batch], float]) -> float:
+        found = sum(of(batch) for batch in self._batches) / len(self._batches)
+        if not math.isfinite(found):
+            raise FloatingPointError("the model answers NaN on the calibration text")
+        return found
+
+
+def _digest(block: nn.Module) -> str:
+    told = hashlib.sha256()
+    for name, tensor in block.state_dict().items():
+        told.update(name.encode())
+        told.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return told.hexdigest()
 
 
 def _rows(materials: Materials, folder: Path) -> Iterator[Int[Tensor, "1 tokens"]]:
@@ -91,15 +131,15 @@ def _rows(materials: Materials, folder: Path) -> Iterator[Int[Tensor, "1 tokens"
 
 @dataclass(frozen=True)
 class _Batch:
-    """Rows of text, what the parent answers, and what enters each of its blocks."""
+    """A window of text, what the parent answers, and what enters each of its blocks."""
 
-    rows: Int[Tensor, "rows tokens"]
-    answer: Float[Tensor, "rows ..."]
-    states: Sequence[Float[Tensor, "rows tokens width"]]
+    rows: Int[Tensor, "1 tokens"]
+    answer: Float[Tensor, "1 ..."]
+    states: Sequence[Float[Tensor, "1 tokens width"]]
     in_tuples: bool
 
     @staticmethod
-    def of(parent: Model, rows: Int[Tensor, "rows tokens"]) -> _Batch:
+    def of(parent: Model, rows: Int[Tensor, "1 tokens"]) -> _Batch:
         states: list[Tensor] = []
         outputs: list[Any] = []
         hooks = [
@@ -160,10 +200,3 @@ def _in_the_place_of(model: Model, index: int, block: nn.Module) -> Iterator[Non
         yield
     finally:
         model.blocks[index] = own
-
-
-def _mean(batches: Sequence[_Batch], of: Callable[[_Batch], float]) -> float:
-    found = sum(of(batch) * len(batch.rows) for batch in batches) / sum(len(batch.rows) for batch in batches)
-    if found != found:
-        raise FloatingPointError("the model answers NaN on the calibration text")
-    return found

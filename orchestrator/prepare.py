@@ -15,21 +15,25 @@ from typing import Any, TypeVar
 from jobs import data, formats, meters, models, runtimes
 from jobs.families import TASKS, Task, family
 from jobs.job import Job, Materials, Measurement, Target, TaskSource, TextSource
+from jobs.knobs import Value
 from jobs.layout import Layout
 from jobs.meter import Reads
 from jobs.meters import lm_eval_tasks
 from jobs.operations import Table, predict
 from jobs.recipe import Origin, Recipe
-from orchestrator import search
+from orchestrator import levels, search
 from orchestrator.config import Evaluation, InvalidStudy, Loaded, StudyConfig, Tasks, Text
 from orchestrator.estimate import estimates
 from orchestrator.events import Cost, Plan, Proposed
 from orchestrator.front import Objective
+from orchestrator.levels import Allocations, Levels
 from orchestrator.space import Choices, Problem, SearchSpace, parse
 
 T = TypeVar("T")
 
 
+_OPENING = 8
+"""So many choices, of a quarter of all that may be tried, are solved for before the search."""
 WORKER_GIB = 0.6
 """What a worker's libraries take before any model is loaded."""
 
@@ -49,6 +53,7 @@ class Prepared:
     layout: Layout
     plan: Plan
     table: Table | None = None
+    levels: Levels | None = None
 
     @property
     def folder(self) -> Path:
@@ -103,20 +108,36 @@ class Prepared:
 
     def known(self, choices: Choices, original: Measurement | None = None) -> Mapping[str, float]:
         """What needs no evaluation: the size, or a bound of it, and once the original is timed what timings are taken
-        to be. Nothing where the choices cannot be made."""
+        to be; once levels of blocks were compared, how far its predictions are taken to be from the original's.
+        Nothing where the choices cannot be made."""
         recipe = self.space.recipe(self.plan.original.origin, choices)
         try:
             cost = self._cost(recipe)
         except ValueError:
             return {}
         timed = {} if original is None else estimates(cost, self.plan, original)
-        return {"size_bytes": float(cost.size_bytes), **timed}
+        divergence = None if self.levels is None else self.levels.divergence(self.space, choices)
+        hints = {} if divergence is None else {levels.METRIC: divergence}
+        return {"size_bytes": float(cost.size_bytes), **timed, **hints}
+
+    def opening(self) -> list[dict[str, Value]]:
+        """What the search begins with: where options differ by block, what is solved from the levels of blocks."""
+        if self.levels is None:
+            return []
+        limit = next((one.limit for one in self.plan.objectives if one.metric == "size_bytes"), None)
+        count = min(_OPENING, self.config.search.candidates // 4)
+        size = lambda choices: self.known(choices).get("size_bytes")  # noqa: E731
+        return Allocations.of(self.space, self.levels, size).spread(limit, count)
 
     def _cost(self, recipe: Recipe) -> Cost:
         """ValueError where the recipe makes no model, or none that the target can run."""
         layout = recipe.layout(self.layout)
         formats.check(shipped_as(self.materials.target), layout)
         return cost_of(layout, self.materials.target, self.original, self.table)
+
+    def with_levels(self, found: Levels) -> Prepared:
+        """The same study with the damage of each level of each block known."""
+        return dataclasses.replace(self, levels=found)
 
     def with_table(self, table: Table) -> Prepared:
         """The same study with latencies predicted by a table of operations."""

@@ -32,6 +32,7 @@ class Axis:
     values: of a knob that takes one of some, in that order; none of a range.
     count: how many values there are; 0 where there is no end of them.
     parent: the column of a knob, and the place there, without which this knob does nothing.
+    hint: whether it is no knob but what is foretold by all of them.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Axis:
     count: int
     ordered: bool
     parent: tuple[int, float] | None = None
+    hint: bool = False
 
     def place(self, value: Value) -> float:
         """Raises ValueError for a value outside the domain."""

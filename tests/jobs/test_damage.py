@@ -11,7 +11,7 @@ import torch
 
 from jobs import data, models
 from jobs.context import Context
-from jobs.damage import damage, divergence
+from jobs.damage import _Batch, damages, divergence
 from jobs.job import Materials, TextSource
 from jobs.recipe import Origin, Recipe
 from jobs.runtimes.on_torch import unpacked
@@ -51,7 +51,7 @@ def test_a_block_by_itself_does_what_it_does_in_the_whole_model(
 ) -> None:
     folder = tiny(family)
     given, step = materials(folder, text_file), Rtn(bits=2, embedding_bits=4)
-    found = damage(recipe_of(step), given, tmp_path, quiet)
+    found = damages([recipe_of(step)], given, tmp_path, quiet)[0]
     original, context = models.load(folder), Context(Statistics(None, ""), tmp_path, seed=0)
     assert given.calibration is not None
     rows = data.windows_for(given.calibration, folder)
@@ -72,11 +72,25 @@ def test_it_is_measured_once_and_falls_as_bits_rise(
     tiny_llama: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given = materials(tiny_llama, text_file)
-    by_bits = {bits: damage(recipe_of(Gptq(bits=bits)), given, tmp_path, quiet) for bits in (2, 8)}
-    assert sum(by_bits[8].blocks) < sum(by_bits[2].blocks)
-    assert by_bits[2].rest == 0.0
-    monkeypatch.setattr("jobs.damage._measured", lambda *_: pytest.fail("measured again"))
-    assert damage(recipe_of(Gptq(bits=2)), given, tmp_path, quiet) == by_bits[2]
+    recipes = [recipe_of(Gptq(bits=bits)) for bits in (2, 8)]
+    two, eight = damages(recipes, given, tmp_path, quiet)
+    assert sum(eight.blocks) < sum(two.blocks)
+    assert two.rest == 0.0
+    monkeypatch.setattr("jobs.damage._Parent", lambda *_: pytest.fail("measured again"))
+    assert damages(recipes, given, tmp_path, quiet) == [two, eight]
+
+
+def test_blocks_that_settings_leave_alike_are_compared_once(
+    tiny_llama: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compared = []
+    once = _Batch.from_block
+    monkeypatch.setattr(_Batch, "from_block", lambda *given: compared.append(1) or once(*given))
+    recipes = [recipe_of(Rtn(bits=4, embedding_bits=bits)) for bits in (16, 8, 4)]
+    found = damages(recipes, materials(tiny_llama, text_file), tmp_path, quiet)
+    assert len(compared) == 4 * 8  # blocks, windows
+    assert len({one.blocks for one in found}) == 1
+    assert found[0].rest == 0 < found[1].rest < found[2].rest
 
 
 def test_without_a_text_or_where_blocks_vanish_it_is_refused(
@@ -84,6 +98,6 @@ def test_without_a_text_or_where_blocks_vanish_it_is_refused(
 ) -> None:
     given = materials(tiny_llama, text_file)
     with pytest.raises(ValueError, match="a calibration text"):
-        damage(recipe_of(Rtn()), Materials(str(tiny_llama), "causal-lm"), tmp_path, quiet)
+        damages([recipe_of(Rtn())], Materials(str(tiny_llama), "causal-lm"), tmp_path, quiet)
     with pytest.raises(ValueError, match="leaves 3 of 4 blocks"):
-        damage(recipe_of(DropLayers(count=1)), given, tmp_path, quiet)
+        damages([recipe_of(DropLayers(count=1))], given, tmp_path, quiet)
