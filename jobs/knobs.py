@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,6 +62,35 @@ class Choice:
 
 
 Domain = Range | Choice
+
+
+def profile(values: Sequence[Value]) -> Value:
+    """The one spelling of numbers that differ by block: a text of the fewest that say the same, and where all are
+    alike that number itself, so that what does the same has one name.
+
+    n values are spread evenly over the blocks from the first to the last: block b of d takes number ⌊b n / d⌋.
+    """
+    count = len(values)
+    for fewer in range(1, count):
+        width, rest = divmod(count, fewer)
+        if not rest and all(values[place] == values[place - place % width] for place in range(count)):
+            return values[0] if fewer == 1 else " ".join(map(str, values[::width]))
+    return values[0] if count == 1 else " ".join(map(str, values))
+
+
+def profile_values(text: str, domain: Domain) -> tuple[Value, ...]:
+    """The numbers of a profile; ValueError names one that is not in the domain."""
+    return tuple(_number(word, domain) for word in text.split())
+
+
+def _number(word: str, domain: Domain) -> Value:
+    try:
+        value = float(word)
+    except ValueError:
+        value = math.nan
+    if value not in domain:
+        raise ValueError(f"{word} is outside {domain}")
+    return domain.normal(value)
 
 
 def knob(default: Value, domain: Domain, help: str) -> Any:

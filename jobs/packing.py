@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Protocol, cast
+from collections.abc import Mapping
+from typing import Any, Protocol, Self, cast
 
 import torch
 from jaxtyping import Float
@@ -17,21 +18,25 @@ from jobs.lowrank import best_factors
 from jobs.model import DTYPE, Model
 from jobs.residency import resident
 
+BY_BLOCK = frozenset({"bits", "correction_rank"})
+"""What may differ by block where each linear is packed by itself."""
 _ROWS = 4096
 """Rows of an embedding that are rounded at once: in fp32, a vocabulary of them would fill memory."""
 
 
 class Packs(Protocol):
-    """A technique that packs every linear of the blocks alike."""
+    """A technique that packs every linear of the blocks. Where options differ by block, `packing` and
+    `correction_rank` are those of the step that `for_linears` gives for a linear."""
 
     @property
     def packing(self) -> Packing: ...
     @property
     def embedding_bits(self) -> int: ...
     @property
-    def correction_rank(self) -> int: ...
+    def correction_rank(self) -> int | str: ...
     def name(self) -> str: ...
     def check_forms(self, layout: Layout) -> None: ...
+    def for_linears(self, layout: Layout) -> dict[str, Self]: ...
 
 
 def bits_knob(default: int) -> Any:
@@ -67,9 +72,10 @@ def outline(step: Packs, layout: Layout) -> Layout:
     """
     step.check_forms(layout)
     linears = {}
+    steps = step.for_linears(layout)
     for name, spec in layout.linears.items():
-        packed = dataclasses.replace(spec, packing=step.packing)
-        rank = _rank(step, name)
+        packed = dataclasses.replace(spec, packing=steps[name].packing)
+        rank = _rank(steps[name], name)
         if rank == 0:
             linears[name] = packed
             continue
@@ -83,7 +89,9 @@ def outline(step: Packs, layout: Layout) -> Layout:
         linears[f"{name}.v"] = LinearSpec(rank, spec.in_features, bias=False)
         linears[f"{name}.u"] = LinearSpec(spec.out_features, rank, bias=False)
     changed = dataclasses.replace(layout, linears=linears)
-    return changed if step.embedding_bits == 16 else changed.with_tables_packed(_table_packing(step))
+    if step.embedding_bits == 16:
+        return changed
+    return changed.with_tables_packed(_table_packing(step, layout))
 
 
 def pack_linear(
@@ -95,9 +103,32 @@ def pack_linear(
     input_scales: Float[Tensor, " in"] | None = None,
 ) -> None:
     """Put the packed linear of these integers and their grid in the place of the dense one of this full name."""
+    model.replace(name, packed_linear(model, name, integers, grid, packing, input_scales))
+
+
+def packed_linear(
+    model: Model,
+    name: str,
+    integers: Float[Tensor, "out in"],
+    grid: grids.Grid,
+    packing: Packing,
+    input_scales: Float[Tensor, " in"] | None = None,
+) -> PackedLinear:
+    """The packed linear of these integers and their grid, with the bias of the dense one of this full name."""
     bias = cast(nn.Linear, model.module.get_submodule(name)).bias
     zeros = grids.stored_zeros(grid, packing)
-    model.replace(name, PackedLinear.of(integers, grid.scales, zeros, packing, bias, input_scales))
+    return PackedLinear.of(integers, grid.scales, zeros, packing, bias, input_scales)
+
+
+def put(model: Model, name: str, held: Mapping[str, Tensor], packing: Packing) -> None:
+    """Put a packed linear in the place of the dense one of this full name; `held` has its tensors as `NAME.PART`."""
+    dense = cast(nn.Linear, model.module.get_submodule(name))
+    spec = dataclasses.replace(cast(LinearSpec, spec_of(dense)), packing=packing)
+    layer = PackedLinear(spec, "cpu")
+    for part, tensor in layer.named_buffers():
+        tensor.copy_(held[f"{name}.{part}"])
+    layer.bias = dense.bias
+    model.replace(name, layer)
 
 
 def correct(
@@ -126,7 +157,7 @@ def pack_tables(model: Model, step: Packs) -> None:
     weights gains by it. A head tied to the embedding stays tied."""
     if step.embedding_bits == 16:
         return
-    packing = _table_packing(step)
+    packing = _table_packing(step, model.layout())
     for name, table in model.tables().items():
         spec = dataclasses.replace(cast(LinearSpec, spec_of(table)), packing=packing)
         with resident(model, name):
@@ -154,11 +185,12 @@ def round_to_nearest(
 
 
 def _rank(step: Packs, name: str) -> int:
-    return 0 if name.endswith((".u", ".v")) else step.correction_rank
+    return 0 if name.endswith((".u", ".v")) else int(step.correction_rank)
 
 
-def _table_packing(step: Packs) -> Packing:
-    return table_packing(step.embedding_bits, step.packing.group, step.packing.symmetric)
+def _table_packing(step: Packs, layout: Layout) -> Packing:
+    like = next(iter(step.for_linears(layout).values())).packing  # but for the bits, alike for all linears
+    return table_packing(step.embedding_bits, like.group, like.symmetric)
 
 
 def table_packing(bits: int, group: int, symmetric: bool) -> Packing:

@@ -39,12 +39,12 @@ class Made:
 
 
 @dataclass(frozen=True)
-class _Places:
-    """The folders that `attempt` was given to write in."""
+class Places:
+    """The folders that a job may write in: those that `attempt` was given."""
 
     folder: Path
     cache: Path
-    checkpoints: Path | None
+    checkpoints: Path | None = None
 
 
 def attempt(
@@ -68,7 +68,7 @@ def attempt(
     """
     try:
         _prepare_process(materials.model)
-        return _attempt(job, materials, parent, built, _Places(folder, cache, checkpoints), report)
+        return _attempt(job, materials, parent, built, Places(folder, cache, checkpoints), report)
     except Exception as error:  # noqa: BLE001 - the worker boundary: failures cross it as data
         return failure(error)
     finally:
@@ -88,7 +88,7 @@ def _attempt(
     materials: Materials,
     parent: Path | None,
     built: Path | None,
-    places: _Places,
+    places: Places,
     report: Report,
 ) -> Made:
     started = time.perf_counter()
@@ -141,7 +141,7 @@ def _disk_is_full(error: BaseException | None) -> bool:
     return False
 
 
-def _make(job: Job, materials: Materials, parent: Path | None, places: _Places, report: Report) -> float:
+def _make(job: Job, materials: Materials, parent: Path | None, places: Places, report: Report) -> float:
     """Write the artifact of a job's recipe, the original's or one step from its parent's, into its folder; the seconds
     that statistics spared it."""
     recipe, spared = job.recipe, 0.0
@@ -154,8 +154,8 @@ def _make(job: Job, materials: Materials, parent: Path | None, places: _Places, 
     else:
         step = recipe.steps[-1]
         report(0.0, str(step))
-        model = models.load(parent, _device())
-        context = _context(recipe, materials, places, report)
+        model = models.load(parent, device())
+        context = context_of(recipe, materials, places, report)
         model = _compressed(model, step, context)
         notes = models.about(parent).get("notes", [])
         if context.notes:
@@ -182,8 +182,9 @@ def _compressed(model: Model, step: Technique, context: Context) -> Model:
     return model
 
 
-def _context(recipe: Recipe, materials: Materials, places: _Places, report: Report) -> Context:
-    """What the recipe's last step needs, and no more: reading text that nobody asks for costs seconds."""
+def context_of(recipe: Recipe, materials: Materials, places: Places, report: Report) -> Context:
+    """The context of the recipe's last step, with what it needs and no more: reading text that nobody asks for costs
+    seconds."""
     original = models.locate(materials.model)
     step, parent = recipe.steps[-1], recipe.lineage()[-2]
 
@@ -196,12 +197,13 @@ def _context(recipe: Recipe, materials: Materials, places: _Places, report: Repo
         seed=recipe.origin.seed,
         calibration=rows(materials.calibration) if step.needs & {"calibration", "gradients"} else None,
         training=rows(materials.training) if "training" in step.needs else None,
-        teacher=lambda: residency.whole(models.load(original, _device())),
+        teacher=lambda: residency.whole(models.load(original, device())),
         teacher_statistics=Statistics(places.cache, recipe.lineage()[0].id),
         checkpoints=places.checkpoints,
         report=report,
     )
 
 
-def _device() -> str:
+def device() -> str:
+    """What jobs compute on here."""
     return "cuda" if torch.cuda.is_available() else "cpu"

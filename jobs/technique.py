@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
-from jobs.knobs import Domain, Value
+from jobs.knobs import Domain, Value, profile, profile_values
 
 if TYPE_CHECKING:
     from jobs.context import Context
@@ -29,7 +29,9 @@ class Technique(ABC):
 
     Class variables declare what validation, planning and scheduling need to know without running it:
     `accepts` are the forms of linears that it can work on, `leaves` the forms that it brings in. From
-    these alone follows which technique may come after which.
+    these alone follows which technique may come after which. `by_block` are the options that may differ by
+    block: their value may be a text of several numbers (`jobs.knobs.profile`), of which every linear
+    takes that of its block (`for_linears`).
     """
 
     kind: ClassVar[Kind]
@@ -38,13 +40,11 @@ class Technique(ABC):
     needs: ClassVar[frozenset[Need]] = frozenset()
     accepts: ClassVar[frozenset[Form]] = frozenset({"dense"})
     leaves: ClassVar[frozenset[Form]] = frozenset()
+    by_block: ClassVar[frozenset[str]] = frozenset()
 
     def __post_init__(self) -> None:
         for name, domain in self.domains().items():
-            value = getattr(self, name)
-            if value not in domain:
-                raise ValueError(f"{self.name()}.{name}={value!r} is outside {domain}")
-            object.__setattr__(self, name, domain.normal(value))
+            object.__setattr__(self, name, self._valid(name, domain))
         for name, value in self.idle().items():
             object.__setattr__(self, name, value)
 
@@ -67,6 +67,13 @@ class Technique(ABC):
         """The options that have no effect beside the others, with the value that they are then given: settings
         that do the same must not make two recipes."""
         return {}
+
+    def for_linears(self, layout: Layout) -> dict[str, Self]:
+        """The step as it treats each linear of a model, by its full name: one whose options are the same for all
+        blocks. ValueError where an option has more values than the model blocks."""
+        depth = layout.depth
+        blocks = [self._at(block, depth) for block in range(depth)]
+        return {name: blocks[layout.block_of(name)] for name in layout.linears}
 
     def options(self) -> dict[str, Value]:
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
@@ -116,6 +123,31 @@ class Technique(ABC):
                     f"{self} cannot be applied: {name} is {form}, it works on "
                     f"{' or '.join(sorted(self.accepts))} linears"
                 )
+
+    def _valid(self, name: str, domain: Domain) -> Value:
+        """The value of an option in its one spelling."""
+        value: Value = getattr(self, name)
+        if name in self.by_block and isinstance(value, str) and value.split():
+            try:
+                return profile(profile_values(value, domain))
+            except ValueError as error:
+                raise ValueError(f"{self.name()}.{name}={value!r}: {error}") from None
+        if value not in domain:
+            raise ValueError(f"{self.name()}.{name}={value!r} is outside {domain}")
+        return domain.normal(value)
+
+    def _at(self, block: int, depth: int) -> Self:
+        """The step as it treats one block of so many."""
+        own: dict[str, Value] = {}
+        for name in sorted(self.by_block):
+            value = getattr(self, name)
+            if not isinstance(value, str):
+                continue
+            values = profile_values(value, self.domains()[name])
+            if len(values) > depth:
+                raise ValueError(f"{self.name()}.{name} has {len(values)} values, the model {depth} blocks")
+            own[name] = values[block * len(values) // depth]
+        return dataclasses.replace(self, **own) if own else self
 
     def __str__(self) -> str:
         """The name, the first option, and all others that are not at their defaults."""

@@ -1,10 +1,10 @@
-"""Foretelling: has a table of operations made for a study, before its search begins."""
+"""Foretelling: has made, before a search begins, what it goes by: a table of operations, the damage of levels."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,30 +12,43 @@ import numpy as np
 
 from cluster.executor import Executor, Resources
 from jobs import formats
+from jobs.damage import Damage, damages
 from jobs.job import Failure, Job, Materials
 from jobs.layout import Layout
 from jobs.operations import Table
+from jobs.recipe import Recipe
 from jobs.run import failure
 from jobs.table import make_table
+from jobs.technique import Technique
 from orchestrator.ledger import Ledger
+from orchestrator.levels import Levels, uniform_steps
 from orchestrator.prepare import Prepared, shipped_as, table_models
 from orchestrator.search.proposals import uniform
 
 _POOL = 200
 """Models of the space from which the most telling ones are timed."""
-_NOTE = "table"
+_TABLE, _LEVELS = "table", "levels"
 
 
 def foretelling(prepared: Prepared, ledger: Ledger, executor: Executor) -> Prepared:
-    """The study with its table of operations, where it wants one: what the ledger noted, or made now, on a slot
-    of its own. Raises RuntimeError where the models of the table could not be timed."""
-    if not prepared.plan.timed or not table_models(prepared.config):
-        return prepared
-    noted = ledger.noted(_NOTE)
+    """The study with its table of operations, where it wants one, and the damage of each level of each block, where
+    options differ by block: what the ledger noted, or made now, on a slot. Raises RuntimeError where that failed."""
+    if prepared.plan.timed and table_models(prepared.config):
+        table = _noted(_TABLE, ledger, lambda: _table(prepared, executor))
+        prepared = prepared.with_table(Table.from_dict(table))
+    if uniform_steps(prepared.space) and prepared.materials.calibration is not None:
+        found = _noted(_LEVELS, ledger, lambda: _levels(prepared, executor))
+        prepared = prepared.with_levels(Levels({key: _damage(one) for key, one in found.items()}))
+    return prepared
+
+
+def _noted(name: str, ledger: Ledger, make: Callable[[], Mapping[str, Any]]) -> Mapping[str, Any]:
+    noted = ledger.noted(name)
     if noted is None:
-        noted = json.dumps(dataclasses.asdict(_made(prepared, executor)))
-        ledger.note(_NOTE, noted)
-    return prepared.with_table(Table.from_dict(json.loads(noted)))
+        noted = json.dumps(make())
+        ledger.note(name, noted)
+    found: Mapping[str, Any] = json.loads(noted)
+    return found
 
 
 def sampled(prepared: Prepared, count: int, seed: int) -> list[Layout]:
@@ -58,28 +71,61 @@ def sampled(prepared: Prepared, count: int, seed: int) -> list[Layout]:
     return list(found.values())
 
 
-def _made(prepared: Prepared, executor: Executor) -> Table:
-    # Twice the original is held: beside it runs what it is compared with.
-    memory = 2 * prepared.memory_gib(Job(prepared.plan.original, (), ""))
-    cache = Path(prepared.config.store).expanduser().resolve() / "cache"
+def _table(prepared: Prepared, executor: Executor) -> Mapping[str, Any]:
     layouts = sampled(prepared, _POOL, prepared.config.search.seed)
+    # Twice the original is held: beside it runs what it is compared with.
     executor.submit(
-        _NOTE, _make, prepared.materials, layouts, cache, table_models(prepared.config),
-        resources=Resources(memory_gib=memory, exclusive=True),
+        _TABLE, _make, make_table, prepared.materials, layouts, _cache(prepared), table_models(prepared.config),
+        resources=Resources(memory_gib=2 * _memory_gib(prepared), exclusive=True),
     )  # fmt: skip
+    return _awaited(executor, "the table of operations", "; search.table=0 does without one")
+
+
+def _levels(prepared: Prepared, executor: Executor) -> Mapping[str, Any]:
+    executor.submit(
+        _LEVELS, _make, compare_levels, prepared.materials, prepared.plan.original, uniform_steps(prepared.space),
+        _cache(prepared), resources=Resources(memory_gib=2 * _memory_gib(prepared)),
+    )  # fmt: skip
+    return _awaited(executor, "the damage of each level of each block", "")
+
+
+def compare_levels(
+    materials: Materials, original: Recipe, steps: Mapping[str, Technique], cache: Path
+) -> dict[str, Damage]:
+    found = damages(
+        [original.then(step) for step in steps.values()], materials, cache, lambda share, what: None
+    )
+    return dict(zip(steps, found, strict=True))
+
+
+def _awaited(executor: Executor, what: str, cure: str) -> Mapping[str, Any]:
     while True:
         for ended in executor.wait(1.0):
-            made = ended.value
+            made: Mapping[str, Any] | Failure | None = ended.value
             if isinstance(made, Failure) or made is None:
                 reason = made.message if isinstance(made, Failure) else ended.lost
-                raise RuntimeError(
-                    f"the table of operations could not be made ({reason}); search.table=0 does without one"
-                )
-            return Table.from_dict(made)
+                raise RuntimeError(f"{what} could not be made ({reason}){cure}")
+            return made
 
 
-def _make(materials: Materials, layouts: list[Layout], cache: Path, most: int) -> Mapping[str, Any] | Failure:
+def _make(make: Callable[..., Any], *given: object) -> Mapping[str, Any] | Failure:
+    """What is made, as plain data."""
     try:
-        return dataclasses.asdict(make_table(materials, layouts, cache, most))
+        found = make(*given)
+        if isinstance(found, dict):
+            return {key: dataclasses.asdict(one) for key, one in found.items()}
+        return dataclasses.asdict(found)
     except Exception as error:  # noqa: BLE001 - the worker boundary: failures cross it as data
         return failure(error)
+
+
+def _memory_gib(prepared: Prepared) -> float:
+    return prepared.memory_gib(Job(prepared.plan.original, (), ""))
+
+
+def _cache(prepared: Prepared) -> Path:
+    return Path(prepared.config.store).expanduser().resolve() / "cache"
+
+
+def _damage(record: Mapping[str, Any]) -> Damage:
+    return Damage(tuple(record["blocks"]), record["rest"])

@@ -81,6 +81,7 @@ def launch(
                 prepared.plan.objectives,
                 lambda choices: prepared.known(choices, study),
                 prepared.config.search.seed,
+                prepared.opening(),
             )
             replay(study, ledger, searching)
             watch = _Watch(prepared, study, show)

@@ -17,16 +17,18 @@ from typing import Any, TypeVar
 from jobs import data, formats, meters, models, runtimes
 from jobs.families import TASKS, Task, family
 from jobs.job import Job, Materials, Target, TaskSource, TextSource
+from jobs.knobs import Value
 from jobs.layout import Layout
 from jobs.meter import Reads
 from jobs.meters import lm_eval_tasks
 from jobs.operations import Table, predict
 from jobs.recipe import Origin, Recipe
-from orchestrator import search
+from orchestrator import levels, search
 from orchestrator.config import Evaluation, InvalidStudy, Loaded, StudyConfig, Tasks, Text
 from orchestrator.estimate import estimates
 from orchestrator.events import Cost, Plan, Proposed
 from orchestrator.front import Objective
+from orchestrator.levels import Allocations, Levels
 from orchestrator.space import Choices, Problem, SearchSpace, parse
 from orchestrator.study import Study
 
@@ -39,6 +41,8 @@ _FEWEST_WINDOWS = 8
 """Of text, that candidates are compared on: fewer tell too little of how far they vary."""
 _COSTS, _LAYOUTS = 50_000, 500
 """So many are remembered."""
+_OPENING = 8
+"""So many choices, of a quarter of all that may be tried, are solved for before the search."""
 WORKER_GIB = 0.6
 """What a worker's libraries take before any model is loaded."""
 
@@ -58,6 +62,7 @@ class Prepared:
     layout: Layout
     plan: Plan
     table: Table | None = None
+    levels: Levels | None = None
 
     @property
     def folder(self) -> Path:
@@ -77,6 +82,7 @@ class Prepared:
                     option.technique.version,
                     str(option.searched),
                     str(option.fixed),
+                    *([str(option.spread)] if option.spread else []),
                 )
                 for stage, options in self.space.stages.items()
                 for option in options
@@ -110,20 +116,33 @@ class Prepared:
         return round(WORKER_GIB + bytes_per_weight * parameters / 2**30, 3)
 
     def known(self, choices: Choices, study: Study | None = None) -> Mapping[str, float]:
-        """What needs no evaluation: the size, or a bound of it. By the study so far also what timings are taken to be,
-        once the original is timed, and how long trying these choices would take. Nothing where they make no model."""
+        """What needs no evaluation: the size, or a bound of it; once levels of blocks were compared, how far its
+        predictions are taken to be from the original's. By the study so far also what timings are taken to be, once the
+        original is timed, and how long trying these choices would take. Nothing where they make no model."""
         recipe = self._remembered(self.space.recipe(self.plan.original.origin, choices))
         try:
             cost = self._cost(recipe)
         except ValueError:
             return {}
         found = {"size_bytes": float(cost.size_bytes)}
+        divergence = None if self.levels is None else self.levels.divergence(self.space, choices)
+        if divergence is not None:
+            found[levels.METRIC] = divergence
         if study is None:
             return found
         original, seconds = study.original.measurement, study.seconds(recipe)
         if original is not None:
             found |= estimates(cost, self.plan, original)
         return found if seconds is None else {**found, search.SECONDS: seconds}
+
+    def opening(self) -> list[dict[str, Value]]:
+        """What the search begins with: where options differ by block, what is solved from the levels of blocks."""
+        if self.levels is None:
+            return []
+        limit = next((one.limit for one in self.plan.objectives if one.metric == "size_bytes"), None)
+        count = min(_OPENING, self.config.search.candidates // 4)
+        size = lambda choices: self.known(choices).get("size_bytes")  # noqa: E731
+        return Allocations.of(self.space, self.levels, size).spread(limit, count)
 
     @functools.cached_property
     def _remembered(self) -> Callable[[Recipe], Recipe]:
@@ -147,6 +166,10 @@ class Prepared:
             return self.layout if parent is None else recipe.steps[-1].outline(layout(parent))
 
         return cost
+
+    def with_levels(self, found: Levels) -> Prepared:
+        """The same study with the damage of each level of each block known."""
+        return dataclasses.replace(self, levels=found)
 
     def with_table(self, table: Table) -> Prepared:
         """The same study with latencies predicted by a table of operations."""
@@ -195,10 +218,12 @@ def prepare(loaded: Loaded) -> Prepared:
 
     _check_values(config, check)
     task: Task = next((one for one in TASKS if one == config.task), "causal-lm")
-    space, space_problems = parse(config.space, config.search.order == "any")
+    folder = attempt("model", lambda: models.locate(config.model), "a model folder, a hub id or package:NAME")
+    layout = None if folder is None else attempt("model", lambda: models.original_layout(folder), "a model")
+    blocks = 1 if layout is None else layout.depth
+    space, space_problems = parse(config.space, config.search.order == "any", blocks)
     if "space" not in wrong:
         problems += space_problems
-    folder = attempt("model", lambda: models.locate(config.model), "a model folder, a hub id or package:NAME")
     if folder is not None:
         check(
             "task",
@@ -209,9 +234,8 @@ def prepare(loaded: Loaded) -> Prepared:
     materials = _materials(config, task)
     plan_meters = _meters(config, task, materials, attempt)
     _check_data(config, materials, plan_meters, space, folder, problems, wrong)
-    if problems or folder is None:
+    if problems or folder is None or layout is None:
         raise InvalidStudy([loaded.located(problem) for problem in problems])
-    layout = models.original_layout(folder)
     origin = Origin(models.digest(folder), _data_digest(materials), config.search.seed)
     timed = frozenset(
         m for name in plan_meters if meters.load(name).exclusive for m in meters.load(name).metrics

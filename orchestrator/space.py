@@ -6,11 +6,11 @@ import dataclasses
 import difflib
 import itertools
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from jobs import techniques
-from jobs.knobs import Choice, Domain, Range, Value
+from jobs.knobs import Choice, Domain, Range, Value, profile
 from jobs.recipe import Origin, Recipe
 from jobs.technique import Technique, check_order
 
@@ -24,12 +24,41 @@ Choices = Mapping[str, Value]
 
 
 @dataclass(frozen=True)
+class Spread:
+    """What an option may be where it is searched block by block: `runs` knobs of this domain, each for a run of
+    neighbouring blocks.
+
+    each_block: whether every block is a run of its own.
+    """
+
+    domain: Domain
+    runs: int
+    each_block: bool
+
+
+@dataclass(frozen=True)
 class Option:
-    """One technique that a stage may take, with the domains of the options that are searched and the fixed rest."""
+    """One technique that a stage may take, with the domains of the options that are searched and the fixed rest.
+
+    spread: the options that are searched block by block.
+    """
 
     technique: type[Technique]
     searched: Mapping[str, Domain]
     fixed: Mapping[str, Value]
+    spread: Mapping[str, Spread] = field(default_factory=dict)
+
+    def knobs(self) -> dict[str, Domain]:
+        """Each of its knobs by its name within the technique."""
+        every = {f"{name}.{run}": one.domain for name, one in self.spread.items() for run in range(one.runs)}
+        return {**self.searched, **every}
+
+    def step(self, chosen: Choices) -> Technique:
+        """The technique with these values of its knobs, by their names within it."""
+        options = {name: _rounded(chosen[name]) for name in self.searched}
+        for name, one in self.spread.items():
+            options[name] = profile([_rounded(chosen[f"{name}.{run}"]) for run in range(one.runs)])
+        return self.technique.of({**self.fixed, **options})
 
 
 @dataclass(frozen=True)
@@ -43,15 +72,16 @@ class SearchSpace:
     orders: tuple[tuple[str, ...], ...] = ()
 
     def knobs(self) -> dict[str, Domain]:
-        """Every knob by its full name: `STAGE` chooses the technique, `STAGE.TECHNIQUE.OPTION` its option;
-        `order`, where it is searched, names the stages from the first to the last."""
+        """Every knob by its full name: `STAGE` chooses the technique, `STAGE.TECHNIQUE.OPTION` its option, and
+        `STAGE.TECHNIQUE.OPTION.RUN` that of one run of blocks, where it is searched block by block; `order`, where it
+        is searched, names the stages from the first to the last."""
         found: dict[str, Domain] = {}
         if self.orders:
             found[ORDER] = Choice(tuple(_THEN.join(order) for order in self.orders))
         for stage, options in self.stages.items():
             found[stage] = Choice((SKIP, *(option.technique.name() for option in options)))
             for option in options:
-                for name, domain in option.searched.items():
+                for name, domain in option.knobs().items():
                     found[f"{stage}.{option.technique.name()}.{name}"] = domain
         return found
 
@@ -64,10 +94,10 @@ class SearchSpace:
                 name = option.technique.name()
                 if choices[stage] != name:
                     continue
-                chosen = {knob: _rounded(choices[f"{stage}.{name}.{knob}"]) for knob in option.searched}
                 if option.technique.recovers() and not recipe.steps:
                     continue
-                recipe = recipe.then(option.technique.of({**option.fixed, **chosen}))
+                chosen = {knob: choices[f"{stage}.{name}.{knob}"] for knob in option.knobs()}
+                recipe = recipe.then(option.step(chosen))
         return recipe
 
     def needs(self) -> set[str]:
@@ -81,7 +111,7 @@ class SearchSpace:
         """How many different choices there are; infinite with a continuous knob."""
         total = float(max(1, len(self.orders)))
         for options in self.stages.values():
-            total *= 1 + sum(_count(option.searched) for option in options)
+            total *= 1 + sum(_count(option.knobs()) for option in options)
         return total
 
 
@@ -93,11 +123,16 @@ class Problem:
     message: str
 
 
-def parse(given: Mapping[str, Any], any_order: bool = False) -> tuple[SearchSpace, list[Problem]]:
+def parse(
+    given: Mapping[str, Any], any_order: bool = False, blocks: int = 1
+) -> tuple[SearchSpace, list[Problem]]:
     """The space that the study's `space:` describes, and all that is wrong with it.
 
-    An option's value may be one value (fixed), a list (one of these) or `{low, high}` (anything between).
+    An option's value may be one value (fixed), a list (one of these) or `{low, high}` (anything between); or
+    `{choices: [...], each: layer}` or `{low, high, each: layer}`, which every block chooses for itself, or every run
+    of neighbouring blocks with `groups: COUNT` beside it.
     any_order: search the order of the stages too, among all that the techniques' forms allow.
+    blocks: how many the original has.
     """
     problems: list[Problem] = []
     stages: dict[str, tuple[Option, ...]] = {}
@@ -107,7 +142,8 @@ def parse(given: Mapping[str, Any], any_order: bool = False) -> tuple[SearchSpac
             problems.append(Problem(key, f"got {alternatives!r}, expected techniques with their options"))
             continue
         options = [
-            _option(f"{key}.{name}", str(name), given, problems) for name, given in alternatives.items()
+            _option(f"{key}.{name}", str(name), given, blocks, problems)
+            for name, given in alternatives.items()
         ]
         stages[str(stage)] = tuple(option for option in options if option is not None)
     if not given:
@@ -142,7 +178,7 @@ def _rounded(value: Value) -> Value:
     return float(f"{value:.3g}") if isinstance(value, float) else value
 
 
-def _option(key: str, name: str, given: Any, problems: list[Problem]) -> Option | None:
+def _option(key: str, name: str, given: Any, blocks: int, problems: list[Problem]) -> Option | None:
     try:
         technique = techniques.load(name)
     except LookupError as error:
@@ -153,6 +189,7 @@ def _option(key: str, name: str, given: Any, problems: list[Problem]) -> Option 
         return None
     searched: dict[str, Domain] = {}
     fixed: dict[str, Value] = {}
+    spread: dict[str, Spread] = {}
     for option, value in (given or {}).items():
         valid = technique.domains().get(str(option))
         if valid is None:
@@ -161,6 +198,9 @@ def _option(key: str, name: str, given: Any, problems: list[Problem]) -> Option 
             problems.append(Problem(f"{key}.{option}", f"got {option}, expected an option of {name}{hint}"))
             continue
         try:
+            if isinstance(value, Mapping) and "each" in value:
+                spread[str(option)] = _spread(technique, str(option), value, blocks)
+                continue
             narrowed = _narrow(valid, value)
         except ValueError as error:
             problems.append(Problem(f"{key}.{option}", str(error)))
@@ -169,7 +209,27 @@ def _option(key: str, name: str, given: Any, problems: list[Problem]) -> Option 
             searched[str(option)] = narrowed
         else:
             fixed[str(option)] = narrowed
-    return Option(technique, searched, fixed)
+    return Option(technique, searched, fixed, spread)
+
+
+def _spread(technique: type[Technique], option: str, given: Mapping[str, Any], blocks: int) -> Spread:
+    """What an option may be for each block by itself, or each run of blocks."""
+    valid, able = technique.domains()[option], sorted(technique.by_block)
+    if option not in able:
+        may = f"only {' and '.join(able)} may" if able else f"no option of {technique.name()} may"
+        raise ValueError(f"got each: {given['each']}, expected one for all blocks: {may} differ by block")
+    if given["each"] != "layer":
+        raise ValueError(f"got each: {given['each']}, expected each: layer")
+    runs = given.get("groups", blocks)
+    if runs not in Range(1, blocks, integer=True):
+        raise ValueError(
+            f"got groups: {runs}, expected a whole number from 1 to {blocks}, the blocks that there are"
+        )
+    rest = {key: value for key, value in given.items() if key not in ("each", "groups")}
+    narrowed = _narrow(valid, rest["choices"] if rest.keys() == {"choices"} else rest)
+    if not isinstance(narrowed, (Range, Choice)):
+        raise ValueError(f"got choices: {rest['choices']}, expected a list")
+    return Spread(narrowed, int(runs), "groups" not in given)
 
 
 def _narrow(valid: Domain, given: Any) -> Domain | Value:
@@ -215,7 +275,23 @@ def _order_problems(space: SearchSpace) -> list[Problem]:
             except ValueError as error:
                 found.setdefault(stages[length - 1], Problem(f"space.{stages[length - 1]}", f"got {error}"))
                 break
+        for stage, problem in _shifted(dict(zip(stages, picked, strict=True))):
+            found.setdefault(stage, problem)
     return list(found.values())
+
+
+def _shifted(picked: Mapping[str, Option]) -> Iterator[tuple[str, Problem]]:
+    """The options that every block chooses for itself, after a step that leaves fewer blocks to choose."""
+    depth = None
+    for stage, option in picked.items():
+        for name in (name for name, one in option.spread.items() if one.each_block and depth is not None):
+            message = (
+                f"got each: layer after {depth}, which leaves fewer layers; expected groups: COUNT beside it, "
+                f"whose values spread over the layers that are left, or {stage} before the stage of {depth}"
+            )
+            yield stage, Problem(f"space.{stage}.{option.technique.name()}.{name}", message)
+        if option.technique.kind == "depth":
+            depth = option.technique.name()
 
 
 def _known(technique: type[Technique]) -> str:

@@ -31,7 +31,11 @@ def load(folder: Path) -> Model:
 
     A linear that rounds its activations still does.
     """
-    model = models.load(folder)
+    return unpacked(models.load(folder))
+
+
+def unpacked(model: Model) -> Model:
+    """The model with dense linears in the place of packed and sparse ones, changed in place."""
     for name, layer in (*model.linears().items(), *model.tables().items()):
         if isinstance(layer, (PackedLinear, SparseLinear)):
             model.replace(name, layer.dense(DTYPE))

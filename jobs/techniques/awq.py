@@ -40,12 +40,13 @@ class Awq(Technique):
     needs: ClassVar[frozenset[Need]] = frozenset({"calibration"})
     accepts: ClassVar[frozenset[Form]] = frozenset({"dense", "factored"})
     leaves: ClassVar[frozenset[Form]] = frozenset({"packed"})
+    by_block: ClassVar[frozenset[str]] = packing.BY_BLOCK
 
-    bits: int = packing.bits_knob(4)
+    bits: int | str = packing.bits_knob(4)
     group: int = packing.group_knob()
     symmetric: bool = packing.symmetric_knob()
     embedding_bits: int = packing.embedding_bits_knob()
-    correction_rank: int = packing.correction_rank_knob()
+    correction_rank: int | str = packing.correction_rank_knob()
     trials: int = knob(20, Range(1, 100, integer=True), "how many α are tried, evenly spaced from 0 up to 1")
     clip: bool = knob(
         True, Choice((False, True)), "narrow a grid where clipping outliers lowers the error on the text"
@@ -53,7 +54,7 @@ class Awq(Technique):
 
     @property
     def packing(self) -> Packing:
-        return Packing(self.bits, self.group, self.symmetric, input_scales=True)
+        return Packing(int(self.bits), self.group, self.symmetric, input_scales=True)
 
     def outline(self, layout: Layout) -> Layout:
         return packing.outline(self, layout)
@@ -62,12 +63,12 @@ class Awq(Technique):
         self.outline(model.layout())
         assert context.calibration is not None
         grams = context.statistics.grams(model, context.calibration, context.report)
-        linears = model.linears()
+        linears, steps = model.linears(), self.for_linears(model.layout())
         for done, names in enumerate(grams.sharing.values()):
             context.report(done / len(grams.sharing), names[0])
             with resident(model, *names):
                 layers = {name: cast(nn.Linear, linears[name]) for name in names}
-                self._round(model, layers, grams.gram(names[0]).to(model.device))
+                steps[names[0]]._round(model, layers, grams.gram(names[0]).to(model.device))
         packing.pack_tables(model, self)
         return model
 

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
+import itertools
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, cast
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from jobs import grids, packing
+from jobs.cache import Part
 from jobs.context import Context
 from jobs.hessian import inverse_factor
 from jobs.knobs import Choice, Range, knob, sequential_knob
-from jobs.layers import check_finite
+from jobs.layers import PackedLinear, check_finite
 from jobs.layout import Layout, Packing
 from jobs.model import Model
+from jobs.residency import resident
 from jobs.technique import Form, Kind, Need, Technique
 
 _BLOCK = 32
@@ -38,12 +44,13 @@ class Gptq(Technique):
     needs: ClassVar[frozenset[Need]] = frozenset({"calibration"})
     accepts: ClassVar[frozenset[Form]] = frozenset({"dense", "factored"})
     leaves: ClassVar[frozenset[Form]] = frozenset({"packed"})
+    by_block: ClassVar[frozenset[str]] = packing.BY_BLOCK
 
-    bits: int = packing.bits_knob(4)
+    bits: int | str = packing.bits_knob(4)
     group: int = packing.group_knob()
     symmetric: bool = packing.symmetric_knob()
     embedding_bits: int = packing.embedding_bits_knob()
-    correction_rank: int = packing.correction_rank_knob()
+    correction_rank: int | str = packing.correction_rank_knob()
     order: str = knob(
         "activation", Choice(("natural", "activation")), "which input first: as stored, or the strongest"
     )
@@ -57,34 +64,94 @@ class Gptq(Technique):
 
     @property
     def packing(self) -> Packing:
-        return Packing(self.bits, self.group, self.symmetric)
+        return Packing(int(self.bits), self.group, self.symmetric)
 
     def outline(self, layout: Layout) -> Layout:
         return packing.outline(self, layout)
 
     def compress(self, model: Model, context: Context) -> Model:
         self.outline(model.layout())
-        assert context.calibration is not None
-        linears = model.linears()
-        for names, gram in context.statistics.inputs(
-            model, context.calibration, context.report, self.sequential
-        ):
-            # Linears that read the same input have the same Hessian: they are rounded as one of more rows.
-            layers = {name: cast(nn.Linear, linears[name]) for name in names}
-            weights = [
-                check_finite(layer.weight.detach(), self.name(), name) for name, layer in layers.items()
-            ]
-            weight = torch.cat(weights).float()
-            integers, grid = quantize(weight, gram, self)
-            start = 0
-            for name, layer in layers.items():
-                rows = slice(start, start + layer.out_features)
-                start = rows.stop
-                own = grids.Grid(grid.scales[rows], grid.zeros[rows], grid.bits)
-                packing.pack_linear(model, name, integers[rows], own, self.packing)
-                packing.correct(model, name, weight[rows], gram, self)
+        steps = self.for_linears(model.layout())
+        if self.sequential:
+            for names, gram in _inputs(model, context, sequential=True):
+                weights = _weights(model, names)
+                for name, packed in _rounded(model, names, gram, steps[names[0]]).items():
+                    model.replace(name, packed)
+                    packing.correct(model, name, weights[name].float(), gram, steps[name])
+        else:
+            _assemble(model, context, steps)
         packing.pack_tables(model, self)
         return model
+
+    @property
+    def level(self) -> str:
+        """What a level of these options is kept as: those that rounding one linear depends on, as a digest."""
+        others = ("embedding_bits", "correction_rank", "sequential")
+        decide = {name: value for name, value in self.options().items() if name not in others}
+        text = json.dumps([self.version, decide], sort_keys=True)
+        return f"gptq-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+
+
+def _assemble(model: Model, context: Context, steps: Mapping[str, Gptq]) -> None:
+    """Put in the place of each linear what it is on the level that its step asks for.
+
+    A level is all linears rounded with the same options. It depends on the parent and its Gram matrices alone, so
+    it is made once, and kept with them for every candidate that takes some of its blocks, or all.
+    """
+    levels = {
+        level: context.statistics.streamed(level, lambda step=step: _level(model, context, step))  # type: ignore[misc]
+        for level, step in {step.level: step for step in steps.values()}.items()
+    }
+    assert context.calibration is not None
+    for name, step in steps.items():
+        weight = _weights(model, [name])[name]
+        packing.put(model, name, levels[step.level], step.packing)
+        if step.correction_rank:
+            grams = context.statistics.grams(model, context.calibration, context.report)
+            with resident(model, name):
+                gram = grams.gram(name).to(model.device)
+                packing.correct(model, name, weight.to(model.device).float(), gram, step)
+
+
+def _level(model: Model, context: Context, step: Gptq) -> Iterator[Part]:
+    """The tensors of every linear as `step` rounds it, block by block; the model stays as it is."""
+    layout = model.layout()
+    by_block = itertools.groupby(
+        _inputs(model, context, sequential=False), lambda read: layout.block_of(read[0][0])
+    )
+    for _, inputs in by_block:
+        tensors: dict[str, Tensor] = {}
+        for names, gram in inputs:
+            for name, packed in _rounded(model, names, gram, step).items():
+                tensors |= {f"{name}.{part}": tensor for part, tensor in packed.named_buffers()}
+        yield tensors, {}
+
+
+def _inputs(
+    model: Model, context: Context, sequential: bool
+) -> Iterator[tuple[tuple[str, ...], Float[Tensor, "in in"]]]:
+    assert context.calibration is not None
+    return context.statistics.inputs(model, context.calibration, context.report, sequential)
+
+
+def _weights(model: Model, names: Sequence[str]) -> dict[str, Float[Tensor, "out in"]]:
+    return {name: cast(Tensor, model.module.get_submodule(name).weight).detach() for name in names}
+
+
+def _rounded(
+    model: Model, names: Sequence[str], gram: Float[Tensor, "in in"], step: Gptq
+) -> dict[str, PackedLinear]:
+    """The packed linears that stand for those of these names, which read the same input. So they have the same
+    Hessian, and are rounded as one of more rows."""
+    weights = [check_finite(weight, step.name(), name) for name, weight in _weights(model, names).items()]
+    integers, grid = quantize(torch.cat(weights).float(), gram, step)
+    found, start = {}, 0
+    for name, weight in zip(names, weights, strict=True):
+        rows = slice(start, start + len(weight))
+        start = rows.stop
+        own = grids.Grid(grid.scales[rows], grid.zeros[rows], grid.bits)
+        found[name] = packing.packed_linear(model, name, integers[rows], own, step.packing)
+    return found
 
 
 def quantize(

@@ -39,34 +39,36 @@ class Hqq(Technique):
     paper: ClassVar[str] = "Badri & Shaji 2023, Half-Quadratic Quantization, mobiusml.github.io/hqq_blog"
     accepts: ClassVar[frozenset[Form]] = frozenset({"dense", "factored"})
     leaves: ClassVar[frozenset[Form]] = frozenset({"packed"})
+    by_block: ClassVar[frozenset[str]] = packing.BY_BLOCK
 
-    bits: int = packing.bits_knob(4)
+    bits: int | str = packing.bits_knob(4)
     group: int = packing.group_knob()
     embedding_bits: int = packing.embedding_bits_knob()
-    correction_rank: int = packing.correction_rank_knob()
+    correction_rank: int | str = packing.correction_rank_knob()
     norm: float = knob(0.7, Range(0.1, 1.0), "p of the l_p norm of the error")
     iterations: int = knob(20, Range(1, 200, integer=True), "alternations of shrinkage and closed form")
 
     @property
     def packing(self) -> Packing:
-        return Packing(self.bits, self.group, symmetric=False, real_zeros=True)
+        return Packing(int(self.bits), self.group, symmetric=False, real_zeros=True)
 
     def outline(self, layout: Layout) -> Layout:
         return packing.outline(self, layout)
 
     def compress(self, model: Model, context: Context) -> Model:
         self.outline(model.layout())
-        linears = model.linears()
+        linears, steps = model.linears(), self.for_linears(model.layout())
         for done, (name, layer) in enumerate(linears.items()):
             context.report(done / len(linears), name)
             with resident(model, name):
                 weight = check_finite(cast(nn.Linear, layer).weight.detach().float(), self.name(), name)
-                grouped = grids.grouped(weight, self.packing)
-                present = grids.grouped(torch.ones_like(weight[:1]), self.packing)[0]
-                grid = fit(grouped, present, self)
+                step = steps[name]
+                grouped = grids.grouped(weight, step.packing)
+                present = grids.grouped(torch.ones_like(weight[:1]), step.packing)[0]
+                grid = fit(grouped, present, step)
                 integers = nearest(grouped, grid).flatten(1)[:, : weight.shape[1]]
-                packing.pack_linear(model, name, integers, grid, self.packing)
-                packing.correct(model, name, weight, None, self)
+                packing.pack_linear(model, name, integers, grid, step.packing)
+                packing.correct(model, name, weight, None, step)
         packing.pack_tables(model, self)
         return model
 
@@ -85,16 +87,16 @@ def fit(
     counts = present.sum(dim=-1)
     zeros, penalty = start.zeros, _PENALTY
     for _ in range(options.iterations):
-        grid = grids.Grid(start.scales, zeros, options.bits)
+        grid = grids.Grid(start.scales, zeros, options.packing.bits)
         whole = nearest(weight, grid)
         given_up = shrink(weight - grid.values(whole), penalty, options.norm)
         wanted = whole - (weight - given_up) / start.scales.unsqueeze(-1)
         # Rounded to what the file will hold.
         zeros = (torch.einsum("rgc,gc->rg", wanted, present) / counts).half().float()
         penalty *= _PENALTY_GROWTH
-        grid = grids.Grid(start.scales, zeros, options.bits)
+        grid = grids.Grid(start.scales, zeros, options.packing.bits)
         cost = _cost(weight, present, grid, options.norm)
-        best = grids.Grid(start.scales, torch.where(cost < least, zeros, best.zeros), options.bits)
+        best = grids.Grid(start.scales, torch.where(cost < least, zeros, best.zeros), options.packing.bits)
         least = torch.minimum(cost, least)
     return best
 

@@ -29,29 +29,30 @@ class Rtn(Technique):
     paper: ClassVar[str] = "Nagel et al. 2021, A White Paper on Neural Network Quantization, arXiv:2106.08295"
     accepts: ClassVar[frozenset[Form]] = frozenset({"dense", "factored"})
     leaves: ClassVar[frozenset[Form]] = frozenset({"packed"})
+    by_block: ClassVar[frozenset[str]] = packing.BY_BLOCK
 
-    bits: int = packing.bits_knob(8)
+    bits: int | str = packing.bits_knob(8)
     group: int = packing.group_knob()
     symmetric: bool = packing.symmetric_knob()
     embedding_bits: int = packing.embedding_bits_knob()
-    correction_rank: int = packing.correction_rank_knob()
+    correction_rank: int | str = packing.correction_rank_knob()
 
     @property
     def packing(self) -> Packing:
-        return Packing(self.bits, self.group, self.symmetric)
+        return Packing(int(self.bits), self.group, self.symmetric)
 
     def outline(self, layout: Layout) -> Layout:
         return packing.outline(self, layout)
 
     def compress(self, model: Model, context: Context) -> Model:
         self.outline(model.layout())
-        linears = model.linears()
+        linears, steps = model.linears(), self.for_linears(model.layout())
         for done, (name, layer) in enumerate(linears.items()):
             context.report(done / len(linears), name)
             with resident(model, name):
                 weight = check_finite(cast(nn.Linear, layer).weight.detach().float(), self.name(), name)
-                integers, grid = packing.round_to_nearest(weight, self.packing)
-                packing.pack_linear(model, name, integers, grid, self.packing)
-                packing.correct(model, name, weight, None, self)
+                integers, grid = packing.round_to_nearest(weight, steps[name].packing)
+                packing.pack_linear(model, name, integers, grid, steps[name].packing)
+                packing.correct(model, name, weight, None, steps[name])
         packing.pack_tables(model, self)
         return model

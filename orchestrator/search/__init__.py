@@ -64,13 +64,16 @@ def make(
     objectives: Sequence[Objective],
     known: Known = nothing_known,
     seed: int = 0,
+    first: Sequence[Choices] = (),
 ) -> Search:
     """A new search of that algorithm.
 
     space: each knob's domain, or plain data for it: `{"low": 1, "high": 8, "type": "int"}` (also
         `"log": true`) or `{"choices": [...], "ordered": true}`; ordered choices may be given in any order.
     known: the metrics of a choice that need no evaluation, exact; asked often, so it must be quick. Where it also gives
-        `seconds`, a search may prefer what adds more for each of them; they may change from call to call.
+        `seconds`, a search may prefer what adds more for each of them; they may change from call to call. What else it
+        tells beside objectives are hints: numbers that what must be measured is taken to go with.
+    first: choices to ask before any others.
 
     Raises LookupError for an unknown name, ValueError for a space or objectives that cannot be searched.
     """
@@ -79,7 +82,12 @@ def make(
         raise ValueError("a search needs at least one objective")
     domains = {knob: _domain(knob, given) for knob, given in space.items()}
     search: Search = algorithm(domains, tuple(objectives), known, seed)
-    return search
+    if not first:
+        return search
+    from orchestrator.search.opening import Opening
+    from orchestrator.search.proposals import Proposals
+
+    return Opening(search, first, Proposals(objectives, known))
 
 
 def _algorithm(name: str) -> Callable[[Space, tuple[Objective, ...], Known, int], Search]:

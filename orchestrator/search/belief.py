@@ -23,6 +23,8 @@ _LEARNED_FROM = 160
 _GROWTH = 1.1
 _ROUNDS = 40
 _LEAST_NOISE = 1e-6
+_HINTED = 2.0
+"""The variance of a hint's effect before any results: that of all knobs together, from which it is foretold."""
 _APART = 1.5
 """Positive losses this many times apart may be believed about by their logarithms."""
 
@@ -44,7 +46,7 @@ class Belief:
         count = max(features.count, 1)
         # Logarithms of v, ℓ, p, s and the noise.
         self._means = np.concatenate([
-            np.full(features.count, math.log(2.0 / count)),
+            np.where(features.hints, math.log(_HINTED), math.log(2.0 / count)),
             np.full(features.count, math.log(0.7 * math.sqrt(count))),
             [math.log(0.1), math.log(0.2), math.log(1e-3)],
         ])  # fmt: skip

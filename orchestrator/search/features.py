@@ -29,6 +29,7 @@ class Features:
     def __init__(self, axes: Sequence[Axis]) -> None:
         self._axes = [(column, axis) for column, axis in enumerate(axes) if axis.count != 1]
         self.count = len(self._axes)
+        self.hints = np.array([axis.hint for _, axis in self._axes], dtype=np.bool_)
         effects = [
             min(axis.count or LEVELS, LEVELS) - 1 if axis.ordered else axis.count for _, axis in self._axes
         ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,6 +32,7 @@ class Axis:
     values: of a knob that takes one of some, in that order; none of a range.
     count: how many values there are; 0 where there is no end of them.
     parent: the column of a knob, and the place there, without which this knob does nothing.
+    hint: whether it is no knob but what is foretold by all of them.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Axis:
     count: int
     ordered: bool
     parent: tuple[int, float] | None = None
+    hint: bool = False
 
     def place(self, value: Value) -> float:
         """Raises ValueError for a value outside the domain."""
@@ -80,8 +82,8 @@ class Axis:
 
 
 class Places:
-    """A space as a cube. Choices that mean the same are one point: a knob A.B.C acts only where the knob A is B, and
-    stands at its first value elsewhere."""
+    """A space as a cube. Choices that mean the same are one point: a knob A.B.C (or A.B.C.D) acts only where the knob A
+    is B, and stands at its first value elsewhere."""
 
     def __init__(self, space: Space) -> None:
         self.axes = _axes(space)
@@ -193,10 +195,11 @@ def _axis(name: str, domain: Domain) -> Axis:
 
 
 def _parent(name: str, axes: Sequence[Axis]) -> tuple[int, float] | None:
-    """Of a knob called A.B.C, the knob A at B, where there is such a one."""
-    first, _, rest = name.partition(".")
-    value = rest.rpartition(".")[0]
-    columns: Mapping[str, int] = {axis.name: column for column, axis in enumerate(axes)}
-    if first in columns and value in axes[columns[first]].values:
-        return columns[first], axes[columns[first]].place(value)
-    return None
+    """Of a knob called A.B.C or A.B.C.D, the knob A at B, where there is such a one."""
+    first, *rest = name.split(".")
+    column = next((column for column, axis in enumerate(axes) if axis.name == first), None)
+    if column is None:
+        return None
+    values = (".".join(rest[:length]) for length in range(len(rest) - 1, 0, -1))
+    value = next((value for value in values if value in axes[column].values), None)
+    return None if value is None else (column, axes[column].place(value))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,7 +20,10 @@ _DRAWN = 100
 """So many choices of each kind stand for all."""
 
 _LEAST_SECONDS = 1e-3
+_FAR = 10.0
+"""Hints that differ by such a factor are compared by their ratios."""
 
+Hints = Float[NDArray[np.float64], "points hints"]
 Losses = Float[NDArray[np.float64], "points objectives"]
 
 
@@ -50,7 +54,8 @@ class Pool:
 
 class Survey:
     """Which objectives are known beforehand shows as they appear. They are features too, beside the knobs: what has to
-    be measured mostly goes with them (quality with size), and that is learned from few results.
+    be measured mostly goes with them (quality with size), and that is learned from few results. So are hints, whatever
+    else is known from the start: what is measured is then learned as what it does beside them.
 
     everywhere: some choices of the whole space, drawn without looking at results.
     """
@@ -64,20 +69,43 @@ class Survey:
         self._limits = np.array([np.inf if o.limit is None else o.loss(o.limit) for o in objectives])
         self._lines: dict[int, Axis] = {}
         self.foreknown: Bool[NDArray[np.bool_], " objectives"] = np.zeros(len(objectives), dtype=np.bool_)
-        self.features = Features(places.axes)
         drawn = places.uniform(_DRAWN, generator), places.levelled(_DRAWN, generator)
         self._everywhere = np.concatenate(drawn)
-        self.everywhere = self.enter(self._everywhere)
+        told = self._told(self._everywhere)
+        self._hints = self._hinting(told)
+        self.features = Features([*places.axes, *self._hints.values()])
+        self.everywhere = self._entered(self._everywhere, told)
 
     def enter(self, points: Points) -> Pool:
-        every = [self._known(self._places.choices(point)) for point in points]
+        return self._entered(points, self._told(points))
+
+    def _told(self, points: Points) -> list[Mapping[str, float]]:
+        return [self._known(self._places.choices(point)) for point in points]
+
+    def _entered(self, points: Points, told: Sequence[Mapping[str, float]]) -> Pool:
         losses = [
             [o.loss(values[o.metric]) if o.metric in values else np.nan for o in self._objectives]
-            for values in every
+            for values in told
         ]
-        known = np.array(losses).reshape(len(points), len(self._objectives))
-        seconds = np.array([max(values.get(SECONDS, 1.0), _LEAST_SECONDS) for values in every])
-        return Pool(points, self._rows(points, known), known, seconds)
+        known = np.array(losses, dtype=np.float64).reshape(len(points), len(self._objectives))
+        seconds = np.array([max(values.get(SECONDS, 1.0), _LEAST_SECONDS) for values in told])
+        hints = np.array([[one.get(name, np.nan) for name in self._hints] for one in told], dtype=np.float64)
+        return Pool(
+            points, self._rows(points, known, hints.reshape(len(points), len(self._hints))), known, seconds
+        )
+
+    def _hinting(self, told: Sequence[Mapping[str, float]]) -> dict[str, Axis]:
+        """A line for each hint, over what it is anywhere; of ratios where these are far apart."""
+        metrics = {SECONDS, *(objective.metric for objective in self._objectives)}
+        found = {}
+        for name in sorted({name for one in told for name in one} - metrics):
+            values = np.array([one[name] for one in told if math.isfinite(one.get(name, math.nan))])
+            above = values[values > 0]
+            log = len(above) > 0 and values.min() >= 0 and values.max() > _FAR * above.min()
+            low, high = float((above if log else values).min()), float(values.max())
+            if low < high:
+                found[name] = Axis(name, Range(low, high, log=log), (), 0, ordered=True, hint=True)
+        return found
 
     def discovers(self, pool: Pool) -> bool:
         """Whether an objective turns out to be known that was not. Then rows are made otherwise than before: what was
@@ -93,7 +121,7 @@ class Survey:
                 self._lines[int(column)] = Axis(
                     self._objectives[column].metric, Range(low, high), (), 0, ordered=True
                 )
-        self.features = Features([*self._places.axes, *self._lines.values()])
+        self.features = Features([*self._places.axes, *self._hints.values(), *self._lines.values()])
         self.everywhere = self.enter(self._everywhere)
         return True
 
@@ -102,13 +130,25 @@ class Survey:
         good = np.isfinite(pool.known) & (pool.known <= self._limits) | ~self.foreknown
         return pool.take(np.asarray(good.all(axis=1)))
 
-    def _rows(self, points: Points, known: Losses) -> Rows:
+    def _rows(self, points: Points, known: Losses, hints: Hints) -> Rows:
         lines = [
             np.nan_to_num((known[:, column] - axis.domain.low) / (axis.domain.high - axis.domain.low))
             for column, axis in self._lines.items()
             if isinstance(axis.domain, Range)
         ]
         acting = np.ones((len(points), len(lines)), dtype=np.bool_)
+        places = [_along(line, hints[:, at]) for at, line in enumerate(self._hints.values())]
         return self.features.rows(
-            np.column_stack([points, *lines]), np.column_stack([self._places.active(points), acting])
+            np.column_stack([points, *places, *lines]),
+            np.column_stack([self._places.active(points), np.isfinite(hints), acting]),
         )
+
+
+def _along(line: Axis, values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Places on a hint's line, its ends for what lies beyond them; 0 where there is no hint."""
+    assert isinstance(line.domain, Range)
+    low, high = float(line.domain.low), float(line.domain.high)
+    clipped = np.nan_to_num(np.clip(values, low, high), nan=low)
+    if line.domain.log:
+        return np.asarray(np.log(clipped / low) / math.log(high / low))
+    return np.asarray((clipped - low) / (high - low))

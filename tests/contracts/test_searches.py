@@ -160,3 +160,27 @@ def test_one_to_four_objectives_are_searched(name: str, count: int) -> None:
         if turn == 8:
             break
     assert len(choices) == 5
+
+
+FIRST = [
+    {"depth": depth, "keep": 0.5, "rate": 1e-3, "bits": 4, "order": "prune", "recover": True}
+    for depth in (6, 0, 5, 4)  # the second is over the limit
+]
+
+
+def test_what_a_search_is_to_begin_with_is_asked_first_but_for_what_breaks_a_limit(name: str) -> None:
+    limited = Objective("size_bytes", "min", limit=15.0)
+    trying = search.make(name, SPACE, [limited, OBJECTIVES[1]], size, 0, FIRST)
+    asked = trying.ask(2)
+    assert asked == [FIRST[0], FIRST[2]]
+    trying.tell([(one, measured(one)) for one in asked])
+    later = trying.ask(4)
+    assert later[0] == FIRST[3]
+    assert len(later) == 4
+    assert not any(one in FIRST for one in later[1:])
+
+
+def test_what_was_told_before_is_not_asked_though_it_should_come_first(name: str) -> None:
+    trying = search.make(name, SPACE, OBJECTIVES, size, 0, FIRST)
+    trying.tell([(FIRST[0], measured(FIRST[0]))])
+    assert FIRST[0] not in trying.ask(5)

@@ -272,3 +272,19 @@ def test_a_study_in_rungs_measures_on_all_of_the_evaluation_what_ends_on_the_fro
     again: list[Job] = []
     assert run_inline(ready, counted(ready, again)).members == results.members
     assert again == []
+
+
+def test_a_study_whose_bits_differ_by_layer_begins_with_what_is_solved_and_resumes(
+    study_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, after = study_file.read_text().split("space:")
+    each = "{gptq: {bits: {choices: [2, 4, 8], each: layer}}}"
+    study_file.write_text(f"{before}space: {{bits: {each}}}\nsearch:{after.partition('search:')[2]}")
+    ready = prepare(load(study_file, ("search.candidates=8",)))
+    results = run_inline(ready)
+    assert [candidate.state for candidate in results.candidates] == ["measured"] * 9
+    bits = [str(candidate.recipe.steps[0].options()["bits"]) for candidate in results.candidates[1:3]]
+    assert all(" " in one for one in bits)
+    monkeypatch.setattr("orchestrator.foretelling.damages", lambda *_: pytest.fail("measured again"))
+    again = run_inline(prepare(load(study_file, ("search.candidates=10",))))
+    assert len(again.candidates) == 11

@@ -1,0 +1,202 @@
+"""Damage: what a step does to what a model predicts, each block of it alone. One pass tells of every mix of levels."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from jobs import data, models
+from jobs.context import Context, Report
+from jobs.families import Task
+from jobs.job import Materials
+from jobs.model import Model
+from jobs.recipe import Recipe
+from jobs.residency import whole
+from jobs.run import Places, context_of, device
+from jobs.runtimes.on_torch import unpacked
+from jobs.technique import Technique
+
+_TOKENS = 2048
+"""Tokens of calibration text that answers are compared on, about; whole windows, spread evenly over the text."""
+_ROWS = 128
+"""Positions whose logits are held in fp32 at once."""
+
+
+@dataclass(frozen=True)
+class Damage:
+    """Divergences from what the parent predicts, all at least 0: nats a token, or a text that is classified, or for an
+    embedding one less the cosine.
+
+    blocks: of the parent with one block as the step leaves it, for each; rest: with all but the blocks so.
+    """
+
+    blocks: tuple[float, ...]
+    rest: float
+
+
+def damages(recipes: Sequence[Recipe], materials: Materials, cache: Path, report: Report) -> list[Damage]:
+    """What the one step of each recipe does to the original, from the statistics in `cache` or else measured now.
+
+    ValueError where there is no calibration text, or a step changes the number of blocks.
+    """
+    parent: list[_Parent] = []
+
+    def measured(recipe: Recipe, context: Context) -> dict[str, Tensor]:
+        if not parent:
+            parent.append(_Parent(materials))
+        return parent[0].compared(recipe.steps[0], context)
+
+    found = []
+    for recipe in recipes:
+        if materials.calibration is None or len(recipe.steps) != 1:
+            raise ValueError(f"the damage of {recipe} takes one step and a calibration text to be measured")
+        with tempfile.TemporaryDirectory() as workdir:
+            context = context_of(recipe, materials, Places(Path(workdir) / "made", cache), report)
+            stored = context.statistics.stored(
+                f"damage-{_TOKENS}-{recipe.id}",
+                lambda recipe=recipe, context=context: (measured(recipe, context), {}),  # type: ignore[misc]
+            )
+        found.append(Damage(tuple(stored["blocks"].tolist()), float(stored["rest"])))
+    return found
+
+
+class _Parent:
+    """The original, what it answers on some text, and what was found of blocks in the place of its own.
+
+    Settings that differ outside the blocks alone leave the same blocks: these are compared once.
+    """
+
+    def __init__(self, materials: Materials) -> None:
+        self._folder = models.locate(materials.model)
+        self._model = whole(models.load(self._folder, device()))
+        self._batches = [_Batch.of(self._model, rows) for rows in _rows(materials, self._folder)]
+        self._found: dict[tuple[int, str], float] = {}
+
+    def compared(self, step: Technique, context: Context) -> dict[str, Tensor]:
+        changed = whole(unpacked(step.compress(models.load(self._folder, device()), context)))
+        own = list(self._model.blocks)
+        if len(changed.blocks) != len(own):
+            raise ValueError(f"{step} leaves {len(changed.blocks)} of {len(own)} blocks: none is what it was")
+        blocks = []
+        for index, block in enumerate(changed.blocks):
+            context.report(index / len(own), f"damage of {step} to block {index}")
+            blocks.append(self._of_block(index, block))
+        for index, block in enumerate(own):
+            changed.blocks[index] = block
+        rest = self._mean(lambda batch: batch.divergence(changed))
+        return {
+            name: torch.tensor(value, dtype=torch.float64)
+            for name, value in (("blocks", blocks), ("rest", rest))
+        }
+
+    def _of_block(self, index: int, block: nn.Module) -> float:
+        same = index, _digest(block)
+        if same not in self._found:
+            with _in_the_place_of(self._model, index, block):
+                self._found[same] = self._mean(lambda batch: batch.from_block(self._model, index))
+        return self._found[same]
+
+    def _mean(self, of: Callable[[_Batch], float]) -> float:
+        found = sum(of(batch) for batch in self._batches) / len(self._batches)
+        if not math.isfinite(found):
+            raise FloatingPointError("the model answers NaN on the calibration text")
+        return found
+
+
+def _digest(block: nn.Module) -> str:
+    told = hashlib.sha256()
+    for name, tensor in block.state_dict().items():
+        told.update(name.encode())
+        told.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return told.hexdigest()
+
+
+def _rows(materials: Materials, folder: Path) -> Iterator[Int[Tensor, "1 tokens"]]:
+    assert materials.calibration is not None
+    rows = data.windows_for(materials.calibration, folder)
+    count = min(len(rows), max(1, _TOKENS // rows.shape[1]))
+    for number in range(count):
+        yield rows[number * len(rows) // count].unsqueeze(0)
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """A window of text, what the parent answers, and what enters each of its blocks."""
+
+    rows: Int[Tensor, "1 tokens"]
+    answer: Float[Tensor, "1 ..."]
+    states: Sequence[Float[Tensor, "1 tokens width"]]
+    in_tuples: bool
+
+    @staticmethod
+    def of(parent: Model, rows: Int[Tensor, "1 tokens"]) -> _Batch:
+        states: list[Tensor] = []
+        outputs: list[Any] = []
+        hooks = [
+            block.register_forward_pre_hook(lambda _, args: states.append(args[0])) for block in parent.blocks
+        ]
+        hooks.append(parent.blocks[0].register_forward_hook(lambda _, args, output: outputs.append(output)))
+        try:
+            with torch.inference_mode():
+                answer = parent.answer(rows.to(parent.device))
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return _Batch(rows, answer, states, isinstance(outputs[0], tuple))
+
+    def from_block(self, model: Model, index: int) -> float:
+        """How far this model's answer is from the parent's, whose blocks before this one it shares: they are not
+        run again."""
+        state = self.states[index]
+        before = [cast(Any, block) for block in list(model.blocks)[:index]]
+        given = (state,) if self.in_tuples else state
+        for block in before:
+            block.forward = lambda *_, **__: given
+        try:
+            return self.divergence(model)
+        finally:
+            for block in before:
+                del block.forward
+
+    def divergence(self, model: Model) -> float:
+        with torch.inference_mode():
+            return divergence(self.answer, model.answer(self.rows.to(model.device)), model.task)
+
+
+def divergence(
+    meant: Float[Tensor, "*rows outputs"], said: Float[Tensor, "*rows outputs"], task: Task
+) -> float:
+    """The mean of KL(meant ‖ said) over rows of logits; of one number alone the squared difference, of embeddings one
+    less the cosine."""
+    total, rows = 0.0, meant.flatten(0, -2)
+    for at in range(0, len(rows), _ROWS):
+        ours, theirs = rows[at : at + _ROWS].float(), said.flatten(0, -2)[at : at + _ROWS].float()
+        if task == "embedding":
+            each = 1 - nn.functional.cosine_similarity(ours, theirs, dim=-1)
+        elif ours.shape[-1] == 1:
+            each = (ours - theirs).square()
+        else:
+            log = ours.log_softmax(dim=-1)
+            each = (log.exp() * (log - theirs.log_softmax(dim=-1))).sum(dim=-1)
+        total += float(each.double().sum())
+    return max(total / len(rows), 0.0)
+
+
+@contextmanager
+def _in_the_place_of(model: Model, index: int, block: nn.Module) -> Iterator[None]:
+    own = model.blocks[index]
+    model.blocks[index] = block
+    try:
+        yield
+    finally:
+        model.blocks[index] = own

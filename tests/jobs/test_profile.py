@@ -1,0 +1,121 @@
+"""Options that differ by block: one spelling, exact sizes, and models assembled from levels."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+
+from jobs import models, techniques
+from jobs.context import Context
+from jobs.knobs import Choice, Range, profile, profile_values
+from jobs.statistics import Statistics
+from jobs.techniques.gptq import Gptq
+from jobs.techniques.rtn import Rtn
+
+PACKING = [name for name in techniques.names() if "bits" in techniques.load(name).by_block]
+
+
+def context_for(folder: Path | None) -> Context:
+    tokens = torch.randint(3, 512, (8, 32), generator=torch.Generator().manual_seed(0))
+    return Context(Statistics(folder, "parent"), Path(), seed=0, calibration=tokens)
+
+
+def state(model: models.Model) -> dict[str, torch.Tensor]:
+    return dict(model.module.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("values", "spelled"),
+    [
+        ([4], 4),
+        ([4, 4, 4], 4),
+        ([8, 4], "8 4"),
+        ([8, 8, 4, 4], "8 4"),
+        ([8, 8, 8, 4, 4, 4, 2, 2, 2], "8 4 2"),
+        ([8, 4, 8, 4], "8 4 8 4"),
+        ([8, 4, 4], "8 4 4"),
+        ([0.25, 0.5], "0.25 0.5"),
+    ],
+)
+def test_a_profile_is_spelled_by_the_fewest_values(values: list[float], spelled: object) -> None:
+    assert profile(values) == spelled
+
+
+def test_the_values_of_a_profile_are_of_its_domain() -> None:
+    assert profile_values("8 4", Choice((2, 4, 8))) == (8, 4)
+    assert profile_values("0.5 1", Range(0, 1)) == (0.5, 1.0)
+    with pytest.raises(ValueError, match="5 is outside"):
+        profile_values("8 5", Choice((2, 4, 8)))
+    with pytest.raises(ValueError, match="x is outside"):
+        profile_values("x 5", Choice((2, 4, 8)))
+
+
+def test_a_profile_of_equal_values_is_the_uniform_step() -> None:
+    assert Rtn(bits="4 4 4 4") == Rtn(bits=4)
+    assert Rtn(bits="8 8 4 4") == Rtn(bits="8 4")
+    assert "bits=8 4" in str(Rtn(bits="8 8 4 4"))
+
+
+def test_a_profile_is_refused_where_the_option_is_one_for_all_blocks_or_a_value_is_invalid() -> None:
+    with pytest.raises(ValueError, match=r"rtn.group='32 64' is outside"):
+        Rtn(group="32 64")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"rtn.bits='8 5': 5 is outside"):
+        Rtn(bits="8 5")
+
+
+def test_values_spread_over_the_blocks_and_more_of_them_than_blocks_are_refused(tiny_llama: Path) -> None:
+    layout = models.original_layout(tiny_llama)
+    for spelled, bits in (("8 2", [8, 8, 2, 2]), ("8 4 2", [8, 8, 4, 2]), ("8 4 2 3", [8, 4, 2, 3])):
+        outlined = Rtn(bits=spelled).outline(layout)
+        found = {outlined.block_of(name): spec.packing for name, spec in outlined.linears.items()}
+        assert [packing.bits for _, packing in sorted(found.items()) if packing is not None] == bits
+    with pytest.raises(ValueError, match=r"rtn.bits has 5 values, the model 4 blocks"):
+        Rtn(bits="8 4 2 3 8").outline(layout)
+
+
+@pytest.mark.parametrize("name", PACKING)
+@pytest.mark.parametrize("options", [{}, {"embedding_bits": 8}, {"correction_rank": "0 4"}])
+def test_the_size_is_foretold_to_the_byte(
+    name: str, options: dict[str, int | str], tiny_llama: Path, tmp_path: Path
+) -> None:
+    step = techniques.load(name).of({"bits": "8 4 2 3", "group": 32, **options})
+    expected = step.outline(models.original_layout(tiny_llama))
+    made = step.compress(models.load(tiny_llama), context_for(None))
+    assert made.layout() == expected
+    models.save(made, tmp_path / "made", {})
+    assert (tmp_path / "made" / models.WEIGHTS).stat().st_size == expected.size_bytes()
+
+
+@pytest.mark.parametrize("name", PACKING)
+def test_every_block_is_that_of_the_uniform_model_of_its_bits(name: str, tiny_llama: Path) -> None:
+    mixed = techniques.load(name).of({"bits": "8 4 3 4"})
+    made = state(mixed.compress(models.load(tiny_llama), context_for(None)))
+    for bits in (8, 4, 3):
+        uniform = techniques.load(name).of({"bits": bits})
+        alike = state(uniform.compress(models.load(tiny_llama), context_for(None)))
+        for block, own in enumerate((8, 4, 3, 4)):
+            parts = [part for part in alike if f".layers.{block}." in part and own == bits]
+            assert all(made[part].equal(alike[part]) for part in parts)
+
+
+def test_gptq_assembled_from_levels_is_what_is_made_anew(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = Gptq(bits="8 4 2 3", embedding_bits=8, correction_rank="4 0 0 2")
+    fresh = state(step.compress(models.load(tiny_llama), context_for(None)))
+    first = dataclasses.replace(step, bits="2 3 4 8", correction_rank=0)
+    first.compress(models.load(tiny_llama), context_for(tmp_path))
+    rounding = "jobs.techniques.gptq.quantize"
+    monkeypatch.setattr(rounding, lambda *_: pytest.fail("a level was made twice"))
+    assembled = state(step.compress(models.load(tiny_llama), context_for(tmp_path)))
+    assert assembled.keys() == fresh.keys()
+    assert all(assembled[part].equal(fresh[part]) for part in fresh)
+
+
+def test_what_goes_by_compressed_blocks_is_made_anew_and_may_differ_by_block(tiny_llama: Path) -> None:
+    step = Gptq(bits="8 2", sequential=True)
+    made = step.compress(models.load(tiny_llama), context_for(None))
+    assert made.layout() == step.outline(models.original_layout(tiny_llama))
