@@ -21,6 +21,7 @@ METRIC = "foretold_divergence"
 _MOST = 64
 """So many uniform steps are compared with the original, at most: a space with more settings does without."""
 _VALUES = 8
+_SLACK = 0.005
 
 Size = Callable[[Choices], float | None]
 """The bytes of what choices make; None where they make no model."""
@@ -147,18 +148,15 @@ class _Setting:
         return self.fixed + int(self.costs.amax(dim=1).sum())
 
     def solved(self, budget: int, size: Size) -> dict[str, Value] | None:
-        """The best within a budget. What costs leave out, a few bytes of a file's header, is taken off it again."""
-        left = budget
+        """The best within a budget. Costs leave out a few bytes of a file's header, and the knapsack rounds them up, so
+        more than the budget is asked for first, lest what just fits is missed."""
+        left, step = round(budget * (1 + _SLACK)), max(round(budget * _SLACK / 8), 1)
         while left >= self.least:
             taken = least_error(self.costs, self.errors, left - self.fixed)
-            choices = {
-                **self.choices,
-                **{run: self.values[at] for run, at in zip(self.runs, taken, strict=True)},
-            }
-            excess = (size(choices) or math.inf) - budget
-            if excess <= 0:
+            choices = {**self.choices, **{run: self.values[at] for run, at in zip(self.runs, taken, strict=True)}}
+            if (size(choices) or math.inf) <= budget:
                 return choices
-            left -= max(int(min(excess, left)), 1)
+            left -= step
         return None
 
 

@@ -38,8 +38,9 @@ class PruneFfn(Technique):
     kind: ClassVar[Kind] = "width"
     paper: ClassVar[str] = "An et al. 2023, FLAP, arXiv:2312.11983"
     needs: ClassVar[frozenset[Need]] = frozenset({"calibration"})
+    by_block: ClassVar[frozenset[str]] = frozenset({"ratio"})
 
-    ratio: float = knob(0.25, Range(0.0, 0.9), "share of intermediate neurons to remove")
+    ratio: float | str = knob(0.25, Range(0.0, 0.9), "share of intermediate neurons to remove")
     correction: str = knob(
         "least_squares", Choice(("none", "bias", "least_squares")), "how the rest makes up for the removed"
     )
@@ -50,11 +51,11 @@ class PruneFfn(Technique):
 
     def outline(self, layout: Layout) -> Layout:
         self.check_forms(layout)
-        changed = {}
+        changed, steps = {}, self.for_linears(layout)
         for block, one in layout.feed_forwards():
             name = layout.name(block, one.out)
             out = layout.linears[name]
-            width = kept_width(out.in_features, self.ratio)
+            width = kept_width(out.in_features, float(steps[name].ratio))
             if width == out.in_features:
                 continue
             bias = out.bias or self.correction == "bias"

@@ -13,6 +13,7 @@ from jobs.context import Context
 from jobs.knobs import Choice, Range, profile, profile_values
 from jobs.statistics import Statistics
 from jobs.techniques.gptq import Gptq
+from jobs.techniques.prune_ffn import PruneFfn
 from jobs.techniques.rtn import Rtn
 
 PACKING = [name for name in techniques.names() if "bits" in techniques.load(name).by_block]
@@ -87,6 +88,25 @@ def test_the_size_is_foretold_to_the_byte(
     assert made.layout() == expected
     models.save(made, tmp_path / "made", {})
     assert (tmp_path / "made" / models.WEIGHTS).stat().st_size == expected.size_bytes()
+    read = state(models.load(tmp_path / "made"))
+    assert all(read[part].equal(tensor) for part, tensor in state(made).items())
+
+
+def test_feed_forwards_may_be_of_different_widths(tiny_llama: Path, tmp_path: Path) -> None:
+    step = PruneFfn(ratio="0 0.5 0.25 0.5")
+    expected = step.outline(models.original_layout(tiny_llama))
+    made = step.compress(models.load(tiny_llama), context_for(None))
+    assert made.layout() == expected
+    widths = [
+        expected.linears[expected.name(block, one.out)].in_features for block, one in expected.feed_forwards()
+    ]
+    assert widths == [160, 80, 120, 80]
+    models.save(made, tmp_path / "made", {})
+    assert (tmp_path / "made" / models.WEIGHTS).stat().st_size == expected.size_bytes()
+    tokens = torch.arange(3, 35).unsqueeze(0)
+    assert models.load(tmp_path / "made").answer(tokens).equal(made.answer(tokens))
+    with pytest.raises(ValueError, match=r"prune_ffn.ratio has 5 values, the model 4 blocks"):
+        PruneFfn(ratio="0 0.5 0 0.5 0").outline(models.original_layout(tiny_llama))
 
 
 @pytest.mark.parametrize("name", PACKING)
