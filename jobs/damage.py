@@ -1,4 +1,4 @@
-"""Damage: what a step does to what a model predicts, each block of it alone. One pass tells of every mix of levels."""
+"""Damage: what a step does to what a model predicts, each part of it alone. One pass tells of every mix of levels."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ from jobs.technique import Technique
 
 _TOKENS = 2048
 """Tokens of calibration text that answers are compared on, about; whole windows, spread evenly over the text."""
+_LINEARS_TOKENS = 512
 _ROWS = 128
 """Positions whose logits are held in fp32 at once."""
 
@@ -37,23 +38,27 @@ class Damage:
     """Divergences from what the parent predicts, all at least 0: nats a token, or a text that is classified, or for an
     embedding one less the cosine.
 
-    blocks: of the parent with one block as the step leaves it, for each; rest: with all but the blocks so.
+    parts: of the parent with one block, or one linear, as the step leaves it, for each of them in order; rest: with all
+        but the blocks so.
     """
 
-    blocks: tuple[float, ...]
+    parts: tuple[float, ...]
     rest: float
 
 
-def damages(recipes: Sequence[Recipe], materials: Materials, cache: Path, report: Report) -> list[Damage]:
+def damages(
+    recipes: Sequence[Recipe], materials: Materials, cache: Path, report: Report, by_linear: bool = False
+) -> list[Damage]:
     """What the one step of each recipe does to the original, from the statistics in `cache` or else measured now.
 
+    by_linear: tell linears apart, on fewer tokens, since there are so many more.
     ValueError where there is no calibration text, or a step changes the number of blocks.
     """
     parent: list[_Parent] = []
 
     def measured(recipe: Recipe, context: Context) -> dict[str, Tensor]:
         if not parent:
-            parent.append(_Parent(materials))
+            parent.append(_Parent(materials, by_linear))
         return parent[0].compared(recipe.steps[0], context)
 
     found = []
@@ -63,47 +68,53 @@ def damages(recipes: Sequence[Recipe], materials: Materials, cache: Path, report
         with tempfile.TemporaryDirectory() as workdir:
             context = context_of(recipe, materials, Places(Path(workdir) / "made", cache), report)
             stored = context.statistics.stored(
-                f"damage-{_TOKENS}-{recipe.id}",
+                f"damage-{_LINEARS_TOKENS if by_linear else _TOKENS}-{recipe.id}",
                 lambda recipe=recipe, context=context: (measured(recipe, context), {}),  # type: ignore[misc]
             )
-        found.append(Damage(tuple(stored["blocks"].tolist()), float(stored["rest"])))
+        found.append(Damage(tuple(stored["parts"].tolist()), float(stored["rest"])))
     return found
 
 
 class _Parent:
-    """The original, what it answers on some text, and what was found of blocks in the place of its own.
+    """The original, what it answers on some text, and what was found of parts in the place of its own.
 
-    Settings that differ outside the blocks alone leave the same blocks: these are compared once.
+    Settings that differ outside the blocks alone leave the same parts: these are compared once.
     """
 
-    def __init__(self, materials: Materials) -> None:
+    def __init__(self, materials: Materials, by_linear: bool) -> None:
         self._folder = models.locate(materials.model)
         self._model = whole(models.load(self._folder, device()))
-        self._batches = [_Batch.of(self._model, rows) for rows in _rows(materials, self._folder)]
-        self._found: dict[tuple[int, str], float] = {}
+        self._batches = [_Batch.of(self._model, rows) for rows in _rows(materials, self._folder, by_linear)]
+        layout = self._model.layout()
+        blocks = [f"{self._model.blocks_name}.{index}" for index in range(len(self._model.blocks))]
+        self._parts = list(layout.linears) if by_linear else blocks
+        self._found: dict[tuple[str, str], float] = {}
 
     def compared(self, step: Technique, context: Context) -> dict[str, Tensor]:
         changed = whole(unpacked(step.compress(models.load(self._folder, device()), context)))
         own = list(self._model.blocks)
         if len(changed.blocks) != len(own):
             raise ValueError(f"{step} leaves {len(changed.blocks)} of {len(own)} blocks: none is what it was")
-        blocks = []
-        for index, block in enumerate(changed.blocks):
-            context.report(index / len(own), f"damage of {step} to block {index}")
-            blocks.append(self._of_block(index, block))
+        parts = []
+        for done, name in enumerate(self._parts):
+            context.report(done / len(self._parts), f"damage of {step} to {name}")
+            parts.append(self._of_part(name, changed.module.get_submodule(name)))
         for index, block in enumerate(own):
             changed.blocks[index] = block
         rest = self._mean(lambda batch: batch.divergence(changed))
         return {
             name: torch.tensor(value, dtype=torch.float64)
-            for name, value in (("blocks", blocks), ("rest", rest))
+            for name, value in (("parts", parts), ("rest", rest))
         }
 
-    def _of_block(self, index: int, block: nn.Module) -> float:
-        same = index, _digest(block)
+    def _of_part(self, name: str, part: nn.Module) -> float:
+        same, block = (
+            (name, _digest(part)),
+            int(name.removeprefix(f"{self._model.blocks_name}.").split(".")[0]),
+        )
         if same not in self._found:
-            with _in_the_place_of(self._model, index, block):
-                self._found[same] = self._mean(lambda batch: batch.from_block(self._model, index))
+            with _in_the_place_of(self._model, name, part):
+                self._found[same] = self._mean(lambda batch: batch.from_block(self._model, block))
         return self._found[same]
 
     def _mean(self, of: Callable[[_Batch], float]) -> float:
@@ -113,18 +124,19 @@ class _Parent:
         return found
 
 
-def _digest(block: nn.Module) -> str:
+def _digest(part: nn.Module) -> str:
     told = hashlib.sha256()
-    for name, tensor in block.state_dict().items():
+    for name, tensor in part.state_dict().items():
         told.update(name.encode())
         told.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
     return told.hexdigest()
 
 
-def _rows(materials: Materials, folder: Path) -> Iterator[Int[Tensor, "1 tokens"]]:
+def _rows(materials: Materials, folder: Path, by_linear: bool) -> Iterator[Int[Tensor, "1 tokens"]]:
     assert materials.calibration is not None
     rows = data.windows_for(materials.calibration, folder)
-    count = min(len(rows), max(1, _TOKENS // rows.shape[1]))
+    tokens = _LINEARS_TOKENS if by_linear else _TOKENS
+    count = min(len(rows), max(1, tokens // rows.shape[1]))
     for number in range(count):
         yield rows[number * len(rows) // count].unsqueeze(0)
 
@@ -193,10 +205,10 @@ def divergence(
 
 
 @contextmanager
-def _in_the_place_of(model: Model, index: int, block: nn.Module) -> Iterator[None]:
-    own = model.blocks[index]
-    model.blocks[index] = block
+def _in_the_place_of(model: Model, name: str, part: nn.Module) -> Iterator[None]:
+    own = model.module.get_submodule(name)
+    model.replace(name, part)
     try:
         yield
     finally:
-        model.blocks[index] = own
+        model.replace(name, own)

@@ -65,10 +65,10 @@ Domain = Range | Choice
 
 
 def profile(values: Sequence[Value]) -> Value:
-    """The one spelling of numbers that differ by block: a text of the fewest that say the same, and where all are
-    alike that number itself, so that what does the same has one name.
+    """The one spelling of numbers that differ by block or linear: a text of the fewest that say the same, and where
+    all are alike that number itself, so that what does the same has one name.
 
-    n values are spread evenly over the blocks from the first to the last: block b of d takes number ⌊b n / d⌋.
+    n values are spread evenly over the parts from the first to the last: part i of d takes number ⌊i n / d⌋.
     """
     count = len(values)
     for fewer in range(1, count):

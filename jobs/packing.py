@@ -18,8 +18,8 @@ from jobs.lowrank import best_factors
 from jobs.model import DTYPE, Model
 from jobs.residency import resident
 
-BY_BLOCK = frozenset({"bits", "correction_rank"})
-"""What may differ by block where each linear is packed by itself."""
+BY_LINEAR = frozenset({"bits", "correction_rank"})
+"""What may differ by linear where each is packed by itself."""
 _ROWS = 4096
 """Rows of an embedding that are rounded at once: in fp32, a vocabulary of them would fill memory."""
 

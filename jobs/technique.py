@@ -30,8 +30,7 @@ class Technique(ABC):
     Class variables declare what validation, planning and scheduling need to know without running it:
     `accepts` are the forms of linears that it can work on, `leaves` the forms that it brings in. From
     these alone follows which technique may come after which. `by_block` are the options that may differ by
-    block: their value may be a text of several numbers (`jobs.knobs.profile`), of which every linear
-    takes that of its block (`for_linears`).
+    block, `by_linear` by linear as well: their value may be a text of several numbers (`jobs.knobs.profile`).
     """
 
     kind: ClassVar[Kind]
@@ -41,6 +40,7 @@ class Technique(ABC):
     accepts: ClassVar[frozenset[Form]] = frozenset({"dense"})
     leaves: ClassVar[frozenset[Form]] = frozenset()
     by_block: ClassVar[frozenset[str]] = frozenset()
+    by_linear: ClassVar[frozenset[str]] = frozenset()
 
     def __post_init__(self) -> None:
         for name, domain in self.domains().items():
@@ -69,11 +69,13 @@ class Technique(ABC):
         return {}
 
     def for_linears(self, layout: Layout) -> dict[str, Self]:
-        """The step as it treats each linear of a model, by its full name: one whose options are the same for all
-        blocks. ValueError where an option has more values than the model blocks."""
-        depth = layout.depth
-        blocks = [self._at(block, depth) for block in range(depth)]
-        return {name: blocks[layout.block_of(name)] for name in layout.linears}
+        """The step as it treats each linear of a model, by its full name: one whose options are the same everywhere.
+        ValueError where an option has more values than the model linears."""
+        return dict(zip(layout.linears, self._spread(len(layout.linears), "linears"), strict=True))
+
+    def for_blocks(self, layout: Layout) -> list[Self]:
+        """The step as it treats each block, likewise."""
+        return self._spread(layout.depth, "blocks")
 
     def options(self) -> dict[str, Value]:
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
@@ -136,18 +138,20 @@ class Technique(ABC):
             raise ValueError(f"{self.name()}.{name}={value!r} is outside {domain}")
         return domain.normal(value)
 
-    def _at(self, block: int, depth: int) -> Self:
-        """The step as it treats one block of so many."""
-        own: dict[str, Value] = {}
+    def _spread(self, count: int, what: str) -> list[Self]:
+        """The step as it treats each of so many parts, from the first to the last."""
+        own: dict[str, tuple[Value, ...]] = {}
         for name in sorted(self.by_block):
             value = getattr(self, name)
-            if not isinstance(value, str):
-                continue
-            values = profile_values(value, self.domains()[name])
-            if len(values) > depth:
-                raise ValueError(f"{self.name()}.{name} has {len(values)} values, the model {depth} blocks")
-            own[name] = values[block * len(values) // depth]
-        return dataclasses.replace(self, **own) if own else self
+            if isinstance(value, str):
+                own[name] = profile_values(value, self.domains()[name])
+                if len(own[name]) > count:
+                    raise ValueError(
+                        f"{self.name()}.{name} has {len(own[name])} values, the model {count} {what}"
+                    )
+        taken = [tuple(values[at * len(values) // count] for values in own.values()) for at in range(count)]
+        steps = {one: dataclasses.replace(self, **dict(zip(own, one, strict=True))) for one in set(taken)}
+        return [steps[one] for one in taken]
 
     def __str__(self) -> str:
         """The name, the first option, and all others that are not at their defaults."""

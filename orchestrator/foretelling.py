@@ -84,17 +84,16 @@ def _table(prepared: Prepared, executor: Executor) -> Mapping[str, Any]:
 def _levels(prepared: Prepared, executor: Executor) -> Mapping[str, Any]:
     executor.submit(
         _LEVELS, _make, compare_levels, prepared.materials, prepared.plan.original, uniform_steps(prepared.space),
-        _cache(prepared), resources=Resources(memory_gib=2 * _memory_gib(prepared)),
+        _cache(prepared), prepared.space.by_linear, resources=Resources(memory_gib=2 * _memory_gib(prepared)),
     )  # fmt: skip
-    return _awaited(executor, "the damage of each level of each block", "")
+    return _awaited(executor, "the damage of each level", "")
 
 
 def compare_levels(
-    materials: Materials, original: Recipe, steps: Mapping[str, Technique], cache: Path
+    materials: Materials, original: Recipe, steps: Mapping[str, Technique], cache: Path, by_linear: bool
 ) -> dict[str, Damage]:
-    found = damages(
-        [original.then(step) for step in steps.values()], materials, cache, lambda share, what: None
-    )
+    recipes = [original.then(step) for step in steps.values()]
+    found = damages(recipes, materials, cache, lambda share, what: None, by_linear)
     return dict(zip(steps, found, strict=True))
 
 
@@ -128,4 +127,4 @@ def _cache(prepared: Prepared) -> Path:
 
 
 def _damage(record: Mapping[str, Any]) -> Damage:
-    return Damage(tuple(record["blocks"]), record["rest"])
+    return Damage(tuple(record["parts"]), record["rest"])

@@ -51,14 +51,12 @@ class Levels:
         return total
 
     def _alone(self, option: Option, chosen: Choices) -> float | None:
-        depth = len(next(iter(self.damages.values())).blocks)
+        count = len(next(iter(self.damages.values())).parts)
         others = {name: chosen[name] for name in option.searched}
         found: dict[tuple[Value, ...], Damage | None] = {}
         total, rest = 0.0, 0.0
-        for block in range(depth):
-            level = tuple(
-                chosen[f"{name}.{block * one.runs // depth}"] for name, one in option.spread.items()
-            )
+        for part in range(count):
+            level = tuple(chosen[f"{name}.{part * one.runs // count}"] for name, one in option.spread.items())
             if level not in found:
                 found[level] = self.damages.get(
                     _key(option, {**others, **dict(zip(option.spread, level, strict=True))})
@@ -66,7 +64,7 @@ class Levels:
             damage = found[level]
             if damage is None:
                 return None
-            total, rest = total + damage.blocks[block], damage.rest
+            total, rest = total + damage.parts[part], damage.rest
         return total + rest
 
 
@@ -153,7 +151,10 @@ class _Setting:
         left, step = round(budget * (1 + _SLACK)), max(round(budget * _SLACK / 8), 1)
         while left >= self.least:
             taken = least_error(self.costs, self.errors, left - self.fixed)
-            choices = {**self.choices, **{run: self.values[at] for run, at in zip(self.runs, taken, strict=True)}}
+            choices = {
+                **self.choices,
+                **{run: self.values[at] for run, at in zip(self.runs, taken, strict=True)},
+            }
             if (size(choices) or math.inf) <= budget:
                 return choices
             left -= step

@@ -29,7 +29,7 @@ from orchestrator.estimate import estimates
 from orchestrator.events import Cost, Plan, Proposed
 from orchestrator.front import Objective
 from orchestrator.levels import Allocations, Levels
-from orchestrator.space import Choices, Problem, SearchSpace, parse
+from orchestrator.space import SHALLOW, Choices, Depth, Problem, SearchSpace, parse
 from orchestrator.study import Study
 
 T = TypeVar("T")
@@ -220,8 +220,8 @@ def prepare(loaded: Loaded) -> Prepared:
     task: Task = next((one for one in TASKS if one == config.task), "causal-lm")
     folder = attempt("model", lambda: models.locate(config.model), "a model folder, a hub id or package:NAME")
     layout = None if folder is None else attempt("model", lambda: models.original_layout(folder), "a model")
-    blocks = 1 if layout is None else layout.depth
-    space, space_problems = parse(config.space, config.search.order == "any", blocks)
+    depth = SHALLOW if layout is None else Depth(layout.depth, len(layout.linears))
+    space, space_problems = parse(config.space, config.search.order == "any", depth)
     if "space" not in wrong:
         problems += space_problems
     if folder is not None:

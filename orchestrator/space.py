@@ -25,22 +25,34 @@ Choices = Mapping[str, Value]
 
 @dataclass(frozen=True)
 class Spread:
-    """What an option may be where it is searched block by block: `runs` knobs of this domain, each for a run of
-    neighbouring blocks.
+    """What an option may be where it is searched block by block, or linear by linear: `runs` knobs of this domain,
+    each for a run of neighbours.
 
-    each_block: whether every block is a run of its own.
+    by_linear: whether linears are told apart, and not blocks alone; grouped: whether a run is more than one.
     """
 
     domain: Domain
     runs: int
-    each_block: bool
+    by_linear: bool
+    grouped: bool
+
+
+@dataclass(frozen=True)
+class Depth:
+    """How many parts a model has that may be treated each in its own way."""
+
+    blocks: int = 1
+    linears: int = 1
+
+
+SHALLOW = Depth()
 
 
 @dataclass(frozen=True)
 class Option:
     """One technique that a stage may take, with the domains of the options that are searched and the fixed rest.
 
-    spread: the options that are searched block by block.
+    spread: the options that are searched block by block, or linear by linear.
     """
 
     technique: type[Technique]
@@ -73,7 +85,7 @@ class SearchSpace:
 
     def knobs(self) -> dict[str, Domain]:
         """Every knob by its full name: `STAGE` chooses the technique, `STAGE.TECHNIQUE.OPTION` its option, and
-        `STAGE.TECHNIQUE.OPTION.RUN` that of one run of blocks, where it is searched block by block; `order`, where it
+        `STAGE.TECHNIQUE.OPTION.RUN` that of one run of blocks or linears, where each is searched; `order`, where it
         is searched, names the stages from the first to the last."""
         found: dict[str, Domain] = {}
         if self.orders:
@@ -104,6 +116,11 @@ class SearchSpace:
         """What any technique of the space needs (calibration, teacher, training …)."""
         return {need for option in self.options() for need in option.technique.needs}
 
+    @property
+    def by_linear(self) -> bool:
+        """Whether some option may differ from linear to linear."""
+        return any(one.by_linear for option in self.options() for one in option.spread.values())
+
     def options(self) -> Iterator[Option]:
         return itertools.chain.from_iterable(self.stages.values())
 
@@ -124,15 +141,15 @@ class Problem:
 
 
 def parse(
-    given: Mapping[str, Any], any_order: bool = False, blocks: int = 1
+    given: Mapping[str, Any], any_order: bool = False, depth: Depth = SHALLOW
 ) -> tuple[SearchSpace, list[Problem]]:
     """The space that the study's `space:` describes, and all that is wrong with it.
 
     An option's value may be one value (fixed), a list (one of these) or `{low, high}` (anything between); or
-    `{choices: [...], each: layer}` or `{low, high, each: layer}`, which every block chooses for itself, or every run
-    of neighbouring blocks with `groups: COUNT` beside it.
+    `{choices: [...], each: layer}` or `{low, high, each: layer}`, which every block chooses for itself, or with
+    `each: linear` every linear, or with `groups: COUNT` beside it every run of neighbours.
     any_order: search the order of the stages too, among all that the techniques' forms allow.
-    blocks: how many the original has.
+    depth: the original's.
     """
     problems: list[Problem] = []
     stages: dict[str, tuple[Option, ...]] = {}
@@ -142,7 +159,7 @@ def parse(
             problems.append(Problem(key, f"got {alternatives!r}, expected techniques with their options"))
             continue
         options = [
-            _option(f"{key}.{name}", str(name), given, blocks, problems)
+            _option(f"{key}.{name}", str(name), given, depth, problems)
             for name, given in alternatives.items()
         ]
         stages[str(stage)] = tuple(option for option in options if option is not None)
@@ -178,7 +195,7 @@ def _rounded(value: Value) -> Value:
     return float(f"{value:.3g}") if isinstance(value, float) else value
 
 
-def _option(key: str, name: str, given: Any, blocks: int, problems: list[Problem]) -> Option | None:
+def _option(key: str, name: str, given: Any, depth: Depth, problems: list[Problem]) -> Option | None:
     try:
         technique = techniques.load(name)
     except LookupError as error:
@@ -199,7 +216,7 @@ def _option(key: str, name: str, given: Any, blocks: int, problems: list[Problem
             continue
         try:
             if isinstance(value, Mapping) and "each" in value:
-                spread[str(option)] = _spread(technique, str(option), value, blocks)
+                spread[str(option)] = _spread(technique, str(option), value, depth)
                 continue
             narrowed = _narrow(valid, value)
         except ValueError as error:
@@ -212,24 +229,26 @@ def _option(key: str, name: str, given: Any, blocks: int, problems: list[Problem
     return Option(technique, searched, fixed, spread)
 
 
-def _spread(technique: type[Technique], option: str, given: Mapping[str, Any], blocks: int) -> Spread:
-    """What an option may be for each block by itself, or each run of blocks."""
-    valid, able = technique.domains()[option], sorted(technique.by_block)
-    if option not in able:
-        may = f"only {' and '.join(able)} may" if able else f"no option of {technique.name()} may"
-        raise ValueError(f"got each: {given['each']}, expected one for all blocks: {may} differ by block")
-    if given["each"] != "layer":
-        raise ValueError(f"got each: {given['each']}, expected each: layer")
-    runs = given.get("groups", blocks)
-    if runs not in Range(1, blocks, integer=True):
+def _spread(technique: type[Technique], option: str, given: Mapping[str, Any], depth: Depth) -> Spread:
+    """What an option may be for each block or linear by itself, or each run of them."""
+    each, valid = given["each"], technique.domains()[option]
+    able = {"layer": sorted(technique.by_block), "linear": sorted(technique.by_linear)}
+    if each not in able:
+        raise ValueError(f"got each: {each}, expected each: layer or each: linear")
+    if option not in able[each]:
+        may = f"only {' and '.join(able[each])} may" if able[each] else f"no option of {technique.name()} may"
+        raise ValueError(f"got each: {each}, expected one for all: {may} differ by {each}")
+    most = depth.linears if each == "linear" else depth.blocks
+    runs = given.get("groups", most)
+    if runs not in Range(1, most, integer=True):
         raise ValueError(
-            f"got groups: {runs}, expected a whole number from 1 to {blocks}, the blocks that there are"
+            f"got groups: {runs}, expected a whole number from 1 to {most}, as many as there are"
         )
     rest = {key: value for key, value in given.items() if key not in ("each", "groups")}
     narrowed = _narrow(valid, rest["choices"] if rest.keys() == {"choices"} else rest)
     if not isinstance(narrowed, (Range, Choice)):
         raise ValueError(f"got choices: {rest['choices']}, expected a list")
-    return Spread(narrowed, int(runs), "groups" not in given)
+    return Spread(narrowed, int(runs), each == "linear", "groups" in given)
 
 
 def _narrow(valid: Domain, given: Any) -> Domain | Value:
@@ -284,9 +303,9 @@ def _shifted(picked: Mapping[str, Option]) -> Iterator[tuple[str, Problem]]:
     """The options that every block chooses for itself, after a step that leaves fewer blocks to choose."""
     depth = None
     for stage, option in picked.items():
-        for name in (name for name, one in option.spread.items() if one.each_block and depth is not None):
+        for name in (name for name, one in option.spread.items() if not one.grouped and depth is not None):
             message = (
-                f"got each: layer after {depth}, which leaves fewer layers; expected groups: COUNT beside it, "
+                f"got each after {depth}, which leaves fewer layers; expected groups: COUNT beside it, "
                 f"whose values spread over the layers that are left, or {stage} before the stage of {depth}"
             )
             yield stage, Problem(f"space.{stage}.{option.technique.name()}.{name}", message)

@@ -40,7 +40,8 @@ class Awq(Technique):
     needs: ClassVar[frozenset[Need]] = frozenset({"calibration"})
     accepts: ClassVar[frozenset[Form]] = frozenset({"dense", "factored"})
     leaves: ClassVar[frozenset[Form]] = frozenset({"packed"})
-    by_block: ClassVar[frozenset[str]] = packing.BY_BLOCK
+    by_block: ClassVar[frozenset[str]] = packing.BY_LINEAR
+    by_linear: ClassVar[frozenset[str]] = packing.BY_LINEAR
 
     bits: int | str = packing.bits_knob(4)
     group: int = packing.group_knob()
@@ -68,7 +69,10 @@ class Awq(Technique):
             context.report(done / len(grams.sharing), names[0])
             with resident(model, *names):
                 layers = {name: cast(nn.Linear, linears[name]) for name in names}
-                steps[names[0]]._round(model, layers, grams.gram(names[0]).to(model.device))
+                gram = grams.gram(names[0]).to(model.device)
+                for step in dict.fromkeys(steps[name] for name in names):
+                    alike = {name: layer for name, layer in layers.items() if steps[name] == step}
+                    step._round(model, alike, gram)
         packing.pack_tables(model, self)
         return model
 

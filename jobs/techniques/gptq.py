@@ -44,7 +44,8 @@ class Gptq(Technique):
     needs: ClassVar[frozenset[Need]] = frozenset({"calibration"})
     accepts: ClassVar[frozenset[Form]] = frozenset({"dense", "factored"})
     leaves: ClassVar[frozenset[Form]] = frozenset({"packed"})
-    by_block: ClassVar[frozenset[str]] = packing.BY_BLOCK
+    by_block: ClassVar[frozenset[str]] = packing.BY_LINEAR
+    by_linear: ClassVar[frozenset[str]] = packing.BY_LINEAR
 
     bits: int | str = packing.bits_knob(4)
     group: int = packing.group_knob()
@@ -75,9 +76,11 @@ class Gptq(Technique):
         if self.sequential:
             for names, gram in _inputs(model, context, sequential=True):
                 weights = _weights(model, names)
-                for name, packed in _rounded(model, names, gram, steps[names[0]]).items():
-                    model.replace(name, packed)
-                    packing.correct(model, name, weights[name].float(), gram, steps[name])
+                for step in dict.fromkeys(steps[name] for name in names):
+                    alike = [name for name in names if steps[name] == step]
+                    for name, packed in _rounded(model, alike, gram, step).items():
+                        model.replace(name, packed)
+                        packing.correct(model, name, weights[name].float(), gram, step)
         else:
             _assemble(model, context, steps)
         packing.pack_tables(model, self)

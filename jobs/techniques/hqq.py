@@ -39,7 +39,8 @@ class Hqq(Technique):
     paper: ClassVar[str] = "Badri & Shaji 2023, Half-Quadratic Quantization, mobiusml.github.io/hqq_blog"
     accepts: ClassVar[frozenset[Form]] = frozenset({"dense", "factored"})
     leaves: ClassVar[frozenset[Form]] = frozenset({"packed"})
-    by_block: ClassVar[frozenset[str]] = packing.BY_BLOCK
+    by_block: ClassVar[frozenset[str]] = packing.BY_LINEAR
+    by_linear: ClassVar[frozenset[str]] = packing.BY_LINEAR
 
     bits: int | str = packing.bits_knob(4)
     group: int = packing.group_knob()

@@ -51,11 +51,11 @@ class PruneFfn(Technique):
 
     def outline(self, layout: Layout) -> Layout:
         self.check_forms(layout)
-        changed, steps = {}, self.for_linears(layout)
+        changed, steps = {}, self.for_blocks(layout)
         for block, one in layout.feed_forwards():
             name = layout.name(block, one.out)
             out = layout.linears[name]
-            width = kept_width(out.in_features, float(steps[name].ratio))
+            width = kept_width(out.in_features, float(steps[block].ratio))
             if width == out.in_features:
                 continue
             bias = out.bias or self.correction == "bias"

@@ -29,7 +29,8 @@ class Rtn(Technique):
     paper: ClassVar[str] = "Nagel et al. 2021, A White Paper on Neural Network Quantization, arXiv:2106.08295"
     accepts: ClassVar[frozenset[Form]] = frozenset({"dense", "factored"})
     leaves: ClassVar[frozenset[Form]] = frozenset({"packed"})
-    by_block: ClassVar[frozenset[str]] = packing.BY_BLOCK
+    by_block: ClassVar[frozenset[str]] = packing.BY_LINEAR
+    by_linear: ClassVar[frozenset[str]] = packing.BY_LINEAR
 
     bits: int | str = packing.bits_knob(8)
     group: int = packing.group_knob()

@@ -57,15 +57,15 @@ def test_a_block_by_itself_does_what_it_does_in_the_whole_model(
     rows = data.windows_for(given.calibration, folder)
     with torch.no_grad():
         meant = original.answer(rows)
-        for index in (0, len(found.blocks) - 1):
+        for index in (0, len(found.parts) - 1):
             mixed, changed = models.load(folder), step.compress(models.load(folder), context)
             changed = unpacked(changed)
             mixed.blocks[index] = changed.blocks[index]
             whole = divergence(meant, mixed.answer(rows), original.task)
-            assert found.blocks[index] == pytest.approx(whole, rel=0.05)
+            assert found.parts[index] == pytest.approx(whole, rel=0.05)
             assert whole > 0
     assert found.rest > 0
-    assert len(found.blocks) == len(original.blocks)
+    assert len(found.parts) == len(original.blocks)
 
 
 def test_it_is_measured_once_and_falls_as_bits_rise(
@@ -74,7 +74,7 @@ def test_it_is_measured_once_and_falls_as_bits_rise(
     given = materials(tiny_llama, text_file)
     recipes = [recipe_of(Gptq(bits=bits)) for bits in (2, 8)]
     two, eight = damages(recipes, given, tmp_path, quiet)
-    assert sum(eight.blocks) < sum(two.blocks)
+    assert sum(eight.parts) < sum(two.parts)
     assert two.rest == 0.0
     monkeypatch.setattr("jobs.damage._Parent", lambda *_: pytest.fail("measured again"))
     assert damages(recipes, given, tmp_path, quiet) == [two, eight]
@@ -89,7 +89,7 @@ def test_blocks_that_settings_leave_alike_are_compared_once(
     recipes = [recipe_of(Rtn(bits=4, embedding_bits=bits)) for bits in (16, 8, 4)]
     found = damages(recipes, materials(tiny_llama, text_file), tmp_path, quiet)
     assert len(compared) == 4 * 8  # blocks, windows
-    assert len({one.blocks for one in found}) == 1
+    assert len({one.parts for one in found}) == 1
     assert found[0].rest == 0 < found[1].rest < found[2].rest
 
 
@@ -101,3 +101,14 @@ def test_without_a_text_or_where_blocks_vanish_it_is_refused(
         damages([recipe_of(Rtn())], Materials(str(tiny_llama), "causal-lm"), tmp_path, quiet)
     with pytest.raises(ValueError, match="leaves 3 of 4 blocks"):
         damages([recipe_of(DropLayers(count=1))], given, tmp_path, quiet)
+
+
+def test_linears_are_told_apart_and_together_do_what_their_block_does(
+    tiny_llama: Path, text_file: Path, tmp_path: Path
+) -> None:
+    given, recipes = materials(tiny_llama, text_file), [recipe_of(Rtn(bits=2))]
+    whole = damages(recipes, given, tmp_path, quiet)[0]
+    apart = damages(recipes, given, tmp_path, quiet, by_linear=True)[0]
+    assert len(apart.parts) == 7 * len(whole.parts)
+    for block, together in enumerate(whole.parts):
+        assert sum(apart.parts[7 * block : 7 * block + 7]) == pytest.approx(together, rel=0.5)

@@ -69,16 +69,22 @@ def test_a_profile_is_refused_where_the_option_is_one_for_all_blocks_or_a_value_
 
 def test_values_spread_over_the_blocks_and_more_of_them_than_blocks_are_refused(tiny_llama: Path) -> None:
     layout = models.original_layout(tiny_llama)
-    for spelled, bits in (("8 2", [8, 8, 2, 2]), ("8 4 2", [8, 8, 4, 2]), ("8 4 2 3", [8, 4, 2, 3])):
+    for spelled, bits in (("8 2", [8, 8, 2, 2]), ("8 4 2 3", [8, 4, 2, 3])):
         outlined = Rtn(bits=spelled).outline(layout)
         found = {outlined.block_of(name): spec.packing for name, spec in outlined.linears.items()}
         assert [packing.bits for _, packing in sorted(found.items()) if packing is not None] == bits
-    with pytest.raises(ValueError, match=r"rtn.bits has 5 values, the model 4 blocks"):
-        Rtn(bits="8 4 2 3 8").outline(layout)
+    each = [8, 4, 2, 3, 4, 4, 4] + [4] * 20 + [3]
+    specs = Rtn(bits=" ".join(map(str, each))).outline(layout).linears.values()
+    assert [spec.packing.bits for spec in specs if spec.packing is not None] == each
+    with pytest.raises(ValueError, match=r"rtn.bits has 29 values, the model 28 linears"):
+        Rtn(bits=" ".join(map(str, [*each, 2]))).outline(layout)
 
 
 @pytest.mark.parametrize("name", PACKING)
-@pytest.mark.parametrize("options", [{}, {"embedding_bits": 8}, {"correction_rank": "0 4"}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"embedding_bits": 8}, {"correction_rank": "0 4"}, {"bits": "2 4 8 3 2 3 8 " * 3 + "8 8 2 2 4 4 3"}],
+)
 def test_the_size_is_foretold_to_the_byte(
     name: str, options: dict[str, int | str], tiny_llama: Path, tmp_path: Path
 ) -> None:
@@ -135,7 +141,8 @@ def test_gptq_assembled_from_levels_is_what_is_made_anew(
     assert all(assembled[part].equal(fresh[part]) for part in fresh)
 
 
-def test_what_goes_by_compressed_blocks_is_made_anew_and_may_differ_by_block(tiny_llama: Path) -> None:
-    step = Gptq(bits="8 2", sequential=True)
+@pytest.mark.parametrize("bits", ["8 2", "2 4 8 3 2 3 8 " * 3 + "8 8 2 2 4 4 3"])
+def test_what_goes_by_compressed_blocks_is_made_anew_and_may_differ(bits: str, tiny_llama: Path) -> None:
+    step = Gptq(bits=bits, sequential=True)
     made = step.compress(models.load(tiny_llama), context_for(None))
     assert made.layout() == step.outline(models.original_layout(tiny_llama))

@@ -15,7 +15,7 @@ from orchestrator.config import load
 from orchestrator.ledger import Ledger
 from orchestrator.levels import METRIC, Allocations, Levels, uniform_steps
 from orchestrator.prepare import Prepared, prepare
-from orchestrator.space import parse
+from orchestrator.space import Depth, parse
 
 EACH = "{rtn: {bits: {choices: [2, 4, 8], each: layer}, embedding_bits: [16, 8]}}"
 BLOCKS = (4.0, 1.0, 2.0, 1.0)
@@ -66,7 +66,7 @@ def test_every_level_of_every_setting_is_one_uniform_step(ready: Prepared) -> No
     assert told == {(bits, embedding) for bits in (2, 4, 8) for embedding in (16, 8)}
     assert uniform_steps(parse({"bits": {"rtn": {"bits": [2, 4]}}})[0]) == {}
     endless = {"gptq": {"bits": {"choices": [2, 4], "each": "layer"}, "damping": {"low": 0.01, "high": 0.1}}}
-    assert uniform_steps(parse({"bits": endless}, blocks=4)[0]) == {}
+    assert uniform_steps(parse({"bits": endless}, depth=Depth(4, 28))[0]) == {}
 
 
 def test_what_is_foretold_is_the_sum_of_what_each_block_does_alone(ready: Prepared) -> None:
@@ -83,8 +83,8 @@ def test_runs_of_blocks_count_for_all_their_blocks(study_of: Callable[..., Prepa
 
 def test_of_a_technique_that_is_the_same_for_all_blocks_nothing_is_foretold(ready: Prepared) -> None:
     both = {"bits": {"rtn": {"bits": {"choices": [2, 4, 8], "each": "layer"}}, "hqq": {"bits": 4}}}
-    space, _ = parse(both, blocks=4)
-    found = levels_of(parse({"bits": {"rtn": both["bits"]["rtn"]}}, blocks=4)[0])
+    space, _ = parse(both, depth=Depth(4, 28))
+    found = levels_of(parse({"bits": {"rtn": both["bits"]["rtn"]}}, depth=Depth(4, 28))[0])
     choices = {"bits": "hqq", **{f"bits.rtn.bits.{block}": 2 for block in range(4)}}
     assert found.divergence(space, choices) is None
 
