@@ -8,6 +8,7 @@ import math
 import os
 import secrets
 import signal
+import socket
 import sys
 import threading
 import time
@@ -20,10 +21,14 @@ from queue import SimpleQueue
 from types import ModuleType
 from typing import Any
 
+import psutil
+
 from cluster.executor import Admission, Capacity, Ended, Resources, cores, run_piece
 
 # Results larger than 100 KB pass through Ray's shared memory; ours are records, files go to the store.
 OBJECT_STORE_BYTES = 150 * 2**20
+DYING_SECONDS = 5.0
+"""So long at most is waited for a killed process to be gone."""
 
 
 class Worker:
@@ -34,6 +39,10 @@ class Worker:
 
     def run(self, key: str, fn: Callable[..., Any], args: tuple[Any, ...]) -> Ended:
         return run_piece(key, fn, args)
+
+    def where(self) -> tuple[str, int]:
+        """The machine and the process that this is."""
+        return socket.gethostname(), os.getpid()
 
     def load(self, fn: Callable[..., Any]) -> None:
         """Does nothing: to be called with `fn`, this process has imported what that needs."""
@@ -87,7 +96,8 @@ class RayExecutor:
             num_cpus=1, num_gpus=share, max_concurrency=1, max_restarts=0, max_task_retries=0,
             runtime_env={"env_vars": {**one_thread(), **(env or {})}},
         )  # fmt: skip
-        self._idle = [self._actor.remote() for _ in range(self.slots)]
+        self._where: dict[Any, Any] = {}
+        self._idle = [self._new_worker() for _ in range(self.slots)]
         self._pieces: dict[int, _Piece] = {}
         self._tickets: dict[str, int] = {}
         self._submitted = 0
@@ -200,20 +210,44 @@ class RayExecutor:
         if self._closed:
             return
         piece = self._pieces[ticket]
-        self._forget(ticket)
         error = done.exception()
         if piece.cancelled or _process_is_gone(error):
             # One that is only out of reach must not come back and write what another does by then.
             self._ray.kill(piece.worker)
-            self._idle.insert(0, self._actor.remote())
+            self._see_dead(piece.worker)
+            self._idle.insert(0, self._new_worker())
         else:
             self._idle.append(piece.worker)
+        self._forget(ticket)
         if not piece.cancelled:
             self._ended[piece.key] = done.result() if error is None else lost(piece.key, error)
+
+    def _new_worker(self) -> Any:
+        worker = self._actor.remote()
+        self._where[worker] = worker.where.remote()
+        return worker
+
+    def _see_dead(self, worker: Any) -> None:
+        """Wait until a killed worker's process is gone, if it is on this machine: Ray tells of its end a little before,
+        and what is handed out next may need the machine for itself."""
+        try:
+            machine, pid = self._ray.get(self._where.pop(worker), timeout=0.1)
+        except Exception:  # noqa: BLE001 - it died before it could tell
+            return
+        deadline = time.monotonic() + DYING_SECONDS
+        while machine == socket.gethostname() and _alive(pid) and time.monotonic() < deadline:
+            time.sleep(0.005)
 
     def _forget(self, ticket: int) -> None:
         del self._pieces[ticket]
         self._admission.end(ticket)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def one_thread() -> dict[str, str]:
