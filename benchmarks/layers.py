@@ -39,6 +39,7 @@ from orchestrator.front import Objective
 from orchestrator.levels import METRIC, Allocations, Levels, uniform_steps
 from orchestrator.space import Choices, Depth, SearchSpace, parse
 
+_LOSSLESS = 1.005
 BITS, EMBEDDING_BITS, SIZES = (2, 3, 4, 8), (16, 8, 4), 5
 
 
@@ -132,7 +133,9 @@ def _every(space: SearchSpace) -> list[Choices]:
 
 def compared(bench: Bench, groups: Sequence[int], each: str, evaluations: int) -> list[dict[str, Any]]:
     uniform, mixed = spaces(groups, each, Depth(bench.layout.depth, len(bench.layout.linears)))
-    front = uniform_front(bench, uniform)[1:-1]  # at the two ends there is nothing to mix
+    front = uniform_front(bench, uniform)
+    # The smallest has nothing to mix, and where a setting loses nothing there is nothing to win.
+    front = [row for row in front[1:] if row["perplexity"] > _LOSSLESS * front[-1]["perplexity"]]
     chosen = [front[round(at * (len(front) - 1) / (SIZES - 1))] for at in range(SIZES)]
     levels = bench.levels(mixed)
     size = functools.partial(_size, bench, mixed)
