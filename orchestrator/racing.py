@@ -70,6 +70,7 @@ class _Race:
     def __init__(self, runners: Mapping[str, Runner], plan: Plan) -> None:
         self._runners, self._plan = runners, plan
         self._ids = list(runners)
+        self._rows = {id: row for row, id in enumerate(self._ids)}
         self._points = np.array([self._point(one) for one in runners.values()])
         signs = [Objective(objective.metric) for objective in plan.objectives]
         self._on_front = np.flatnonzero(nondominated(self._points, signs))
@@ -90,7 +91,7 @@ class _Race:
             return False
         if id in self.front:
             return True
-        mine = self._points[self._ids.index(id)]
+        mine = self._points[self._rows[id]]
         above = [row for row in self._on_front.tolist() if (self._points[row] <= mine).all()]
         hopes = np.array([self._hope(one, mine, row) for row in above])
         if not np.isfinite(hopes).all():

@@ -95,7 +95,7 @@ class Study:
         self.candidates: dict[str, Candidate] = {}
         self.states: Counter[State] = Counter()
         """How many candidates are in each state."""
-        self.exhausted: str | None = None
+        self._ended_by_search: str | None = None
         self.reused = 0
         """How many steps candidates have in common with one before them."""
         self.proposed = 0
@@ -125,6 +125,14 @@ class Study:
         steps = (node for node in self._nodes.values() if node.parent is not None)
         seconds = sum((node.uses - 1) * node.alone_seconds for node in steps)
         return dataclasses.replace(self._found, steps=self.reused, steps_seconds=seconds)
+
+    @property
+    def exhausted(self) -> str | None:
+        """Why no more is proposed, though more candidates were allowed."""
+        came_out = self.states["measured"] - (self.original.state == "measured")
+        if self._ended_by_search is None and self.states["failed"] >= ALL_FAILED and came_out == 0:
+            return f"the first {self.states['failed']} candidates all failed"
+        return self._ended_by_search
 
     @property
     def running(self) -> int:
@@ -170,7 +178,7 @@ class Study:
         elif isinstance(event, Ended):
             commands = self._handle_ended(event)
         else:
-            self.exhausted = event.reason
+            self._ended_by_search = event.reason
             commands = []
         return commands + self._turn()
 
@@ -378,8 +386,6 @@ class Study:
     def _turn(self) -> list[Command]:
         """When there is nothing more to propose, fill slots with measurements on more of the evaluation, of those who
         may be on the front; when there are none, go on to the timings."""
-        if self.exhausted is None and self.states["failed"] >= ALL_FAILED and self._none_came_out():
-            self.exhausted = f"the first {self.states['failed']} candidates all failed"
         if self._timing or self.original.state == "waiting" or not self._proposed_all:
             return []
         raced = self._raced()
@@ -387,9 +393,6 @@ class Study:
             return raced
         self._timing = True
         return [command for node in list(self._nodes.values()) for command in self._next(node)]
-
-    def _none_came_out(self) -> bool:
-        return self.states["measured"] <= (self.original.state == "measured")
 
     @property
     def _proposed_all(self) -> bool:

@@ -431,15 +431,21 @@ def test_a_late_start_does_not_bring_a_failed_candidate_back() -> None:
     assert study.candidates[DROPPED.id].state == "failed"
 
 
-def test_a_search_of_which_all_candidates_fail_ends_with_the_reason() -> None:
-    study, original = begun(plan(candidates=100))
-    end(study, original, measured(0.5))
+def failing(study: Study, failure: Failure) -> int:
+    """How many candidates are tried of which each fails."""
     tried = 0
     while study.wants(1):
         tried += 1
-        run = only_run(study.handle(proposal(ORIGINAL.then(PRUNE(ratio=round(0.001 * tried, 3))))))
-        end(study, run, Failure("invalid", "no such layer"))
-    assert tried == 20
+        commands = study.handle(proposal(ORIGINAL.then(PRUNE(ratio=round(0.001 * tried, 3)))))
+        while attempts := runs(commands):
+            commands = end(study, attempts[0], failure)
+    return tried
+
+
+def test_a_search_of_which_all_candidates_fail_ends_with_the_reason() -> None:
+    study, original = begun(plan(candidates=100))
+    end(study, original, measured(0.5))
+    assert failing(study, Failure("invalid", "no such layer")) == 20
     assert study.exhausted == "the first 20 candidates all failed"
     assert study.stage == "done"
 
@@ -448,12 +454,19 @@ def test_one_candidate_that_came_out_keeps_a_failing_search_going() -> None:
     study, original = begun(plan(candidates=30))
     end(study, original, measured(0.5))
     end(study, only_run(study.handle(proposal(DROPPED))), measured(0.4))
-    tried = 0
-    while study.wants(1):
-        tried += 1
-        run = only_run(study.handle(proposal(ORIGINAL.then(PRUNE(ratio=round(0.001 * tried, 3))))))
-        end(study, run, Failure("invalid", "no such layer"))
-    assert tried == 29
+    assert failing(study, Failure("invalid", "no such layer")) == 29
+
+
+def test_a_search_that_a_full_disk_ended_goes_on_when_it_is_taken_up_again() -> None:
+    study, original = begun(plan(candidates=100))
+    end(study, original, measured(0.5))
+    assert failing(study, Failure("disk_full", "no space")) == 20
+    again = runs(study.handle(Began()))
+    assert len(again) == 20
+    assert study.exhausted is None
+    for run in again:
+        end(study, run, measured(0.4))
+    assert study.wants(1)
 
 
 def test_what_shares_steps_takes_less_time() -> None:
