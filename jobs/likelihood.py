@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -22,11 +23,11 @@ def of_endings(
     """
     longest = max(len(ending) for ending in endings)
     # Filled up on the right: what stands after the text cannot change what a causal model says before it.
-    rows = torch.tensor([[*context, *ending, *[0] * (longest - len(ending))] for ending in endings])
-    logits = runner.answer(rows)[:, -longest - 1 :]
+    rows = np.array([[*context, *ending, *[0] * (longest - len(ending))] for ending in endings])
+    logits = torch.from_numpy(runner.answer(rows))[:, -longest - 1 :]
     found, greedy = [], []
     for row, ending in zip(logits, endings, strict=True):
-        said, right = torch.log_softmax(row[: len(ending)].float(), dim=-1), torch.tensor(list(ending))
+        said, right = torch.log_softmax(row[: len(ending)], dim=-1), torch.tensor(list(ending))
         found.append(said.gather(1, right.unsqueeze(1)).sum())
         greedy.append(said.argmax(dim=-1).equal(right))
     scores = torch.stack(found)

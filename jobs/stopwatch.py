@@ -20,7 +20,8 @@ from jobs import machine, power
 from jobs.machine import Watch
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    import numpy as np
+    from jaxtyping import Int
 
     from jobs.runtimes import Runner
 
@@ -45,7 +46,7 @@ class Turn:
     """How long to time: at least so many prefills and decode steps, and at least so many seconds on each."""
 
     repeats: int = 10
-    seconds: float = 1.0
+    seconds: float = 0.5
 
 
 @dataclass(frozen=True)
@@ -147,15 +148,14 @@ def main(request: Request, orders: IO[str], replies: IO[str]) -> None:
     """Load the artifact in this process, which must be a new one, then time at every order; one line each."""
     pinned = machine.processors()[: request.threads]
     machine.pin(pinned)
-    import torch  # after pinning: its threads start with the affinity of the one that starts them
+    import numpy as np  # after pinning: a library's threads start with the affinity of the one that starts them
 
     from jobs import runtimes
 
-    torch.set_num_threads(request.threads)
     runner = runtimes.load(request.runtime).start(Path(request.folder), request.threads)
-    generator = torch.Generator().manual_seed(0)
-    prompt = torch.randint(request.vocabulary, (1, request.prompt_tokens), generator=generator)
-    tokens = torch.randint(request.vocabulary, (request.new_tokens, 1, 1), generator=generator)
+    generator = np.random.default_rng(0)
+    prompt = generator.integers(request.vocabulary, size=(1, request.prompt_tokens))
+    tokens = generator.integers(request.vocabulary, size=(request.new_tokens, 1, 1))
     replies.write("ready\n")
     replies.flush()
     for order in orders:
@@ -164,7 +164,13 @@ def main(request: Request, orders: IO[str], replies: IO[str]) -> None:
         replies.flush()
 
 
-def _timings(runner: Runner, prompt: Tensor, tokens: Tensor, pinned: list[int], turn: Turn) -> Timings:
+def _timings(
+    runner: Runner,
+    prompt: Int[np.ndarray, "1 tokens"],
+    tokens: Int[np.ndarray, "steps 1 1"],
+    pinned: list[int],
+    turn: Turn,
+) -> Timings:
     for _ in range(_WARM_PREFILLS):
         runner.prefill(prompt)
     for token in tokens[:_WARM_DECODES]:
@@ -191,7 +197,9 @@ def _timings(runner: Runner, prompt: Tensor, tokens: Tensor, pinned: list[int], 
     )  # fmt: skip
 
 
-def _seconds(work: Callable[[Tensor], object], tokens: Tensor) -> float:
+def _seconds(
+    work: Callable[[Int[np.ndarray, "1 tokens"]], object], tokens: Int[np.ndarray, "1 tokens"]
+) -> float:
     started = time.perf_counter()
     work(tokens)
     return time.perf_counter() - started

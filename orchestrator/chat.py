@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import torch
-from jaxtyping import Float
-from torch import Tensor
+import numpy as np
+from jaxtyping import Float, Int
 
 from jobs import formats, models, runtimes
 from jobs.generation import continued, likeliest
@@ -44,21 +43,21 @@ class Chat:
                 yield text[len(shown) :]
                 shown = text
 
-    def _prompt(self, said: str) -> Tensor:
+    def _prompt(self, said: str) -> Int[np.ndarray, "1 tokens"]:
         if self._words.chat_template is None:
-            return torch.tensor([self._words(said).input_ids])
+            return np.array([self._words(said).input_ids])
         framed = self._words.apply_chat_template(
             [{"role": "user", "content": said}], add_generation_prompt=True, tokenize=False
         )
-        return torch.tensor([self._words(str(framed), add_special_tokens=False).input_ids])
+        return np.array([self._words(str(framed), add_special_tokens=False).input_ids])
 
 
-def _drawing(temperature: float, seed: int) -> Callable[[Float[Tensor, " vocabulary"]], int]:
+def _drawing(temperature: float, seed: int) -> Callable[[Float[np.ndarray, " vocabulary"]], int]:
     """Draws each token by its probability at this temperature."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = np.random.default_rng(seed)
 
-    def drawn(logits: Float[Tensor, " vocabulary"]) -> int:
-        shares = torch.softmax(logits / temperature, dim=-1)
-        return int(torch.multinomial(shares, 1, generator=generator).item())
+    def drawn(logits: Float[np.ndarray, " vocabulary"]) -> int:
+        shares = np.exp((logits - logits.max()) / temperature, dtype=np.float64)
+        return int(generator.choice(len(shares), p=shares / shares.sum()))
 
     return drawn

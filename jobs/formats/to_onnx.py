@@ -9,7 +9,6 @@ Dense weights are bf16, which the graph turns into fp32 when it is loaded. Packe
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import shutil
 import tempfile
@@ -26,19 +25,14 @@ from jobs.formats.filling import OWN_BYTES, Filling, aligned
 from jobs.layers import PackedEmbedding, PackedLinear, SparseLinear
 from jobs.layout import Layout, LinearSpec
 from jobs.model import distinct_tensors
+from jobs.runtimes.on_onnxruntime import GRAPH, missing
 
-GRAPH = "model.onnx"
+__all__ = ["missing"]
+
 WEIGHTS = "model.onnx.data"
 _OPSET = 18
 _VERSION = 1
 """Of how graphs are made: raised when a cached one would differ."""
-
-
-def missing() -> str | None:
-    lacking = [name for name in ("onnx", "onnxruntime") if importlib.util.find_spec(name) is None]
-    if lacking:
-        return f"{' and '.join(lacking)} not installed: pip install 'slimfront[onnx]'"
-    return None
 
 
 def refusal(layout: Layout) -> str | None:

@@ -7,7 +7,6 @@ attention_mask.
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import os
 import shutil
@@ -26,8 +25,10 @@ from jobs import graph, models
 from jobs.layers import PackedEmbedding, PackedLinear, SparseLinear, pack, unpack
 from jobs.layout import Layout, LinearSpec, Packing
 from jobs.model import Model, distinct_tensors, written_dtype
+from jobs.runtimes.on_openvino import GRAPH, missing
 
-GRAPH = "openvino_model.xml"
+__all__ = ["missing"]
+
 WEIGHTS = "openvino_model.bin"
 _ALIGNMENT = 8
 """The graph's own constants start at multiples of it, the width of the widest."""
@@ -40,12 +41,6 @@ _NAMED = ("input_ids", "attention_mask", "position_ids", "beam_idx", "logits", "
 """The inputs and outputs, which have names that others ask for."""
 _OWN = "slimfront/"
 """Stands before the names of the constants that hold the model's tensors."""
-
-
-def missing() -> str | None:
-    if importlib.util.find_spec("openvino") is None:
-        return "openvino is not installed: pip install 'slimfront[openvino]'"
-    return None
 
 
 def refusal(layout: Layout) -> str | None:

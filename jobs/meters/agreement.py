@@ -59,7 +59,7 @@ def _said(asked: _Asked) -> Float[Tensor, "windows width"]:
 def vectors(runner: Runner, rows: Int[Tensor, "windows tokens"]) -> Float[Tensor, "windows width"]:
     """One vector per window, in fp32."""
     batches = torch.split(rows, max(1, _TOKENS_AT_ONCE // rows.shape[1]))
-    return torch.cat([runner.answer(batch).float().mean(dim=1) for batch in batches])
+    return torch.cat([torch.from_numpy(runner.answer(batch.numpy())).mean(dim=1) for batch in batches])
 
 
 METER = Meter(metrics=("agreement",), tasks=("embedding",), measure=measure, reads="evaluation")

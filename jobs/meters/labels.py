@@ -29,7 +29,7 @@ def measure(subject: Subject) -> Measurement:
     answers, labels = [], []
     for one in texts:
         tokens = subject.tokenizer(one.text, truncation=True, max_length=longest, return_tensors="pt")
-        logits = subject.runner.answer(tokens.input_ids)[0]
+        logits = torch.from_numpy(subject.runner.answer(tokens.input_ids.numpy()))[0]
         if not bool(torch.isfinite(logits).all()):
             raise FloatingPointError(f"the logits of {one.text[:40]!r} came out as {logits.tolist()}")
         answers.append(int(logits.argmax()))

@@ -13,6 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from jobs import likelihood, models
@@ -202,7 +203,7 @@ def _written(runner: Runner, words: Tokenizer, longest: int, context: str, optio
     prompt = list(words(context, add_special_tokens=False, verbose=False).input_ids)[-(longest - most) :]
     tokens: list[int] = []
     text = ""
-    for token in continued(runner, torch.tensor([prompt]), most, words.eos_token_id):
+    for token in continued(runner, np.array([prompt]), most, words.eos_token_id):
         tokens.append(token)
         text = str(words.decode(tokens, skip_special_tokens=True))
         if any(stop in text for stop in stops):

@@ -32,13 +32,10 @@ def score(
 ) -> tuple[Float[Tensor, " batch"], Float[Tensor, " batch"]]:
     """Per window: the mean negative log-likelihood (nats) of its tokens but the first, and the share of
     them that the model ranks first."""
-    logits = runner.answer(rows)[:, :-1]
+    logits = torch.from_numpy(runner.answer(rows.numpy()))[:, :-1]
     targets = rows[:, 1:]
     losses = torch.stack(
-        [
-            nn.functional.cross_entropy(one.float(), target)
-            for one, target in zip(logits, targets, strict=True)
-        ]
+        [nn.functional.cross_entropy(one, target) for one, target in zip(logits, targets, strict=True)]
     )
     hits = (logits.argmax(dim=-1) == targets).double().mean(dim=1)
     return losses.double(), hits

@@ -7,8 +7,8 @@ import pkgutil
 from pathlib import Path
 from typing import Protocol, cast
 
+import numpy as np
 from jaxtyping import Float, Int
-from torch import Tensor
 
 from jobs.lookup import module_of
 
@@ -17,16 +17,17 @@ _PREFIX = "on_"
 
 class Runner(Protocol):
     """A shipped model, ready to run. An encoder's outputs are its last hidden states, a classifier's its
-    classes' logits."""
+    classes' logits. Tokens are int64, what is answered fp32: numpy's, so that the process of a runtime that needs no
+    torch loads none, which would be most of its start and a part of its memory."""
 
-    def answer(self, rows: Int[Tensor, "batch tokens"]) -> Float[Tensor, "batch ..."]:
-        """All outputs for these texts, on the CPU: the logits of every next token, [batch, tokens, vocabulary],
+    def answer(self, rows: Int[np.ndarray, "batch tokens"]) -> Float[np.ndarray, "batch ..."]:
+        """All outputs for these texts: the logits of every next token, [batch, tokens, vocabulary],
         those of the classes, [batch, classes], or all states, [batch, tokens, width]."""
 
-    def prefill(self, tokens: Int[Tensor, "1 tokens"]) -> Float[Tensor, "1 outputs width"]:
+    def prefill(self, tokens: Int[np.ndarray, "1 tokens"]) -> Float[np.ndarray, "1 outputs width"]:
         """Start anew with these tokens; returns the logits of the next token (an encoder: all states)."""
 
-    def decode(self, token: Int[Tensor, "1 1"]) -> Float[Tensor, "1 1 vocabulary"]:
+    def decode(self, token: Int[np.ndarray, "1 1"]) -> Float[np.ndarray, "1 1 vocabulary"]:
         """Go one token further, with all that came before in the KV cache; the next token's logits.
         Not for encoders."""
 

@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from jaxtyping import Float, Int
-from torch import Tensor
-
-from jobs.formats import to_onnx
 
 LIBRARY = "onnxruntime"
 FORMAT = "onnx"
 READS = ("onnx",)
+GRAPH = "model.onnx"
 
 _PAST, _PRESENT = "past_key_values.", "present."
 _PRODUCTS = ("MatMul", "MatMulNBits", "MatMulInteger")
 
 
 def missing() -> str | None:
-    return to_onnx.missing()
+    lacking = [name for name in ("onnx", "onnxruntime") if importlib.util.find_spec(name) is None]
+    if lacking:
+        return f"{' and '.join(lacking)} not installed: pip install 'slimfront[onnx]'"
+    return None
 
 
 def start(folder: Path, threads: int) -> OnnxRunner:
@@ -36,7 +37,7 @@ class OnnxRunner:
 
         self._folder = folder
         self._threads = threads
-        self._graph = onnx.load(folder / to_onnx.GRAPH, load_external_data=False)
+        self._graph = onnx.load(folder / GRAPH, load_external_data=False)
         # Heads and width of each block's keys and values: the cache has these names, [rows, heads, tokens, width].
         self._cached = {
             one.name: tuple(axis.dim_value for axis in one.type.tensor_type.shape.dim)
@@ -48,7 +49,7 @@ class OnnxRunner:
         self._past: dict[str, Any] = {}
         self._tokens = 0
 
-    def answer(self, rows: Int[Tensor, "batch tokens"]) -> Float[Tensor, "batch ..."]:
+    def answer(self, rows: Int[np.ndarray, "batch tokens"]) -> Float[np.ndarray, "batch ..."]:
         if self._whole is None:
             self._whole = self._session(last_only=False)
         self._forget(len(rows))
@@ -56,7 +57,7 @@ class OnnxRunner:
         self._forget(0)
         return said
 
-    def prefill(self, tokens: Int[Tensor, "1 tokens"]) -> Float[Tensor, "1 outputs width"]:
+    def prefill(self, tokens: Int[np.ndarray, "1 tokens"]) -> Float[np.ndarray, "1 outputs width"]:
         if not self._cached:
             return self.answer(tokens)
         if self._last is None:
@@ -64,7 +65,7 @@ class OnnxRunner:
         self._forget(1)
         return self._run(self._last, tokens)
 
-    def decode(self, token: Int[Tensor, "1 1"]) -> Float[Tensor, "1 1 vocabulary"]:
+    def decode(self, token: Int[np.ndarray, "1 1"]) -> Float[np.ndarray, "1 1 vocabulary"]:
         if not self._tokens:
             raise ValueError("decode needs a causal model and a prefill before it")
         return self._run(self._last, token)
@@ -92,11 +93,11 @@ class OnnxRunner:
             graph.SerializeToString(), options, providers=["CPUExecutionProvider"]
         )
 
-    def _run(self, session: Any, rows: Int[Tensor, "batch tokens"]) -> Float[Tensor, "batch ..."]:
+    def _run(self, session: Any, rows: Int[np.ndarray, "batch tokens"]) -> Float[np.ndarray, "batch ..."]:
         """What the graph says of these tokens after those of the past, which they join."""
         batch, tokens = rows.shape
         start, end = self._tokens, self._tokens + tokens
-        given = {"input_ids": rows.numpy(), "attention_mask": np.ones((batch, end), np.int64)}
+        given = {"input_ids": rows, "attention_mask": np.ones((batch, end), np.int64)}
         if self._cached:
             given["position_ids"] = np.ascontiguousarray(
                 np.broadcast_to(np.arange(start, end), (batch, tokens))
@@ -112,7 +113,8 @@ class OnnxRunner:
         said, *present = binding.get_outputs()
         self._past = dict(zip(self._cached, present, strict=True))
         self._tokens = end
-        return torch.from_numpy(said.numpy())
+        answer: np.ndarray[Any, Any] = said.numpy()
+        return answer
 
 
 def _of_last_token(model: Any) -> Any:

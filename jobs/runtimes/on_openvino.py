@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from jaxtyping import Float, Int
-from torch import Tensor
-
-from jobs.formats import to_openvino
 
 LIBRARY = "openvino"
 FORMAT = "openvino"
 READS = ("openvino",)
+GRAPH = "openvino_model.xml"
 
 
 def missing() -> str | None:
-    return to_openvino.missing()
+    if importlib.util.find_spec("openvino") is None:
+        return "openvino is not installed: pip install 'slimfront[openvino]'"
+    return None
 
 
 def start(folder: Path, threads: int) -> OpenVinoRunner:
@@ -36,25 +36,25 @@ class OpenVinoRunner:
 
         self._core = openvino.Core()
         self._options = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads, **options}
-        network = self._core.read_model(folder / to_openvino.GRAPH)
+        network = self._core.read_model(folder / GRAPH)
         self._decodes = any(port.any_name == "beam_idx" for port in network.inputs)
         self._whole: Any = None
         self._network = network
         self._request: Any = None
         self._tokens = 0
 
-    def answer(self, rows: Int[Tensor, "batch tokens"]) -> Float[Tensor, "batch ..."]:
+    def answer(self, rows: Int[np.ndarray, "batch tokens"]) -> Float[np.ndarray, "batch ..."]:
         if self._whole is None:
             self._whole = self._compiled(last_only=False)
         return self._run(self._whole, rows, 0)
 
-    def prefill(self, tokens: Int[Tensor, "1 tokens"]) -> Float[Tensor, "1 outputs width"]:
+    def prefill(self, tokens: Int[np.ndarray, "1 tokens"]) -> Float[np.ndarray, "1 outputs width"]:
         if self._request is None:
             self._request = self._compiled(last_only=self._decodes)
         self._tokens = tokens.shape[1]
         return self._run(self._request, tokens, 0)
 
-    def decode(self, token: Int[Tensor, "1 1"]) -> Float[Tensor, "1 1 vocabulary"]:
+    def decode(self, token: Int[np.ndarray, "1 1"]) -> Float[np.ndarray, "1 1 vocabulary"]:
         if not self._tokens or not self._decodes:
             raise ValueError("decode needs a causal model and a prefill before it")
         self._tokens += 1
@@ -64,16 +64,19 @@ class OpenVinoRunner:
         network = _of_last_token(self._network) if last_only else self._network
         return self._core.compile_model(network, "CPU", self._options).create_infer_request()
 
-    def _run(self, request: Any, rows: Int[Tensor, "batch tokens"], past: int) -> Float[Tensor, "batch ..."]:
+    def _run(
+        self, request: Any, rows: Int[np.ndarray, "batch tokens"], past: int
+    ) -> Float[np.ndarray, "batch ..."]:
         batch, tokens = rows.shape
-        given = {"input_ids": rows.numpy(), "attention_mask": np.ones((batch, past + tokens), np.int64)}
+        given = {"input_ids": rows, "attention_mask": np.ones((batch, past + tokens), np.int64)}
         if self._decodes:
             if past == 0:
                 request.reset_state()
             given["position_ids"] = np.broadcast_to(np.arange(past, past + tokens), (batch, tokens))
             given["beam_idx"] = np.arange(batch, dtype=np.int32)
         request.infer(given, share_inputs=True)
-        return torch.from_numpy(request.get_output_tensor(0).data.copy())
+        said: np.ndarray[Any, Any] = request.get_output_tensor(0).data.copy()
+        return said
 
 
 def _of_last_token(network: Any) -> Any:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -51,7 +52,7 @@ def start(folder: Path, threads: int) -> TorchRunner:
 
 
 class TorchRunner:
-    """A model with the KV cache of the sequence it is at. device: where it lies; what it answers lies on the CPU."""
+    """A model with the KV cache of the sequence it is at. device: where it lies."""
 
     def __init__(self, model: Model, device: str = "cpu") -> None:
         self._model = model
@@ -61,25 +62,32 @@ class TorchRunner:
         self._cache: Any = None
 
     @torch.inference_mode()
-    def answer(self, rows: Int[Tensor, "batch tokens"]) -> Float[Tensor, "batch ..."]:
-        return self._model.answer(rows.to(self._device)).cpu()
+    def answer(self, rows: Int[np.ndarray, "batch tokens"]) -> Float[np.ndarray, "batch ..."]:
+        return _array(self._model.answer(self._tokens(rows)))
 
     @torch.inference_mode()
-    def prefill(self, tokens: Int[Tensor, "1 tokens"]) -> Float[Tensor, "1 outputs width"]:
+    def prefill(self, tokens: Int[np.ndarray, "1 tokens"]) -> Float[np.ndarray, "1 outputs width"]:
         if not self._decodes:
             return self.answer(tokens)
         self._cache = None
         return self._step(tokens)
 
     @torch.inference_mode()
-    def decode(self, token: Int[Tensor, "1 1"]) -> Float[Tensor, "1 1 vocabulary"]:
+    def decode(self, token: Int[np.ndarray, "1 1"]) -> Float[np.ndarray, "1 1 vocabulary"]:
         if self._cache is None:
             raise ValueError("decode needs a prefill before it")
         return self._step(token)
 
-    def _step(self, tokens: Int[Tensor, "1 tokens"]) -> Float[Tensor, "1 1 vocabulary"]:
+    def _step(self, tokens: Int[np.ndarray, "1 tokens"]) -> Float[np.ndarray, "1 1 vocabulary"]:
         output = self._module(
-            tokens.to(self._device), past_key_values=self._cache, use_cache=True, logits_to_keep=1
+            self._tokens(tokens), past_key_values=self._cache, use_cache=True, logits_to_keep=1
         )
         self._cache = output.past_key_values
-        return cast(Tensor, output.logits).cpu()
+        return _array(output.logits)
+
+    def _tokens(self, rows: Int[np.ndarray, "batch tokens"]) -> Int[Tensor, "batch tokens"]:
+        return torch.from_numpy(rows).to(self._device)
+
+
+def _array(said: Tensor) -> Float[np.ndarray, "..."]:
+    return said.float().cpu().numpy()

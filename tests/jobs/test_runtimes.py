@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -35,27 +36,27 @@ def test_the_torch_runtime_unpacks_once_what_the_file_holds(tiny_llama: Path, tm
 
 
 def test_decoding_token_by_token_says_what_the_whole_text_says(tiny_llama: Path) -> None:
-    tokens = torch.randint(512, (1, 12), generator=torch.Generator().manual_seed(0))
+    tokens = np.random.default_rng(0).integers(512, size=(1, 12))
     runner = runtimes.load("torch").start(tiny_llama, 1)
     found = [runner.prefill(tokens[:, :8])]
     found += [runner.decode(tokens[:, at : at + 1]) for at in range(8, 12)]
-    expected = models.load(tiny_llama).module(tokens).logits[:, 7:]
-    torch.testing.assert_close(torch.cat(found, dim=1), expected, rtol=0.05, atol=0.02)
+    expected = models.load(tiny_llama).module(torch.from_numpy(tokens)).logits[:, 7:].float()
+    torch.testing.assert_close(torch.from_numpy(np.concatenate(found, 1)), expected, rtol=0.05, atol=0.02)
 
 
 def test_a_prefill_forgets_what_came_before(tiny_llama: Path) -> None:
-    tokens = torch.arange(8).view(1, 8)
+    tokens = np.arange(8)[None]
     runner = runtimes.load("torch").start(tiny_llama, 1)
     fresh = runner.prefill(tokens)
     runner.decode(tokens[:, :1])
-    assert torch.equal(runner.prefill(tokens), fresh)
+    assert np.array_equal(runner.prefill(tokens), fresh)
 
 
 def test_an_encoder_runs_whole_texts_only(tiny_bert: Path) -> None:
     runner = runtimes.load("torch").start(tiny_bert, 1)
-    assert runner.prefill(torch.arange(8).view(1, 8)).shape == (1, 8, 64)
+    assert runner.prefill(np.arange(8)[None]).shape == (1, 8, 64)
     with pytest.raises(ValueError, match="prefill"):
-        runner.decode(torch.zeros(1, 1, dtype=torch.int64))
+        runner.decode(np.zeros((1, 1), np.int64))
 
 
 def test_an_unknown_runtime_is_refused_with_the_nearest_known_one() -> None:

@@ -3,8 +3,8 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
-import torch
 
 from jobs import models, techniques
 from jobs.layout import Layout
@@ -50,7 +50,7 @@ def test_a_stand_in_has_the_layout_it_was_asked_for_and_answers(
     layout = outlined(steps, models.original_layout(original))
     models.save_stand_in(layout, original, tmp_path / "made")
     assert Layout.read(tmp_path / "made") == layout
-    rows = torch.arange(8).view(1, 8)
+    rows = np.arange(8)[None]
     answer = on_torch.start(tmp_path / "made", 1).answer(rows)
-    assert answer.isfinite().all()
+    assert np.isfinite(answer).all()
     assert (tmp_path / "made" / "model.safetensors").stat().st_size == layout.size_bytes()
