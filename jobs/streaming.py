@@ -108,8 +108,8 @@ def stream(
 
 
 def _entering(model: Model, calibration: Int[Tensor, "samples tokens"]) -> list[_Batch]:
-    """What enters the first block. One whole pass is made per size of batch, to see what blocks are given:
-    the last batch may be smaller than the others, and some models repeat positions for each row."""
+    """What enters the first block. What blocks are given is looked at once per size of
+    batch: the last one may be smaller than the others, and some models repeat positions for each row."""
     rows = max(1, TOKENS_AT_ONCE // calibration.shape[1])
     given: dict[int, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
     batches = []
@@ -122,12 +122,27 @@ def _entering(model: Model, calibration: Int[Tensor, "samples tokens"]) -> list[
 
 
 def _given(model: Model, batch: Int[Tensor, "rows tokens"]) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+    """What each block is given beside the state. Nothing of it depends on states, so of all blocks the first alone
+    computes, to see in what form they answer; the others let the state through."""
     found: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+    answers: list[Any] = []
 
     def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         found.append((args[1:], kwargs))
 
-    _pass(model, batch, [block.register_forward_pre_hook(note, with_kwargs=True) for block in model.blocks])
+    def let_through(state: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return (state, *answers[0][1:]) if isinstance(answers[0], tuple) else state
+
+    hooks: list[Any] = [block.register_forward_pre_hook(note, with_kwargs=True) for block in model.blocks]
+    hooks.append(model.blocks[0].register_forward_hook(lambda module, args, output: answers.append(output)))
+    others = list(model.blocks)[1:]
+    try:
+        for block in others:
+            block.forward = let_through
+        _pass(model, batch, hooks)
+    finally:
+        for block in others:
+            del block.forward
     return found
 
 
