@@ -25,6 +25,7 @@ from jobs.residency import resident
 
 KEEP = Range(0.05, 1.0)
 KEEP_HELP = "share of the weights to keep; 1 leaves the linears as they are"
+_EVEN = 32
 ALLOCATION = Choice(("uniform", "global"))
 ALLOCATION_HELP = "the same share for every linear, or more for those that lose more by it"
 
@@ -38,16 +39,24 @@ def rank_of(keep: float, out_features: int, in_features: int) -> int:
     return max(1, int(keep * out_features * in_features / (out_features + in_features)))
 
 
+def even_rank_of(keep: float, out_features: int, in_features: int) -> int:
+    """The same, rounded down to a multiple of 32 where it is as large. Products of such widths are faster, and groups
+    of packed weights divide them: in a form whose groups must be even, rank 259 would have a scale for each weight."""
+    rank = rank_of(keep, out_features, in_features)
+    return rank - rank % _EVEN if rank >= _EVEN else rank
+
+
 def outline(layout: Layout, keep: float, allocation: str) -> Layout:
     """The layout once every linear is factored.
 
-    With `global` only the sum is known: the stand-in's ranks are the uniform ones, some of them one more, so
+    With `global` only the sum is known: the stand-in's ranks are uniform ones, some of them one more, so
     that they spend the whole budget.
     """
     if keep == 1:
         return layout
+    uniform = rank_of if allocation == "global" else even_rank_of
     ranks = {
-        name: rank_of(keep, spec.out_features, spec.in_features) for name, spec in layout.linears.items()
+        name: uniform(keep, spec.out_features, spec.in_features) for name, spec in layout.linears.items()
     }
     if allocation == "global":
         left = _budget(layout.linears, keep) - sum(
@@ -74,7 +83,9 @@ def ranks_of(
     """The rank of each linear: the same share for all where `importance` is None, else from one budget (see
     `allocated`). `terms` holds the singular values as `NAME.values` (see `decomposed`)."""
     if importance is None:
-        return {name: rank_of(keep, spec.out_features, spec.in_features) for name, spec in linears.items()}
+        return {
+            name: even_rank_of(keep, spec.out_features, spec.in_features) for name, spec in linears.items()
+        }
     spectra = {name: terms[f"{name}.values"] for name in linears}
     return allocated(linears, spectra, importance, _budget(linears, keep))
 

@@ -130,10 +130,10 @@ class Prepared:
             found[levels.METRIC] = divergence
         if study is None:
             return found
-        original, seconds = study.original.measurement, study.seconds(recipe)
+        original = study.original.measurement
         if original is not None:
             found |= estimates(cost, self.plan, original)
-        return found if seconds is None else {**found, search.SECONDS: seconds}
+        return {**found, search.SECONDS: study.seconds(recipe)}
 
     def opening(self) -> list[dict[str, Value]]:
         """What the search begins with: where options differ by block, what is solved from the levels of blocks."""

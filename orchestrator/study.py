@@ -145,24 +145,24 @@ class Study:
             return "racing" if self._proposed_all and not self._open else "searching"
         return "timing" if self.running else "done"
 
-    def seconds(self, recipe: Recipe) -> float | None:
+    def seconds(self, recipe: Recipe) -> float:
         """What trying a recipe would take of one slot: the steps that nobody has made or makes now, each as long as its
-        technique took so far on average, and measuring. None while no candidate was measured."""
-        if self._measuring.count == 0:
-            return None
+        technique took so far on average, and measuring. Of a technique that was not tried yet nothing is known but what
+        others took; while nothing at all was tried, each step counts as one, and measuring too."""
+        known = [took.mean for took in self._took.values()] or [self._measuring.mean or 1.0]
+        typical = sum(known) / len(known)
         new = (one.steps[-1].name() for one in recipe.lineage()[1:] if one.id not in self._nodes)
-        # Of a technique that was not tried yet nothing is known but what others took.
-        unknown = _Took()
-        for took in self._took.values():
-            unknown.add(took.mean)
-        return self._measuring.mean + sum(self._took.get(name, unknown).mean for name in new)
+        steps = (self._took[name].mean if name in self._took else typical for name in new)
+        return (self._measuring.mean or typical) + sum(steps)
 
     def wants(self, slots: int) -> bool:
         """Whether one more proposal is wanted now, so that none of `slots` has to wait for work.
 
         Candidates may wait for one shared prefix; their number is bounded, so that a search that learns is
-        not asked for everything before it has heard of anything.
+        not asked for everything before it has heard of anything. Nothing is made before the original.
         """
+        if self._nodes[self._original_id].artifact is None:
+            return False
         if self._timing or self.exhausted is not None or self.original.failure is not None:
             return False
         return self.proposed < self.plan.candidates and self.running <= slots and len(self._open) < 4 * slots

@@ -27,7 +27,7 @@ class Asvd(Technique):
     """
 
     kind: ClassVar[Kind] = "rank"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     paper: ClassVar[str] = "Yuan et al. 2023, ASVD, arXiv:2312.05821"
     needs: ClassVar[frozenset[Need]] = frozenset({"calibration"})
     leaves: ClassVar[frozenset[Form]] = frozenset({"factored"})

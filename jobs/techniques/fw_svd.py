@@ -26,6 +26,7 @@ class FwSvd(Technique):
     """
 
     kind: ClassVar[Kind] = "rank"
+    version: ClassVar[int] = 2
     paper: ClassVar[str] = (
         "Hsu et al. 2022, Language model compression with weighted low-rank, arXiv:2207.00112"
     )

@@ -26,6 +26,7 @@ class Svd(Technique):
     """
 
     kind: ClassVar[Kind] = "rank"
+    version: ClassVar[int] = 2
     paper: ClassVar[str] = "Eckart and Young 1936, The approximation of one matrix by another of lower rank"
     leaves: ClassVar[frozenset[Form]] = frozenset({"factored"})
 

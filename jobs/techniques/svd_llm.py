@@ -34,7 +34,7 @@ class SvdLlm(Technique):
 
     kind: ClassVar[Kind] = "rank"
     paper: ClassVar[str] = "Wang et al. 2024, SVD-LLM, arXiv:2403.07378"
-    version: ClassVar[int] = 3
+    version: ClassVar[int] = 4
     needs: ClassVar[frozenset[Need]] = frozenset({"calibration"})
     leaves: ClassVar[frozenset[Form]] = frozenset({"factored"})
 

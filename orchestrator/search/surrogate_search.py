@@ -99,7 +99,7 @@ class SurrogateSearch:
             return drawn[0] if drawn else None
         points, losses = self._measured()
         if not len(points) or len(self._told) + len(self._asked) < _START:
-            order = np.argsort(-self._novelty(pool), kind="stable")
+            order = np.argsort(-self._novelty(pool) / pool.seconds, kind="stable")
         else:
             self._learn(points, losses)
             foretold = self._foretold(pool)

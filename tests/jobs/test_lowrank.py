@@ -16,7 +16,7 @@ from jobs import families, gradients, models, techniques
 from jobs.context import Context
 from jobs.layers import LowRankLinear
 from jobs.layout import LinearSpec
-from jobs.lowrank import allocated, factored, rank_of, terms_of
+from jobs.lowrank import allocated, even_rank_of, factored, rank_of, terms_of
 from jobs.model import Model
 from jobs.statistics import Statistics
 from jobs.technique import Technique
@@ -48,6 +48,12 @@ def test_the_factors_hold_no_more_than_the_share_to_keep(keep: float, out: int, 
     rank = rank_of(keep, out, into)
     assert rank >= 1
     assert rank == 1 or rank * (out + into) <= keep * out * into
+
+
+@pytest.mark.parametrize(("keep", "expected"), [(0.9, 256), (0.5, 128), (0.12, 32), (0.1, 28), (0.001, 1)])
+def test_uniform_ranks_are_multiples_of_32_where_they_are_as_large(keep: float, expected: int) -> None:
+    assert even_rank_of(keep, 576, 576) == expected
+    assert expected <= rank_of(keep, 576, 576) < expected + 32
 
 
 def test_a_rank_that_the_factors_do_not_have_is_refused_by_name() -> None:

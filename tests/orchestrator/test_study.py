@@ -331,7 +331,9 @@ def test_a_failed_original_ends_the_study() -> None:
 
 
 def test_proposals_are_wanted_while_a_slot_could_run_dry_and_not_all_at_once() -> None:
-    study, _ = begun(plan(candidates=100))
+    study, original = begun(plan(candidates=100))
+    assert not study.wants(slots=2)  # before the original there is nothing to make anything from
+    end(study, original, measured(0.5))
     asked = 0
     while study.wants(slots=2):
         asked += 1
@@ -471,7 +473,7 @@ def test_a_search_that_a_full_disk_ended_goes_on_when_it_is_taken_up_again() -> 
 
 def test_what_shares_steps_takes_less_time() -> None:
     study, original = begun(plan(candidates=5))
-    assert study.seconds(QUANTIZED) is None
+    assert study.seconds(QUANTIZED) == 3  # two steps and measuring, while nothing tells how long they take
     end(study, original, measured(0.5))
     made = only_run(study.handle(proposal(DROPPED)))
     result = Success("artifact", 1, Measurement({"accuracy": 0.4}, seconds=3.0), 7.0)
