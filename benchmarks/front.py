@@ -178,14 +178,21 @@ def run_until(deadline: float, command: Sequence[str], match: Match) -> None:
         try:
             process.wait(max(0.0, deadline - time.time()))
         except subprocess.TimeoutExpired:
-            process.terminate()
-            try:
-                process.wait(GRACE_SECONDS)
-            except subprocess.TimeoutExpired:
-                process.kill()
             return
+        finally:
+            _end(process)
     if process.returncode:
         raise RuntimeError(f"{' '.join(command)} failed:\n{log.read_text()[-3000:]}")
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    if process.poll() is None:
+        process.terminate()
+        try:
+            process.wait(GRACE_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
 
 
 def write_study(folder: Path, model: Path, texts: Path, seed: int) -> Path:
@@ -226,6 +233,7 @@ def bounds(prepared: Prepared, passages: Sequence[genres.Passage]) -> Bounds:
     """What volumes are bounded by. RuntimeError where a recipe does not come out the same by both routes."""
     original = prepared.plan.original
     recipe = prepared.space.recipe(original.origin, FIXED)
+    print(f"making {recipe} by both routes", file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory() as ours, tempfile.TemporaryDirectory() as theirs:
         mine = measured_by_us(prepared, recipe, Path(ours))
         whole = measured_by_us(prepared, original, Path(ours)).metrics
@@ -305,6 +313,8 @@ def play(
     runs = []
     for seed in range(seeds):
         for name in ordered(list(contestants), seed):
+            ends = time.strftime("%H:%M:%S", time.localtime(time.time() + seconds))
+            print(f"seed {seed}, {name}: runs until {ends}", file=sys.stderr, flush=True)
             with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
                 study = write_study(Path(folder), model, texts, seed)
                 points = contestants[name](Match(study, Path(folder), seed, seconds))
