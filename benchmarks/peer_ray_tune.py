@@ -1,0 +1,161 @@
+"""Ray Tune on a study of ours, for benchmarks/front.py: OptunaSearch proposes, and a trial does the same jobs.
+
+python -m benchmarks.peer_ray_tune STUDY.yaml SEED UNTIL OUT: until so many seconds since 1970; each trial that ended is
+a line of JSON in OUT. Trials follow each other in warm actors, one for each slot. An actor reads model and texts once
+and keeps them; all share one folder of statistics, which is a service of `jobs` and not of who calls it. What Tune has
+no notion of is that two trials begin with the same steps: each trial makes all of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jobs import run
+from jobs.job import Failure, Job, Materials, Measurement
+from jobs.knobs import Domain, Range
+from jobs.recipe import Recipe
+from orchestrator.config import load
+from orchestrator.prepare import Prepared, prepare, slots_of
+from orchestrator.space import SKIP, SearchSpace
+
+
+@dataclass(frozen=True)
+class Task:
+    """What all trials share. folder: where actors write, and statistics are kept."""
+
+    space: SearchSpace
+    materials: Materials
+    original: Recipe
+    meters: tuple[str, ...]
+    folder: Path
+
+    @staticmethod
+    def of(prepared: Prepared, folder: Path) -> Task:
+        plan = prepared.plan
+        return Task(prepared.space, prepared.materials, plan.original, plan.meters, folder)
+
+
+class Steps:
+    """Makes recipes step by step and measures them, one after the other."""
+
+    def __init__(self, task: Task) -> None:
+        self._task = task
+        self._scratch = Path(tempfile.mkdtemp(dir=task.folder))
+        self._original = self._scratch / "original"
+        self._attempt(task.original, (), None, self._original)
+
+    def measured(self, recipe: Recipe) -> Measurement:
+        """What the study's meters say of the recipe's model. RuntimeError where a step failed."""
+        with tempfile.TemporaryDirectory(dir=self._scratch) as trial:
+            *before, last = recipe.lineage()
+            if not before:
+                return self._attempt(last, self._task.meters, None, Path(trial) / "model").measurement
+            parent = self._original
+            for number, prefix in enumerate(before[1:]):
+                folder = Path(trial) / str(number)
+                self._attempt(prefix, (), parent, folder)
+                parent = folder
+            return self._attempt(last, self._task.meters, parent, Path(trial) / "model").measurement
+
+    def remove(self) -> None:
+        shutil.rmtree(self._scratch, ignore_errors=True)
+
+    def _attempt(
+        self, recipe: Recipe, meters: tuple[str, ...], parent: Path | None, folder: Path
+    ) -> run.Made:
+        made = run.attempt(
+            Job(recipe, meters, ""), self._task.materials, parent, None, folder, self._task.folder / "statistics",
+            lambda share, what: None,
+        )  # fmt: skip
+        if isinstance(made, Failure):
+            raise RuntimeError(f"{recipe} failed: {made.message}\n{made.traceback}")
+        return made
+
+
+@dataclass(frozen=True)
+class Choosing:
+    """The space as Optuna's users write one: options are asked for where their technique was chosen. It pickles."""
+
+    space: SearchSpace
+
+    def __call__(self, trial: Any) -> None:
+        for stage, options in self.space.stages.items():
+            names = [option.technique.name() for option in options]
+            chosen = trial.suggest_categorical(stage, [SKIP, *names])
+            for option, name in zip(options, names, strict=True):
+                for knob, domain in option.knobs().items() if name == chosen else ():
+                    _suggest(trial, f"{stage}.{name}.{knob}", domain)
+
+
+def _suggest(trial: Any, knob: str, domain: Domain) -> None:
+    if not isinstance(domain, Range):
+        trial.suggest_categorical(knob, list(domain.values))
+    elif domain.integer:
+        trial.suggest_int(knob, int(domain.low), int(domain.high), log=domain.log)
+    else:
+        trial.suggest_float(knob, domain.low, domain.high, log=domain.log)
+
+
+def search(task: Task, slots: int, seed: int, until: float, out: Path) -> None:
+    from cluster.on_ray import connect
+
+    ray, _ = connect(None, slots, None)
+    from ray import tune
+    from ray.tune.search.optuna import OptunaSearch
+
+    class Trial(tune.Trainable):
+        def setup(self, config: dict[str, Any], task: Task) -> None:  # type: ignore[override]
+            self._task = task
+            self._steps = Steps(task)
+
+        def step(self) -> dict[str, Any]:
+            recipe = self._task.space.recipe(self._task.original.origin, self.config)
+            metrics = self._steps.measured(recipe).metrics
+            return {**metrics, "recipe": str(recipe), "ended": time.time(), "done": True}
+
+        def reset_config(self, new_config: dict[str, Any]) -> bool:
+            return True
+
+        def cleanup(self) -> None:
+            self._steps.remove()
+
+    class Recorder(tune.Callback):
+        def on_trial_result(
+            self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+        ) -> None:
+            kept = {name: result[name] for name in ("ended", "recipe", "size_bytes", "accuracy")}
+            with out.open("a") as file:
+                file.write(json.dumps(kept) + "\n")
+
+    objectives = {"size_bytes": "min", "accuracy": "max"}
+    tune.Tuner(
+        tune.with_resources(tune.with_parameters(Trial, task=task), {"cpu": 1}),
+        tune_config=tune.TuneConfig(
+            search_alg=OptunaSearch(
+                Choosing(task.space), metric=list(objectives), mode=list(objectives.values()), seed=seed
+            ),
+            num_samples=-1,
+            max_concurrent_trials=slots,
+            reuse_actors=True,
+            time_budget_s=until - time.time(),
+        ),
+        run_config=tune.RunConfig(storage_path=str(task.folder / "tune"), verbose=0, callbacks=[Recorder()]),
+    ).fit()
+    ray.shutdown()
+
+
+def main(study: str, seed: str, until: str, out: str) -> None:
+    prepared = prepare(load(Path(study)))
+    folder = Path(tempfile.mkdtemp(dir=Path(out).parent))
+    search(Task.of(prepared, folder), slots_of(prepared.config), int(seed), float(until), Path(out))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
