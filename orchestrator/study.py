@@ -422,11 +422,13 @@ class Study:
             node = self._nodes[id]
             above = next_fidelity(self.plan.rungs, node.fidelity)
             assert above is not None, "who is promoted is not at the top"
-            found.append(self._run(node, self.plan.meters, node.alone, above))
+            found.append(self._run(node, self.plan.meters, node.alone, above, node.fidelity))
         return found
 
-    def _run(self, node: _Node, meters: Sequence[str], alone: bool, fidelity: float = 1.0) -> Run:
-        job = Job(node.recipe, tuple(meters), self.plan.materials_digest, fidelity)
+    def _run(
+        self, node: _Node, meters: Sequence[str], alone: bool, fidelity: float = 1.0, after: float = 0.0
+    ) -> Run:
+        job = Job(node.recipe, tuple(meters), self.plan.materials_digest, fidelity, after)
         node.job = job
         node.attempt += 1
         self._busy.add(node.id)

@@ -232,7 +232,7 @@ def test_a_race_goes_on_where_it_was_killed() -> None:
     resumed = again(events)
     restarted = [c for c in resumed.handle(Began(1)) if isinstance(c, Run)]
     assert {(run.job.id, run.attempt) for run in restarted} == {(run.job.id, run.attempt + 1) for run in runs}
-    assert {run.job.fidelity for run in restarted} == {1 / 4}
+    assert {(run.job.fidelity, run.job.after) for run in restarted} == {(1 / 4, 1 / 16)}
 
 
 def test_a_failure_while_racing_fails_the_candidate() -> None:
