@@ -91,6 +91,8 @@ class Measurement:
     data: their mean is the metric, and two artifacts are compared item by item.
     environment: where it was measured; numbers of different environments are not compared.
     seconds: how long measuring took.
+    observed: by name, what was seen of each item where no metric is the plain mean of that (losses, answers). With the
+    items of those that are, all that a longer measurement needs to know of these items; kept in the store alone.
     """
 
     metrics: Mapping[str, float]
@@ -99,6 +101,7 @@ class Measurement:
     environment: Mapping[str, str] = field(default_factory=dict)
     seconds: float = 0.0
     items: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    observed: Mapping[str, Sequence[float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name, value in {**self.metrics, **self.errors}.items():
@@ -114,6 +117,7 @@ class Measurement:
             {**self.environment, **other.environment},
             self.seconds + other.seconds,
             {**self.items, **other.items},
+            {**self.observed, **other.observed},
         )
 
 
@@ -144,19 +148,27 @@ def standard_error(items: Sequence[float]) -> float:
 class Job:
     """Make `recipe`'s artifact from its parent's (unless it is there already), then take these meters.
 
-    fidelity: the share of the evaluation data that is read, 1.0 for all.
+    fidelity: the share of the evaluation data that is measured on, 1.0 for all.
+    after: the share that it was measured on before, by the same meters: what was seen of that need not be read again
+        if that job's result is still there. It decides nothing of the result.
     """
 
     recipe: Recipe
     meters: tuple[str, ...]
     materials_digest: str
     fidelity: float = 1.0
+    after: float = 0.0
 
     @property
     def id(self) -> str:
         """The digest of all that decides the result: the key of its record in the store."""
         parts = [self.recipe.id, list(self.meters), self.materials_digest, self.fidelity]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+    @property
+    def before(self) -> Job | None:
+        """The job that measured the share `after`."""
+        return dataclasses.replace(self, fidelity=self.after, after=0.0) if self.after else None
 
 
 @dataclass(frozen=True)

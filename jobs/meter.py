@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -30,6 +31,7 @@ class Subject:
     fidelity: the share of the evaluation data to read, 1.0 for all.
     workdir: where the artifact is written in the form that the target's runtime reads, if that is not its own.
     cache: where what exports share is kept.
+    before: what the same meters found of the same artifact on fewer of the items, in the same environment.
     """
 
     folder: Path
@@ -38,6 +40,7 @@ class Subject:
     fidelity: float = 1.0
     workdir: Path | None = None
     cache: Path | None = None
+    before: Measurement | None = None
 
     @property
     def format(self) -> str:
@@ -60,8 +63,6 @@ class Subject:
     @cached_property
     def runner(self) -> Runner:
         """What is shipped, loaded by the target's runtime, on this process's threads."""
-        import torch
-
         from jobs import runtimes
 
         return runtimes.load(self.materials.target.runtime).start(self.shipped, torch.get_num_threads())
@@ -88,7 +89,37 @@ class Subject:
         if self.materials.evaluation is None:
             raise ValueError("there is no text to measure on; give the study data.evaluation")
         windows = data.windows_for(self.materials.evaluation, self.original)
-        return windows[: max(1, math.ceil(self.fidelity * len(windows)))]
+        return windows[: self.items_of(len(windows))]
+
+    def items_of(self, count: int) -> int:
+        """How many of so many items are measured on."""
+        return max(1, math.ceil(self.fidelity * count))
+
+    def observed(
+        self,
+        names: Sequence[str],
+        count: int,
+        observe: Callable[[int], Sequence[Tensor]],
+        at_once: int = 1,
+    ) -> list[Float[Tensor, " items"]]:
+        """What is seen of the first `count` items, by these names, as float64: `observe` tells it of all from a number
+        on, and is asked for no more than `before` does not tell.
+
+        at_once: how many items go through the model together. How a batch is divided can change the last bits of what
+        each item gives, so what stood in an incomplete one is seen again: the batches are those of a measurement from
+        the start, and so is every bit.
+        """
+        told = {} if self.before is None else {**self.before.items, **self.before.observed}
+        if any(name not in told for name in names):
+            return [one.double() for one in observe(0)]
+        known = [torch.tensor(told[name], dtype=torch.float64) for name in names]
+        fewest = min(map(len, known))
+        if fewest >= count:
+            return [one[:count] for one in known]
+        start = fewest - fewest % at_once
+        return [
+            torch.cat([one[:start], more.double()]) for one, more in zip(known, observe(start), strict=True)
+        ]
 
 
 def _nothing(target: Target) -> str | None:
@@ -110,8 +141,12 @@ class Meter:
     missing: Callable[[Target], str | None] = _nothing
 
 
-def measured(items: Mapping[str, Float[Tensor, " items"]]) -> Measurement:
-    """The metrics that are means of these items, with their standard errors.
+def measured(
+    items: Mapping[str, Float[Tensor, " items"]],
+    observed: Mapping[str, Float[Tensor, " items"]] | None = None,
+) -> Measurement:
+    """The metrics that are means of these items, with their standard errors; `observed` is what they are made of,
+    where they are not what was seen.
 
     What is no mean gives as items its value plus what each item moves it by, to first order (the infinitesimal
     jackknife; Efron & Tibshirani 1993, ch. 21): the mean and its error are then right as well.
@@ -121,4 +156,5 @@ def measured(items: Mapping[str, Float[Tensor, " items"]]) -> Measurement:
         {metric: found.mean().item() for metric, found in values.items()},
         {metric: standard_error(found.tolist()) for metric, found in values.items()},
         items={metric: found.tolist() for metric, found in values.items()},
+        observed={name: found.tolist() for name, found in (observed or {}).items()},
     )

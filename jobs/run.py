@@ -16,7 +16,7 @@ from torch import Tensor
 from jobs import data, memory, models, residency
 from jobs.context import Context, Report
 from jobs.job import Failure, FailureKind, Job, Materials, Measurement, TextSource
-from jobs.measure import measure
+from jobs.measure import environment, measure
 from jobs.meter import Subject
 from jobs.model import Model
 from jobs.recipe import Recipe
@@ -56,6 +56,7 @@ def attempt(
     cache: Path,
     report: Report,
     checkpoints: Path | None = None,
+    before: Measurement | None = None,
 ) -> Made | Failure:
     """Make the artifact of `job.recipe` in `folder` (new or empty) and measure it.
 
@@ -64,11 +65,12 @@ def attempt(
     cache: where statistics that jobs share are kept.
     checkpoints: where a training leaves what another attempt at this recipe goes on from; the caller
         removes it when none will come.
+    before: what `job.before` found of `built`: its items are not read again, if it was measured in this environment.
     Never raises: what goes wrong comes back as a Failure.
     """
     try:
         _prepare_process(materials.model)
-        return _attempt(job, materials, parent, built, Places(folder, cache, checkpoints), report)
+        return _attempt(job, materials, parent, built, Places(folder, cache, checkpoints), report, before)
     except Exception as error:  # noqa: BLE001 - the worker boundary: failures cross it as data
         return failure(error)
     finally:
@@ -90,14 +92,23 @@ def _attempt(
     built: Path | None,
     places: Places,
     report: Report,
+    before: Measurement | None,
 ) -> Made:
     started = time.perf_counter()
     spared = _make(job, materials, parent, places, report) if built is None else 0.0
     seconds = time.perf_counter() - started
     report(1.0, "measuring")
     original = models.locate(materials.model)
+    if before is not None and before.environment != environment(materials.target):
+        before = None
     subject = Subject(
-        built or places.folder, original, materials, job.fidelity, places.folder.parent, places.cache
+        built or places.folder,
+        original,
+        materials,
+        job.fidelity,
+        places.folder.parent,
+        places.cache,
+        before,
     )
     return Made(measure(job.meters, subject), seconds, spared, built is None)
 

@@ -85,6 +85,8 @@ def hypervolume(
     bound = np.asarray(reference, dtype=np.float64)
     points = np.asarray(losses, dtype=np.float64).reshape(-1, len(bound))
     inside = np.unique(points[(points < bound).all(axis=1)], axis=0)
+    if len(bound) <= 2:
+        return _swept(inside, bound)  # what is dominated adds nothing there, and costs next to nothing
     signs = [Objective(str(column)) for column in range(len(bound))]
     return _swept(inside[nondominated(inside, signs)], bound)
 

@@ -23,7 +23,7 @@ from orchestrator.foretelling import foretelling
 from orchestrator.front import Objective
 from orchestrator.ledger import Ledger
 from orchestrator.lock import only_one
-from orchestrator.prepare import Prepared, slots_of
+from orchestrator.prepare import FIRST_RUNG_BEFORE, Prepared, rungs_of, slots_of
 from orchestrator.progress import Status, status_of, write_json, write_status, write_whole
 from orchestrator.report import report_html
 from orchestrator.results import Results, Standings, front_json
@@ -73,7 +73,7 @@ def launch(
             address=prepared.config.cluster.address,
         )
         with closing(ledger), closing(running), _interruptible():
-            prepared = foretelling(prepared, ledger, running)
+            prepared = foretelling(_as_begun(prepared, ledger), ledger, running)
             study = Study(prepared.plan)
             searching = search.make(
                 prepared.config.search.algorithm,
@@ -125,6 +125,23 @@ def _claim(ledger: Ledger, prepared: Prepared, overrides: tuple[str, ...]) -> No
     ledger.note("overrides", json.dumps(overrides))
     write_whole(prepared.folder / "study.yaml", prepared.text)
     write_json(prepared.folder / MATERIALS, dataclasses.asdict(prepared.materials))
+
+
+def _as_begun(prepared: Prepared, ledger: Ledger) -> Prepared:
+    """With the rungs that the study began with, if it does not name its own: they are part of its jobs' names."""
+    if prepared.config.search.rungs != "auto":
+        return prepared
+    noted = ledger.noted("rungs")
+    if noted is None:
+        rungs, plan = prepared.plan.rungs, prepared.plan
+        if next(ledger.events(), None) is not None:
+            names = (*plan.meters, *plan.timers)
+            rungs = rungs_of(prepared.config, prepared.materials, names, FIRST_RUNG_BEFORE)
+        noted = json.dumps(rungs)
+        ledger.note("rungs", noted)
+    return dataclasses.replace(
+        prepared, plan=dataclasses.replace(prepared.plan, rungs=tuple(json.loads(noted)))
+    )
 
 
 def _work(prepared: Prepared) -> Work:

@@ -35,7 +35,9 @@ from orchestrator.study import Study
 T = TypeVar("T")
 
 
-_FIRST_RUNG = 1 / 16
+_FIRST_RUNG = 1 / 64
+FIRST_RUNG_BEFORE = 1 / 16
+"""What studies begin with that earlier versions began, which did not note it."""
 _RUNGS_APART = 4
 _FEWEST_WINDOWS = 8
 """Of text, that candidates are compared on: fewer tell too little of how far they vary."""
@@ -281,14 +283,17 @@ def slots_of(config: StudyConfig) -> int:
     return os.cpu_count() or 1 if config.cluster.slots == "auto" else int(config.cluster.slots)
 
 
-def rungs_of(config: StudyConfig, materials: Materials, names: Sequence[str]) -> tuple[float, ...]:
-    """The shares of the evaluation that candidates are measured on, one after the other."""
+def rungs_of(
+    config: StudyConfig, materials: Materials, names: Sequence[str], first: float = _FIRST_RUNG
+) -> tuple[float, ...]:
+    """The shares of the evaluation that candidates are measured on, one after the other; by themselves they begin with
+    `first`, or as much more as makes some windows."""
     if config.search.rungs != "auto":
         return (*map(float, config.search.rungs), 1.0)
     reads = {meters.load(name).reads for name in names} - {None}
     if reads != {"evaluation"} or materials.evaluation is None:
         return (1.0,)
-    first = max(_FIRST_RUNG, _FEWEST_WINDOWS / materials.evaluation.samples)
+    first = max(first, _FEWEST_WINDOWS / materials.evaluation.samples)
     found = [first * _RUNGS_APART**rung for rung in range(3)]
     return (*(rung for rung in found if rung <= 1 / 2), 1.0)
 

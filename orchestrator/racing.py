@@ -3,39 +3,35 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from numpy.typing import NDArray
 
-from jobs.job import Measurement
+from jobs.job import Measurement, first_items
 from orchestrator.estimate import share
 from orchestrator.events import Cost, Plan
-from orchestrator.front import Objective, nondominated
-from orchestrator.results import paired
+from orchestrator.front import Objective, hypervolume, nondominated
+from orchestrator.results import bound
 from orchestrator.search.improvement import Expected, expected_improvement
 
+WORTH = 3e-4
+"""The share of the hypervolume that makes a candidate worth measuring on more, if it is expected to add so much."""
+LEFT_OUT = 1e-3
+"""The share of the hypervolume that may be missing without those who are not measured on all, as they are believed."""
 CHANCE = 2.0
-"""A candidate may be better than it looked by so many standard errors of its difference to others."""
-WORTH = 2.5e-3
-"""The share of the front's volume that a candidate must be able to add to be measured on more."""
+"""What is beyond a limit by so many standard errors surely breaks it."""
+POSSIBLE = 4.0
+"""Nobody is better than believed by more than so many standard errors."""
 FEWEST_ITEMS = 4
 """Fewer items tell nothing of their own spread."""
 GUESSED = 0.1
 """By so much, relatively, a time is taken to err that no table of operations foretold."""
 
 Points = Float[NDArray[np.float64], "runners objectives"]
-
-
-@dataclass(frozen=True)
-class Runner:
-    """One candidate in the race. fidelity: the share of the evaluation that it was measured on."""
-
-    measurement: Measurement
-    cost: Cost
-    fidelity: float
+Rows = Int[NDArray[np.int64], " runners"]
+Values = Float[NDArray[np.float64], " runners"]
 
 
 def next_fidelity(rungs: Sequence[float], fidelity: float) -> float | None:
@@ -43,103 +39,208 @@ def next_fidelity(rungs: Sequence[float], fidelity: float) -> float | None:
     return next((rung for rung in rungs if rung > fidelity), None)
 
 
-def promoted(
-    runners: Mapping[str, Runner], plan: Plan, aside: Collection[str] = ()
-) -> tuple[str | None, set[str]]:
-    """Who is to be measured on more next, None where nobody is left; and who was met that is not worth it now. Those on
-    the lowest rung come first, and of them those on the front. `aside` are not looked at: they are measured now, or
-    were not worth it."""
-    race = _Race(runners, plan)
-    waiting = sorted(
-        (id for id, one in runners.items() if id not in aside and next_fidelity(plan.rungs, one.fidelity)),
-        key=lambda id: (runners[id].fidelity, id not in race.front),
-    )
-    outrun: set[str] = set()
-    for id in waiting:
-        if race.worth(id):
-            return id, outrun
-        outrun.add(id)
-    return None, outrun
+class Race:
+    """All who were measured, on whatever share of the evaluation, and who of them is to be measured on more.
 
+    Objectives are losses here, timed ones what they are estimated to be. One part of a text is harder than another, so
+    whoever was measured on a part is compared item by item: with the original to tell where it stands, and with its
+    nearest rival of those ahead to tell what it may add to them. Only what one result changes is computed anew.
+    """
 
-class _Race:
-    """Where all stand: objectives as losses, timed ones by what they are estimated to be. `front` holds who is on it by
-    what is known so far. What was measured on parts of the evaluation is compared through the original, which was
-    measured on all of it: one part is harder than another."""
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self._ids: list[str] = []
+        self._rows: dict[str, int] = {}
+        self._measurements: list[Measurement] = []
+        self._stacks: dict[tuple[str, int], _Stack] = {}
+        # A row for each runner. level: of the rung that it was measured on, -1 for who is out of the race.
+        self._level = np.zeros(0, dtype=np.int64)
+        self._broken = np.zeros(0, dtype=np.bool_)
+        self._counts = np.zeros((0, len(plan.objectives)), dtype=np.int64)
+        self._points = np.zeros((0, len(plan.objectives)))
+        self._errors = np.zeros((0, len(plan.objectives)))
+        self._limits = np.array([_limit(objective, plan) for objective in plan.objectives])
 
-    def __init__(self, runners: Mapping[str, Runner], plan: Plan) -> None:
-        self._runners, self._plan = runners, plan
-        self._ids = list(runners)
-        self._rows = {id: row for row, id in enumerate(self._ids)}
-        self._points = np.array([self._point(one) for one in runners.values()])
-        signs = [Objective(objective.metric) for objective in plan.objectives]
-        self._on_front = np.flatnonzero(nondominated(self._points, signs))
-        self.front = {self._ids[row] for row in self._on_front}
-        limits = np.array([np.inf if o.limit is None else o.loss(o.limit) for o in plan.objectives])
-        timed = np.array([objective.metric in plan.timed for objective in plan.objectives])
-        # What limits say of times counts once they are measured.
-        self._limits = np.where(timed, np.inf, limits)
-        front = self._points[self._on_front]
-        extent = np.where(np.ptp(front, axis=0) > 0, np.ptp(front, axis=0), np.abs(front).max(axis=0))
-        self._reference = np.minimum(front.max(axis=0) + 0.1 * extent, self._limits + 1e-9 * extent)
-        self._volume = float(np.prod(np.maximum(self._reference - front.min(axis=0), 1e-12)))
+    def enter(self, id: str, measurement: Measurement, cost: Cost, fidelity: float) -> None:
+        """A candidate was measured, or was on more. The original, which is measured on all at once, comes first."""
+        if not self._ids and id != self._plan.original.id:
+            raise LookupError(f"{id} cannot race before the original")
+        if id not in self._rows:
+            self._add(id)
+        row = self._rows[id]
+        level = sum(rung <= fidelity for rung in self._plan.rungs) - 1
+        if self._level[row] == level:
+            return  # what else was measured of it decides nothing here
+        self._measurements[row] = measurement
+        for stack in self._stacks.values():
+            stack.forget(row)
+        self._level[row] = level
+        self._broken[row] = any(_surely_broken(o, measurement) for o in self._plan.objectives)
+        self._counts[row] = [len(measurement.items.get(o.metric, ())) for o in self._plan.objectives]
+        for column in range(len(self._plan.objectives)):
+            self._points[row, column], self._errors[row, column] = self._placed(row, column, cost)
 
-    def worth(self, id: str) -> bool:
-        """Whether a candidate may be within the limits, and is on the front or may add to it, as good as it may be."""
-        one = self._runners[id]
-        if any(_surely_broken(objective, one.measurement) for objective in _qualities(self._plan)):
-            return False
-        if id in self.front:
-            return True
-        mine = self._points[self._rows[id]]
-        above = [row for row in self._on_front.tolist() if (self._points[row] <= mine).all()]
-        hopes = np.array([self._hope(one, mine, row) for row in above])
-        if not np.isfinite(hopes).all():
-            return True
-        gain = expected_improvement(
-            self._points[self._on_front],
-            self._reference,
-            [Expected(column, np.zeros(1)) for column in hopes.max(axis=0)[:, None]],
-        )
-        return bool(gain[0] > WORTH * self._volume)
+    def leave(self, id: str) -> None:
+        """A candidate failed."""
+        if id in self._rows:
+            self._level[self._rows[id]] = -1
 
-    def _hope(self, one: Runner, mine: NDArray[np.float64], row: int) -> NDArray[np.float64]:
-        """What a candidate may be at best, compared with one that is better than it; minus infinity where nothing
-        can be said."""
-        rival = self._runners[self._ids[row]]
+    def promoted(self, busy: Collection[str]) -> str | None:
+        """Who is to be measured on more next; None where nobody is worth it. `busy` are measured now, and taken to turn
+        out as believed. Those on the lowest rung come first, and of them who is expected to add most to those above."""
+        active = np.zeros(len(self._ids), dtype=np.bool_)
+        active[[self._rows[id] for id in busy if id in self._rows]] = True
+        reference = self._reference()
+        top = len(self._plan.rungs) - 1
+        for level in range(top):
+            waiting = np.flatnonzero((self._level == level) & ~active & ~self._broken)
+            above = np.flatnonzero((self._level > level) | ((self._level == level) & active))
+            row = self._worth(waiting, above, reference, LEFT_OUT * (level + 1) / top)
+            if row is not None:
+                return self._ids[row]
+        return None
+
+    def _worth(
+        self, waiting: Rows, above: Rows, reference: NDArray[np.float64], left_out: float
+    ) -> int | None:
+        """Who of those that wait on one rung adds most to those above it, if that is worth it: if it is much by itself,
+        or if with all who wait more than `left_out` would be missing."""
+        ahead = above[nondominated(self._points[above], self._losses)]
+        front = self._points[ahead]
+        best = self._points[waiting] - POSSIBLE * self._errors[waiting]
+        beaten = (best >= reference).any(axis=1)
+        for point in front:
+            beaten |= np.logical_and.reduce([best[:, at] >= loss for at, loss in enumerate(point)])
+        waiting = waiting[~beaten]
+        if not len(waiting):
+            return None
+        unknown = waiting[~np.isfinite(self._errors[waiting]).all(axis=1)]
+        if len(unknown):
+            return int(unknown[0])
+        expected = self._expected(waiting, ahead)
+        gains = expected_improvement(front, reference, expected)
+        found = int(gains.argmax())
+        believed = np.vstack([front, np.column_stack([one.mean for one in expected])])
+        volume, there = hypervolume(believed, reference), hypervolume(front, reference)
+        if gains[found] > WORTH * volume or volume - there > left_out * volume:
+            return int(waiting[found])
+        return None
+
+    def _expected(self, waiting: Rows, ahead: Rows) -> list[Expected]:
+        """What these are believed to be in each objective: what the evaluation tells, by the difference to the nearest
+        of those ahead, which has lost most of what those that wait may lose."""
+        mine, theirs = self._points[waiting], self._points[ahead]
+        extent = np.maximum(np.ptp(np.vstack([mine, theirs]), axis=0), 1e-300)
+        apart = [abs(a[:, None] - b[None]) / by for a, b, by in zip(mine.T, theirs.T, extent, strict=True)]
+        rivals = ahead[np.maximum.reduce(apart).argmin(axis=1)]
         found = []
         for column, objective in enumerate(self._plan.objectives):
-            if objective.metric in self._plan.timed:
-                error = self._plan.prediction_errors.get(objective.metric, GUESSED)
-                found.append(mine[column] - abs(mine[column]) * error)
-            elif objective.metric == "size_bytes":
-                found.append(mine[column])
-            else:
-                apart = paired(one.measurement, rival.measurement, objective.metric)
-                if apart is None or apart.items < FEWEST_ITEMS:
-                    return np.full(len(mine), -np.inf)
-                theirs = self._points[row, column]
-                found.append(theirs + objective.loss(apart.value) - CHANCE * apart.error)
-        return np.array(found)
+            mean, error = mine[:, column], self._errors[waiting, column]
+            if _told(objective, self._plan):
+                worse, error = self._apart(waiting, rivals, column)
+                mean = self._points[rivals, column] + worse
+            found.append(Expected(mean, error))
+        return found
 
-    def _point(self, one: Runner) -> list[float]:
-        return [self._loss(one, objective) for objective in self._plan.objectives]
+    def _add(self, id: str) -> None:
+        self._rows[id] = len(self._ids)
+        self._ids.append(id)
+        self._measurements.append(Measurement({}))
+        unknown = np.zeros((1, len(self._plan.objectives)))
+        self._level = np.append(self._level, -1)
+        self._broken = np.append(self._broken, False)
+        self._counts = np.vstack([self._counts, unknown.astype(np.int64)])
+        self._points = np.vstack([self._points, unknown])
+        self._errors = np.vstack([self._errors, unknown])
 
-    def _loss(self, one: Runner, objective: Objective) -> float:
+    def _placed(self, row: int, column: int, cost: Cost) -> tuple[float, float]:
+        """Where a runner stands in an objective, and the error of that; an infinite one where nothing tells it."""
+        objective = self._plan.objectives[column]
         if objective.metric in self._plan.timed:
-            return share(objective.metric, one.cost, self._plan.original_cost)
+            needed = share(objective.metric, cost, self._plan.original_cost)
+            return needed, needed * self._plan.prediction_errors.get(objective.metric, GUESSED)
         if objective.metric == "size_bytes":
-            return float(one.cost.size_bytes)
-        value, original = one.measurement.metrics[objective.metric], self._runners[self._plan.original.id]
-        apart = paired(one.measurement, original.measurement, objective.metric)
-        if apart is not None and one.fidelity < original.fidelity:
-            value = original.measurement.metrics[objective.metric] + apart.value
-        return objective.loss(value)
+            return float(cost.size_bytes), 0.0
+        loss = objective.loss(self._measurements[row].metrics[objective.metric])
+        if self._level[row] == len(self._plan.rungs) - 1:
+            return loss, 0.0
+        if min(self._counts[row, column], self._counts[0, column]) < FEWEST_ITEMS:
+            return loss, math.inf
+        one = np.array([row])
+        worse, error = self._apart(one, 0 * one, column)
+        original = objective.loss(self._measurements[0].metrics[objective.metric])
+        return original + float(worse[0]), float(error[0])
+
+    def _apart(self, rows: Rows, rivals: Rows, column: int) -> tuple[Values, Values]:
+        """By how much each is worse than its rival on all of the evaluation, and the standard error of that, by the
+        items that both were measured on. These are drawn from as many as the original has, without repetition (Cochran
+        1977, eq. 2.20), and few items tell their own spread badly (the variance of Student's t is more than 1).
+        """
+        objective = self._plan.objectives[column]
+        count = int(min(self._counts[rows, column].min(), self._counts[rivals, column].min()))
+        key = objective.metric, count
+        stack = self._stacks.setdefault(key, _Stack(*key))
+        apart = stack.of(rows, self._measurements) - stack.of(rivals, self._measurements)
+        unread = max(0.0, 1 - count / self._counts[0, column])
+        error = apart.std(axis=1, ddof=1) * math.sqrt(unread / count * (count - 1) / (count - 3))
+        return objective.loss(1.0) * apart.mean(axis=1), error
+
+    @property
+    def _losses(self) -> list[Objective]:
+        """The objectives where all values are losses already."""
+        return [Objective(objective.metric) for objective in self._plan.objectives]
+
+    def _reference(self) -> Float[NDArray[np.float64], " objectives"]:
+        """What bounds the hypervolume: as in a report, where anybody is within that, else just beyond all of them."""
+        metrics = self._measurements[0].metrics
+        bounds = self._points[0].copy()
+        for column, objective in enumerate(self._plan.objectives):
+            if _told(objective, self._plan):
+                bounds[column] = objective.loss(bound(objective, metrics[objective.metric]))
+        bounds = np.asarray(np.minimum(bounds, self._limits))
+        racing = self._points[self._level >= 0]
+        if (racing < bounds).all(axis=1).any():
+            return bounds
+        beyond = racing.max(axis=0) + 0.1 * np.ptp(racing, axis=0) + 1e-9 * np.abs(racing).max(axis=0)
+        return np.asarray(np.minimum(beyond, self._limits))
 
 
-def _qualities(plan: Plan) -> list[Objective]:
-    """The objectives that the evaluation tells: neither known beforehand nor timed."""
-    return [o for o in plan.objectives if o.metric not in plan.timed and o.metric != "size_bytes"]
+class _Stack:
+    """The first so many items of runners, a row for each of whom they were asked."""
+
+    def __init__(self, metric: str, count: int) -> None:
+        self._metric, self._count = metric, count
+        self._values = np.zeros((0, count))
+        self._known = np.zeros(0, dtype=np.bool_)
+
+    def of(
+        self, rows: Rows, measurements: Sequence[Measurement]
+    ) -> Float[NDArray[np.float64], "runners items"]:
+        missing = len(measurements) - len(self._known)
+        if missing > 0:
+            more = max(missing, len(self._known))  # so that rows are moved seldom
+            self._values = np.vstack([self._values, np.empty((more, self._count))])
+            self._known = np.append(self._known, np.zeros(more, dtype=np.bool_))
+        for row in rows[~self._known[rows]].tolist():
+            self._values[row] = first_items(measurements[row], self._metric, self._count)
+            self._known[row] = True
+        return np.asarray(self._values[rows])
+
+    def forget(self, row: int) -> None:
+        self._known[row : row + 1] = False
+
+
+def _told(objective: Objective, plan: Plan) -> bool:
+    """Whether the evaluation tells an objective: it is neither known beforehand nor timed."""
+    return objective.metric not in plan.timed and objective.metric != "size_bytes"
+
+
+def _limit(objective: Objective, plan: Plan) -> float:
+    """As a loss, and just beyond it, since what is at the limit keeps it. What limits say of times counts once they are
+    measured."""
+    if objective.limit is None or objective.metric in plan.timed:
+        return math.inf
+    return float(np.nextafter(objective.loss(objective.limit), math.inf))
 
 
 def _surely_broken(objective: Objective, measurement: Measurement) -> bool:

@@ -216,7 +216,7 @@ def _summary(results: Results) -> str:
     words = {
         "front": "on the front", "dominated": "dominated", "over_limit": "over a limit", "failed": "failed",
         "unreliable": "too noisy to compare", "elsewhere": "measured in another environment, not compared",
-        "incomplete": "measured in part", "outrun": "surely beaten on a part of the evaluation",
+        "incomplete": "measured in part", "outrun": "adds little by a part of the evaluation",
         "waiting": "not measured",
     }  # fmt: skip
     parts = [f"{counts[standing]} {text}" for standing, text in words.items() if counts[standing]]

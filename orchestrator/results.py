@@ -18,8 +18,8 @@ Standing = Literal[
     "front", "dominated", "over_limit", "unreliable", "elsewhere", "incomplete", "outrun", "failed", "waiting"
 ]
 """Where a candidate stands. elsewhere: measured in another environment than the original, so not comparable;
-incomplete: measured, but not in every objective; outrun: measured on a part of the evaluation, on which others were
-surely better; waiting: not measured yet."""
+incomplete: measured, but not in every objective; outrun: measured on a part of the evaluation, by which it
+would add next to nothing to the front; waiting: not measured yet."""
 
 COSTS = ("_bytes", "_gib", "_ms", "_joules", "cost_per_million_tokens")
 """The units of what a model costs; any other metric says how good it is."""
@@ -57,7 +57,7 @@ class Results:
         original = metrics(self.original)
         if any(objective.metric not in original for objective in self.objectives):
             return None
-        return {o.metric: _bound(o, original[o.metric]) for o in self.objectives}
+        return {o.metric: bound(o, original[o.metric]) for o in self.objectives}
 
     @property
     def hypervolume(self) -> float | None:
@@ -150,6 +150,15 @@ class Standings:
         self._own = {id: self._judged(one) for id, one in self._by_id.items()}
         compared = {id: metrics(self._by_id[id]) for id, own in self._own.items() if own == "front"}
         self._front = ParetoFront(self.objectives, compared)
+
+
+def bound(objective: Objective, original: float) -> float:
+    """What bounds the hypervolume in one objective, by what the original has; see `Results.reference`."""
+    if objective.metric.endswith(COSTS):
+        return original
+    if objective.goal == "max" and original > 0:
+        return 0.0
+    return original + (abs(original) if objective.goal == "min" else -abs(original))
 
 
 def metrics(candidate: Candidate) -> Metrics:
@@ -311,11 +320,3 @@ def _comparable(one: Measurement, other: Measurement | None) -> bool:
 def differing(one: Mapping[str, str], other: Mapping[str, str]) -> list[str]:
     """What two environments both state, and not alike."""
     return sorted(name for name in one.keys() & other.keys() if one[name] != other[name])
-
-
-def _bound(objective: Objective, original: float) -> float:
-    if objective.metric.endswith(COSTS):
-        return original
-    if objective.goal == "max" and original > 0:
-        return 0.0
-    return original + (abs(original) if objective.goal == "min" else -abs(original))

@@ -29,7 +29,7 @@ from orchestrator.events import (
     Started,
     Tell,
 )
-from orchestrator.racing import Runner, next_fidelity, promoted
+from orchestrator.racing import Race, next_fidelity
 from orchestrator.savings import Savings
 
 ALL_FAILED = 20
@@ -105,7 +105,7 @@ class Study:
         self._by_job: dict[str, str] = {}
         self._timing = False
         self._slots = 1
-        self._outrun: set[str] = set()
+        self._race = Race(plan)
         self._took: dict[str, _Took] = {}
         self._measuring = _Took()
         # What follows from the nodes and candidates, kept beside them: it is asked for at every turn.
@@ -406,27 +406,20 @@ class Study:
         found: list[Command] = []
         if len(self.plan.rungs) == 1 or self.original.measurement is None:
             return found
-        runners = {
-            id: Runner(one.measurement, self._cost(id), one.fidelity)
-            for id, one in self.candidates.items()
-            if one.measurement is not None and one.failure is None
-        }
         while self.running <= self._slots:
-            id, outrun = promoted(runners, self.plan, self._busy | self._outrun)
-            self._outrun |= outrun
-            if id is None and not self._busy:
-                # Who outran them may have turned out worse on more of the evaluation.
-                id, self._outrun = promoted(runners, self.plan)
+            id = self._race.promoted(self._busy)
             if id is None:
                 break
             node = self._nodes[id]
             above = next_fidelity(self.plan.rungs, node.fidelity)
             assert above is not None, "who is promoted is not at the top"
-            found.append(self._run(node, self.plan.meters, node.alone, above))
+            found.append(self._run(node, self.plan.meters, node.alone, above, node.fidelity))
         return found
 
-    def _run(self, node: _Node, meters: Sequence[str], alone: bool, fidelity: float = 1.0) -> Run:
-        job = Job(node.recipe, tuple(meters), self.plan.materials_digest, fidelity)
+    def _run(
+        self, node: _Node, meters: Sequence[str], alone: bool, fidelity: float = 1.0, after: float = 0.0
+    ) -> Run:
+        job = Job(node.recipe, tuple(meters), self.plan.materials_digest, fidelity, after)
         node.job = job
         node.attempt += 1
         self._busy.add(node.id)
@@ -454,6 +447,13 @@ class Study:
             self._open.add(candidate.id)
         else:
             self._open.discard(candidate.id)
+        if len(self.plan.rungs) == 1:
+            return
+        if candidate.failure is not None:
+            self._race.leave(candidate.id)
+        elif candidate.measurement is not None:
+            cost = self._cost(candidate.id)
+            self._race.enter(candidate.id, candidate.measurement, cost, candidate.fidelity)
 
     def _told(self, candidate: Candidate, choices: Mapping[str, Value]) -> list[Command]:
         """What to tell the search of a candidate that has ended; nothing of one that is under way."""

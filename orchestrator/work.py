@@ -16,6 +16,7 @@ from jobs.job import (
     Failure,
     Job,
     Materials,
+    Measurement,
     Outcome,
     Success,
     outcome_from_dict,
@@ -52,7 +53,10 @@ def work(job: Job, workplace: Workplace) -> Outcome:
         outcome = _work(job, workplace)
     except Exception as error:  # noqa: BLE001 - the worker boundary: failures cross it as data
         outcome = run.failure(error)
-    if isinstance(outcome, Failure) and outcome.kind == "disk_full":
+    if isinstance(outcome, Success):
+        # For whoever measures on from here, who finds it in the store.
+        return dataclasses.replace(outcome, measurement=dataclasses.replace(outcome.measurement, observed={}))
+    if outcome.kind == "disk_full":
         return dataclasses.replace(outcome, message=f"{outcome.message}; {_cure(workplace)}")
     return outcome
 
@@ -130,6 +134,7 @@ def _done(job: Job, workplace: Workplace, store: ArtifactStore, scratch: Path) -
         cache=workplace.cache,
         report=_unreported,
         checkpoints=_checkpoints(job, workplace),
+        before=None if built is None else _before(job, built.ref, store),
     )
     if isinstance(made, Failure):
         return made
@@ -141,6 +146,15 @@ def _done(job: Job, workplace: Workplace, store: ArtifactStore, scratch: Path) -
         # measured on the copy that counts.
         return _attempt(job, workplace, store, scratch / "again")
     return Success(ref.digest, ref.size_bytes, made.measurement, made.seconds, made.spared_seconds)
+
+
+def _before(job: Job, ref: ArtifactRef, store: ArtifactStore) -> Measurement | None:
+    """What the job before found of this very artifact; None where its result is not there."""
+    record = None if job.before is None else store.record(_result_key(job.before))
+    outcome = None if record is None else outcome_from_dict(record["result"])
+    if isinstance(outcome, Success) and outcome.artifact == ref.digest:
+        return outcome.measurement
+    return None
 
 
 @dataclass(frozen=True)

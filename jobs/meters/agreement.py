@@ -24,9 +24,14 @@ def measure(subject: Subject) -> Measurement:
     window, each the mean of its last hidden states. The original runs in torch, whatever the target; there it
     agrees with itself by exactly 1. The error is the standard error over windows."""
     rows = subject.evaluation()
-    cosines = nn.functional.cosine_similarity(
-        vectors(subject.runner, rows), original_vectors(subject.original, rows)
-    )
+    at_once = max(1, _TOKENS_AT_ONCE // rows.shape[1])
+
+    def observe(start: int) -> list[Tensor]:
+        left = rows[start:]
+        theirs = original_vectors(subject.original, left)
+        return [nn.functional.cosine_similarity(vectors(subject.runner, left), theirs)]
+
+    (cosines,) = subject.observed(("agreement",), len(rows), observe, at_once)
     return measured({"agreement": cosines})
 
 
@@ -50,7 +55,7 @@ def original_vectors(original: Path, rows: Int[Tensor, "windows tokens"]) -> Flo
     return _said(_Asked(models.state_of(original), digest, torch.get_num_threads(), original, rows))
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=8)
 def _said(asked: _Asked) -> Float[Tensor, "windows width"]:
     return vectors(on_torch.start(asked.original, asked.threads), asked.rows)
 

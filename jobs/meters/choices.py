@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -32,16 +31,22 @@ def measure(subject: Subject) -> Measurement:
     if subject.materials.choices is None:
         raise ValueError("choice accuracy needs multiple-choice items; give the study data.choices")
     questions = data.choices(subject.materials.choices)
-    questions = questions[: max(1, math.ceil(subject.fidelity * len(questions)))]
-    plain, normalised = [], []
-    for question in questions:
-        scores = likelihoods(subject.runner, subject.tokenizer, question)
-        lengths = torch.tensor([len(choice.encode()) for choice in question.choices])
-        plain.append(scores.argmax().item() == question.answer)
-        normalised.append((scores / lengths).argmax().item() == question.answer)
-    return measured(
-        {"choice_accuracy": torch.tensor(plain), "choice_accuracy_norm": torch.tensor(normalised)}
-    )
+    questions = questions[: subject.items_of(len(questions))]
+
+    def observe(start: int) -> list[Tensor]:
+        found = [_right(subject, question) for question in questions[start:]]
+        return [torch.tensor(one) for one in zip(*found, strict=True)]
+
+    names = ("choice_accuracy", "choice_accuracy_norm")
+    return measured(dict(zip(names, subject.observed(names, len(questions), observe), strict=True)))
+
+
+def _right(subject: Subject, question: Question) -> tuple[bool, bool]:
+    """Whether the likeliest choice is the right one, and whether the likeliest by its length is."""
+    scores = likelihoods(subject.runner, subject.tokenizer, question)
+    lengths = torch.tensor([len(choice.encode()) for choice in question.choices])
+    plain, normalised = scores.argmax().item(), (scores / lengths).argmax().item()
+    return plain == question.answer, normalised == question.answer
 
 
 def likelihoods(runner: Runner, tokenizer: Tokenizer, question: Question) -> Float[Tensor, " choices"]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -23,19 +22,24 @@ def measure(subject: Subject) -> Measurement:
     if subject.materials.labelled is None:
         raise ValueError("accuracy needs texts with labels; give the study data.labelled")
     texts = data.labelled(subject.materials.labelled)
-    texts = texts[: max(1, math.ceil(subject.fidelity * len(texts)))]
+    texts = texts[: subject.items_of(len(texts))]
     config: Any = models.config(subject.original)
     longest = int(getattr(config, "max_position_embeddings", 512)) - 2  # RoBERTa keeps two places for itself
-    answers, labels = [], []
-    for one in texts:
-        tokens = subject.tokenizer(one.text, truncation=True, max_length=longest, return_tensors="pt")
-        logits = torch.from_numpy(subject.runner.answer(tokens.input_ids.numpy()))[0]
-        if not bool(torch.isfinite(logits).all()):
-            raise FloatingPointError(f"the logits of {one.text[:40]!r} came out as {logits.tolist()}")
-        answers.append(int(logits.argmax()))
-        labels.append(class_of(one, config))
-    said, right = torch.tensor(answers), torch.tensor(labels)
-    return measured({"accuracy": said == right, "f1": f1_items(said, right)})
+    right = torch.tensor([class_of(one, config) for one in texts])
+
+    def observe(start: int) -> list[Tensor]:
+        return [torch.tensor([_answer(subject, one, longest) for one in texts[start:]])]
+
+    (said,) = subject.observed(("answers",), len(texts), observe)
+    return measured({"accuracy": said == right, "f1": f1_items(said.long(), right)}, {"answers": said})
+
+
+def _answer(subject: Subject, one: Labelled, longest: int) -> int:
+    tokens = subject.tokenizer(one.text, truncation=True, max_length=longest, return_tensors="pt")
+    logits = torch.from_numpy(subject.runner.answer(tokens.input_ids.numpy()))[0]
+    if not bool(torch.isfinite(logits).all()):
+        raise FloatingPointError(f"the logits of {one.text[:40]!r} came out as {logits.tolist()}")
+    return int(logits.argmax())
 
 
 def f1_items(said: Int[Tensor, " texts"], right: Int[Tensor, " texts"]) -> Float[Tensor, " texts"]:

@@ -38,7 +38,8 @@ def missing(target: Target) -> str | None:
 
 def measure(subject: Subject) -> Measurement:
     """task_score: the mean over the tasks that the study names of each one's metric, a group's being the mean over
-    its tasks. The standard error is over items, the tasks being given."""
+    its tasks. The standard error is over items, the tasks being given. More items are read from the start again: the
+    examples before each are drawn in turn."""
     if (reason := missing(subject.materials.target)) is not None:
         raise ValueError(f"task_score cannot be measured: {reason}")
     source = subject.materials.tasks

@@ -18,12 +18,16 @@ def measure(subject: Subject) -> Measurement:
     """perplexity and accuracy over the evaluation windows, each token predicted from those before it in
     its window. Standard errors are clustered by window: tokens of one text are not independent."""
     rows = subject.evaluation()
-    batches = torch.split(rows, max(1, _TOKENS_AT_ONCE // rows.shape[1]))
-    losses, hits = zip(*(score(subject.runner, batch) for batch in batches), strict=True)
-    loss = torch.cat(losses)
+    at_once = max(1, _TOKENS_AT_ONCE // rows.shape[1])
+
+    def observe(start: int) -> list[Tensor]:
+        scores = [score(subject.runner, batch) for batch in torch.split(rows[start:], at_once)]
+        return [torch.cat(one) for one in zip(*scores, strict=True)]
+
+    loss, hits = subject.observed(("losses", "accuracy"), len(rows), observe, at_once)
     # The delta method: d exp(x) = exp(x) dx.
     perplexity = loss.mean().exp() * (1 + loss - loss.mean())
-    return measured({"perplexity": perplexity, "accuracy": torch.cat(hits)})
+    return measured({"perplexity": perplexity, "accuracy": hits}, {"losses": loss})
 
 
 @torch.inference_mode()

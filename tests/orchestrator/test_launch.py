@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import multiprocessing
 import os
 import signal
+import sqlite3
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -273,6 +275,36 @@ def test_a_study_in_rungs_measures_on_all_of_the_evaluation_what_ends_on_the_fro
     again: list[Job] = []
     assert run_inline(ready, counted(ready, again)).members == results.members
     assert again == []
+
+
+def test_a_study_keeps_the_rungs_that_it_began_with(
+    prepared: Callable[..., Prepared], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ready = prepared("search.rungs=auto", "search.candidates=4", "data.evaluation.window=8")
+    assert ready.plan.rungs == (1 / 8, 1 / 2, 1.0)
+    run_inline(ready)
+    monkeypatch.setattr("orchestrator.prepare._FEWEST_WINDOWS", 16)
+    later = prepared("search.rungs=auto", "search.candidates=4", "data.evaluation.window=8")
+    assert later.plan.rungs == (1 / 4, 1.0)
+    results = run_inline(later, lambda job: pytest.fail(f"{job.recipe} ran again"))
+    assert [one.state for one in results.candidates] == ["measured"] * 5
+
+
+def test_a_study_of_an_earlier_version_goes_on_by_its_rungs(
+    prepared: Callable[..., Prepared], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ready = prepared(
+        "search.rungs=auto", "search.candidates=4", "data.evaluation.window=4", "data.evaluation.tokens=1024"
+    )
+    assert ready.plan.rungs == (1 / 32, 1 / 8, 1 / 2, 1.0)
+    earlier = dataclasses.replace(ready, plan=dataclasses.replace(ready.plan, rungs=(1 / 16, 1 / 4, 1.0)))
+    run_inline(earlier)
+    db = sqlite3.connect(ready.folder / "ledger.db")
+    with db:
+        db.execute("delete from about where key = 'rungs'")
+    db.close()
+    results = run_inline(ready, lambda job: pytest.fail(f"{job.recipe} ran again"))
+    assert [one.state for one in results.candidates] == ["measured"] * 5
 
 
 def test_a_study_whose_bits_differ_by_layer_begins_with_what_is_solved_and_resumes(

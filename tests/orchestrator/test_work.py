@@ -8,11 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from torch import Tensor
 
 from cluster.store import ArtifactRef, LocalStore
 from jobs import run
-from jobs.job import Failure, Job, Success
+from jobs.job import Failure, Job, Measurement, Outcome, Success
+from jobs.meters import text
 from jobs.recipe import Recipe
+from jobs.runtimes import Runner
 from jobs.techniques.drop_layers import DropLayers
 from jobs.techniques.finetune import Finetune
 from jobs.techniques.prune_ffn import PruneFfn
@@ -99,6 +102,87 @@ def test_a_result_tells_what_statistics_spared_it(place: Workplace, root: Recipe
     assert isinstance(second, Success)
     assert first.spared_seconds == 0
     assert 0 < second.spared_seconds < first.seconds
+
+
+def windows_read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many windows go through models from now on, batch by batch."""
+    read, score = [], text.score
+
+    def counted(runner: Runner, rows: Tensor) -> tuple[Tensor, Tensor]:
+        read.append(len(rows))
+        return score(runner, rows)
+
+    monkeypatch.setattr(text, "score", counted)
+    return read
+
+
+def text_job(recipe: Recipe, fidelity: float, after: float = 0.0) -> Job:
+    return Job(recipe, ("text", "size"), "materials", fidelity, after)
+
+
+def measured(outcome: Outcome) -> Measurement:
+    assert isinstance(outcome, Success)
+    return dataclasses.replace(outcome.measurement, seconds=0.0)
+
+
+@pytest.fixture
+def at_once(prepared: Callable[..., Prepared], root: Recipe, tmp_path: Path) -> Measurement:
+    """What measuring all of the evaluation at once finds of the original, by another store."""
+    elsewhere = Workplace(
+        prepared().materials, str(tmp_path / "elsewhere"), tmp_path / "other", tmp_path / "cache"
+    )
+    return measured(work(text_job(root, 1.0), elsewhere))
+
+
+def test_a_longer_measurement_goes_on_from_the_shorter_ones(
+    place: Workplace, root: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(text, "_TOKENS_AT_ONCE", 64)  # two windows
+    read = windows_read(monkeypatch)
+    work(text_job(root, 3 / 16), place)
+    work(text_job(root, 8 / 16, after=3 / 16), place)
+    found = measured(work(text_job(root, 1.0, after=8 / 16), place))
+    assert read == [2, 1, 2, 2, 2, 2, 2, 2, 2]
+    elsewhere = dataclasses.replace(place, store=str(tmp_path / "elsewhere"))
+    assert found == measured(work(text_job(root, 1.0), elsewhere))
+
+
+def test_where_the_shorter_measurement_is_not_there_all_is_read(
+    place: Workplace, root: Recipe, at_once: Measurement, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = windows_read(monkeypatch)
+    work(dataclasses.replace(text_job(root, 1 / 4), meters=("text",)), place)  # another job
+    assert measured(work(text_job(root, 1.0, after=1 / 4), place)) == at_once
+    assert sum(read) == 4 + 16
+
+
+def test_what_was_measured_of_another_copy_or_elsewhere_is_not_gone_on_from(
+    place: Workplace, root: Recipe, at_once: Measurement, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = LocalStore(Path(place.store))
+    work(text_job(root, 1 / 4), place)
+    key = f"results/{text_job(root, 1 / 4).id}"
+    record = store.record(key)
+    assert record is not None
+    measurement = record["result"]["measurement"]
+    other = {**record["result"], "artifact": "0" * 64}
+    moved = {**measurement, "environment": {**measurement["environment"], "cpu": "another"}}
+    for changed in (other, {**record["result"], "measurement": moved}):
+        store.forget(key)
+        store.commit(key, {**record, "result": changed})
+        store.forget(f"results/{text_job(root, 1.0).id}")
+        read = windows_read(monkeypatch)
+        assert measured(work(text_job(root, 1.0, after=1 / 4), place)) == at_once
+        assert sum(read) == 16
+
+
+def test_what_was_seen_of_each_item_stays_in_the_store(place: Workplace, root: Recipe) -> None:
+    job = text_job(root, 1.0)
+    for _ in range(2):  # done, then found
+        assert measured(work(job, place)).observed == {}
+    record = LocalStore(Path(place.store)).record(f"results/{job.id}")
+    assert record is not None
+    assert len(record["result"]["measurement"]["observed"]["losses"]) == 16
 
 
 def test_a_full_disk_is_told_with_the_cure(
