@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import itertools
 import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from json.encoder import encode_basestring
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +84,10 @@ class LinearSpec:
     packing: Packing | None = None
     kept: int | None = None
 
+    def packed(self, packing: Packing) -> LinearSpec:
+        """The same linear with its weights packed."""
+        return LinearSpec(self.out_features, self.in_features, self.bias, packing, self.kept)
+
     def tensors(self) -> dict[str, TensorSpec]:
         """The tensors that hold it, by their names within the layer."""
         found: dict[str, TensorSpec] = {}
@@ -127,7 +134,7 @@ class Layout:
     others: Mapping[str, TensorSpec]
     tables: Mapping[str, LinearSpec] = field(default_factory=dict)
 
-    @property
+    @functools.cached_property
     def depth(self) -> int:
         """The number of blocks."""
         return len({self.block_of(name) for name in self.linears})
@@ -153,15 +160,12 @@ class Layout:
 
     def forms_of(self, name: str) -> frozenset[Form]:
         """The forms of the linear of this full name: a thin one may be packed as well."""
-        spec = self.linears[name]
-        shape: Form = "factored" if name.endswith((".u", ".v")) else "dense"
-        stored: list[Form] = ["packed"] if spec.packing is not None else []
-        stored += ["sparse"] if spec.kept is not None else []
-        return frozenset({shape, *stored})
+        return _forms(*_stored(name, self.linears[name]))
 
     def forms(self) -> frozenset[Form]:
         """Which forms of linears the model holds."""
-        return frozenset(form for name in self.linears for form in self.forms_of(name))
+        stored = {_stored(name, spec) for name, spec in self.linears.items()}
+        return frozenset(form for one in stored for form in _forms(*one))
 
     def with_linears(self, changed: Mapping[str, LinearSpec]) -> Layout:
         """The same layout with some linears replaced."""
@@ -169,15 +173,13 @@ class Layout:
 
     def packed(self, packing: Packing) -> Layout:
         """The same layout with every linear of the blocks packed."""
-        return self.with_linears(
-            {name: dataclasses.replace(spec, packing=packing) for name, spec in self.linears.items()}
-        )
+        return self.with_linears({name: spec.packed(packing) for name, spec in self.linears.items()})
 
     def with_tables_packed(self, packing: Packing) -> Layout:
         """The same layout with token embedding and head packed."""
         return dataclasses.replace(
             self,
-            tables={name: dataclasses.replace(spec, packing=packing) for name, spec in self.tables.items()},
+            tables={name: spec.packed(packing) for name, spec in self.tables.items()},
         )
 
     @property
@@ -188,8 +190,10 @@ class Layout:
     def tensors(self) -> dict[str, TensorSpec]:
         """Every tensor of the file by its full name."""
         found = dict(self.others)
+        parts = functools.cache(lambda spec: tuple(spec.tensors().items()))  # few linears differ
         for name, spec in self.matrices.items():
-            found |= {f"{name}.{part}": tensor for part, tensor in spec.tensors().items()}
+            for part, tensor in parts(spec):
+                found[f"{name}.{part}"] = tensor
         return found
 
     def size_bytes(self) -> int:
@@ -249,17 +253,35 @@ class Layout:
 
 def file_bytes(tensors: Mapping[str, TensorSpec]) -> int:
     """The size of a safetensors file of these tensors, to the byte: the header, padded to 8 bytes, and the tensors."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
     # safetensors lays tensors out by type, the widest first, then by name.
-    places = {dtype: place for place, dtype in enumerate(_ITEM_BYTES)}
-    in_file = sorted(tensors.items(), key=lambda item: (places[item[1].dtype], item[0]))
-    for name, tensor in in_file:
-        end = offset + tensor.size_bytes
-        header[name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    return 8 + math.ceil(len(text) / 8) * 8 + offset
+    names: dict[str, list[str]] = {dtype: [] for dtype in _ITEM_BYTES}
+    for name, tensor in tensors.items():
+        names[tensor.dtype].append(name)
+    about = functools.cache(lambda tensor: (_described(tensor), tensor.size_bytes))
+    texts, end = ['{"__metadata__":{"format":"pt"}'], 0
+    for name in itertools.chain.from_iterable(map(sorted, names.values())):
+        text, size = about(tensors[name])
+        offset, end = end, end + size
+        texts.append(f'{encode_basestring(name)}:{text[:-1]},"data_offsets":[{offset},{end}]}}')
+    header = ",".join(texts) + "}"
+    return 8 + math.ceil(len(header.encode()) / 8) * 8 + end
+
+
+def _described(tensor: TensorSpec) -> str:
+    """What a header says of a tensor, but for its place."""
+    return json.dumps({"dtype": tensor.dtype, "shape": tensor.shape}, separators=(",", ":"))
+
+
+def _stored(name: str, spec: LinearSpec) -> tuple[bool, bool, bool]:
+    """Whether a linear of this full name is one of two thin ones, packed, sparse."""
+    return name.endswith((".u", ".v")), spec.packing is not None, spec.kept is not None
+
+
+def _forms(factored: bool, packed: bool, sparse: bool) -> frozenset[Form]:
+    shape: Form = "factored" if factored else "dense"
+    stored: list[Form] = ["packed"] if packed else []
+    stored += ["sparse"] if sparse else []
+    return frozenset({shape, *stored})
 
 
 def _linear_spec(record: Mapping[str, Any]) -> LinearSpec:

@@ -74,7 +74,7 @@ def outline(step: Packs, layout: Layout) -> Layout:
     linears = {}
     steps = step.for_linears(layout)
     for name, spec in layout.linears.items():
-        packed = dataclasses.replace(spec, packing=steps[name].packing)
+        packed = spec.packed(steps[name].packing)
         rank = _rank(steps[name], name)
         if rank == 0:
             linears[name] = packed
@@ -91,7 +91,7 @@ def outline(step: Packs, layout: Layout) -> Layout:
     changed = dataclasses.replace(layout, linears=linears)
     if step.embedding_bits == 16:
         return changed
-    return changed.with_tables_packed(_table_packing(step, layout))
+    return changed.with_tables_packed(_table_packing(step, next(iter(steps.values()))))
 
 
 def pack_linear(
@@ -157,7 +157,7 @@ def pack_tables(model: Model, step: Packs) -> None:
     weights gains by it. A head tied to the embedding stays tied."""
     if step.embedding_bits == 16:
         return
-    packing = _table_packing(step, model.layout())
+    packing = _table_packing(step, next(iter(step.for_linears(model.layout()).values())))
     for name, table in model.tables().items():
         spec = dataclasses.replace(cast(LinearSpec, spec_of(table)), packing=packing)
         with resident(model, name):
@@ -188,9 +188,9 @@ def _rank(step: Packs, name: str) -> int:
     return 0 if name.endswith((".u", ".v")) else int(step.correction_rank)
 
 
-def _table_packing(step: Packs, layout: Layout) -> Packing:
-    like = next(iter(step.for_linears(layout).values())).packing  # but for the bits, alike for all linears
-    return table_packing(step.embedding_bits, like.group, like.symmetric)
+def _table_packing(step: Packs, some: Packs) -> Packing:
+    """some: the step as it treats some linear; but for the bits, it treats all alike."""
+    return table_packing(step.embedding_bits, some.packing.group, some.packing.symmetric)
 
 
 def table_packing(bits: int, group: int, symmetric: bool) -> Packing:

@@ -119,6 +119,8 @@ class Technique(ABC):
         reason = self.refusal(layout.family, layout.task)
         if reason is not None:
             raise ValueError(f"{self.name()} does not do {layout.family.name} ({layout.task}): {reason}")
+        if layout.forms() <= self.accepts:
+            return
         for name in layout.linears:
             for form in sorted(layout.forms_of(name) - self.accepts):
                 raise ValueError(
@@ -149,7 +151,10 @@ class Technique(ABC):
                     raise ValueError(
                         f"{self.name()}.{name} has {len(own[name])} values, the model {count} {what}"
                     )
-        taken = [tuple(values[at * len(values) // count] for values in own.values()) for at in range(count)]
+        if not own:
+            return [self] * count
+        columns = ([values[at * len(values) // count] for at in range(count)] for values in own.values())
+        taken = list(zip(*columns, strict=True))
         steps = {one: dataclasses.replace(self, **dict(zip(own, one, strict=True))) for one in set(taken)}
         return [steps[one] for one in taken]
 

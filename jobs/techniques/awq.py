@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, cast
@@ -53,7 +54,7 @@ class Awq(Technique):
         True, Choice((False, True)), "narrow a grid where clipping outliers lowers the error on the text"
     )
 
-    @property
+    @functools.cached_property
     def packing(self) -> Packing:
         return Packing(int(self.bits), self.group, self.symmetric, input_scales=True)
 

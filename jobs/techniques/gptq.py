@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import json
@@ -63,7 +64,7 @@ class Gptq(Technique):
     )
     sequential: bool = sequential_knob()
 
-    @property
+    @functools.cached_property
     def packing(self) -> Packing:
         return Packing(int(self.bits), self.group, self.symmetric)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import ClassVar, cast
 
@@ -49,7 +50,7 @@ class Hqq(Technique):
     norm: float = knob(0.7, Range(0.1, 1.0), "p of the l_p norm of the error")
     iterations: int = knob(20, Range(1, 200, integer=True), "alternations of shrinkage and closed form")
 
-    @property
+    @functools.cached_property
     def packing(self) -> Packing:
         return Packing(int(self.bits), self.group, symmetric=False, real_zeros=True)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
@@ -58,7 +59,7 @@ class Qat(Technique):
     hard_weight: float = aware_training.hard_weight_knob()
     zero_stage: int = aware_training.zero_stage_knob()
 
-    @property
+    @functools.cached_property
     def packing(self) -> Packing:
         return Packing(self.bits, self.group, self.symmetric)
 

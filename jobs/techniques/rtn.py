@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import ClassVar, cast
 
@@ -38,7 +39,7 @@ class Rtn(Technique):
     embedding_bits: int = packing.embedding_bits_knob()
     correction_rank: int | str = packing.correction_rank_knob()
 
-    @property
+    @functools.cached_property
     def packing(self) -> Packing:
         return Packing(int(self.bits), self.group, self.symmetric)
 

@@ -153,7 +153,7 @@ class SurrogateSearch:
         some = np.arange(len(losses))[-_BELIEVED:]
         if len(losses) > _BELIEVED:
             some = np.union1d(np.flatnonzero(self._best(losses)), some)
-        rows = self._survey.enter(points[some]).rows
+        rows = self._survey.rows(points[some])
         for column in np.flatnonzero(~self._survey.foreknown):
             belief = self._beliefs.setdefault(int(column), LossBelief(self._survey.features))
             belief.fit(rows, losses[some, column], self._survey.everywhere.rows)
@@ -161,7 +161,7 @@ class SurrogateSearch:
         failed = np.array([metrics is None for _, metrics in latest], dtype=np.float64)
         if failed.any():
             self._failing = self._failing or Belief(self._survey.features)
-            self._failing.fit(self._survey.enter(np.array([point for point, _ in latest])).rows, failed)
+            self._failing.fit(self._survey.rows(np.array([point for point, _ in latest])), failed)
         self._stale = False
 
     def _foretold(self, pool: Pool) -> list[Expected]:
@@ -217,7 +217,7 @@ class SurrogateSearch:
         if not had:
             return np.zeros(len(pool))
         part = self._survey.features.effects
-        rows, others = pool.rows[:, part], self._survey.enter(np.array(had[-_BELIEVED:])).rows[:, part]
+        rows, others = pool.rows[:, part], self._survey.rows(np.array(had[-_BELIEVED:]))[:, part]
         covariance = others @ others.T + 0.1 * np.eye(len(others))
         across = rows @ others.T
         return np.asarray(

@@ -19,6 +19,8 @@ from orchestrator.search.places import Axis, Places, Points
 _DRAWN = 100
 """So many choices of each kind stand for all."""
 
+_HELD = 2_000
+"""So many rows are remembered, about."""
 _LEAST_SECONDS = 1e-3
 _FAR = 10.0
 """Hints that differ by such a factor are compared by their ratios."""
@@ -73,11 +75,22 @@ class Survey:
         self._everywhere = np.concatenate(drawn)
         told = self._told(self._everywhere)
         self._hints = self._hinting(told)
+        self._held: dict[bytes, NDArray[np.float64]] = {}
         self.features = Features([*places.axes, *self._hints.values()])
         self.everywhere = self._entered(self._everywhere, told)
 
     def enter(self, points: Points) -> Pool:
         return self._entered(points, self._told(points))
+
+    def rows(self, points: Points) -> Rows:
+        """The rows of points that are asked for again and again, such as what was told: each is made once."""
+        marks = [point.tobytes() for point in points]
+        if len(self._held) > _HELD:
+            self._held = {}
+        new = {mark: point for mark, point in zip(marks, points, strict=True) if mark not in self._held}
+        if new:
+            self._held |= dict(zip(new, self.enter(np.array(list(new.values()))).rows, strict=True))
+        return np.array([self._held[mark] for mark in marks])
 
     def _told(self, points: Points) -> list[Mapping[str, float]]:
         return [self._known(self._places.choices(point)) for point in points]
@@ -123,6 +136,7 @@ class Survey:
                 )
         self.features = Features([*self._places.axes, *self._hints.values(), *self._lines.values()])
         self.everywhere = self.enter(self._everywhere)
+        self._held = {}
         return True
 
     def within(self, pool: Pool) -> Pool:

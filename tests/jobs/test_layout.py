@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from safetensors.torch import save_file
 
 from jobs import models, techniques
 from jobs.context import Context
-from jobs.layout import Layout, LinearSpec, Packing
+from jobs.layout import Layout, LinearSpec, Packing, TensorSpec, file_bytes
 from jobs.recipe import Origin, Recipe
 from jobs.statistics import Statistics
 from jobs.technique import Technique
@@ -28,6 +29,19 @@ def test_a_packed_linear_is_stored_in_integers_scales_and_zero_points() -> None:
 def test_a_group_of_zero_is_one_scale_per_row() -> None:
     assert Packing(4, 0, symmetric=True).groups(576) == 1
     assert Packing(4, 128, symmetric=True).groups(576) == 5
+
+
+def test_the_size_of_a_file_counts_what_its_header_escapes(tmp_path: Path) -> None:
+    tensors = {
+        'quoted "name"': torch.zeros(3, 5, dtype=torch.bfloat16),
+        "größe": torch.zeros(7, dtype=torch.int64),
+        "ring.10": torch.zeros(()),
+        "ring.9": torch.zeros(2, 0, dtype=torch.uint8),
+    }
+    names = {torch.bfloat16: "BF16", torch.int64: "I64", torch.float32: "F32", torch.uint8: "U8"}
+    save_file(tensors, tmp_path / "some", {"format": "pt"})
+    specs = {name: TensorSpec(names[one.dtype], tuple(one.shape)) for name, one in tensors.items()}
+    assert file_bytes(specs) == (tmp_path / "some").stat().st_size
 
 
 def test_an_originals_layout_is_known_without_its_weights(tiny_llama: Path, tiny_bert: Path) -> None:

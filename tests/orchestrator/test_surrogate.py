@@ -345,6 +345,26 @@ def test_with_noise_larger_than_the_differences_the_search_goes_on() -> None:
     assert len(trying.ask(4)) == 4
 
 
+def test_what_was_told_is_not_surveyed_again_at_each_result() -> None:
+    asked: list[tuple[Value, ...]] = []
+
+    def known(choices: Mapping[str, Value]) -> dict[str, float]:
+        asked.append(tuple(choices.values()))
+        return {"size": float(choices["x0"])}
+
+    space = {f"x{at}": Range(0, 9, integer=True) for at in range(8)}
+    trying = search.make("surrogate", space, [Objective("size"), Objective("loss")], known)
+    told = []
+    for _ in range(30):
+        (choices,) = trying.ask(1)
+        told.append(tuple(choices.values()))
+        trying.tell([(choices, {"loss": float(sum(told[-1]))})])
+    asked.clear()
+    trying.ask(1)
+    assert asked
+    assert not set(told[:-1]) & set(asked)
+
+
 def test_of_what_adds_alike_the_cheaper_is_tried_first() -> None:
     space = {"kind": Choice(("cheap", "dear")), **{f"x{i}": Range(0.0, 1.0) for i in range(3)}}
 
