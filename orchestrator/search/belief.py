@@ -75,12 +75,29 @@ class Belief:
         self._factor = linalg.cholesky(covariance, lower=True, overwrite_a=True, check_finite=False)
         self._weights = linalg.cho_solve((self._factor, True), y, check_finite=False)
 
-    def predict(self, rows: Rows) -> tuple[Vector, Vector]:
-        """Mean and standard deviation of what is there, without the noise of measuring it."""
+    def predict(self, rows: Rows, awaited: Rows | None = None) -> tuple[Vector, Vector]:
+        """Mean and standard deviation of what is there, without the noise of measuring it.
+
+        awaited: what is being measured. That it comes out as believed would change no mean, but whatever comes out
+        leaves less to be told by choices like it (Ginsbourger et al. 2010, Kriging is well-suited to parallelize
+        optimization, §4.2).
+        """
         across = self._covariance.between(rows, self._rows)
-        half = linalg.solve_triangular(self._factor, across.T, lower=True, check_finite=False)
-        left = np.maximum(self._covariance.own(rows) - (half**2).sum(axis=0), 1e-10)
+        half = self._halved(across)
+        left = self._covariance.own(rows) - (half**2).sum(axis=0)
+        if awaited is not None and len(awaited):
+            theirs = self._halved(self._covariance.between(awaited, self._rows))
+            covariance = self._covariance.between(awaited, awaited) - theirs.T @ theirs
+            covariance[np.diag_indices(len(awaited))] += self._covariance.noise
+            factor = linalg.cholesky(covariance, lower=True, check_finite=False)
+            shared = self._covariance.between(awaited, rows) - theirs.T @ half
+            left -= (linalg.solve_triangular(factor, shared, lower=True, check_finite=False) ** 2).sum(axis=0)
+        left = np.maximum(left, 1e-10)
         return self._mean + self._scale * (across @ self._weights), self._scale * np.sqrt(left)
+
+    def _halved(self, across: Matrix) -> Matrix:
+        """L⁻¹ of these covariances with the results, a column for each row."""
+        return np.asarray(linalg.solve_triangular(self._factor, across.T, lower=True, check_finite=False))
 
     def below(self, rows: Rows, bound: float) -> Vector:
         """The probability that what is there is below a bound."""
@@ -127,8 +144,8 @@ class LossBelief:
             if self._evidence(losses, rows) < plain:
                 self._belief, self._scale = before
 
-    def predict(self, rows: Rows) -> Expected:
-        return Expected(*self._belief.predict(rows), self._scale)
+    def predict(self, rows: Rows, awaited: Rows | None = None) -> Expected:
+        return Expected(*self._belief.predict(rows, awaited), self._scale)
 
     def _evidence(self, losses: Vector, rows: Rows) -> float:
         """For each result, the logarithm of the losses' density by this belief on this scale, fitted to them."""

@@ -12,6 +12,7 @@ from jobs.knobs import Value
 from orchestrator.front import Metrics, Objective, nondominated
 from orchestrator.search import Known, Result, Space
 from orchestrator.search.belief import Belief, LossBelief
+from orchestrator.search.features import Rows
 from orchestrator.search.improvement import Expected, expected_improvement
 from orchestrator.search.places import Places, Points
 from orchestrator.search.proposals import Proposals
@@ -102,7 +103,8 @@ class SurrogateSearch:
             order = np.argsort(-self._novelty(pool) / pool.seconds, kind="stable")
         else:
             self._learn(points, losses)
-            foretold = self._foretold(pool)
+            awaited = self._survey.rows(np.array(list(self._asked.values()))) if self._asked else None
+            foretold = self._foretold(pool, awaited)
             order = np.argsort(-self._scores(pool, foretold, losses), kind="stable")
             self._likely = pool.points[self._best(np.column_stack([one.median for one in foretold]))]
         self._pool = pool.take(order[1 : _KEPT + 1])
@@ -164,12 +166,12 @@ class SurrogateSearch:
             self._failing.fit(self._survey.rows(np.array([point for point, _ in latest])), failed)
         self._stale = False
 
-    def _foretold(self, pool: Pool) -> list[Expected]:
+    def _foretold(self, pool: Pool, awaited: Rows | None = None) -> list[Expected]:
         """Of each objective, what is known or believed."""
         return [
             Expected(pool.known[:, column], np.zeros(len(pool)))
             if known
-            else self._beliefs[column].predict(pool.rows)
+            else self._beliefs[column].predict(pool.rows, awaited)
             for column, known in enumerate(self._survey.foreknown)
         ]
 

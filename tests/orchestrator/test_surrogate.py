@@ -146,6 +146,22 @@ def test_the_evidence_is_the_density_of_a_normal_and_predictions_are_its_conditi
     np.testing.assert_allclose(deviation, y[:16].std() * np.sqrt(left), rtol=1e-4)
 
 
+def test_what_is_awaited_leaves_less_to_be_told_as_if_it_had_come_out_as_believed() -> None:
+    features, rows = rows_of(places(), 40, 1)
+    y = np.sin(3 * rows[:, features.distances].sum(axis=1))
+    belief = Belief(features)
+    belief.fit(rows[:20], y[:20])
+    had, awaited, others = rows[:20], rows[20:23], rows[23:]
+    mean, deviation = belief.predict(others, awaited)
+    assert np.array_equal(mean, belief.predict(others)[0])
+    covariance, both = belief._covariance, np.concatenate([had, awaited])
+    known = covariance.between(both, both) + covariance.noise * np.eye(23)
+    across = covariance.between(others, both)
+    left = np.diag(covariance.between(others, others) - across @ np.linalg.solve(known, across.T))
+    np.testing.assert_allclose(deviation, y[:20].std() * np.sqrt(left), rtol=1e-4)
+    assert (belief.predict(awaited, awaited)[1] < 0.7 * belief.predict(awaited)[1]).all()
+
+
 def test_what_adds_up_over_many_knobs_is_learned_from_few_results() -> None:
     there = Places({f"x{i}": Choice((2, 3, 4, 8)) for i in range(30)})
     features, rows = rows_of(there, 220, 3)
