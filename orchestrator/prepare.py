@@ -7,6 +7,7 @@ import functools
 import hashlib
 import itertools
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -138,13 +139,27 @@ class Prepared:
         return {**found, search.SECONDS: study.seconds(recipe)}
 
     def opening(self) -> list[dict[str, Value]]:
-        """What the search begins with: where options differ by block, what is solved from the levels of blocks."""
-        if self.levels is None:
-            return []
+        """What the search begins with: where options differ by block, what is solved from the levels of blocks; else,
+        with the surrogate, which would learn it late or never, what anybody would try first."""
         limit = next((one.limit for one in self.plan.objectives if one.metric == "size_bytes"), None)
         count = min(_OPENING, self.config.search.candidates // 4)
         size = lambda choices: self.known(choices).get("size_bytes")  # noqa: E731
-        return Allocations.of(self.space, self.levels, size).spread(limit, count)
+        if self.levels is not None:
+            return Allocations.of(self.space, self.levels, size).spread(limit, count)
+        return self._alone(limit)[:count] if self.config.search.algorithm == "surrogate" else []
+
+    def _alone(self, limit: float | None) -> list[dict[str, Value]]:
+        """Each technique that makes the model smaller, by itself: as little as it may within the limit, then as much as
+        it may."""
+        least, most = [], []
+        for some in self.space.alone():
+            sized = [(self.known(choices).get("size_bytes", math.inf), choices) for choices in some]
+            bound = min(self.plan.original_cost.size_bytes - 1, math.inf if limit is None else limit)
+            sized = sorted((one for one in sized if one[0] <= bound), key=lambda one: one[0])
+            if sized and sized[-1][0] > sized[0][0]:
+                least.append(sized[-1])
+            most += sized[:1]
+        return [choices for part in (least, most) for _, choices in sorted(part, key=lambda one: one[0])]
 
     @functools.cached_property
     def _remembered(self) -> Callable[[Recipe], Recipe]:

@@ -112,6 +112,26 @@ class SearchSpace:
                 recipe = recipe.then(option.step(chosen))
         return recipe
 
+    def alone(self) -> Iterator[list[dict[str, Value]]]:
+        """For each technique, the choices that take it by itself, its options at the ends of what is searched."""
+        others = {name: _ends(domain)[0] for name, domain in self.knobs().items()}
+        others |= dict.fromkeys(self.stages, SKIP)
+        for stage, options in self.stages.items():
+            for option in options:
+                name = option.technique.name()
+                ends = {f"{stage}.{name}.{knob}": _ends(domain) for knob, domain in option.searched.items()}
+                # Where each block chooses, all choose alike.
+                spread = {f"{stage}.{name}.{knob}": one for knob, one in option.spread.items()}
+                ends |= {knob: _ends(one.domain) for knob, one in spread.items()}
+                found = []
+                for values in itertools.product(*ends.values()):
+                    chosen = dict(zip(ends, values, strict=True))
+                    for knob, one in spread.items():
+                        value = chosen.pop(knob)
+                        chosen |= {f"{knob}.{run}": value for run in range(one.runs)}
+                    found.append({**others, stage: name, **chosen})
+                yield found
+
     def needs(self) -> set[str]:
         """What any technique of the space needs (calibration, teacher, training …)."""
         return {need for option in self.options() for need in option.technique.needs}
@@ -315,6 +335,14 @@ def _shifted(picked: Mapping[str, Option]) -> Iterator[tuple[str, Problem]]:
 
 def _known(technique: type[Technique]) -> str:
     return ", ".join(f"{name} in {domain}" for name, domain in technique.domains().items())
+
+
+def _ends(domain: Domain) -> tuple[Value, ...]:
+    """The least and the largest value of numbers, else the first."""
+    if isinstance(domain, Range):
+        return domain.normal(domain.low), domain.normal(domain.high)
+    numbers = [value for value in domain.values if not isinstance(value, (str, bool))]
+    return (min(numbers), max(numbers)) if len(numbers) == len(domain.values) else domain.values[:1]
 
 
 def _count(searched: Mapping[str, Domain]) -> float:

@@ -199,3 +199,32 @@ def test_a_tokenizer_of_another_model_is_refused(study_file: Path, tiny_llama: P
 def test_a_classifier_needs_texts_with_labels(study_file: Path, tiny: Callable[..., Path]) -> None:
     lines = problems(study_file, f"model={tiny('bert', 'classification')}", "task=classification")
     assert [line for line in lines if "data.labelled: got nothing" in line]
+
+
+def test_the_surrogate_begins_with_each_technique_by_itself_as_little_and_as_much_as_it_may(
+    prepared: Callable[..., Prepared],
+) -> None:
+    def first(*overrides: str) -> list[tuple[str, float]]:
+        ready = prepared("search.candidates=40", "search.algorithm=surrogate", *overrides)
+        sizes = [ready.known(choices)["size_bytes"] for choices in ready.opening()]
+        recipes = [str(ready.propose(choices).recipe) for choices in ready.opening()]
+        return list(zip(recipes, sizes, strict=True))
+
+    every = dict(first())
+    least, most = list(every)[:3], list(every)[3:]
+    assert set(least) == {"rtn(bits=8, group=32)", "drop_layers(count=1)", "prune_ffn(ratio=0.2)"}
+    assert set(most) == {"rtn(bits=3)", "drop_layers(count=2)", "prune_ffn(ratio=0.4)"}
+    assert [every[one] for one in least] == sorted(every[one] for one in least)
+    assert first("search.candidates=8") == first()[:2]
+    assert first("search.algorithm=random") == []
+    assert dict(first(f"objectives.size_bytes.limit={every['rtn(bits=3)']}")).keys() == {"rtn(bits=3)"}
+
+
+def test_in_the_opening_all_blocks_choose_alike(study_file: Path) -> None:
+    text = study_file.read_text()
+    study_file.write_text(
+        text.replace("bits: [3, 4, 8]", "bits: {choices: [3, 4, 8], each: layer, groups: 2}")
+    )
+    ready = prepare(load(study_file, ["search.candidates=40", "search.algorithm=surrogate"]))
+    found = {str(ready.propose(choices).recipe) for choices in ready.opening()}
+    assert {"rtn(bits=8, group=32)", "rtn(bits=3)"} < found
