@@ -19,6 +19,8 @@ ORDER = "order"
 _THEN = ", "
 _MOST_STAGES = 6
 """720 orders: with more stages, most of the search would go into their order."""
+_CORNERS = 2**6
+"""So many combinations of ends at most: each costs the layout of a model."""
 Choices = Mapping[str, Value]
 """What a search chose: a technique (or `skip`) per stage, and a value for every knob, used or not."""
 
@@ -113,7 +115,8 @@ class SearchSpace:
         return recipe
 
     def alone(self) -> Iterator[list[dict[str, Value]]]:
-        """For each technique, the choices that take it by itself, its options at the ends of what is searched."""
+        """For each technique, the choices that take it by itself, its options at the ends of what is searched; of more
+        than six options not all combinations."""
         others = {name: _ends(domain)[0] for name, domain in self.knobs().items()}
         others |= dict.fromkeys(self.stages, SKIP)
         for stage, options in self.stages.items():
@@ -124,7 +127,7 @@ class SearchSpace:
                 spread = {f"{stage}.{name}.{knob}": one for knob, one in option.spread.items()}
                 ends |= {knob: _ends(one.domain) for knob, one in spread.items()}
                 found = []
-                for values in itertools.product(*ends.values()):
+                for values in itertools.islice(itertools.product(*ends.values()), _CORNERS):
                     chosen = dict(zip(ends, values, strict=True))
                     for knob, one in spread.items():
                         value = chosen.pop(knob)
