@@ -13,13 +13,20 @@ from cluster.executor import InlineExecutor
 from cluster.store import LocalStore, open_store
 from jobs import run
 from jobs.job import Job, Outcome
+from orchestrator.config import load
 from orchestrator.export import export_member
 from orchestrator.launch import launch
 from orchestrator.lock import only_one
-from orchestrator.prepare import Prepared
+from orchestrator.prepare import Prepared, prepare
 from orchestrator.results import Results
 from orchestrator.trim import Inventory, Item, bytes_of, inventory, remove
 from orchestrator.work import Workplace, work
+
+
+@pytest.fixture
+def prepared(study_file: Path) -> Callable[..., Prepared]:
+    """Prepares the tiny study with overrides; its choices are of several steps from the start, and all different."""
+    return lambda *overrides: prepare(load(study_file, ("search.algorithm=random", *overrides)))
 
 
 @pytest.fixture
@@ -110,7 +117,7 @@ def test_a_trimmed_store_keeps_fronts_originals_and_results_and_a_study_goes_on(
 def test_a_removed_parent_is_made_again_for_its_child_and_is_the_same(
     prepared: Callable[..., Prepared], made: list[Job]
 ) -> None:
-    ready = prepared(SPACE, "search.candidates=2", "search.algorithm=random")
+    ready = prepared(SPACE, "search.candidates=2")
     run_inline(ready)
     root = Path(ready.config.store)
     store = open_store(ready.config.store)
@@ -119,7 +126,7 @@ def test_a_removed_parent_is_made_again_for_its_child_and_is_the_same(
     left = set(store.records("artifacts/"))
     assert left < set(names)
     made.clear()
-    run_inline(prepared(SPACE, "search.candidates=6", "search.algorithm=random"))
+    run_inline(prepared(SPACE, "search.candidates=6"))
     again = [job for job in made if f"artifacts/{job.recipe.id}" in names]
     assert [str(job.recipe) for job in again] == ["drop_layers(count=1)"]
     for key in store.records("artifacts/"):
@@ -129,7 +136,9 @@ def test_a_removed_parent_is_made_again_for_its_child_and_is_the_same(
 def test_what_was_removed_by_hand_is_made_again_though_its_record_is_left(
     prepared: Callable[..., Prepared], tmp_path: Path, made: list[Job]
 ) -> None:
-    ready = prepared(SPACE)
+    ready = prepared(
+        SPACE, "search.candidates=7"
+    )  # all there are: the smallest, on the front, takes two steps
     results = run_inline(ready)
     store = open_store(ready.config.store)
     for held in store.holdings().artifacts:
@@ -211,7 +220,7 @@ def test_scratch_of_a_study_that_starts_at_this_moment_stays(prepared: Callable[
 def test_a_trim_killed_between_record_and_artifact_leaves_a_sound_store(
     prepared: Callable[..., Prepared], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ready = prepared(SPACE, "search.candidates=2", "search.algorithm=random")
+    ready = prepared(SPACE, "search.candidates=2")
     run_inline(ready)
     root = Path(ready.config.store)
 
@@ -223,7 +232,7 @@ def test_a_trim_killed_between_record_and_artifact_leaves_a_sound_store(
         with pytest.raises(KeyboardInterrupt):
             trimmed(root)
     assert kinds(inventory(root))["unnamed"] == 1
-    results = run_inline(prepared(SPACE, "search.candidates=4", "search.algorithm=random"))
+    results = run_inline(prepared(SPACE, "search.candidates=4"))
     assert [c.state for c in results.candidates] == ["measured"] * 5
     trimmed(root)
     assert "unnamed" not in kinds(inventory(root))
