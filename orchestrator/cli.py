@@ -72,8 +72,9 @@ def plan(study: StudyFile, overrides: Overrides = None) -> None:
     config = prepared.config
     knobs = prepared.space.knobs()
     searching = search.make(
-        config.search.algorithm, knobs, prepared.plan.objectives, prepared.known, config.search.seed
-    )
+        config.search.algorithm, knobs, prepared.plan.objectives, prepared.known, config.search.seed,
+        prepared.opening(),
+    )  # fmt: skip
     found = forecast(prepared, searching, open_store(config.store))
     table = Table(
         "recipe",

@@ -17,7 +17,7 @@ from orchestrator.search import Search
 ASSUMED_FLOPS = 1e11
 """Operations a second of one slot, where nothing like the job has run here yet: one core of a server CPU."""
 
-TIMING_SECONDS = 20.0
+TIMING_SECONDS = 11.0
 """One exclusive latency measurement, with the starts of its processes."""
 
 TABLE_SECONDS = 12.0
