@@ -12,6 +12,8 @@ from jobs.layout import Packing
 
 _TINY = 2.0**-24  # the smallest fp16
 _SHRINKS = 10
+_AT_ONCE = 2**18
+"""Weights whose grids are fitted together: what is made of more does not stay in a processor's cache."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,13 @@ def fit(
     are tried as well, and the one of the least error taken, though it clips the few weights outside.
     Raises ValueError where fp16 cannot hold a scale.
     """
+    rows = max(1, _AT_ONCE // weight[0].numel()) if weight.device.type == "cpu" else len(weight)
+    parts = [_fit(some, packing, importance) for some in torch.split(weight, rows)]
+    scales, zeros = torch.cat([one.scales for one in parts]), torch.cat([one.zeros for one in parts])
+    return Grid(scales, zeros, packing.bits)
+
+
+def _fit(weight: Tensor, packing: Packing, importance: Tensor | None) -> Grid:
     low = weight.amin(dim=-1).clamp_(max=0)
     high = weight.amax(dim=-1).clamp_(min=0)
     best = _spanning(low, high, packing)

@@ -31,6 +31,7 @@ from orchestrator.events import (
 )
 from orchestrator.racing import Race, next_fidelity
 from orchestrator.savings import Savings
+from orchestrator.timing_order import Timing, next_timed
 
 ALL_FAILED = 20
 """When so many candidates have failed and none came out, no more are tried."""
@@ -111,7 +112,7 @@ class Study:
         # What follows from the nodes and candidates, kept beside them: it is asked for at every turn.
         self._busy: set[str] = set()
         self._open: set[str] = set()
-        self._contenders: frozenset[str] | None = None
+        self._contenders: dict[str, Rival] | None = None
         self._original_id = plan.original.id
         self._enter(plan.original, {}, plan.original_cost)
 
@@ -352,23 +353,57 @@ class Study:
         if node.artifact is None or (node.wanted and not node.measured):
             meters, fidelity = (self.plan.meters, self.plan.rungs[0]) if node.wanted else ((), 1.0)
             return [self._run(node, meters, node.alone, fidelity)]
-        return [self._run(node, self.plan.timers, alone=True)] if self._to_be_timed(node) else []
+        return []
 
-    def _to_be_timed(self, node: _Node) -> bool:
-        """Whether this candidate is to be timed now."""
-        if not self._timing or not self.plan.timers or node.timed or node.id not in self.candidates:
-            return False
+    def _timings(self) -> list[Command]:
+        """The timings to begin now: no more than there are slots, since each tells which others are worth it."""
+        found: list[Command] = []
+        while self.running < self._slots:
+            id = self._next_timed()
+            if id is None:
+                break
+            found.append(self._run(self._nodes[id], self.plan.timers, alone=True))
+        return found
+
+    def _next_timed(self) -> str | None:
+        if not self.plan.timers:
+            return None
         if self._contenders is None:
             self._contenders = self._found_contenders()
-        return node.parent is None or node.id in self._contenders
 
-    def _found_contenders(self) -> frozenset[str]:
+        def waits(id: str) -> bool:
+            node = self._nodes[id]
+            return not node.timed and node.job is None and node.failure is None
+
+        if waits(self._original_id):
+            return self._original_id
+        waiting = [id for id in self._contenders if waits(id)]
+        timings = {
+            id: found for id in (*self._contenders, self._original_id) if (found := self._timings_of(id))
+        }
+        return next_timed(waiting, self._contenders, timings, self.plan) if waiting else None
+
+    def _timings_of(self, id: str) -> Mapping[str, Timing]:
+        """What was timed of a candidate; nothing where any of it is unreliable."""
+        measurement = self.candidates[id].measurement
+        if measurement is None or not self.plan.timed <= measurement.metrics.keys() - {
+            *measurement.unreliable
+        }:
+            return {}
+        return {
+            metric: Timing(measurement.metrics[metric], measurement.errors.get(metric, 0.0))
+            for metric in self.plan.timed
+        }
+
+    def _found_contenders(self) -> dict[str, Rival]:
         measured = [
             (id, candidate.measurement)
             for id, candidate in self.candidates.items()
             if candidate.measurement is not None and candidate.fidelity >= 1
         ]
-        return contenders({id: Rival(one.metrics, self._cost(id)) for id, one in measured}, self.plan)
+        rivals = {id: Rival(one.metrics, self._cost(id)) for id, one in measured}
+        found = contenders(rivals, self.plan)
+        return {id: rival for id, rival in rivals.items() if id in found}
 
     def _cost(self, id: str) -> Cost:
         cost = self._nodes[id].cost
@@ -386,13 +421,15 @@ class Study:
     def _turn(self) -> list[Command]:
         """When there is nothing more to propose, fill slots with measurements on more of the evaluation, of those who
         may be on the front; when there are none, go on to the timings."""
-        if self._timing or self.original.state == "waiting" or not self._proposed_all:
+        if self._timing:
+            return self._timings()
+        if self.original.state == "waiting" or not self._proposed_all:
             return []
         raced = self._raced()
         if raced or self.running:
             return raced
         self._timing = True
-        return [command for node in list(self._nodes.values()) for command in self._next(node)]
+        return self._timings()
 
     @property
     def _proposed_all(self) -> bool:

@@ -65,6 +65,21 @@ def measured(accuracy: float, size: float = 50, **more: float) -> Success:
     return Success("artifact", 1, Measurement({"size_bytes": size, "accuracy": accuracy, **more}), 1.0)
 
 
+def timed(ms: float, error: float = 0.5) -> Success:
+    return Success("artifact", 1, Measurement({"decode_ms": ms}, {"decode_ms": error}), 0.0)
+
+
+def timed_after(study: Study, run: Run, took: dict[Recipe, float] | None = None) -> list[Recipe]:
+    """The recipes that are timed from `run` on, one after the other; each takes so many milliseconds, or 5."""
+    order = []
+    while True:
+        order.append(run.job.recipe)
+        left = runs(end(study, run, timed(5.0 if took is None else took[run.job.recipe])))
+        if not left:
+            return order
+        (run,) = left
+
+
 def runs(commands: list[Command]) -> list[Run]:
     return [command for command in commands if isinstance(command, Run)]
 
@@ -78,10 +93,10 @@ def end(study: Study, run: Run, outcome: Success | Failure) -> list[Command]:
     return study.handle(Ended(run.job.id, run.attempt, outcome))
 
 
-def begun(plan: Plan) -> tuple[Study, Run]:
+def begun(plan: Plan, slots: int = 1) -> tuple[Study, Run]:
     """A study whose original is being measured."""
     study = Study(plan)
-    return study, only_run(study.handle(Began()))
+    return study, only_run(study.handle(Began(slots)))
 
 
 DROPPED = ORIGINAL.then(DROP(count=1))
@@ -240,14 +255,14 @@ def test_timings_come_at_the_end_and_only_for_what_may_be_on_the_front() -> None
     worse = only_run(study.handle(proposal(bad, size=60)))
     assert runs(end(study, worse, measured(0.3, size=60))) == []
     assert study.stage == "searching"
-    again, timing = runs(end(study, better, measured(0.4, size=50)))
+    again = only_run(end(study, better, measured(0.4, size=50)))
     assert again == Run(Job(ORIGINAL, ("latency",), "m"), 2, alone=True)
-    assert timing == Run(Job(good, ("latency",), "m"), 2, alone=True)
     assert study.stage == "timing"
-    end(study, again, Success("artifact", 1, Measurement({"decode_ms": 8.0}), 0.0))
+    timing = only_run(end(study, again, timed(8.0)))
+    assert timing == Run(Job(good, ("latency",), "m"), 2, alone=True)
     assert study.original.measurement is not None
     assert study.original.measurement.metrics["decode_ms"] == 8.0
-    end(study, timing, Success("artifact", 1, Measurement({"decode_ms": 5.0}), 0.0))
+    end(study, timing, timed(5.0))
     measurement = study.candidates[good.id].measurement
     assert measurement is not None
     assert measurement.metrics == {"size_bytes": 50, "accuracy": 0.4, "decode_ms": 5.0}
@@ -261,8 +276,53 @@ def test_a_dominated_candidate_that_computes_less_may_still_be_the_fastest() -> 
     first = only_run(study.handle(proposal(good, size=50, macs=1000)))
     second = only_run(study.handle(proposal(lean, size=60, macs=500)))
     end(study, first, measured(0.4, size=50))
-    timings = runs(end(study, second, measured(0.3, size=60)))
-    assert {run.job.recipe for run in timings} == {ORIGINAL, good, lean}
+    again = only_run(end(study, second, measured(0.3, size=60)))
+    assert timed_after(study, again) == [ORIGINAL, good, lean]
+
+
+@pytest.mark.parametrize(("size", "worth_it"), [(90, False), (56, True)])
+def test_a_dominated_candidate_is_not_timed_if_those_that_were_say_that_it_is_slower(
+    size: int, worth_it: bool
+) -> None:
+    """In a world where time follows the bytes, ten of them a millisecond, and timings err by a half."""
+    study, original = begun(plan(candidates=6, timers=True))
+    end(study, original, measured(0.5, size=100, decode_ms=10.0))
+    best = [ORIGINAL.then(DROP(count=count)) for count in (1, 2, 3, 4, 5)]
+    for place, one in enumerate(best):
+        run = only_run(study.handle(proposal(one, size=50 + place, macs=1000)))
+        end(study, run, measured(0.4 + place / 100, size=50 + place))
+    lean = ORIGINAL.then(PRUNE(ratio=0.5))
+    run = only_run(study.handle(proposal(lean, size=size, macs=990)))
+    again = only_run(end(study, run, measured(0.3, size=size)))
+    took = {ORIGINAL: 10.0, lean: size / 10} | {one: 5 + place / 10 for place, one in enumerate(best)}
+    order = timed_after(study, again, took)
+    assert order[:6] == [ORIGINAL, *best]
+    assert order[6:] == ([lean] if worth_it else [])
+    assert study.stage == "done"
+
+
+def test_no_more_timings_wait_than_there_are_slots() -> None:
+    study, original = begun(plan(candidates=3, timers=True), slots=2)
+    end(study, original, measured(0.5, size=100, decode_ms=10.0))
+    recipes = [ORIGINAL.then(RTN(bits=bits)) for bits in (2, 3, 4)]
+    for size, one in enumerate(recipes):
+        last = end(
+            study,
+            only_run(study.handle(proposal(one, size=50 + size))),
+            measured(0.4 + size / 10, size=50 + size),
+        )
+    again, first = runs(last)
+    assert [again.job.recipe, first.job.recipe] == [ORIGINAL, recipes[0]]
+    assert only_run(end(study, first, timed(5.0))).job.recipe == recipes[1]
+
+
+def test_a_timing_that_was_preempted_is_begun_again() -> None:
+    study, original = begun(plan(candidates=1, timers=True))
+    end(study, original, measured(0.5, size=100, decode_ms=10.0))
+    run = only_run(study.handle(proposal(DROPPED)))
+    again = only_run(end(study, run, measured(0.4)))
+    once_more = only_run(end(study, again, Failure("preempted", "the node went away")))
+    assert (once_more.job, once_more.attempt) == (again.job, again.attempt + 1)
 
 
 def test_a_search_that_learns_is_told_estimates_of_what_is_timed_later() -> None:
@@ -288,10 +348,9 @@ def test_what_was_predicted_is_kept_beside_what_was_measured() -> None:
     study, original = begun(plan(candidates=1, timers=True, predicted=20.0))
     end(study, original, measured(0.5, size=100, decode_ms=10.0))
     run = only_run(study.handle(proposal(DROPPED, decode_ms=16.0)))
-    again, timing = runs(end(study, run, measured(0.4)))
+    again = only_run(end(study, run, measured(0.4)))
     assert study.candidates[DROPPED.id].predicted == {}
-    end(study, again, Success("artifact", 1, Measurement({"decode_ms": 12.0}), 0.0))
-    end(study, timing, Success("artifact", 1, Measurement({"decode_ms": 10.0}), 0.0))
+    end(study, only_run(end(study, again, timed(12.0))), timed(10.0))
     # The machine is slower than at first: the original takes 12 ms by now.
     assert study.candidates[DROPPED.id].predicted == {"decode_ms": pytest.approx(9.6)}
     assert study.original.predicted == {}
@@ -307,8 +366,8 @@ def test_a_dominated_candidate_is_not_timed_if_it_is_predicted_slower_by_more_th
     first = only_run(study.handle(proposal(good, size=50, macs=1000, decode_ms=10.0)))
     second = only_run(study.handle(proposal(lean, size=60, macs=500, decode_ms=predicted)))
     end(study, first, measured(0.4, size=50))
-    timings = runs(end(study, second, measured(0.3, size=60)))
-    assert (lean in {run.job.recipe for run in timings}) is timed
+    again = only_run(end(study, second, measured(0.3, size=60)))
+    assert (lean in timed_after(study, again)) is timed
 
 
 def test_a_study_that_proposals_run_out_of_ends() -> None:
