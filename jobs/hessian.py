@@ -8,14 +8,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+_LEAF = 128
+"""A triangle of so many rows is inverted at once."""
 
-def cholesky(matrix: Float[Tensor, "n n"], upper: bool = False) -> Float[Tensor, "n n"] | None:
-    """The Cholesky factor, or None where the matrix is not positive.
+
+def cholesky(matrix: Float[Tensor, "n n"]) -> Float[Tensor, "n n"] | None:
+    """The lower Cholesky factor, or None where the matrix is not positive.
 
     On CUDA (seen with torch 2.11 on an H100) the factor of a matrix that just isn't may hold NaN without a word of
     failure, so it is looked at.
     """
-    factor, failed = torch.linalg.cholesky_ex(matrix, upper=upper)
+    factor, failed = torch.linalg.cholesky_ex(matrix)
     if failed.item() or not bool(torch.isfinite(factor.diagonal()).all()):
         return None
     return cast(Tensor, factor)
@@ -31,11 +34,24 @@ def inverse_factor(gram: Float[Tensor, "in in"], damping: float, technique: str)
     mean = gram.diagonal().mean().clamp(min=torch.finfo(gram.dtype).tiny)
     for _ in range(6):
         damped = gram + torch.diag(torch.full_like(gram.diagonal(), (damping * mean).item()))
-        lower = cholesky(damped)
-        inverse = None if lower is None else cholesky(torch.cholesky_inverse(lower), upper=True)
-        if inverse is not None:
-            return inverse
+        # Turned about, its factor L gives R = J L J, upper triangular with R Rᵀ = H: so U = R⁻¹, at half the work of
+        # inverting H and factoring that.
+        lower = cholesky(damped.flip(0, 1))
+        if lower is not None:
+            return _triangular_inverse(lower.flip(0, 1))
         damping *= 10
     raise ValueError(
         f"{technique}: the Gram matrix of the inputs is not positive even with damping={damping:g}"
     )
+
+
+def _triangular_inverse(upper: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
+    """The inverse of an upper triangular matrix, by halves, so that most of the work is in products."""
+    size = len(upper)
+    if size <= _LEAF:
+        identity = torch.eye(size, dtype=upper.dtype, device=upper.device)
+        return cast(Tensor, torch.linalg.solve_triangular(upper, identity, upper=True))
+    half = size // 2
+    first, last = _triangular_inverse(upper[:half, :half]), _triangular_inverse(upper[half:, half:])
+    beside = -(first @ upper[:half, half:]) @ last
+    return torch.cat([torch.cat([first, beside], 1), torch.cat([torch.zeros_like(beside.T), last], 1)])
