@@ -305,6 +305,9 @@ def _start(module: nn.Module, training: Training) -> Any:
     engine, *_ = deepspeed.initialize(
         model=module, model_parameters=trained, config=_config(training), dist_init_required=False
     )
+    if training.zero_stage == 0 and distributed.get_world_size() == 1:
+        # All gradients would be copied to one piece and back, to be added to nobody's.
+        engine.enable_backward_allreduce = False
     # At stage 0 DeepSpeed makes the optimizer's states by a step of zeros, which Adam counts: its bias correction
     # would then make the first update 0.74 of what it should be, and those after it too small as well.
     for state in engine.basic_optimizer.state.values():
