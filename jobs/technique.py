@@ -97,6 +97,11 @@ class Technique(ABC):
         return True
 
     @property
+    def updates(self) -> int:
+        """How many updates of the weights it trains for, 0 where it trains none: what it takes grows with them."""
+        return int(getattr(self, "steps", 0))
+
+    @property
     def identity(self) -> bool:
         """Whether these options change nothing (a ratio of 0, no steps): such a step is left out of a recipe."""
         return False

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from jobs.job import Failure, Job, Measurement, Success
 from jobs.knobs import Value
 from jobs.recipe import Recipe
+from jobs.technique import Technique
 from orchestrator.candidate import Candidate, State
 from orchestrator.contenders import Rival, contenders
 from orchestrator.estimate import estimates, predictions
@@ -71,18 +72,24 @@ class _Node:
 
 @dataclass
 class _Took:
-    """How long something took so far."""
+    """How long something took so far. work: in all, in what its time grows with."""
 
     seconds: float = 0.0
     count: int = 0
+    work: float = 0.0
 
     @property
     def mean(self) -> float:
         return self.seconds / self.count if self.count else 0.0
 
-    def add(self, seconds: float) -> None:
+    def of(self, work: float) -> float:
+        """What so much work is expected to take."""
+        return self.seconds / self.work * work
+
+    def add(self, seconds: float, work: float = 1) -> None:
         self.seconds += seconds
         self.count += 1
+        self.work += work
 
 
 class Study:
@@ -148,12 +155,15 @@ class Study:
 
     def seconds(self, recipe: Recipe) -> float:
         """What trying a recipe would take of one slot: the steps that nobody has made or makes now, each as long as its
-        technique took so far on average, and measuring. Of a technique that was not tried yet nothing is known but what
-        others took; while nothing at all was tried, each step counts as one, and measuring too."""
+        technique took so far on average (for each update of the weights, where it trains), and measuring. Of a
+        technique that was not tried yet nothing is known but what others took; while nothing at all was tried, each
+        step counts as one, and measuring too."""
         known = [took.mean for took in self._took.values()] or [self._measuring.mean or 1.0]
         typical = sum(known) / len(known)
-        new = (one.steps[-1].name() for one in recipe.lineage()[1:] if one.id not in self._nodes)
-        steps = (self._took[name].mean if name in self._took else typical for name in new)
+        new = (one.steps[-1] for one in recipe.lineage()[1:] if one.id not in self._nodes)
+        steps = (
+            self._took[step.name()].of(_work(step)) if step.name() in self._took else typical for step in new
+        )
         return (self._measuring.mean or typical) + sum(steps)
 
     def wants(self, slots: int) -> bool:
@@ -295,7 +305,8 @@ class Study:
         if not node.recipe.steps:
             return
         if new and success.seconds > 0:
-            self._took.setdefault(node.recipe.steps[-1].name(), _Took()).add(success.seconds)
+            step = node.recipe.steps[-1]
+            self._took.setdefault(step.name(), _Took()).add(success.seconds, _work(step))
         if job.meters == self.plan.meters and job.fidelity == self.plan.rungs[0]:
             self._measuring.add(success.measurement.seconds)
 
@@ -506,6 +517,10 @@ class Study:
         foretold = {} if original is None else estimates(self._cost(candidate.id), self.plan, original)
         metrics = {**foretold, **candidate.measurement.metrics}
         return [Tell(choices, metrics)]
+
+
+def _work(step: Technique) -> int:
+    return max(1, step.updates)
 
 
 def _compact(measurement: Measurement) -> Measurement:

@@ -36,6 +36,7 @@ ORIGINAL = Recipe(ORIGIN)
 DROP = techniques.load("drop_layers")
 RTN = techniques.load("rtn")
 PRUNE = techniques.load("prune_ffn")
+DISTILL = techniques.load("distill")
 
 
 def plan(
@@ -528,6 +529,15 @@ def test_a_search_that_a_full_disk_ended_goes_on_when_it_is_taken_up_again() -> 
     for run in again:
         end(study, run, measured(0.4))
     assert study.wants(1)
+
+
+def test_a_longer_training_takes_longer() -> None:
+    study, original = begun(plan(candidates=5))
+    end(study, original, measured(0.5))
+    made = only_run(study.handle(proposal(ORIGINAL.then(DISTILL(steps=16)))))
+    end(study, made, Success("artifact", 1, Measurement({"accuracy": 0.4}, seconds=3.0), 8.0))
+    assert study.seconds(ORIGINAL.then(DISTILL(steps=64))) == 3.0 + 32.0
+    assert study.seconds(ORIGINAL.then(DISTILL(steps=4))) == 3.0 + 2.0
 
 
 def test_what_shares_steps_takes_less_time() -> None:
