@@ -124,7 +124,7 @@ def _kind(error: BaseException) -> FailureKind:
         return "diverged"
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or _allocation_failed(error):
         return "out_of_memory"
-    if _disk_is_full(error):
+    if disk_is_full(error):
         return "disk_full"
     return "invalid" if isinstance(error, ValueError) else "bug"
 
@@ -135,9 +135,10 @@ def _allocation_failed(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(text in str(error) for text in told)
 
 
-def _disk_is_full(error: BaseException | None) -> bool:
-    # Libraries raise errors of their own for it, and what cleans up after it may raise another.
+def disk_is_full(error: BaseException | None) -> bool:
+    """Whether an error came of a full disk: libraries raise their own, and what cleans up may raise another."""
     told = (
+        "database or disk is full",
         "No space left on device",
         "Disk quota exceeded",
         "PytorchStreamWriter failed writing",

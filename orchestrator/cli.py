@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import sqlite3
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -375,6 +376,7 @@ def sync(folder: Folder, uri: Annotated[str | None, typer.Option(help="MLflow's 
 
 
 def _run(prepared: Prepared, overrides: tuple[str, ...]) -> None:
+    from jobs.run import disk_is_full
     from orchestrator.launch import OtherStudy, launch
     from orchestrator.progress import Display
 
@@ -389,6 +391,14 @@ def _run(prepared: Prepared, overrides: tuple[str, ...]) -> None:
         _fail(f"another process runs the study in {prepared.folder}; see slimfront status {prepared.folder}")
     except OtherStudy as error:
         _fail(str(error))
+    except (OSError, sqlite3.Error) as error:
+        if not disk_is_full(error):
+            raise
+        freed = f"slimfront store {prepared.folder.parent} --trim 5GB removes what can be made again"
+        _fail(
+            f"The disk with {prepared.folder} is full. What ended is kept. Make room ({freed}), then go on with: "
+            f"slimfront resume {prepared.folder}"
+        )
     if results.original.failure is not None:
         _err().print(f"The original could not be measured: {results.original.failure.message}", style="red")
         raise typer.Exit(1)

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from cluster.store import LocalStore
 from jobs import families
+from orchestrator import cli, launch
 
 
 def slimfront(*args: object, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -68,6 +72,35 @@ def test_a_folder_without_a_study_exits_3(tmp_path: Path, command: str) -> None:
     done = slimfront(command, tmp_path, cwd=tmp_path)
     assert done.returncode == 3
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, "No space left"), sqlite3.OperationalError("database or disk is full")]
+)
+def test_a_disk_that_is_full_for_the_study_itself_is_told_with_its_cure(
+    study_file: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def full(*_: object) -> None:
+        raise error
+
+    monkeypatch.chdir(study_file.parent)
+    monkeypatch.setattr(launch, "launch", full)
+    done = CliRunner().invoke(cli.app, ["search", str(study_file)])
+    assert done.exit_code == 3
+    assert "is full" in done.stderr
+    assert "--trim" in done.stderr
+    assert f"slimfront resume {study_file.parent}" in done.stderr
+
+
+def test_another_error_of_the_study_itself_is_no_full_disk(
+    study_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise OSError(errno.EIO, "the disk is broken")
+
+    monkeypatch.chdir(study_file.parent)
+    monkeypatch.setattr(launch, "launch", broken)
+    assert isinstance(CliRunner().invoke(cli.app, ["search", str(study_file)]).exception, OSError)
 
 
 def test_a_store_is_shown_and_trimmed(tmp_path: Path) -> None:
