@@ -21,6 +21,9 @@ Matrix = Float[NDArray[np.float64], "points others"]
 _LEARNED_FROM = 160
 """Variances and lengths are found from so many results at most: that costs their number cubed, many times."""
 _GROWTH = 1.1
+_EXTENDED = 200
+"""With more results than that, the factor of their covariance is extended. A whole one takes little with fewer, and
+comes out the same bit for bit however results came."""
 _ROUNDS = 40
 _LEAST_NOISE = 1e-6
 _HINTED = 2.0
@@ -117,10 +120,10 @@ class Belief:
         return np.asarray(ndtr((bound - mean) / deviation))
 
     def _factorize(self, rows: Rows) -> None:
-        """The Cholesky factor of the results' covariance. Where there only are more results than last time, and nothing
+        """The Cholesky factor of the results' covariance. Where there are many, only more than last time, and nothing
         was learned since, it is the last one with rows added: its upper left part is the same."""
         had = len(self._rows)
-        if not np.array_equal(self._rows, rows[:had]):
+        if had < _EXTENDED or not np.array_equal(self._rows, rows[:had]):
             had = 0
         new = rows[had:]
         factor = np.zeros((len(rows), len(rows)), order="F")
