@@ -9,7 +9,9 @@ candidate to the last end:
 
     utilisation                 Σ durations ÷ (slots × makespan)
     slot time per candidate     (slots × makespan − Σ durations) ÷ candidates
-    commit                      the part of it in which a worker committed the record: mostly two fsyncs of the disk
+    commit                      the part of it in which a worker committed the record: mostly a fsync of the disk
+    tail                        the share of all slot time in which slots waited for the last job, which is chance: the
+                                slots' last ends are taken to be the last so many ends
     CPU per candidate           of this process and, besides, of Ray's and the workers', without the mirror's, whose
                                 priority is low: what others do on the machine does not count, unlike above
 
@@ -104,6 +106,7 @@ class Row:
     commit_ms: float = 0.0
     driver_ms: float = 0.0
     workers_ms: float = 0.0
+    tail: float = 0.0
 
 
 def seconds_of(duration: str, name: str) -> float:
@@ -204,7 +207,9 @@ def slimfront(duration: str, candidates: int, algorithm: str) -> Row:
     row = _row("slimfront", duration, [outcome.seconds for _, outcome in ended], makespan)
     commit_ms = 1000 * fmean(outcome.measurement.seconds for _, outcome in ended)
     driver_ms, workers_ms = meter.ms_per_candidate()
-    return replace(row, commit_ms=commit_ms, driver_ms=driver_ms, workers_ms=workers_ms)
+    last = sorted(at for at, _ in ended)[-SLOTS:]
+    tail = (SLOTS * last[-1] - sum(last)) / (SLOTS * makespan)
+    return replace(row, commit_ms=commit_ms, driver_ms=driver_ms, workers_ms=workers_ms, tail=tail)
 
 
 def unseen(status: Status) -> None:
@@ -318,13 +323,15 @@ def main() -> None:
             for name, peer in PEERS.items():
                 rows.append(peer(duration, min(count, PEER_CANDIDATES[name]), given.algorithm))
     table = Table(
-        "system", "job, s", "candidates", "slot ms a candidate", "of it commit", "utilisation", "CPU ms: driver + rest",
+        "system", "job, s", "candidates", "slot ms a candidate", "of it commit", "utilisation", "tail",
+        "CPU ms: driver + rest",
         title=f"{SLOTS} slots on {platform.machine()}, {os.cpu_count()} cores",
     )  # fmt: skip
     for row in rows:
         table.add_row(
             row.system, row.duration, str(row.candidates), f"{row.slot_ms:.1f}",
             f"{row.commit_ms:.1f}" if row.commit_ms else "–", f"{row.utilisation:.1%}",
+            f"{row.tail:.1%}" if row.driver_ms else "–",
             f"{row.driver_ms:.2f} + {row.workers_ms:.2f}" if row.driver_ms else "–",
         )  # fmt: skip
     Console().print(table)

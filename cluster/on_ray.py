@@ -6,6 +6,7 @@ import ctypes
 import logging
 import math
 import os
+import pickle
 import secrets
 import signal
 import socket
@@ -14,7 +15,6 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
@@ -36,16 +36,25 @@ class Worker:
 
     def __init__(self) -> None:
         _die_with_parent()
+        self._packed, self._fn = b"", _nothing
 
-    def run(self, key: str, fn: Callable[..., Any], args: tuple[Any, ...]) -> Ended:
-        return run_piece(key, fn, args)
+    def run(self, key: str, packed: bytes, args: tuple[Any, ...]) -> Ended:
+        return run_piece(key, self._unpacked(packed), args)
 
     def where(self) -> tuple[str, int]:
         """The machine and the process that this is."""
         return socket.gethostname(), os.getpid()
 
-    def load(self, fn: Callable[..., Any]) -> None:
-        """Does nothing: to be called with `fn`, this process has imported what that needs."""
+    def load(self, packed: bytes) -> None:
+        """Make the function ready: this process imports what it needs."""
+        self._unpacked(packed)
+
+    def _unpacked(self, packed: bytes) -> Callable[..., Any]:
+        """The function of the last piece, if it is that again, as it mostly is."""
+        if packed != self._packed:
+            self._packed, self._fn = b"", pickle.loads(packed)
+            self._packed = packed
+        return self._fn
 
 
 @dataclass
@@ -70,8 +79,9 @@ class RayExecutor:
     A piece is only handed to an idle worker: the next one starts a call's latency (about a millisecond)
     after the last, and nothing waits in line behind a long piece while another slot is free. A thread
     hands out the work, so slots don't run dry while the caller thinks. When the first piece starts, the other workers
-    import what its function needs, which may take as long as a short piece. Neither pieces nor `env` may hold
-    secrets: Ray shows them to whoever may see its state.
+    import what its function needs, which may take as long as a short piece. A function is sent as it is at first:
+    one that is submitted again must hold what it held. Neither pieces nor `env` may hold secrets: Ray shows them
+    to whoever may see its state.
 
     `env` is set before a worker's process starts, as thread counts must be; by default each worker's
     mathematics uses one thread.
@@ -103,6 +113,7 @@ class RayExecutor:
         self._submitted = 0
         self._ended: dict[str, Ended] = {}
         self._loaded = False
+        self._packed: tuple[Callable[..., Any], bytes] = _nothing, b""
         self._broken: BaseException | None = None
         self._closed = False
         self._changed = threading.Condition()
@@ -188,23 +199,29 @@ class RayExecutor:
         while not self._closed and (ticket := self._admission.next()) is not None:
             piece = self._pieces[ticket]
             piece.worker = self._idle.pop()
-            self._load(piece.fn)
             try:
-                future = piece.worker.run.remote(piece.key, piece.fn, piece.args).future()
+                packed = self._pack(piece.fn)
+                self._load(packed)
+                future = piece.worker.run.remote(piece.key, packed, piece.args).future()
             except (Exception, SystemExit) as error:  # noqa: BLE001 - such as what does not pickle
                 future = Future()
                 future.set_exception(error)
             future.add_done_callback(lambda done, ticket=ticket: self._resolved.put((ticket, done)))
 
-    def _load(self, fn: Callable[..., Any]) -> None:
+    def _pack(self, fn: Callable[..., Any]) -> bytes:
+        """The function as it is sent. Most pieces have that of the one before, and pickling it may take longer than
+        all else here, where it lies in a script."""
+        if self._packed[0] is not fn:
+            self._packed = fn, self._ray.cloudpickle.dumps(fn)
+        return self._packed[1]
+
+    def _load(self, packed: bytes) -> None:
         """Once, while the first piece imports the same: later, one that is exclusive may be well under way."""
         if self._loaded:
             return
         self._loaded = True
-        # What cannot be sent, `run` reports.
-        with suppress(Exception, SystemExit):
-            for worker in self._idle:
-                worker.load.remote(fn)
+        for worker in self._idle:
+            worker.load.remote(packed)
 
     def _settle(self, ticket: int, done: Future[Any]) -> None:
         if self._closed:
@@ -241,6 +258,10 @@ class RayExecutor:
     def _forget(self, ticket: int) -> None:
         del self._pieces[ticket]
         self._admission.end(ticket)
+
+
+def _nothing() -> None:
+    """Stands where no function was sent yet."""
 
 
 def _alive(pid: int) -> bool:

@@ -125,8 +125,9 @@ class LocalStore:
         tmp/                        what is being written, or was when its writer was killed
 
     Everything is written under tmp/, synced, and then appears under its name at once, by a rename or a
-    hard link. What killed writers left is removed a day later, when the store is next opened. The time of an
-    artifact's folder is that of its last use.
+    hard link. A record's folder is not synced: a machine that loses power may lose the records of its last seconds,
+    each as a whole, and their jobs run again (docs/decisions/one-sync.md). What killed writers left is removed a
+    day later, when the store is next opened. The time of an artifact's folder is that of its last use.
     """
 
     FOLDERS = ("objects", "records", "tmp")
@@ -210,7 +211,6 @@ class LocalStore:
             return False
         finally:
             staged.unlink(missing_ok=True)
-        _sync_folder(place.parent)
         return True
 
     def record(self, key: str) -> dict[str, Any] | None:

@@ -210,7 +210,11 @@ def materials_from_dict(record: Mapping[str, Any]) -> Materials:
 
 
 def outcome_to_dict(outcome: Outcome) -> dict[str, Any]:
-    return {"outcome": type(outcome).__name__.lower(), **dataclasses.asdict(outcome)}
+    """The outcome as plain data, which shares what it holds: to be written, not changed."""
+    found = {"outcome": type(outcome).__name__.lower(), **vars(outcome)}
+    if isinstance(outcome, Success):
+        found["measurement"] = dict(vars(outcome.measurement))
+    return found
 
 
 def outcome_from_dict(record: Mapping[str, Any]) -> Outcome:

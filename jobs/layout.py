@@ -269,7 +269,7 @@ def file_bytes(tensors: Mapping[str, TensorSpec]) -> int:
 
 def _described(tensor: TensorSpec) -> str:
     """What a header says of a tensor, but for its place."""
-    return json.dumps({"dtype": tensor.dtype, "shape": tensor.shape}, separators=(",", ":"))
+    return f'{{"dtype":"{tensor.dtype}","shape":[{",".join(map(str, tensor.shape))}]}}'
 
 
 def _stored(name: str, spec: LinearSpec) -> tuple[bool, bool, bool]:

@@ -66,10 +66,14 @@ def nondominated(
     signs = np.array([objective.loss(1.0) for objective in objectives])
     points = np.asarray(rows, dtype=np.float64).reshape(-1, len(objectives)) * signs
     kept = np.ones(len(points), dtype=np.bool_)
-    for row, point in enumerate(points):
+    columns = np.ascontiguousarray(points.T)
+    # A row comes after those that dominate it, and whatever it dominates they dominate too: only those that
+    # stay need a look.
+    for row in np.lexsort(columns[::-1]).tolist():
         if kept[row]:
-            # Whatever a dominated row dominates, its dominator dominates too: dropped rows need no look.
-            kept &= ~((points >= point).all(axis=1) & (points > point).any(axis=1))
+            worse = np.logical_and.reduce([column >= column[row] for column in columns])
+            better = np.logical_or.reduce([column > column[row] for column in columns])
+            kept &= ~(worse & better)
     return kept
 
 

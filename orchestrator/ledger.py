@@ -7,6 +7,7 @@ import json
 import sqlite3
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +52,19 @@ class Ledger:
         row = self._db.execute("select value from about where key = ?", (key,)).fetchone()
         return None if row is None else str(row[0])
 
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """What is appended within is durable once this ends: all of it or, killed before, nothing."""
+        self._db.execute("begin")
+        try:
+            yield
+        except BaseException:
+            self._db.execute("rollback")
+            raise
+        self._db.execute("commit")
+
     def append(self, event: Event) -> None:
-        """Record an event; it is durable when this returns."""
+        """Record an event; it is durable when this returns, or when `together` ends."""
         self._db.execute(
             "insert into events (at, kind, body) values (?, ?, ?)",
             (time.time(), type(event).__name__, json.dumps(_to_dict(event), allow_nan=False)),

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+from cluster import executor
 from cluster.executor import Executor, Resources
 from jobs.job import Failure, Job, Outcome
 from orchestrator.candidate import Candidate
@@ -53,12 +54,7 @@ class Service:
         self._take(Began(self.executor.slots))
         while self.study.stage != "done":
             self._propose()
-            for ended in self.executor.wait(WAIT_SECONDS):
-                job_id, _, attempt = ended.key.rpartition("#")
-                outcome = ended.value
-                if ended.lost is not None:
-                    outcome = Failure("preempted" if ended.preempted else "bug", ended.lost)
-                self._take(Ended(job_id, int(attempt), outcome))
+            self._take(*map(_event, self.executor.wait(WAIT_SECONDS)))
             self.watch.turn(self.study)
 
     def _propose(self) -> None:
@@ -84,10 +80,24 @@ class Service:
                 self._take(Exhausted(f"{duplicates} proposals in a row brought no new recipe"))
                 return
 
-    def _take(self, event: Event) -> None:
-        """Record the event, then decide, then act: a kill between any two loses nothing."""
+    def _take(self, *events: Event) -> None:
+        """Record the events and what is to start because of them, then act: a kill between any two loses nothing. What
+        the study knew of events that were not recorded yet, it forgets with its process."""
+        if not events:
+            return
+        with self.ledger.together():
+            commands = [command for event in events for command in self._decide(event)]
+        self._carry_out(commands)
+
+    def _decide(self, event: Event) -> list[Command]:
+        """Record one event; what it asks for, with what that starts."""
         self.ledger.append(event)
-        self._carry_out(self.study.handle(event))
+        commands: list[Command] = []
+        for command in self.study.handle(event):
+            commands.append(command)
+            if isinstance(command, Run):
+                commands += self._decide(Started(command.job.id, command.attempt))
+        return commands
 
     def _carry_out(self, commands: list[Command]) -> None:
         for command in commands:
@@ -100,10 +110,18 @@ class Service:
                 self.watch.record(command.candidate)
 
     def _run(self, command: Run) -> None:
-        job_id = command.job.id
-        self._take(Started(job_id, command.attempt))
         resources = Resources(memory_gib=self.prepared.memory_gib(command.job), exclusive=command.alone)
-        self.executor.submit(f"{job_id}#{command.attempt}", self.work, command.job, resources=resources)
+        key = f"{command.job.id}#{command.attempt}"
+        self.executor.submit(key, self.work, command.job, resources=resources)
+
+
+def _event(ended: executor.Ended) -> Ended:
+    """What the executor reports, as the study takes it."""
+    job_id, _, attempt = ended.key.rpartition("#")
+    outcome = ended.value
+    if ended.lost is not None:
+        outcome = Failure("preempted" if ended.preempted else "bug", ended.lost)
+    return Ended(job_id, int(attempt), outcome)
 
 
 def replay(study: Study, ledger: Ledger, search: Search) -> None:

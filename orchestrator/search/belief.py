@@ -21,6 +21,9 @@ Matrix = Float[NDArray[np.float64], "points others"]
 _LEARNED_FROM = 160
 """Variances and lengths are found from so many results at most: that costs their number cubed, many times."""
 _GROWTH = 1.1
+_EXTENDED = 200
+"""With more results than that, the factor of their covariance is extended. A whole one takes little with fewer, and
+comes out the same bit for bit however results came."""
 _ROUNDS = 40
 _LEAST_NOISE = 1e-6
 _HINTED = 2.0
@@ -55,25 +58,37 @@ class Belief:
         ])  # fmt: skip
         self._logarithms = self._means.copy()
         self._results = 0
+        self._factor: Matrix = np.zeros((0, 0))
         self.learned_from = 0
         self.evidence = -math.inf
 
     def fit(self, rows: Rows, values: Vector) -> None:
-        """Take in all results. Variances and lengths are found anew when there are a tenth more than last time."""
-        self._mean, self._scale = float(values.mean()), float(values.std()) or 1.0
-        y = (values - self._mean) / self._scale
-        if len(values) >= _GROWTH * self._results:
-            some = np.arange(len(y))
-            if len(y) > _LEARNED_FROM:
-                some = np.random.default_rng(len(y)).choice(len(y), _LEARNED_FROM, replace=False)
-            self._learn(rows[some], y[some])
-            self._results, self.learned_from = len(values), len(some)
-        self._covariance = _Covariance.of(self._logarithms, self._features)
-        self._rows = rows
-        covariance = self._covariance.between(rows, rows)
-        covariance[np.diag_indices(len(y))] += self._covariance.noise
-        self._factor = linalg.cholesky(covariance, lower=True, overwrite_a=True, check_finite=False)
+        """Take in all results."""
+        self.learn(rows, values)
+        self._mean, self._scale, y = _standardized(values)
+        self._factorize(rows)
         self._weights = linalg.cho_solve((self._factor, True), y, check_finite=False)
+
+    def learn(self, rows: Rows, values: Vector) -> None:
+        """Find variances and lengths anew, where there are a tenth more results than last time. That is all that
+        `evidence` needs; to predict takes a fit."""
+        if len(values) < _GROWTH * self._results:
+            return
+        _, scale, y = _standardized(values)
+        some = np.arange(len(y))
+        if len(y) > _LEARNED_FROM:
+            some = np.random.default_rng(len(y)).choice(len(y), _LEARNED_FROM, replace=False)
+        self._optimize(rows[some], y[some])
+        self.evidence -= len(some) * math.log(scale)
+        self._results, self.learned_from = len(values), len(some)
+        self._covariance = _Covariance.of(self._logarithms, self._features)
+        self._rows = rows[:0]
+
+    def mean(self, rows: Rows) -> Vector:
+        """Of what is there; as `predict` has it, without what deviations take."""
+        return np.asarray(
+            self._mean + self._scale * (self._covariance.between(rows, self._rows) @ self._weights)
+        )
 
     def predict(self, rows: Rows, awaited: Rows | None = None) -> tuple[Vector, Vector]:
         """Mean and standard deviation of what is there, without the noise of measuring it.
@@ -104,7 +119,25 @@ class Belief:
         mean, deviation = self.predict(rows)
         return np.asarray(ndtr((bound - mean) / deviation))
 
-    def _learn(self, rows: Rows, y: Vector) -> None:
+    def _factorize(self, rows: Rows) -> None:
+        """The Cholesky factor of the results' covariance. Where there are many, only more than last time, and nothing
+        was learned since, it is the last one with rows added: its upper left part is the same."""
+        had = len(self._rows)
+        if had < _EXTENDED or not np.array_equal(self._rows, rows[:had]):
+            had = 0
+        new = rows[had:]
+        factor = np.zeros((len(rows), len(rows)), order="F")
+        left = self._covariance.between(new, new)
+        left[np.diag_indices(len(new))] += self._covariance.noise
+        if had:
+            factor[:had, :had] = self._factor
+            half = self._halved(self._covariance.between(new, self._rows))
+            factor[had:, :had] = half.T
+            left -= half.T @ half
+        factor[had:, had:] = linalg.cholesky(left, lower=True, overwrite_a=True, check_finite=False)
+        self._rows, self._factor = rows, factor
+
+    def _optimize(self, rows: Rows, y: Vector) -> None:
         bounds = [(mean - 6.0, mean + 6.0) for mean in self._means]
         bounds[-1] = (math.log(_LEAST_NOISE), 0.0)
 
@@ -117,7 +150,7 @@ class Belief:
             loss, self._logarithms, jac=True, method="L-BFGS-B", bounds=bounds, options={"maxiter": _ROUNDS}
         )
         self._logarithms = found.x
-        self.evidence = -float(found.fun) - len(y) * math.log(self._scale)
+        self.evidence = -float(found.fun)
 
 
 class LossBelief:
@@ -131,26 +164,36 @@ class LossBelief:
     def fit(self, rows: Rows, losses: Vector, everywhere: Rows) -> None:
         """Take in all results. everywhere: rows of choices that were drawn without looking at results. What is usual is
         told by what is believed of these: by results it would be what the search likes."""
-        usual = (
-            losses
-            if not self._belief.learned_from
-            else self._scale.losses(self._belief.predict(everywhere)[0])
-        )
-        self._belief, self._scale = self._plain, Scale.of(usual, logarithm=False)
-        plain = self._evidence(losses, rows)
+        usual = losses if not self._belief.learned_from else self._scale.losses(self._belief.mean(everywhere))
+        plain = Scale.of(usual, logarithm=False)
+        self._plain.learn(rows, plain.seen(losses))
+        used = self._plain, plain
         if losses.min() > 0 and losses.max() > _APART * losses.min():
-            before = self._belief, self._scale
-            self._belief, self._scale = self._logarithm, Scale.of(usual, logarithm=True)
-            if self._evidence(losses, rows) < plain:
-                self._belief, self._scale = before
+            logarithm = Scale.of(usual, logarithm=True)
+            self._logarithm.learn(rows, logarithm.seen(losses))
+            if _density(self._logarithm, logarithm, losses) >= _density(self._plain, plain, losses):
+                used = self._logarithm, logarithm
+        # The other one is not fitted: nothing is predicted by it.
+        self._belief, self._scale = used
+        self._belief.fit(rows, self._scale.seen(losses))
 
     def predict(self, rows: Rows, awaited: Rows | None = None) -> Expected:
         return Expected(*self._belief.predict(rows, awaited), self._scale)
 
-    def _evidence(self, losses: Vector, rows: Rows) -> float:
-        """For each result, the logarithm of the losses' density by this belief on this scale, fitted to them."""
-        self._belief.fit(rows, self._scale.seen(losses))
-        return self._belief.evidence / self._belief.learned_from + self._scale.stretch(losses) / len(losses)
+    def mean(self, rows: Rows) -> Vector:
+        """What is expected there, as seen on the scale."""
+        return self._belief.mean(rows)
+
+
+def _standardized(values: Vector) -> tuple[float, float, Vector]:
+    """Mean, standard deviation (1 where they are all equal), and the values with these taken out."""
+    mean, scale = float(values.mean()), float(values.std()) or 1.0
+    return mean, scale, (values - mean) / scale
+
+
+def _density(belief: Belief, scale: Scale, losses: Vector) -> float:
+    """For each result, the logarithm of the losses' density by what this belief learned on this scale."""
+    return belief.evidence / belief.learned_from + scale.stretch(losses) / len(losses)
 
 
 @dataclass(frozen=True)
@@ -173,7 +216,7 @@ class _Covariance:
 
     def between(self, left: Rows, right: Rows) -> Matrix:
         each = self._alone(left, right)
-        return np.asarray(each + self.pairs * each**2 + self.whole * _matern(self._apart(left, right))[0])
+        return np.asarray(each + self.pairs * each**2 + self.whole * _matern(self._apart(left, right)))
 
     def own(self, rows: Rows) -> Vector:
         """The covariance of each point with itself."""
@@ -184,7 +227,8 @@ class _Covariance:
     def evidence(self, rows: Rows, y: Vector) -> tuple[float, Vector]:
         """The logarithm of the marginal likelihood (eq. 5.8), and its slope (eq. 5.9) by the numbers' logarithms."""
         each = self._alone(rows, rows)
-        smooth, fall = _matern(self._apart(rows, rows))
+        apart = self._apart(rows, rows)
+        smooth, fall = _matern(apart), _fall(apart)
         covariance = each + self.pairs * each**2 + self.whole * smooth
         covariance[np.diag_indices(len(y))] += self.noise
         factor = linalg.cholesky(covariance, lower=True, check_finite=False)
@@ -232,9 +276,14 @@ class _Covariance:
         return np.asarray(np.maximum(squares - 2 * one @ other.T, 0.0))
 
 
-def _matern(squares: Matrix) -> tuple[Matrix, Matrix]:
-    """The Matérn 5/2 covariance (eq. 4.17), and what it changes by a length's logarithm, for each unit of the squared
-    distance along that length."""
+def _matern(squares: Matrix) -> Matrix:
+    """The Matérn 5/2 covariance (eq. 4.17)."""
     root = np.sqrt(5.0 * squares)
-    fading = np.exp(-root)
-    return (1 + root + root**2 / 3) * fading, (5.0 / 3.0) * (1 + root) * fading
+    return np.asarray((1 + root + root**2 / 3) * np.exp(-root))
+
+
+def _fall(squares: Matrix) -> Matrix:
+    """What the Matérn 5/2 covariance changes by a length's logarithm, for each unit of the squared distance along that
+    length."""
+    root = np.sqrt(5.0 * squares)
+    return np.asarray((5.0 / 3.0) * (1 + root) * np.exp(-root))

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 from numpy.typing import NDArray
 
-from jobs.knobs import Choice, Domain, Value
+from jobs.knobs import Choice, Domain, Range, Value
 from orchestrator.search import Choices, Space
 
 MANY = 16
@@ -59,8 +59,16 @@ class Axis:
         return (number - low) / (high - low)
 
     def value(self, place: float) -> Value:
+        return self.values_at(np.array([place]))[0]
+
+    def values_at(self, places: NDArray[np.float64]) -> list[Value]:
         if isinstance(self.domain, Choice):
-            return self.values[round(place * (self.count - 1))]
+            indices = np.round(places * (self.count - 1)).astype(np.intp)
+            return [self.values[index] for index in indices.tolist()]
+        return [self._number(place) for place in places.tolist()]
+
+    def _number(self, place: float) -> Value:
+        assert isinstance(self.domain, Range)
         low, high = float(self.domain.low), float(self.domain.high)
         number = low * (high / low) ** place if self.domain.log else low + place * (high - low)
         number = min(max(round(number) if self.domain.integer else number, self.domain.low), self.domain.high)
@@ -110,7 +118,13 @@ class Places:
         }
 
     def choices(self, point: NDArray[np.float64]) -> dict[str, Value]:
-        return {axis.name: axis.value(place) for axis, place in zip(self.axes, point.tolist(), strict=True)}
+        return self.choices_at(point[None])[0]
+
+    def choices_at(self, points: Points) -> list[dict[str, Value]]:
+        """Of each point; knob by knob, which takes a fraction of the time where points are many."""
+        names = [axis.name for axis in self.axes]
+        columns = [axis.values_at(points[:, column]) for column, axis in enumerate(self.axes)]
+        return [dict(zip(names, values, strict=True)) for values in zip(*columns, strict=True)]
 
     def active(self, points: Points) -> Active:
         """Which knobs do something."""

@@ -113,7 +113,7 @@ class SurrogateSearch:
     def _candidates(self) -> Pool:
         """What was kept and what is new, but for what was asked or told; within the limits that are known."""
         # Entered anew, for what trying them would take changes as the study makes what they share.
-        kept = self._survey.enter(self._pool.points[self._open(self._pool.points)])
+        kept = self._survey.enter(self._open(self._pool.points))
         drawn = [
             self._places.uniform(_ANYWHERE, self._generator),
             self._places.levelled(_ANYWHERE // 2, self._generator),
@@ -122,21 +122,17 @@ class SurrogateSearch:
         for parents in (points[self._best(losses)], kept.points[:_BEST], self._likely):
             if len(parents):
                 drawn.append(self._places.neighbours(parents, _NEAR, self._generator))
-        held = {_mark(point) for point in kept.points}
-        new = {_mark(point): point for point in np.concatenate(drawn)}
-        fresh = np.array([point for mark, point in new.items() if mark not in held])
-        fresh = fresh.reshape(-1, len(self._places.axes))
-        pool = kept.joined(self._survey.enter(fresh[self._open(fresh)]))
+        pool = kept.joined(self._survey.enter(self._open(np.concatenate(drawn), _marks(kept.points))))
         if self._survey.discovers(pool):
             self._forget()
             pool = self._survey.enter(pool.points)
         return self._survey.within(pool)
 
-    def _open(self, points: Points) -> NDArray[np.bool_]:
-        marks = (_mark(point) for point in points)
-        return np.array(
-            [mark not in self._told and mark not in self._asked for mark in marks], dtype=np.bool_
-        )
+    def _open(self, points: Points, held: Sequence[bytes] = ()) -> Points:
+        """Of these, each once, what was neither asked nor told, and is not held."""
+        gone = {*held, *self._told, *self._asked}
+        rows = {mark: row for row, mark in enumerate(_marks(points)) if mark not in gone}
+        return points[list(rows.values())]
 
     def _measured(self) -> tuple[Points, Losses]:
         """What was told and is no failure."""
@@ -202,7 +198,7 @@ class SurrogateSearch:
         if share is None:
             reference = worst + 0.1 * np.maximum(worst - ideal, 1e-3 * np.ptp(losses, axis=0))
         else:
-            usual = np.column_stack([one.mean for one in self._foretold(self._survey.everywhere)])
+            usual = self._usual()
             shares = np.where(self._survey.foreknown, _KNOWN_SHARE, share)
             reference = np.nanquantile(usual, shares, axis=0).diagonal()
             reference = np.maximum(reference, ideal + 0.1 * np.ptp(losses, axis=0))
@@ -212,6 +208,16 @@ class SurrogateSearch:
         extent = np.where(reference > ideal, reference - ideal, 1.0)
         nearest = np.argsort((front / extent).sum(axis=1), kind="stable")
         return front[nearest[: _MEMBERS.get(losses.shape[1], 8)]], reference
+
+    def _usual(self) -> Losses:
+        """What is known of choices of the whole space, or is believed of them as its scale sees it."""
+        everywhere = self._survey.everywhere
+        return np.column_stack(
+            [
+                everywhere.known[:, column] if known else self._beliefs[column].mean(everywhere.rows)
+                for column, known in enumerate(self._survey.foreknown)
+            ]
+        )
 
     def _novelty(self, pool: Pool) -> Scores:
         """How much of each choice is not told by those that were asked and told, whatever came of these."""
@@ -235,4 +241,8 @@ class SurrogateSearch:
 
 def _mark(point: Point) -> bytes:
     """Equal for points that differ by rounding alone."""
-    return bytes((np.round(point, 9) + 0.0).tobytes())
+    return _marks(point[None])[0]
+
+
+def _marks(points: Points) -> list[bytes]:
+    return [row.tobytes() for row in np.round(points, 9) + 0.0]

@@ -93,7 +93,7 @@ class Survey:
         return np.array([self._held[mark] for mark in marks])
 
     def _told(self, points: Points) -> list[Mapping[str, float]]:
-        return [self._known(self._places.choices(point)) for point in points]
+        return [self._known(choices) for choices in self._places.choices_at(points)]
 
     def _entered(self, points: Points, told: Sequence[Mapping[str, float]]) -> Pool:
         losses = [

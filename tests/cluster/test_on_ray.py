@@ -68,6 +68,20 @@ def executor(one_ray: None) -> Iterator[RayExecutor]:
         yield made
 
 
+class Times:
+    """A function that counts how often it was pickled in this process."""
+
+    def __init__(self, factor: int) -> None:
+        self.factor, self.pickled = factor, 0
+
+    def __reduce__(self) -> tuple[type[Times], tuple[int]]:
+        self.pickled += 1
+        return Times, (self.factor,)
+
+    def __call__(self, value: int) -> int:
+        return self.factor * value
+
+
 def remember(value: int) -> tuple[int, Any]:
     """This process, and what the last call in it remembered."""
     before = getattr(sys, "_remembered", None)
@@ -213,3 +227,17 @@ def test_a_machine_that_went_away_is_told_from_work_that_failed(one_ray: None) -
     assert not crashed.preempted
     assert crashed.lost
     assert crashed.lost.startswith("ActorDiedError: ")
+
+
+def test_a_function_is_pickled_once_and_each_piece_runs_its_own(executor: RayExecutor) -> None:
+    twice, thrice = Times(2), Times(3)
+    found = {}
+    for round, function in enumerate([twice, twice, twice, thrice, thrice, twice]):
+        for one in (1, 10):
+            executor.submit(f"{round} {one}", function, one, resources=Resources())
+        found |= {ended.key: ended.value for _ in (1, 2) for ended in executor.wait(60)}
+    found |= {ended.key: ended.value for ended in executor.wait(60)}
+    assert [found[f"{round} 10"] for round in range(6)] == [20, 20, 20, 30, 30, 20]
+    assert [found[f"{round} 1"] for round in range(6)] == [2, 2, 2, 3, 3, 2]
+    # Anew only where another came between.
+    assert (twice.pickled, thrice.pickled) == (2, 1)

@@ -29,6 +29,7 @@ from orchestrator.ledger import Ledger
 from orchestrator.lock import only_one
 from orchestrator.prepare import Prepared, prepare
 from orchestrator.results import Results
+from orchestrator.service import Service
 from orchestrator.work import Workplace, work
 
 
@@ -211,6 +212,7 @@ def _run_until(file: Path, log: Path, kill_at: int) -> None:
         setattr(owner, name, stepped)
 
     torn(Ledger, "append")
+    torn(Service, "_carry_out")
     torn(LocalStore, "commit")
     torn(LocalStore, "put")
     attempt = run.attempt

@@ -34,6 +34,25 @@ def test_events_come_back_as_they_were_in_their_order(tmp_path: Path) -> None:
     assert all(at > 1e9 for at, _ in again.events())
 
 
+def test_of_what_is_recorded_together_all_is_kept_or_nothing(tmp_path: Path) -> None:
+    ledger, reader = Ledger(tmp_path / "ledger.db"), Ledger(tmp_path / "ledger.db", read_only=True)
+    with ledger.together():
+        ledger.append(EVENTS[0])
+        ledger.append(EVENTS[1])
+        assert list(reader.events()) == []
+    assert [event for _, event in reader.events()] == EVENTS[:2]
+
+    def interrupted() -> None:
+        with ledger.together():
+            ledger.append(EVENTS[2])
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    ledger.append(EVENTS[3])
+    assert [event for _, event in reader.events()] == [*EVENTS[:2], EVENTS[3]]
+
+
 def test_notes_are_replaced(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path / "ledger.db")
     assert ledger.noted("digest") is None

@@ -146,6 +146,28 @@ def test_the_evidence_is_the_density_of_a_normal_and_predictions_are_its_conditi
     np.testing.assert_allclose(deviation, y[:16].std() * np.sqrt(left), rtol=1e-4)
 
 
+def test_results_that_are_added_or_changed_count_as_if_all_were_taken_in_at_once() -> None:
+    features, rows = rows_of(places(), 240, 1)
+    y = np.sin(3 * rows[:, features.distances].sum(axis=1))
+    belief = Belief(features)
+    belief.fit(rows[:210], y[:210])
+    learned = belief._covariance
+    for some in (slice(0, 210), slice(0, 211), slice(0, 214), slice(1, 215), slice(5, 215)):
+        belief.fit(rows[some], y[some])
+        assert belief._covariance is learned
+        had, values = rows[some], y[some]
+        known = learned.between(had, had) + learned.noise * np.eye(len(had))
+        across = learned.between(rows[215:], had)
+        mean, deviation = belief.predict(rows[215:])
+        scaled = (values - values.mean()) / values.std()
+        np.testing.assert_allclose(
+            mean, values.mean() + values.std() * across @ np.linalg.solve(known, scaled), rtol=1e-6
+        )
+        left = np.diag(learned.between(rows[215:], rows[215:]) - across @ np.linalg.solve(known, across.T))
+        np.testing.assert_allclose(deviation, values.std() * np.sqrt(left), rtol=1e-4)
+        assert np.array_equal(belief.mean(rows[215:]), mean)
+
+
 def test_what_is_awaited_leaves_less_to_be_told_as_if_it_had_come_out_as_believed() -> None:
     features, rows = rows_of(places(), 40, 1)
     y = np.sin(3 * rows[:, features.distances].sum(axis=1))
