@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -9,18 +10,34 @@ from typing import Protocol
 from cluster.executor import Executor, Resources
 from jobs.job import Failure, Job, Outcome
 from orchestrator.candidate import Candidate
-from orchestrator.events import Began, Command, Ended, Event, Exhausted, Record, Run, Started, Tell
+from orchestrator.events import (
+    Began,
+    Cancel,
+    Command,
+    Ended,
+    Event,
+    Exhausted,
+    Record,
+    Run,
+    Started,
+    Stopped,
+    Tell,
+)
 from orchestrator.ledger import Ledger
 from orchestrator.prepare import Prepared
 from orchestrator.search import Search
 from orchestrator.study import Study
 from orchestrator.tracking import Tracker
+from orchestrator.work import CHECKPOINTS
 
 WAIT_SECONDS = 1.0
 """How long the loop sleeps at most where nothing ends: how often progress is shown."""
 
 DUPLICATES_IN_A_ROW = 200
 """So many proposals without a new recipe among them, and the space is taken to be exhausted."""
+
+HOPELESS = 0.01
+"""A candidate under way whose chance to add to the front is less is given up."""
 
 Work = Callable[[Job], Outcome]
 
@@ -53,12 +70,15 @@ class Service:
         self._take(Began(self.executor.slots))
         while self.study.stage != "done":
             self._propose()
-            for ended in self.executor.wait(WAIT_SECONDS):
+            news = self.executor.wait(WAIT_SECONDS)
+            for ended in news:
                 job_id, _, attempt = ended.key.rpartition("#")
                 outcome = ended.value
                 if ended.lost is not None:
                     outcome = Failure("preempted" if ended.preempted else "bug", ended.lost)
                 self._take(Ended(job_id, int(attempt), outcome))
+            if news:
+                self._stop()
             self.watch.turn(self.study)
 
     def _propose(self) -> None:
@@ -84,6 +104,17 @@ class Service:
                 self._take(Exhausted(f"{duplicates} proposals in a row brought no new recipe"))
                 return
 
+    def _stop(self) -> None:
+        """Give up who can hardly add to the front any more, by what the search believes now."""
+        awaited = self.study.stoppable
+        if not awaited:
+            return
+        chances = self.search.chances([candidate.choices for candidate in awaited])
+        for candidate, chance in zip(awaited, chances, strict=True):
+            if chance < HOPELESS:
+                reason = f"its chance to add to the front was down to {chance:.1%}"
+                self._take(Stopped(candidate.id, reason))
+
     def _take(self, event: Event) -> None:
         """Record the event, then decide, then act: a kill between any two loses nothing."""
         self.ledger.append(event)
@@ -93,6 +124,8 @@ class Service:
         for command in commands:
             if isinstance(command, Run):
                 self._run(command)
+            elif isinstance(command, Cancel):
+                self._cancel(command)
             elif isinstance(command, Tell):
                 self.search.tell([(command.choices, command.result)])
             elif isinstance(command, Record):
@@ -104,6 +137,11 @@ class Service:
         self._take(Started(job_id, command.attempt))
         resources = Resources(memory_gib=self.prepared.memory_gib(command.job), exclusive=command.alone)
         self.executor.submit(f"{job_id}#{command.attempt}", self.work, command.job, resources=resources)
+
+    def _cancel(self, command: Cancel) -> None:
+        self.executor.cancel(f"{command.job.id}#{command.attempt}")
+        left = self.prepared.folder / CHECKPOINTS / command.job.recipe.id
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def replay(study: Study, ledger: Ledger, search: Search) -> None:

@@ -89,7 +89,7 @@ def test_dominated_candidates_are_not_in_the_table(page: str) -> None:
 
 
 def test_failures_stand_by_kind_with_their_reason_and_nothing_is_taken_for_html(page: str) -> None:
-    assert "Failed or over a limit: 1 out of memory, 1 over a limit" in page
+    assert "Failed, over a limit or stopped: 1 out of memory, 1 over a limit" in page
     assert "killed at &lt;3.1 GiB&gt;" in page
     assert "size 150.0 MB" in page
 
