@@ -19,8 +19,9 @@ class Candidate:
 
     `over_limit` candidates break a limit by their exact size and never run. `measured` ones may still lack
     the exclusive metrics (latency), which are taken only of what may be on the front. stopped: why a candidate was
-    given up before it was measured. predicted: what a table of operations said of metrics that were measured since, to tell how far it was off; no result. fidelity: the share of
-    the evaluation that it was measured on. rungs: what it was measured at on smaller shares before.
+    given up before it was measured. predicted: what a table of operations said of metrics that were measured since, to
+    tell how far it was off; no result. fidelity: the share of the evaluation that it was measured on. rungs: what it
+    was measured at on smaller shares before.
     """
 
     recipe: Recipe

@@ -91,7 +91,8 @@ def launch(
                 ).run()
             finally:
                 watch.write(study)
-        shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)  # of trainings that were given up
+        for left in (CHECKPOINTS, SCRATCH):  # of work that was given up
+            shutil.rmtree(folder / left, ignore_errors=True)
         results = _standings(prepared, study).results()
         page = report_html(results, prepared.text, study.savings)
         write_whole(folder / "report.html", page)

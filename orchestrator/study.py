@@ -39,16 +39,16 @@ ALL_FAILED = 20
 MAX_BUG_ATTEMPTS = 3
 """An unexplained failure is tried this often before the candidate is given up as poison."""
 WORTH_STOPPING_SECONDS = 20.0
-"""What takes less of a slot is not ended once it is under way: half of it is done by then, on average, and the worker that
-is killed takes some seconds to come back."""
+"""What takes less of a slot is not ended once it is under way: half of it is done by then, on average, and a worker
+that is killed takes some seconds to come back."""
 
 
 @dataclass(slots=True)
 class _Node:
     """One recipe of the trie and how far it is. children: the ids of what is made from it, in their order.
 
-    uses: how many candidates come from it, or are it, but for those that were given up; open: how many of them are under
-    way; alone_seconds: what making it from its parent takes without statistics that are there.
+    uses: how many candidates come from it, or are it, but for those that were given up; open: how many of them are
+    under way; alone_seconds: what making it from its parent takes without statistics that are there.
     """
 
     recipe: Recipe
