@@ -93,8 +93,8 @@ class SurrogateSearch:
         asked = self._points(awaited)
         if len(losses) < _JUDGED_BY or len(asked) < len(awaited):
             return [1.0] * len(awaited)
+        pool = self._discovered(self._survey.enter(np.array(asked)))
         self._learn(points, losses)
-        pool = self._survey.enter(np.array(asked))
         foretold = [
             Expected(pool.known[:, column], np.zeros(len(pool)))
             if known
@@ -161,10 +161,14 @@ class SurrogateSearch:
         fresh = np.array([point for mark, point in new.items() if mark not in held])
         fresh = fresh.reshape(-1, len(self._places.axes))
         pool = kept.joined(self._survey.enter(fresh[self._open(fresh)]))
-        if self._survey.discovers(pool):
-            self._forget()
-            pool = self._survey.enter(pool.points)
-        return self._survey.within(pool)
+        return self._survey.within(self._discovered(pool))
+
+    def _discovered(self, pool: Pool) -> Pool:
+        """The same choices, entered anew where an objective turns out to be known that was not."""
+        if not self._survey.discovers(pool):
+            return pool
+        self._forget()
+        return self._survey.enter(pool.points)
 
     def _open(self, points: Points) -> NDArray[np.bool_]:
         marks = (_mark(point) for point in points)
