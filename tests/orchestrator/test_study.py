@@ -373,7 +373,7 @@ def test_replaying_the_events_rebuilds_the_study_after_any_number_of_kills() -> 
     assert copy.candidates[DROPPED.id].measurement == measured(0.4).measurement
 
 
-OUTCOMES = st.sampled_from(["measured", "measured", "measured", "invalid", "bug", "preempted"])
+OUTCOMES = st.sampled_from(["measured", "measured", "measured", "invalid", "bug", "preempted", "stopped"])
 
 
 @given(
@@ -391,6 +391,8 @@ def test_what_is_kept_beside_the_candidates_is_what_all_of_them_add_up_to(
     def take(commands: list[Command]) -> None:
         waiting.extend(runs(commands))
         for command in commands:
+            if isinstance(command, Cancel):
+                waiting.remove(next(run for run in waiting if run.job == command.job))
             if isinstance(command, Record):
                 standings.take(command.candidate.id)
 
@@ -408,7 +410,9 @@ def test_what_is_kept_beside_the_candidates_is_what_all_of_them_add_up_to(
     for count, value, kind in steps:
         recipe = ORIGINAL.then(DROP(count=count)).then(RTN(bits={2: 2, 3: 4, 4: 8}[value]))
         take(study.handle(proposal(recipe, size=40 + 20 * value)))
-        if waiting:
+        if kind == "stopped":
+            take(study.handle(Stopped(order.choice(list(study.candidates)), "hopeless")))
+        elif waiting:
             end_one(kind, value)
         check()
     take(study.handle(Exhausted("enough")))
