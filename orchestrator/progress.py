@@ -57,12 +57,12 @@ def status_of(name: str, study: Study, results: Results | None, began: float, en
     ended = ended_of(study)
     elapsed = time.time() - began
     since = ended - ended_before
-    left = max(0, study.plan.candidates + 1 - ended)
+    left = max(0, study.allowed + 1 - ended)
     return Status(
         study=name,
         stage=study.stage,
         at=time.time(),
-        candidates=study.plan.candidates,
+        candidates=study.allowed,
         measured=states["measured"],
         running=study.running,
         failed=states["failed"],

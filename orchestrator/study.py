@@ -41,6 +41,9 @@ MAX_BUG_ATTEMPTS = 3
 WORTH_STOPPING_SECONDS = 20.0
 """What takes less of a slot is not ended once it is under way: half of it is done by then, on average, and a worker
 that is killed takes some seconds to come back."""
+MORE_FOR_STOPPED = 4
+"""Others take the place of what was stopped, or the front would be worse, but no more than one in so many: where much
+is stopped, little is left to find."""
 
 
 @dataclass(slots=True)
@@ -141,6 +144,11 @@ class Study:
         return self._ended_by_search
 
     @property
+    def allowed(self) -> int:
+        """How many candidates may be proposed: another one for each that was stopped, up to a quarter more."""
+        return self.plan.candidates + min(self.states["stopped"], self.plan.candidates // MORE_FOR_STOPPED)
+
+    @property
     def running(self) -> int:
         """How many jobs are under way or ready to be."""
         return len(self._busy)
@@ -180,7 +188,7 @@ class Study:
             return False
         if self._timing or self.exhausted is not None or self.original.failure is not None:
             return False
-        return self.proposed < self.plan.candidates and self.running <= slots and len(self._open) < 4 * slots
+        return self.proposed < self.allowed and self.running <= slots and len(self._open) < 4 * slots
 
     @property
     def stoppable(self) -> list[Candidate]:
@@ -462,11 +470,7 @@ class Study:
 
     @property
     def _proposed_all(self) -> bool:
-        return (
-            self.exhausted is not None
-            or self.proposed >= self.plan.candidates
-            or self.original.state == "failed"
-        )
+        return self.exhausted is not None or self.proposed >= self.allowed or self.original.state == "failed"
 
     def _raced(self) -> list[Command]:
         found: list[Command] = []

@@ -580,6 +580,22 @@ def test_only_who_saves_something_by_it_may_be_stopped() -> None:
     assert {one.id for one in study.stoppable} == waiting
 
 
+def test_others_take_the_place_of_what_was_stopped_up_to_a_quarter() -> None:
+    study, original = begun(plan(candidates=8))
+    end(study, original, measured(0.5))
+    tried = 0
+    while study.wants(slots=10):
+        tried += 1
+        one = ORIGINAL.then(PRUNE(ratio=tried / 100))
+        run = only_run(study.handle(proposal(one)))
+        if tried <= 4:
+            study.handle(Stopped(one.id, "hopeless"))
+        else:
+            end(study, run, measured(0.4))
+    assert tried == study.allowed == 8 + 2
+    assert study.states == {"stopped": 4, "measured": 1 + 6, "waiting": 0}
+
+
 def test_what_was_stopped_is_not_taken_to_be_there_for_others() -> None:
     study, original = begun(plan(candidates=5))
     end(study, original, measured(0.5))
