@@ -15,6 +15,7 @@ from orchestrator.candidate import Candidate
 from orchestrator.events import Event, Stopped
 from orchestrator.ledger import Ledger
 from orchestrator.prepare import Prepared
+from orchestrator.progress import line, status_of
 from orchestrator.search import Choices, Result
 from orchestrator.service import Service, replay
 from orchestrator.study import Study
@@ -106,6 +107,9 @@ def test_a_hopeless_candidate_is_ended_forgotten_and_written_down(ready: Prepare
     assert (one.state, one.stopped) == ("stopped", "its chance to add to the front was down to 0.0%")
     assert Stopped(doomed.id, one.stopped) in [event for _, event in ledger.events()]
     assert running.study.proposed == 2
+    status = status_of("tiny", running.study, None, 0.0, 0)
+    assert (status.measured, status.stopped, status.ended) == (2, 1, 3)
+    assert "1 stopped" in line(status)
 
 
 def test_killed_before_it_could_end_what_is_stopped_the_next_process_does_not_run_it(ready: Prepared) -> None:
