@@ -104,7 +104,7 @@ def test_a_hopeless_candidate_is_ended_forgotten_and_written_down(ready: Prepare
     assert (DOOMED, None) in searching.told
     assert not left.exists()
     one = running.study.candidates[doomed.id]
-    assert (one.state, one.stopped) == ("stopped", "its chance to add to the front was down to 0.0%")
+    assert (one.state, one.stopped) == ("stopped", "its chance to add to the front was down to 0.00%")
     assert Stopped(doomed.id, one.stopped) in [event for _, event in ledger.events()]
     assert running.study.proposed == 2
     status = status_of("tiny", running.study, None, 0.0, 0)
