@@ -37,8 +37,8 @@ DUPLICATES_IN_A_ROW = 200
 """So many proposals without a new recipe among them, and the space is taken to be exhausted."""
 
 HOPELESS = 0.001
-"""A candidate under way whose chance to add to the front is less is given up. It is asked for after every result: with 1
-in 100 it was some time so low of many that would have added to the front, one in nine of those given up on one problem."""
+"""A candidate under way whose chance to add to the front is less is given up. It is asked for after every result, and
+so is below 1 in 100 at some time for too many that would have added to the front (docs/search.md)."""
 
 Work = Callable[[Job], Outcome]
 
