@@ -10,7 +10,7 @@ from jobs.job import Failure, Measurement
 from jobs.knobs import Value
 from jobs.recipe import Recipe
 
-State = Literal["waiting", "running", "measured", "failed", "over_limit"]
+State = Literal["waiting", "running", "measured", "failed", "over_limit", "stopped"]
 
 
 @dataclass(frozen=True)
@@ -18,9 +18,10 @@ class Candidate:
     """choices: what the search chose. size_bytes: of the weights, exact, known before anything runs.
 
     `over_limit` candidates break a limit by their exact size and never run. `measured` ones may still lack
-    the exclusive metrics (latency), which are taken only of what may be on the front. predicted: what a table of
-    operations said of metrics that were measured since, to tell how far it was off; no result. fidelity: the share of
-    the evaluation that it was measured on. rungs: what it was measured at on smaller shares before.
+    the exclusive metrics (latency), which are taken only of what may be on the front. stopped: why a candidate was
+    given up before it was measured. predicted: what a table of operations said of metrics that were measured since, to
+    tell how far it was off; no result. fidelity: the share of the evaluation that it was measured on. rungs: what it
+    was measured at on smaller shares before.
     """
 
     recipe: Recipe
@@ -30,6 +31,7 @@ class Candidate:
     artifact: str | None = None
     measurement: Measurement | None = None
     failure: Failure | None = None
+    stopped: str | None = None
     attempts: int = 0
     predicted: Mapping[str, float] = field(default_factory=dict)
     fidelity: float = 1.0

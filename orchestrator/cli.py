@@ -136,7 +136,7 @@ def status(folder: Folder, as_json: AsJson = False) -> None:
         _print_json({**found, "process": "running" if running else "stopped"})
         return
     current = Status(**found)
-    ended = current.measured + current.failed
+    ended = current.ended
     stage = "" if current.stage == "done" else f", {current.stage}"
     state = "running" if running else ("done" if current.stage == "done" else "stopped; resume goes on")
     _out().print(f"{current.study}: {state}{stage}, {ended}/{current.candidates + 1} ended, {line(current)}")

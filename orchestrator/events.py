@@ -73,7 +73,15 @@ class Exhausted:
     reason: str
 
 
-Event = Began | Proposed | Started | Ended | Exhausted
+@dataclass(frozen=True)
+class Stopped:
+    """A candidate under way is given up: its chance to add to the front has become negligible."""
+
+    id: str
+    reason: str
+
+
+Event = Began | Proposed | Started | Ended | Exhausted | Stopped
 
 
 @dataclass(frozen=True)
@@ -86,14 +94,22 @@ class Run:
 
 
 @dataclass(frozen=True)
+class Cancel:
+    """Nobody needs this attempt any more: end it, or forget it if it waits. What it left behind can go."""
+
+    job: Job
+    attempt: int
+
+
+@dataclass(frozen=True)
 class Tell:
-    """Tell the search what came of its choices, a failure where they failed.
+    """Tell the search what came of its choices: a failure where they failed, None where they were given up.
 
     Timings that are not measured yet stand in it as estimates: they steer, and are reported nowhere.
     """
 
     choices: Mapping[str, Value]
-    result: Mapping[str, float] | Failure
+    result: Mapping[str, float] | Failure | None
 
 
 @dataclass(frozen=True)
@@ -103,7 +119,7 @@ class Record:
     candidate: Candidate
 
 
-Command = Run | Tell | Record
+Command = Run | Cancel | Tell | Record
 Stage = Literal["searching", "racing", "timing", "done"]
 
 

@@ -24,7 +24,7 @@ from orchestrator.front import Objective
 from orchestrator.ledger import Ledger
 from orchestrator.lock import only_one
 from orchestrator.prepare import FIRST_RUNG_BEFORE, Prepared, rungs_of, slots_of
-from orchestrator.progress import Status, status_of, write_json, write_status, write_whole
+from orchestrator.progress import Status, ended_of, status_of, write_json, write_status, write_whole
 from orchestrator.report import report_html
 from orchestrator.results import Results, Standings, front_json
 from orchestrator.service import Service, Work, replay
@@ -91,7 +91,8 @@ def launch(
                 ).run()
             finally:
                 watch.write(study)
-        shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)  # of trainings that were given up
+        for left in (CHECKPOINTS, SCRATCH):  # of work that was given up
+            shutil.rmtree(folder / left, ignore_errors=True)
         results = _standings(prepared, study).results()
         page = report_html(results, prepared.text, study.savings)
         write_whole(folder / "report.html", page)
@@ -167,7 +168,7 @@ class _Watch:
         self._prepared = prepared
         self._show = show
         self._began = time.time()
-        self._ended_before = study.states["measured"] + study.states["failed"]
+        self._ended_before = ended_of(study)
         self._written, self._pause = 0.0, 0.0
         self._standings = _standings(prepared, study)
         self._results: Results | None = None

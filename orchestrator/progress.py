@@ -43,20 +43,26 @@ class Status:
     seconds: float
     seconds_left: float | None
     exhausted: str | None = None
+    stopped: int = 0
+
+    @property
+    def ended(self) -> int:
+        """How many candidates nothing more will come of, but for timings."""
+        return self.measured + self.failed + self.stopped
 
 
 def status_of(name: str, study: Study, results: Results | None, began: float, ended_before: int) -> Status:
     """The status now. Time left is judged by the candidates that ended since this process took over."""
     states = study.states
-    ended = states["measured"] + states["failed"]
+    ended = ended_of(study)
     elapsed = time.time() - began
     since = ended - ended_before
-    left = max(0, study.plan.candidates + 1 - ended)
+    left = max(0, study.allowed + 1 - ended)
     return Status(
         study=name,
         stage=study.stage,
         at=time.time(),
-        candidates=study.plan.candidates,
+        candidates=study.allowed,
         measured=states["measured"],
         running=study.running,
         failed=states["failed"],
@@ -67,7 +73,13 @@ def status_of(name: str, study: Study, results: Results | None, began: float, en
         seconds=elapsed,
         seconds_left=elapsed / since * left if since > 0 and study.stage == "searching" else None,
         exhausted=study.exhausted,
+        stopped=states["stopped"],
     )
+
+
+def ended_of(study: Study) -> int:
+    """See `Status.ended`."""
+    return study.states["measured"] + study.states["failed"] + study.states["stopped"]
 
 
 def write_json(file: Path, content: Mapping[str, object]) -> None:
@@ -117,7 +129,7 @@ class Display:
             self._progress.stop()
 
     def show(self, status: Status) -> None:
-        ended = status.measured + status.failed
+        ended = status.ended
         if self._progress is not None:
             self._progress.update(
                 self._task,
@@ -140,10 +152,12 @@ class Display:
 
 
 def line(status: Status) -> str:
-    """The status in a line: what runs, what failed, the front, the time left."""
+    """The status in a line: what runs, what failed or was stopped, the front, the time left."""
     parts = [f"{status.running} running"]
     if status.failed:
         parts.append(f"{status.failed} failed")
+    if status.stopped:
+        parts.append(f"{status.stopped} stopped")
     parts.append(f"front {status.front}")
     if status.hypervolume is not None:
         parts.append(f"hypervolume {status.hypervolume:.4g}")

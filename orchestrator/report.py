@@ -217,7 +217,7 @@ def _summary(results: Results) -> str:
         "front": "on the front", "dominated": "dominated", "over_limit": "over a limit", "failed": "failed",
         "unreliable": "too noisy to compare", "elsewhere": "measured in another environment, not compared",
         "incomplete": "measured in part", "outrun": "adds little by a part of the evaluation",
-        "waiting": "not measured",
+        "stopped": "stopped early", "waiting": "not measured",
     }  # fmt: skip
     parts = [f"{counts[standing]} {text}" for standing, text in words.items() if counts[standing]]
     limits = [
@@ -279,11 +279,13 @@ def _relative(metric: str, value: float, original: float | None, apart: Differen
 
 
 def _failures(results: Results) -> str:
-    """What failed, by kind, and what a limit kept out."""
+    """What failed, by kind, what a limit kept out and what was stopped."""
     kinds: dict[str, list[tuple[str, str]]] = defaultdict(list)
     for one in results.candidates:
         if one.failure is not None:
             kinds[one.failure.kind.replace("_", " ")].append((str(one.recipe), one.failure.message))
+        elif one.stopped is not None:
+            kinds["stopped early"].append((str(one.recipe), one.stopped))
         elif results.standings[one.id] == "over_limit" and one.id != results.original.id:
             broken = [o for o in results.objectives if o.metric in metrics(one)]
             broken = [o for o in broken if o.broken_by(metrics(one)[o.metric])]
@@ -299,7 +301,7 @@ def _failures(results: Results) -> str:
     head = "<tr><th>recipe</th><th>kind</th><th>reason</th></tr>"
     count = ", ".join(f"{len(found)} {kind}" for kind, found in sorted(kinds.items()))
     table = f'<div class="scroll text"><table>{head}{"".join(rows)}</table></div>'
-    return f"<h2>Failed or over a limit: {count}</h2>{table}"
+    return f"<h2>Failed, over a limit or stopped: {count}</h2>{table}"
 
 
 def _predictions(results: Results) -> str:

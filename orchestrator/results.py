@@ -15,11 +15,20 @@ from orchestrator.candidate import Candidate
 from orchestrator.front import PICKS, Metrics, Objective, ParetoFront
 
 Standing = Literal[
-    "front", "dominated", "over_limit", "unreliable", "elsewhere", "incomplete", "outrun", "failed", "waiting"
+    "front",
+    "dominated",
+    "over_limit",
+    "unreliable",
+    "elsewhere",
+    "incomplete",
+    "outrun",
+    "failed",
+    "stopped",
+    "waiting",
 ]
 """Where a candidate stands. elsewhere: measured in another environment than the original, so not comparable;
 incomplete: measured, but not in every objective; outrun: measured on a part of the evaluation, by which it
-would add next to nothing to the front; waiting: not measured yet."""
+would add next to nothing to the front; stopped: given up before it was measured; waiting: not measured yet."""
 
 COSTS = ("_bytes", "_gib", "_ms", "_joules", "cost_per_million_tokens")
 """The units of what a model costs; any other metric says how good it is."""
@@ -296,8 +305,8 @@ def _differences(candidate: Candidate, original: Candidate) -> dict[str, dict[st
 
 def _standing(candidate: Candidate, objectives: Sequence[Objective], original: Candidate) -> Standing:
     """Where a candidate stands by itself; "front" still means no more than that it may be compared."""
-    if candidate.state in ("failed", "over_limit"):
-        return "failed" if candidate.state == "failed" else "over_limit"
+    if candidate.state in ("failed", "over_limit", "stopped"):
+        return candidate.state
     known, measurement = metrics(candidate), candidate.measurement
     if any(o.metric in known and o.broken_by(known[o.metric]) for o in objectives):
         return "over_limit"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -10,18 +11,35 @@ from cluster import executor
 from cluster.executor import Executor, Resources
 from jobs.job import Failure, Job, Outcome
 from orchestrator.candidate import Candidate
-from orchestrator.events import Began, Command, Ended, Event, Exhausted, Record, Run, Started, Tell
+from orchestrator.events import (
+    Began,
+    Cancel,
+    Command,
+    Ended,
+    Event,
+    Exhausted,
+    Record,
+    Run,
+    Started,
+    Stopped,
+    Tell,
+)
 from orchestrator.ledger import Ledger
 from orchestrator.prepare import Prepared
 from orchestrator.search import Search
 from orchestrator.study import Study
 from orchestrator.tracking import Tracker
+from orchestrator.work import CHECKPOINTS
 
 WAIT_SECONDS = 1.0
 """How long the loop sleeps at most where nothing ends: how often progress is shown."""
 
 DUPLICATES_IN_A_ROW = 200
 """So many proposals without a new recipe among them, and the space is taken to be exhausted."""
+
+HOPELESS = 0.001
+"""A candidate under way whose chance to add to the front is less is given up. It is asked for after every result, and
+so is below 1 in 100 at some time for too many that would have added to the front (docs/search.md)."""
 
 Work = Callable[[Job], Outcome]
 
@@ -54,7 +72,10 @@ class Service:
         self._take(Began(self.executor.slots))
         while self.study.stage != "done":
             self._propose()
-            self._take(*map(_event, self.executor.wait(WAIT_SECONDS)))
+            news = self.executor.wait(WAIT_SECONDS)
+            self._take(*map(_event, news))
+            if news:
+                self._stop()
             self.watch.turn(self.study)
 
     def _propose(self) -> None:
@@ -80,6 +101,17 @@ class Service:
                 self._take(Exhausted(f"{duplicates} proposals in a row brought no new recipe"))
                 return
 
+    def _stop(self) -> None:
+        """Give up who can hardly add to the front any more, by what the search believes now."""
+        awaited = self.study.stoppable
+        if not awaited:
+            return
+        chances = self.search.chances([candidate.choices for candidate in awaited])
+        for candidate, chance in zip(awaited, chances, strict=True):
+            if chance < HOPELESS:
+                reason = f"its chance to add to the front was down to {chance:.2%}"
+                self._take(Stopped(candidate.id, reason))
+
     def _take(self, *events: Event) -> None:
         """Record the events and what is to start because of them, then act: a kill between any two loses nothing. What
         the study knew of events that were not recorded yet, it forgets with its process."""
@@ -103,6 +135,8 @@ class Service:
         for command in commands:
             if isinstance(command, Run):
                 self._run(command)
+            elif isinstance(command, Cancel):
+                self._cancel(command)
             elif isinstance(command, Tell):
                 self.search.tell([(command.choices, command.result)])
             elif isinstance(command, Record):
@@ -113,6 +147,11 @@ class Service:
         resources = Resources(memory_gib=self.prepared.memory_gib(command.job), exclusive=command.alone)
         key = f"{command.job.id}#{command.attempt}"
         self.executor.submit(key, self.work, command.job, resources=resources)
+
+    def _cancel(self, command: Cancel) -> None:
+        self.executor.cancel(f"{command.job.id}#{command.attempt}")
+        left = self.prepared.folder / CHECKPOINTS / command.job.recipe.id
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def _event(ended: executor.Ended) -> Ended:

@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 from array import array
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from jobs.job import Failure, Job, Measurement, Success
@@ -18,6 +18,7 @@ from orchestrator.contenders import Rival, contenders
 from orchestrator.estimate import estimates, predictions
 from orchestrator.events import (
     Began,
+    Cancel,
     Command,
     Cost,
     Ended,
@@ -28,6 +29,7 @@ from orchestrator.events import (
     Run,
     Stage,
     Started,
+    Stopped,
     Tell,
 )
 from orchestrator.racing import Race, next_fidelity
@@ -38,14 +40,20 @@ ALL_FAILED = 20
 """When so many candidates have failed and none came out, no more are tried."""
 MAX_BUG_ATTEMPTS = 3
 """An unexplained failure is tried this often before the candidate is given up as poison."""
+WORTH_STOPPING_SECONDS = 20.0
+"""What takes less of a slot is not ended once it is under way: half of it is done by then, on average, and a worker
+that is killed takes some seconds to come back."""
+MORE_FOR_STOPPED = 4
+"""Others take the place of what was stopped, or the front would be worse, but no more than one in so many: where much
+is stopped, little is left to find."""
 
 
 @dataclass(slots=True)
 class _Node:
     """One recipe of the trie and how far it is. children: the ids of what is made from it, in their order.
 
-    uses: how many candidates come from it, or are it; alone_seconds: what making it from its parent takes without
-    statistics that are there.
+    uses: how many candidates come from it, or are it, but for those that were given up; open: how many of them are
+    under way; alone_seconds: what making it from its parent takes without statistics that are there.
     """
 
     recipe: Recipe
@@ -62,6 +70,7 @@ class _Node:
     failed_attempts: int = 0
     alone: bool = False
     uses: int = 0
+    open: int = 0
     alone_seconds: float = 0.0
     children: dict[str, None] = field(default_factory=dict)
 
@@ -143,6 +152,11 @@ class Study:
         return self._ended_by_search
 
     @property
+    def allowed(self) -> int:
+        """How many candidates may be proposed: another one for each that was stopped, up to a quarter more."""
+        return self.plan.candidates + min(self.states["stopped"], self.plan.candidates // MORE_FOR_STOPPED)
+
+    @property
     def running(self) -> int:
         """How many jobs are under way or ready to be."""
         return len(self._busy)
@@ -158,13 +172,23 @@ class Study:
         technique took so far on average (for each update of the weights, where it trains), and measuring. Of a
         technique that was not tried yet nothing is known but what others took; while nothing at all was tried, each
         step counts as one, and measuring too."""
+        return self._seconds([one for one in recipe.lineage()[1:] if not self._comes(one.id)])
+
+    def _comes(self, id: str) -> bool:
+        """Whether somebody has made this model, makes it or will."""
+        node = self._nodes.get(id)
+        return node is not None and (node.artifact is not None or node.open > 0 or node.failure is not None)
+
+    def _seconds(self, recipes: Sequence[Recipe]) -> float:
+        """What the last step of each of these and measuring once would take."""
         known = [took.mean for took in self._took.values()] or [self._measuring.mean or 1.0]
         typical = sum(known) / len(known)
-        new = (one.steps[-1] for one in recipe.lineage()[1:] if one.id not in self._nodes)
-        steps = (
-            self._took[step.name()].of(_work(step)) if step.name() in self._took else typical for step in new
+        steps = (one.steps[-1] for one in recipes)
+        making = (
+            self._took[step.name()].of(_work(step)) if step.name() in self._took else typical
+            for step in steps
         )
-        return (self._measuring.mean or typical) + sum(steps)
+        return (self._measuring.mean or typical) + sum(making)
 
     def wants(self, slots: int) -> bool:
         """Whether one more proposal is wanted now, so that none of `slots` has to wait for work.
@@ -176,7 +200,34 @@ class Study:
             return False
         if self._timing or self.exhausted is not None or self.original.failure is not None:
             return False
-        return self.proposed < self.plan.candidates and self.running <= slots and len(self._open) < 4 * slots
+        return self.proposed < self.allowed and self.running <= slots and len(self._open) < 4 * slots
+
+    @property
+    def stoppable(self) -> list[Candidate]:
+        """Who may be given up so that something is saved. What is made already is only measured, what others need is
+        made anyway: neither is among them."""
+        found = []
+        for id in sorted(self._open):
+            alone = self._alone(self._nodes[id])
+            if not alone:
+                continue
+            waits = all(node.job is None for node in alone)
+            if waits or self._seconds([node.recipe for node in alone]) >= WORTH_STOPPING_SECONDS:
+                found.append(self.candidates[id])
+        return found
+
+    def _alone(self, node: _Node) -> list[_Node]:
+        """What has to be made for this candidate and for nobody else, itself first; nothing where it is there already
+        or others need it."""
+        own = itertools.takewhile(lambda one: one.artifact is None and one.open == 1, self._upwards(node))
+        return [] if node.id == self._original_id else list(own)
+
+    def _upwards(self, node: _Node) -> Iterator[_Node]:
+        """This node and those that it comes from, up to the original."""
+        yield node
+        while node.parent is not None:
+            node = self._nodes[node.parent]
+            yield node
 
     def handle(self, event: Event) -> list[Command]:
         """Take one event in; what is to be done because of it."""
@@ -188,6 +239,8 @@ class Study:
             commands = self._handle_started(event)
         elif isinstance(event, Ended):
             commands = self._handle_ended(event)
+        elif isinstance(event, Stopped):
+            commands = self._handle_stopped(event)
         else:
             self._ended_by_search = event.reason
             commands = []
@@ -234,8 +287,6 @@ class Study:
 
     def _enter(self, recipe: Recipe, choices: Mapping[str, Value], cost: Cost) -> list[_Node]:
         """Put a candidate and its lineage into the trie; the nodes from the original to it."""
-        candidate = Candidate(recipe, "waiting", cost.size_bytes, choices)
-        self._keep(candidate)
         nodes: list[_Node] = []
         for step in recipe.lineage():
             id, parent = step.id, nodes[-1].id if nodes else None
@@ -246,6 +297,7 @@ class Study:
             below.uses += 1
             above.children[below.id] = None
         nodes[-1].wanted, nodes[-1].cost = True, cost
+        self._keep(Candidate(recipe, "waiting", cost.size_bytes, choices))
         return nodes
 
     def _add_candidate(self, recipe: Recipe, choices: Mapping[str, Value], cost: Cost) -> list[Command]:
@@ -270,6 +322,27 @@ class Study:
         if isinstance(event.outcome, Failure):
             return self._handle_failure(node, job, event.outcome)
         return self._handle_success(node, job, event.outcome)
+
+    def _handle_stopped(self, event: Stopped) -> list[Command]:
+        alone = self._alone(self._nodes[event.id]) if event.id in self._open else []
+        if not alone:
+            return []  # late or repeated, or more has come of it since
+        commands: list[Command] = []
+        for node in alone:
+            if node.job is not None:
+                commands.append(Cancel(node.job, node.attempt))
+                node.job = None
+                self._busy.discard(node.id)
+        for node in self._upwards(alone[0]):
+            node.uses -= 1
+            self.reused -= node.parent is not None and node.uses > 0
+        alone[0].wanted = False
+        before = self.candidates[event.id]
+        stopped = dataclasses.replace(
+            before, state="stopped", stopped=event.reason, attempts=alone[0].attempt
+        )
+        self._keep(stopped)
+        return [*commands, Record(stopped), *self._told(stopped, stopped.choices)]
 
     def _handle_success(self, node: _Node, job: Job, success: Success) -> list[Command]:
         new = node.artifact is None
@@ -356,6 +429,8 @@ class Study:
         """The job that this node needs now, if it is ready for one."""
         if node.job is not None or node.failure is not None:
             return []
+        if node.artifact is None and node.open == 0:
+            return []  # who needed it was given up
         if node.parent is not None and self._nodes[node.parent].artifact is None:
             return []
         if node.parent is None and not node.measured:
@@ -444,11 +519,7 @@ class Study:
 
     @property
     def _proposed_all(self) -> bool:
-        return (
-            self.exhausted is not None
-            or self.proposed >= self.plan.candidates
-            or self.original.state == "failed"
-        )
+        return self.exhausted is not None or self.proposed >= self.allowed or self.original.state == "failed"
 
     def _raced(self) -> list[Command]:
         found: list[Command] = []
@@ -491,10 +562,11 @@ class Study:
         if before is not None:
             self.states[before.state] -= 1
         self.states[candidate.state] += 1
-        if candidate.state in ("waiting", "running"):
-            self._open.add(candidate.id)
-        else:
-            self._open.discard(candidate.id)
+        opened = candidate.state in ("waiting", "running")
+        if opened != (candidate.id in self._open):
+            for node in self._upwards(self._nodes[candidate.id]):
+                node.open += 1 if opened else -1
+            (self._open.add if opened else self._open.discard)(candidate.id)
         if len(self.plan.rungs) == 1:
             return
         if candidate.failure is not None:
@@ -511,6 +583,8 @@ class Study:
             return [Tell(choices, candidate.failure)]
         if candidate.state == "over_limit":
             return [Tell(choices, Failure("invalid", "breaks the size limit"))]
+        if candidate.state == "stopped":
+            return [Tell(choices, None)]
         if candidate.measurement is None:
             return []
         original = self.original.measurement

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import shutil
+import socket
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -67,8 +69,7 @@ def made_again(recipe: Recipe, workplace: Workplace) -> ArtifactRef:
     held = artifact_of(recipe, store)
     if held is not None:
         return held
-    workplace.scratch.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=workplace.scratch) as scratch:
+    with _scratch(workplace) as scratch:
         outcome = _attempt(Job(recipe, (), ""), workplace, store, Path(scratch))
     if isinstance(outcome, Failure):
         raise RuntimeError(f"{recipe} could not be made again: {outcome.message}")
@@ -96,8 +97,7 @@ def _work(job: Job, workplace: Workplace) -> Outcome:
     done = store.record(_result_key(job))
     if done is not None:
         return _found(outcome_from_dict(done["result"]))
-    workplace.scratch.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=workplace.scratch) as scratch:
+    with _scratch(workplace) as scratch:
         outcome = _attempt(job, workplace, store, Path(scratch))
     if isinstance(outcome, Failure):
         return outcome  # another attempt may go better: only results are committed
@@ -105,6 +105,27 @@ def _work(job: Job, workplace: Workplace) -> Outcome:
     if store.commit(_result_key(job), record):
         return outcome
     return outcome_from_dict(_committed(store, _result_key(job))["result"])
+
+
+def _scratch(workplace: Workplace) -> tempfile.TemporaryDirectory[str]:
+    """A folder of this process; what others that are gone left on this machine, killed half way, is removed."""
+    workplace.scratch.mkdir(parents=True, exist_ok=True)
+    machine = socket.gethostname()
+    for left in workplace.scratch.iterdir():
+        name = left.name.split("~")
+        if len(name) == 3 and name[0] == machine and not _runs(int(name[1])):
+            shutil.rmtree(left, ignore_errors=True)
+    return tempfile.TemporaryDirectory(prefix=f"{machine}~{os.getpid()}~", dir=workplace.scratch)
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def _found(outcome: Outcome) -> Outcome:

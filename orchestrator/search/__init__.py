@@ -16,7 +16,7 @@ from jobs.lookup import module_of
 from orchestrator.front import Objective
 
 Choices = Mapping[str, Value]
-Result = tuple[Choices, Mapping[str, float] | Failure]
+Result = tuple[Choices, Mapping[str, float] | Failure | None]
 Known = Callable[[Choices], Mapping[str, float]]
 Space = Mapping[str, Domain]
 
@@ -42,8 +42,14 @@ class Search(Protocol):
         """Learn from results, asked for or not, in any order; each choice's result counts once.
 
         NaN and infinite metrics count as failures. A result without some objective waits for one that
-        has them all, and a success takes the place of an earlier failure.
+        has them all, and a success takes the place of an earlier failure. None: what was asked is given up, from which
+        nothing is learned.
         """
+        ...
+
+    def chances(self, awaited: Sequence[Choices]) -> list[float]:
+        """Of choices that are under way, how likely each is to add to the front of what was told, by what is believed
+        now; 1 where nothing is believed."""
         ...
 
 

@@ -110,6 +110,20 @@ class Belief:
         left = np.maximum(left, 1e-10)
         return self._mean + self._scale * (across @ self._weights), self._scale * np.sqrt(left)
 
+    def outcome(self, rows: Rows) -> tuple[Vector, Vector]:
+        """Mean and standard deviation of what measuring there would give. It is taken to err no less than it did, on
+        average, of each result by all others (Rasmussen & Williams 2006, eq. 5.12), neither by itself nor as a multiple
+        of what it claimed."""
+        mean, deviation = self.predict(rows)
+        inverse = linalg.solve_triangular(
+            self._factor, np.eye(len(self._rows)), lower=True, check_finite=False
+        )
+        precision = (inverse**2).sum(axis=0)
+        surprise = math.sqrt(float((self._weights**2 / precision).mean()))
+        usual = self._scale * math.sqrt(float(((self._weights / precision) ** 2).mean()))
+        claimed = np.hypot(deviation, self._scale * math.sqrt(self._covariance.noise))
+        return mean, np.maximum(max(surprise, 1.0) * claimed, usual)
+
     def _halved(self, across: Matrix) -> Matrix:
         """L⁻¹ of these covariances with the results, a column for each row."""
         return np.asarray(linalg.solve_triangular(self._factor, across.T, lower=True, check_finite=False))
@@ -183,6 +197,10 @@ class LossBelief:
     def mean(self, rows: Rows) -> Vector:
         """What is expected there, as seen on the scale."""
         return self._belief.mean(rows)
+
+    def outcome(self, rows: Rows) -> Expected:
+        """What measuring would give, no surer than this belief has been right so far."""
+        return Expected(*self._belief.outcome(rows), self._scale)
 
 
 def _standardized(values: Vector) -> tuple[float, float, Vector]:

@@ -9,7 +9,7 @@ import numpy as np
 
 from jobs.knobs import Choice, Domain, Value
 from orchestrator.front import Objective
-from orchestrator.search import Known, Result, Space
+from orchestrator.search import Choices, Known, Result, Space
 from orchestrator.search.proposals import Proposals
 
 VALUES = 9
@@ -45,6 +45,9 @@ class GridSearch:
 
     def tell(self, results: Sequence[Result]) -> None:
         self._proposals.news(results)
+
+    def chances(self, awaited: Sequence[Choices]) -> list[float]:
+        return [1.0] * len(awaited)
 
     def _next(self) -> dict[str, Value]:
         choices = self._at(self._place % self._size)

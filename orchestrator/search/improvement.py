@@ -42,6 +42,13 @@ class Expected:
         at = away / spread
         return np.asarray(spread * (at * ndtr(at) + np.exp(-0.5 * at**2) / np.sqrt(2 * np.pi)))
 
+    def chance_below(self, edges: NDArray[np.float64]) -> Lengths:
+        """The probability for each candidate and each edge, both on the scale, that the loss is below it."""
+        away = edges[None, :] - self.mean[:, None]
+        if not self.deviation.any():
+            return np.asarray(away > 0, dtype=np.float64)
+        return np.asarray(ndtr(away / np.maximum(self.deviation, 1e-12)[:, None]))
+
 
 def expected_improvement(
     front: Points, reference: NDArray[np.float64], candidates: Sequence[Expected], boldness: float = 1.0
@@ -61,6 +68,19 @@ def expected_improvement(
         lengths[:, finite] = one.below(edges[finite], boldness)
         total *= lengths[:, places[len(low) :]] - lengths[:, places[: len(low)]]
     return np.asarray(np.maximum(total, 0.0).sum(axis=1))
+
+
+def chance_to_add(front: Points, limits: NDArray[np.float64], candidates: Sequence[Expected]) -> Vector:
+    """How likely each candidate is at most to keep the limits and to be beaten by no member of the front: as likely as
+    with the one member, or the one limit, that leaves the least chance. Where one objective is uncertain that is exact.
+    """
+    beaten = np.ones((len(candidates[0].mean), len(front)))
+    keeps = np.ones(len(candidates[0].mean))
+    for column, one in enumerate(candidates):
+        beaten *= 1 - one.chance_below(front[:, column])
+        if one.deviation.any():
+            keeps = np.minimum(keeps, one.chance_below(limits[column : column + 1])[:, 0])
+    return np.asarray(np.minimum(keeps, 1 - beaten.max(axis=1, initial=0.0)))
 
 
 def cells(front: Points, reference: NDArray[np.float64]) -> tuple[Points, Points]:

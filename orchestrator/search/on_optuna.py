@@ -86,12 +86,21 @@ class OptunaSearch:
 
     def tell(self, results: Sequence[Result]) -> None:
         with _silence():
+            for choices in (choices for choices, outcome in results if outcome is None):
+                self._end(choices)
             for choices, metrics in self._proposals.news(results):
-                if key(choices) in self._outstanding:
-                    self._study.tell(self._outstanding.pop(key(choices)), state=TrialState.FAIL)
+                self._end(choices)
                 # A study may be resumed with a narrower space; what lies outside it cannot be learned from.
                 if metrics is not None and self._inside(choices):
                     self._count(choices, metrics)
+
+    def chances(self, awaited: Sequence[Choices]) -> list[float]:
+        return [1.0] * len(awaited)
+
+    def _end(self, choices: Choices) -> None:
+        """These choices are outstanding no more."""
+        if key(choices) in self._outstanding:
+            self._study.tell(self._outstanding.pop(key(choices)), state=TrialState.FAIL)
 
     def _sample(self) -> Callable[[], dict[str, Value]]:
         """Draws for one proposal: the sampler's, once there is something to go by, then uniform ones."""

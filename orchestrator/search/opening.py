@@ -42,3 +42,6 @@ class Opening:
         for choices, _ in results:
             self._first.pop(key(choices), None)
         self._search.tell(results)
+
+    def chances(self, awaited: Sequence[Choices]) -> list[float]:
+        return self._search.chances(awaited)

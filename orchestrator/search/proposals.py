@@ -103,6 +103,8 @@ class Proposals:
         for choices, outcome in results:
             mark = key(choices)
             self._seen.add(mark)
+            if outcome is None:
+                continue
             metrics = self._complete(choices, outcome)
             if metrics == {} or self._told.get(mark) or (metrics is None and mark in self._told):
                 continue

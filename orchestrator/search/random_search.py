@@ -8,7 +8,7 @@ import numpy as np
 
 from jobs.knobs import Value
 from orchestrator.front import Objective
-from orchestrator.search import Known, Result, Space
+from orchestrator.search import Choices, Known, Result, Space
 from orchestrator.search.proposals import Proposals, uniform
 
 
@@ -23,3 +23,6 @@ class RandomSearch:
 
     def tell(self, results: Sequence[Result]) -> None:
         self._proposals.news(results)
+
+    def chances(self, awaited: Sequence[Choices]) -> list[float]:
+        return [1.0] * len(awaited)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 
 import numpy as np
 from jaxtyping import Float
@@ -10,16 +11,18 @@ from numpy.typing import NDArray
 
 from jobs.knobs import Value
 from orchestrator.front import Metrics, Objective, nondominated
-from orchestrator.search import Known, Result, Space
+from orchestrator.search import Choices, Known, Result, Space
 from orchestrator.search.belief import Belief, LossBelief
 from orchestrator.search.features import Rows
-from orchestrator.search.improvement import Expected, expected_improvement
+from orchestrator.search.improvement import Expected, chance_to_add, expected_improvement
 from orchestrator.search.places import Places, Points
 from orchestrator.search.proposals import Proposals
 from orchestrator.search.survey import Losses, Pool, Survey
 
 _START = 6
 """So many choices are asked, as different as can be, before anything is believed."""
+_JUDGED_BY = 12
+"""With fewer results nothing is said of the chances of what is under way."""
 _ANYWHERE, _NEAR = 100, 80
 """New choices that a proposal is picked from: drawn anywhere (and half as many levelled), and near the front, near
 the best of the last proposal, near what is believed to be the front."""
@@ -57,6 +60,7 @@ class SurrogateSearch:
         self._survey = Survey(self._places, objectives, known, self._generator)
         self._told: dict[bytes, tuple[Point, Metrics | None]] = {}
         self._asked: dict[bytes, Point] = {}
+        self._given_up: set[bytes] = set()
         self._pool = self._survey.enter(self._places.none())
         self._likely = self._places.none()
         self._forget()
@@ -74,15 +78,45 @@ class SurrogateSearch:
         return found
 
     def tell(self, results: Sequence[Result]) -> None:
+        for point in self._points([choices for choices, outcome in results if outcome is None]):
+            self._asked.pop(_mark(point), None)
+            self._given_up.add(_mark(point))
         acting = [(self._places.acting(choices), outcome) for choices, outcome in results]
         for choices, metrics in self._proposals.news(acting):
-            try:
-                point = self._places.point(choices)
-            except (ValueError, LookupError):
-                continue  # of a study that was resumed with a narrower space
-            self._asked.pop(_mark(point), None)
-            self._told[_mark(point)] = point, metrics
-            self._stale = True
+            for point in self._points([choices]):
+                self._asked.pop(_mark(point), None)
+                self._told[_mark(point)] = point, metrics
+                self._stale = True
+
+    def chances(self, awaited: Sequence[Choices]) -> list[float]:
+        points, losses = self._measured()
+        asked = self._points(awaited)
+        if len(losses) < _JUDGED_BY or len(asked) < len(awaited):
+            return [1.0] * len(awaited)
+        pool = self._discovered(self._survey.enter(np.array(asked)))
+        self._learn(points, losses)
+        foretold = [
+            Expected(pool.known[:, column], np.zeros(len(pool)))
+            if known
+            else self._beliefs[column].outcome(pool.rows)
+            for column, known in enumerate(self._survey.foreknown)
+        ]
+        limits = [np.inf if o.limit is None else o.loss(o.limit) for o in self._objectives]
+        seen = [
+            one.scale.seen(np.append(column, limit))
+            for one, column, limit in zip(foretold, losses[self._best(losses)].T, limits, strict=True)
+        ]
+        found = chance_to_add(np.column_stack(seen)[:-1], np.array(seen)[:, -1], foretold)
+        made = np.isfinite(pool.known[:, self._survey.foreknown]).all(axis=1)
+        return [float(one) for one in np.where(made, found, 1.0)]
+
+    def _points(self, choices: Sequence[Choices]) -> list[Point]:
+        """Where these are, without those that are not in the space: it may be narrower than when they were chosen."""
+        found = []
+        for one in choices:
+            with suppress(ValueError, LookupError):
+                found.append(self._places.point(one))
+        return found
 
     def _forget(self) -> None:
         """Begin with no beliefs."""
@@ -123,14 +157,18 @@ class SurrogateSearch:
             if len(parents):
                 drawn.append(self._places.neighbours(parents, _NEAR, self._generator))
         pool = kept.joined(self._survey.enter(self._open(np.concatenate(drawn), _marks(kept.points))))
-        if self._survey.discovers(pool):
-            self._forget()
-            pool = self._survey.enter(pool.points)
-        return self._survey.within(pool)
+        return self._survey.within(self._discovered(pool))
+
+    def _discovered(self, pool: Pool) -> Pool:
+        """The same choices, entered anew where an objective turns out to be known that was not."""
+        if not self._survey.discovers(pool):
+            return pool
+        self._forget()
+        return self._survey.enter(pool.points)
 
     def _open(self, points: Points, held: Sequence[bytes] = ()) -> Points:
-        """Of these, each once, what was neither asked nor told, and is not held."""
-        gone = {*held, *self._told, *self._asked}
+        """Of these, each once, what was neither asked, told nor given up, and is not held."""
+        gone = {*held, *self._told, *self._asked, *self._given_up}
         rows = {mark: row for row, mark in enumerate(_marks(points)) if mark not in gone}
         return points[list(rows.values())]
 

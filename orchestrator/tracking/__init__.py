@@ -120,6 +120,7 @@ def candidate_entry(candidate: Candidate) -> dict[str, Any]:
         "unreliable": list(candidate.measurement.unreliable) if candidate.measurement else [],
         "environment": dict(candidate.measurement.environment) if candidate.measurement else {},
         "seconds": candidate.measurement.seconds if candidate.measurement else None,
+        "stopped": candidate.stopped,
         "failure": {"kind": failure.kind, "message": failure.message} if failure else None,
     }
 

@@ -41,8 +41,9 @@ STATUS = {
     "running": "RUNNING",
     "measured": "FINISHED",
     "failed": "FAILED",
-    # Never ran, by decision: in MLflow's words neither finished nor failed.
+    # Never ran to its end, by decision: in MLflow's words neither finished nor failed.
     "over_limit": "KILLED",
+    "stopped": "KILLED",
 }
 OUTBOX_TAG, CANDIDATE_TAG = "slimfront.outbox", "slimfront.candidate"
 PARENT = "study"
@@ -262,6 +263,8 @@ def _candidate_tags(candidate: Mapping[str, Any]) -> dict[str, str]:
         tags["artifact"] = candidate["artifact"]
     if candidate["unreliable"]:
         tags["unreliable"] = ", ".join(candidate["unreliable"])
+    if candidate.get("stopped"):  # what an earlier version appended lacks it
+        tags["stopped"] = candidate["stopped"]
     if candidate["failure"]:
         tags["failure.kind"] = candidate["failure"]["kind"]
         tags["failure.message"] = candidate["failure"]["message"]

@@ -162,6 +162,24 @@ def test_one_to_four_objectives_are_searched(name: str, count: int) -> None:
     assert len(choices) == 5
 
 
+def test_what_is_given_up_is_forgotten_and_not_proposed_again(name: str) -> None:
+    trying = search.make(name, {"bits": Choice((3, 4, 8))}, [Objective("accuracy", "max")], seed=0)
+    (first,) = trying.ask(1)
+    trying.tell([(first, None)])
+    assert sorted(one["bits"] for one in [first, *trying.ask(3)]) == [3, 4, 8]
+    # A study that is taken up again tells it to a search that has not asked.
+    resumed = search.make(name, {"bits": Choice((3, 4, 8))}, [Objective("accuracy", "max")], seed=0)
+    resumed.tell([({"bits": 3}, None)])
+    assert sorted(one["bits"] for one in resumed.ask(3)) == [4, 8]
+
+
+def test_nothing_is_said_of_chances_before_anything_is_told(name: str) -> None:
+    trying = search.make(name, SPACE, OBJECTIVES, size, 0, FIRST)
+    asked = trying.ask(4)
+    assert trying.chances(asked) == [1.0] * 4
+    assert trying.chances([]) == []
+
+
 FIRST = [
     {"depth": depth, "keep": 0.5, "rate": 1e-3, "bits": 4, "order": "prune", "recover": True}
     for depth in (6, 0, 5, 4)  # the second is over the limit

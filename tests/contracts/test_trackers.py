@@ -45,13 +45,14 @@ def tracker(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.
 
 
 def candidates() -> list[Candidate]:
-    dropped = [ORIGINAL.then(techniques.load("drop_layers").of({"count": count})) for count in (1, 2, 3)]
+    dropped = [ORIGINAL.then(techniques.load("drop_layers").of({"count": count})) for count in (1, 2, 3, 4)]
     measured = Measurement({"size_bytes": 100.0, "accuracy": 0.8}, {"accuracy": 0.01})
     return [
         Candidate(ORIGINAL, "measured", 100, artifact="sha", measurement=measured),
         Candidate(dropped[0], "running", 90),
         Candidate(dropped[1], "failed", 80, failure=Failure("bug", "broken", "Traceback")),
         Candidate(dropped[2], "over_limit", 70),
+        Candidate(dropped[3], "stopped", 60, stopped="hopeless"),
     ]
 
 

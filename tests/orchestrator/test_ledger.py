@@ -7,7 +7,7 @@ import pytest
 from jobs import techniques
 from jobs.job import Failure, Measurement, Success
 from jobs.recipe import Origin, Recipe
-from orchestrator.events import Began, Cost, Ended, Event, Exhausted, Proposed, Started
+from orchestrator.events import Began, Cost, Ended, Event, Exhausted, Proposed, Started, Stopped
 from orchestrator.ledger import Ledger
 
 RECIPE = Recipe(Origin("m", "d", 1)).then(techniques.load("rtn")(bits=3, group=64))
@@ -21,6 +21,7 @@ EVENTS: list[Event] = [
     ),
     Ended("job", 2, Failure("diverged", "NaN", "trace")),
     Exhausted("nothing left"),
+    Stopped(RECIPE.id, "hopeless"),
 ]
 
 

@@ -44,6 +44,7 @@ def results(*objectives: Objective) -> Results:
             candidate(3, 50, 0.5, 4.0),
             candidate(4, 90, 0.0, 0.0, state="failed", measurement=None, failure=broken),
             candidate(5, 150, 0.0, 0.0, state="over_limit", measurement=None),
+            candidate(6, 80, 0.0, 0.0, state="stopped", measurement=None, stopped="hopeless <by now>"),
         ],
     )
 
@@ -89,7 +90,8 @@ def test_dominated_candidates_are_not_in_the_table(page: str) -> None:
 
 
 def test_failures_stand_by_kind_with_their_reason_and_nothing_is_taken_for_html(page: str) -> None:
-    assert "Failed or over a limit: 1 out of memory, 1 over a limit" in page
+    assert "Failed, over a limit or stopped: 1 out of memory, 1 over a limit, 1 stopped early" in page
+    assert "hopeless &lt;by now&gt;" in page
     assert "killed at &lt;3.1 GiB&gt;" in page
     assert "size 150.0 MB" in page
 

@@ -68,6 +68,7 @@ def test_the_front_is_what_is_measured_within_the_limits_and_not_dominated() -> 
         (candidate(4, 95, 0.9, 1.0), "over_limit"),
         (candidate(4, 20, 0.9, 1.0, state="over_limit", measurement=None), "over_limit"),
         (candidate(4, 20, 0.9, 1.0, state="failed", failure=Failure("bug", "no")), "failed"),
+        (candidate(4, 20, 0.9, 1.0, state="stopped", measurement=None, stopped="hopeless"), "stopped"),
         (candidate(4, 20, 0.9, 1.0, state="running", measurement=None), "waiting"),
     ],
 )

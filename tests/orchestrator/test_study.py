@@ -15,15 +15,18 @@ from jobs.job import Failure, Job, Measurement, Success
 from jobs.recipe import Origin, Recipe
 from orchestrator.events import (
     Began,
+    Cancel,
     Command,
     Cost,
     Ended,
+    Event,
     Exhausted,
     Plan,
     Proposed,
     Record,
     Run,
     Started,
+    Stopped,
     Tell,
 )
 from orchestrator.front import Objective
@@ -430,7 +433,7 @@ def test_replaying_the_events_rebuilds_the_study_after_any_number_of_kills() -> 
     assert copy.candidates[DROPPED.id].measurement == measured(0.4).measurement
 
 
-OUTCOMES = st.sampled_from(["measured", "measured", "measured", "invalid", "bug", "preempted"])
+OUTCOMES = st.sampled_from(["measured", "measured", "measured", "invalid", "bug", "preempted", "stopped"])
 
 
 @given(
@@ -448,6 +451,8 @@ def test_what_is_kept_beside_the_candidates_is_what_all_of_them_add_up_to(
     def take(commands: list[Command]) -> None:
         waiting.extend(runs(commands))
         for command in commands:
+            if isinstance(command, Cancel):
+                waiting.remove(next(run for run in waiting if run.job == command.job))
             if isinstance(command, Record):
                 standings.take(command.candidate.id)
 
@@ -465,7 +470,9 @@ def test_what_is_kept_beside_the_candidates_is_what_all_of_them_add_up_to(
     for count, value, kind in steps:
         recipe = ORIGINAL.then(DROP(count=count)).then(RTN(bits={2: 2, 3: 4, 4: 8}[value]))
         take(study.handle(proposal(recipe, size=40 + 20 * value)))
-        if waiting:
+        if kind == "stopped":
+            take(study.handle(Stopped(order.choice(list(study.candidates)), "hopeless")))
+        elif waiting:
             end_one(kind, value)
         check()
     take(study.handle(Exhausted("enough")))
@@ -550,3 +557,187 @@ def test_what_shares_steps_takes_less_time() -> None:
     assert study.seconds(DROPPED) == 3.0
     assert study.seconds(QUANTIZED) == 3.0 + 7.0  # rtn is taken to be as long as all is on average
     assert study.seconds(ORIGINAL.then(DROP(count=2)).then(RTN(bits=4))) == 3.0 + 7.0 + 7.0
+
+
+def cancels(commands: list[Command]) -> list[Cancel]:
+    return [command for command in commands if isinstance(command, Cancel)]
+
+
+def test_a_candidate_that_is_stopped_takes_along_what_is_made_for_it_alone() -> None:
+    study, original = begun(plan(candidates=3))
+    end(study, original, measured(0.5))
+    prefix = only_run(study.handle(proposal(QUANTIZED)))
+    other = only_run(study.handle(proposal(ORIGINAL.then(RTN(bits=4)))))
+    assert study.running == 2
+    commands = study.handle(Stopped(QUANTIZED.id, "hopeless"))
+    assert cancels(commands) == [Cancel(prefix.job, prefix.attempt)]
+    stopped = study.candidates[QUANTIZED.id]
+    assert (stopped.state, stopped.stopped) == ("stopped", "hopeless")
+    assert commands[1:] == [Record(stopped), Tell({"choice": QUANTIZED.id}, None)]
+    assert (study.running, study.proposed, study.reused) == (1, 2, 0)
+    assert study.handle(Stopped(QUANTIZED.id, "again")) == []
+    assert end(study, prefix, measured(0.9)) == []  # it ended before it could be ended
+    assert study.candidates[QUANTIZED.id] == stopped
+    end(study, other, measured(0.4))
+    assert study.wants(slots=1)
+
+
+def test_what_others_need_goes_on_when_one_of_them_is_stopped() -> None:
+    study, original = begun(plan(candidates=3))
+    end(study, original, measured(0.5))
+    prefix = only_run(study.handle(proposal(QUANTIZED)))
+    sibling = DROPPED.then(RTN(bits=8))
+    study.handle(proposal(sibling))
+    assert study.reused == 1
+    assert cancels(study.handle(Stopped(QUANTIZED.id, "hopeless"))) == []
+    assert (study.running, study.reused) == (1, 0)
+    assert only_run(end(study, prefix, measured(0.0))).job.recipe == sibling
+
+
+def test_a_candidate_that_others_are_made_from_is_not_stopped_nor_one_that_is_made_nor_the_original() -> None:
+    study, original = begun(plan(candidates=3))
+    assert study.handle(Stopped(ORIGINAL.id, "hopeless")) == []
+    end(study, original, measured(0.5))
+    dropped = only_run(study.handle(proposal(DROPPED)))
+    study.handle(proposal(QUANTIZED))
+    assert study.handle(Stopped(DROPPED.id, "hopeless")) == []
+    (quantized,) = runs(end(study, dropped, measured(0.4)))
+    assert study.handle(Stopped(DROPPED.id, "hopeless")) == []
+    assert study.candidates[DROPPED.id].state == "measured"
+    study.handle(proposal(QUANTIZED.then(PRUNE(ratio=0.5))))
+    again = end(study, quantized, Failure("bug", "once"))
+    assert study.handle(Stopped(QUANTIZED.id, "hopeless")) == []
+    assert runs(again) != []
+    assert study.handle(Stopped("unheard of", "hopeless")) == []
+
+
+def test_what_was_stopped_stays_so_in_a_new_process_and_when_it_is_proposed_again() -> None:
+    study, original = begun(plan(candidates=3))
+    end(study, original, measured(0.5))
+    study.handle(proposal(QUANTIZED))
+    study.handle(Stopped(QUANTIZED.id, "hopeless"))
+    assert runs(study.handle(Began())) == []
+    assert study.handle(Proposed(QUANTIZED, {"other": 1}, Cost(50, 500, 10))) == [Tell({"other": 1}, None)]
+    assert study.candidates[QUANTIZED.id].state == "stopped"
+    # Another that comes from what was stopped has it made, and nothing more is measured.
+    deeper = QUANTIZED.then(PRUNE(ratio=0.5))
+    prefix = only_run(study.handle(proposal(deeper)))
+    assert (prefix.job.recipe, prefix.attempt) == (DROPPED, 2)
+    through = only_run(end(study, prefix, measured(0.0)))
+    assert through.job == Job(QUANTIZED, (), "m")
+    last = only_run(end(study, through, measured(0.0)))
+    assert last.job.recipe == deeper
+    assert study.candidates[QUANTIZED.id].state == "stopped"
+
+
+def test_only_who_saves_something_by_it_may_be_stopped() -> None:
+    study, original = begun(plan(candidates=10))
+    assert study.stoppable == []
+    end(study, original, measured(0.5))
+    long, short = ORIGINAL.then(PRUNE(ratio=0.5)), ORIGINAL.then(RTN(bits=3))
+    for recipe, seconds in ((ORIGINAL.then(PRUNE(ratio=0.4)), 100.0), (ORIGINAL.then(RTN(bits=4)), 1.0)):
+        run = only_run(study.handle(proposal(recipe)))
+        end(study, run, Success("artifact", 1, Measurement({"accuracy": 0.4}, seconds=2.0), seconds))
+    study.handle(proposal(long))
+    study.handle(proposal(short))
+    assert [one.recipe for one in study.stoppable] == [long]
+    study.handle(proposal(QUANTIZED))
+    study.handle(proposal(DROPPED.then(RTN(bits=8))))  # both wait for a prefix that both need
+    waiting = {QUANTIZED.id, DROPPED.then(RTN(bits=8)).id}
+    assert {one.id for one in study.stoppable} == {long.id, *waiting}
+    study.handle(Stopped(long.id, "hopeless"))
+    assert {one.id for one in study.stoppable} == waiting
+
+
+def test_others_take_the_place_of_what_was_stopped_up_to_a_quarter() -> None:
+    study, original = begun(plan(candidates=8))
+    end(study, original, measured(0.5))
+    tried = 0
+    while study.wants(slots=10):
+        tried += 1
+        one = ORIGINAL.then(PRUNE(ratio=tried / 100))
+        run = only_run(study.handle(proposal(one)))
+        if tried <= 4:
+            study.handle(Stopped(one.id, "hopeless"))
+        else:
+            end(study, run, measured(0.4))
+    assert tried == study.allowed == 8 + 2
+    assert study.states == {"stopped": 4, "measured": 1 + 6, "waiting": 0}
+
+
+def test_what_was_stopped_is_not_taken_to_be_there_for_others() -> None:
+    study, original = begun(plan(candidates=5))
+    end(study, original, measured(0.5))
+    before = study.seconds(QUANTIZED)
+    study.handle(proposal(QUANTIZED))
+    assert study.seconds(QUANTIZED) < before
+    study.handle(Stopped(QUANTIZED.id, "hopeless"))
+    assert study.seconds(QUANTIZED) == before
+
+
+HAPPENS = st.sampled_from(["propose", "propose", "end", "end", "late", "stop", "stop", "began"])
+
+
+@given(st.lists(st.tuples(HAPPENS, st.integers(1, 3), st.integers(2, 4)), max_size=40), st.randoms())
+def test_whatever_is_stopped_when_the_study_ends_and_can_be_rebuilt(
+    steps: list[tuple[str, int, int]], order: random.Random
+) -> None:
+    events: list[Event] = []
+    study = Study(plan(candidates=100))
+    under_way: dict[tuple[str, int], Run] = {}
+    gone: list[Run] = []
+
+    def take(event: Event) -> None:
+        events.append(event)
+        if isinstance(event, Began):
+            gone.extend(under_way.values())
+            under_way.clear()
+        for command in study.handle(event):
+            if isinstance(command, Run):
+                assert (command.job.id, command.attempt) not in under_way
+                under_way[command.job.id, command.attempt] = command
+            elif isinstance(command, Cancel):
+                gone.append(under_way.pop((command.job.id, command.attempt)))
+
+    def end_one() -> None:
+        run = under_way.pop(order.choice(list(under_way)))
+        gone.append(run)
+        accuracy = order.random()
+        outcome = measured(accuracy) if accuracy > 0.2 else Failure("bug", "why")
+        take(Ended(run.job.id, run.attempt, outcome))
+
+    def check() -> None:
+        assert study.running == len(under_way)
+        for one in study.candidates.values():
+            assert (one.state == "stopped") == (one.stopped is not None)
+            assert one.state != "stopped" or one.measurement is None
+
+    take(Began())
+    for kind, count, bits in steps:
+        recipe = ORIGINAL.then(DROP(count=count))
+        recipe = recipe if bits == 3 else recipe.then(RTN(bits={2: 2, 4: 4}[bits]))
+        if kind == "propose":
+            take(proposal(recipe))
+        elif kind == "stop":
+            take(Stopped(recipe.id, "hopeless"))
+        elif kind == "began":
+            take(Began())
+        elif kind == "end" and under_way:
+            end_one()
+        elif kind == "late" and gone:
+            late = order.choice(gone)
+            known = dict(study.candidates)
+            take(Ended(late.job.id, late.attempt, measured(0.99)))
+            assert study.candidates == known
+        check()
+    take(Exhausted("enough"))
+    while under_way:
+        end_one()
+        check()
+    assert study.stage == "done"
+    assert not {"waiting", "running"} & {one.state for one in study.candidates.values()}
+    copy = Study(study.plan)
+    for event in events:
+        copy.handle(event)
+    assert copy.candidates == study.candidates
+    assert (copy.running, copy.stage, copy.reused) == (study.running, study.stage, study.reused)

@@ -18,7 +18,7 @@ from orchestrator import search
 from orchestrator.front import Objective, ParetoFront
 from orchestrator.search.belief import Belief, LossBelief, _Covariance
 from orchestrator.search.features import Features
-from orchestrator.search.improvement import Expected, cells, expected_improvement
+from orchestrator.search.improvement import Expected, cells, chance_to_add, expected_improvement
 from orchestrator.search.places import Places
 from orchestrator.search.scale import Scale
 
@@ -371,6 +371,82 @@ def test_an_objective_may_become_known_while_the_search_goes_on() -> None:
             trying.tell([(choices, {"decode_ms": decode_ms, "error": float(choices["ratio"])})])
         if turn == 12:
             seen["unit"] = 2.0
+
+
+def lesson(results: int) -> search.Search:
+    """A search that was told of so many choices: what adds to the loss is x, and what takes from it is size."""
+    space = {"x": Range(0.0, 1.0), "size": Range(0, 9, integer=True)}
+    objectives = [Objective("size"), Objective("loss", limit=30.0)]
+    trying = search.make("surrogate", space, objectives, lambda one: {"size": float(one["size"])}, seed=0)
+    for turn in range(results):
+        choices = {"x": round(0.1 + 0.9 * (0.618 * turn % 1), 3), "size": turn % 10}
+        loss = 10 * choices["x"] + 20 - choices["size"] + 0.2 * math.sin(3 * turn)
+        trying.tell([(choices, {"loss": loss})])
+    return trying
+
+
+def test_what_is_surely_beaten_has_no_chance_and_what_may_add_has_one() -> None:
+    beaten, better, smaller = {"x": 0.95, "size": 8}, {"x": 0.0, "size": 9}, {"x": 0.02, "size": 0}
+    chances = lesson(30).chances([beaten, better, smaller])
+    assert chances[0] < 0.01
+    assert min(chances[1:]) > 0.1
+    assert lesson(11).chances([beaten]) == [1.0]
+
+
+def test_what_surely_breaks_a_limit_has_no_chance_and_what_is_not_in_the_space_may_have_any() -> None:
+    space = {"x": Range(0.0, 1.0), "size": Range(0, 9, integer=True)}
+    trying = search.make("surrogate", space, [Objective("loss", limit=5.0)], seed=0)
+    for turn in range(20):
+        trying.tell([({"x": turn / 19, "size": turn % 10}, {"loss": 100.0 - 10 * turn / 19})])
+    assert trying.chances([{"x": 0.5, "size": 3}])[0] < 1e-6
+    assert trying.chances([{"x": 0.5}]) == [1.0]
+
+
+def test_a_belief_is_no_surer_of_outcomes_than_it_was_right_of_each_result_by_the_others() -> None:
+    generator = np.random.default_rng(0)
+    there = Places({f"x{i}": Range(0.0, 1.0) for i in range(3)})
+    points = there.uniform(25, generator)
+    features = Features(there.axes)
+    rows = features.rows(points, there.active(points))
+    values = points[:, 0] + np.sin(40 * points[:, 1])
+    belief = Belief(features)
+    belief.fit(rows, values)
+    noise = belief._covariance.noise
+    covariance = belief._covariance.between(rows, rows) + noise * np.eye(25)
+    y = (values - values.mean()) / values.std()
+    errors, claimed = [], []
+    for one in range(25):
+        others = np.arange(25) != one
+        weights = np.linalg.solve(covariance[np.ix_(others, others)], covariance[others, one])
+        errors.append(y[one] - weights @ y[others])
+        claimed.append(math.sqrt(covariance[one, one] - weights @ covariance[others, one]))
+    new = there.uniform(40, generator)
+    new = features.rows(new, there.active(new))
+    surprise = math.sqrt(np.mean(np.square(np.divide(errors, claimed))))
+    spread = max(surprise, 1.0) * np.hypot(belief.predict(new)[1], values.std() * math.sqrt(noise))
+    usual = values.std() * math.sqrt(np.mean(np.square(errors)))
+    mean, deviation = belief.outcome(new)
+    np.testing.assert_allclose(mean, belief.predict(new)[0])
+    np.testing.assert_allclose(deviation, np.maximum(spread, usual), rtol=1e-6)
+
+
+@pytest.mark.parametrize("uncertain", [1, 2])
+def test_the_chance_to_add_to_a_front_is_that_of_many_draws_or_more(uncertain: int) -> None:
+    generator = np.random.default_rng(uncertain)
+    front = np.array([[0.1, 0.9, 0.5], [0.4, 0.5, 0.5], [0.8, 0.2, 0.5], [0.5, 0.5, 0.1]])
+    limits = np.array([np.inf, np.inf, 0.9])
+    means = generator.uniform(0.2, 1.0, (20, 3))
+    deviations = np.array([0.0, 0.2 * (uncertain > 1), 0.2])
+    foretold = [Expected(mean, np.full(20, one)) for mean, one in zip(means.T, deviations, strict=True)]
+    found = chance_to_add(front, limits, foretold)
+    drawn = means + deviations * generator.normal(size=(20_000, 20, 3))
+    beaten = (drawn[:, :, None] >= front).all(axis=3).any(axis=2)
+    happened = (~beaten & (drawn <= limits).all(axis=2)).mean(axis=0)
+    assert (found >= happened - 0.015).all()
+    assert found.min() < 0.2
+    alone = chance_to_add(front, np.full(3, np.inf), foretold)
+    if uncertain == 1:
+        np.testing.assert_allclose(alone, 1 - beaten.mean(axis=0), atol=0.015)
 
 
 def test_with_noise_larger_than_the_differences_the_search_goes_on() -> None:

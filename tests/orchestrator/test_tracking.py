@@ -117,14 +117,17 @@ def test_failures_and_what_was_over_a_limit_are_runs_that_say_so(
 ) -> None:
     tracker.record(Candidate(recipe(1), "failed", 90, failure=Failure("diverged", "NaN in block 3")))
     tracker.record(Candidate(recipe(2), "over_limit", 80))
+    tracker.record(Candidate(recipe(3), "stopped", 70, stopped="hopeless"))
     sync(outbox, uri)
-    failed, over = runs_of(uri)["drop_layers(count=1)"], runs_of(uri)["drop_layers(count=2)"]
+    failed, over, stopped = (runs_of(uri)[f"drop_layers(count={count})"] for count in (1, 2, 3))
     assert failed.info.status == "FAILED"
     assert failed.data.tags["failure.kind"] == "diverged"
     assert failed.data.tags["failure.message"] == "NaN in block 3"
     assert over.info.status == "KILLED"
     assert over.data.tags["state"] == "over_limit"
     assert over.data.metrics == {"size_bytes": 80.0}
+    assert stopped.info.status == "KILLED"
+    assert (stopped.data.tags["state"], stopped.data.tags["stopped"]) == ("stopped", "hopeless")
 
 
 def test_what_is_measured_later_joins_the_same_run(tracker: MLflowTracker, uri: str, outbox: Path) -> None:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import multiprocessing
+import os
+import socket
 from collections.abc import Callable
 from pathlib import Path
 
@@ -72,6 +75,20 @@ def test_a_lineage_that_is_gone_is_made_again_and_nothing_is_left_of_it(
         step.id for step in recipe.lineage()
     )
     assert list((tmp_path / "scratch").iterdir()) == []
+
+
+def test_what_a_killed_process_left_half_done_is_removed_and_what_another_is_at_stays(
+    place: Workplace, root: Recipe
+) -> None:
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        gone = pool.apply(os.getpid)
+    machine, alive = socket.gethostname(), os.getppid()
+    names = [f"{machine}~{gone}~half", f"{machine}~{alive}~half", f"another-machine~{gone}~half", "unknown"]
+    for name in names:
+        (place.scratch / name).mkdir(parents=True)
+        (place.scratch / name / "weights").write_bytes(b"x")
+    assert isinstance(work(Job(root, (), "materials"), place), Success)
+    assert sorted(left.name for left in place.scratch.iterdir()) == sorted(names[1:])
 
 
 def test_a_record_that_names_what_is_gone_gives_way_to_what_was_made(place: Workplace, root: Recipe) -> None:
