@@ -44,6 +44,7 @@ from rich.console import Console
 from rich.table import Table
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from benchmarks import overhead
 from cluster.on_ray import RayExecutor, connect
 from cluster.store import open_store
 from jobs.job import Job, Measurement, Outcome, Success, outcome_to_dict
@@ -190,7 +191,9 @@ def _cpu_seconds(process: psutil.Process) -> float:
 def slimfront(duration: str, candidates: int, algorithm: str) -> Row:
     with tempfile.TemporaryDirectory() as scratch:
         prepared = empty_study(Path(scratch), candidates, algorithm)
-        do = functools.partial(sleep, store=prepared.config.store, duration=duration)
+        # By the module's name, as real work is sent: what lies in a script goes by value, and workers would import
+        # what jobs need only with their first ones.
+        do = functools.partial(overhead.sleep, store=prepared.config.store, duration=duration)
         executor = RayExecutor(SLOTS)
         meter = CpuMeter()
         launch(prepared, meter, executor=executor, do=do)
