@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import re
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -128,6 +129,7 @@ class Bucket:
         self.address = address
         self.attempts = attempts
         self._client = _client(address)
+        weakref.finalize(self, self._client.close)  # its connections
 
     def call(self, operation: str, key: str, given: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """One request, by boto3's name of the operation and of its parameters; `key` may be empty."""
@@ -230,7 +232,8 @@ def _client(address: Address) -> Any:
         connect_timeout=10, read_timeout=60, max_pool_connections=2 * AT_ONCE,
     )  # fmt: skip
     try:
-        return boto3.client("s3", endpoint_url=address.endpoint, config=config)
+        # A session of its own: boto3's shared one must not be used by several threads.
+        return boto3.Session().client("s3", endpoint_url=address.endpoint, config=config)
     except BotoCoreError as error:  # such as a profile that is not there
         raise OSError(f"{address} can't be opened: {error}") from None
 

@@ -19,6 +19,8 @@ from typing import Any, Protocol
 _KEY = re.compile(r"[a-z0-9_-]+(/[A-Za-z0-9_-][A-Za-z0-9_.-]*)+")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _CHUNK_BYTES = 2**20
+_TRIALS = 5
+"""A store that is reached for the first time is given some three seconds to do better."""
 LEFTOVER_SECONDS = 24 * 3600.0
 """What a writer has not touched for so long, it left when it was killed."""
 
@@ -115,6 +117,17 @@ def open_store(address: str, downloads: Path | None = None) -> ArtifactStore:
     from cluster.s3_store import S3Store
 
     return S3Store(address, downloads)
+
+
+def reach(address: str) -> None:
+    """Do once in a remote store what a study does there. ValueError for an address that is none, OSError where the
+    store can't be reached or something is not allowed."""
+    if not address.startswith("s3://"):
+        open_store(address)
+        return
+    from cluster.s3_store import S3Store
+
+    S3Store(address, attempts=_TRIALS).check()
 
 
 def listing(entries: Iterable[Entry]) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pydoc_data.topics
 import socket
 import subprocess
@@ -182,7 +183,12 @@ def s3_server() -> Iterator[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    # Lists of more than three are told page by page.
+    quiet = {
+        "stdout": subprocess.DEVNULL,
+        "stderr": subprocess.DEVNULL,
+        "env": {**os.environ, "MOTO_S3_DEFAULT_MAX_KEYS": "3"},
+    }
     with subprocess.Popen([sys.executable, "-c", S3_SERVER, str(port)], **quiet) as server:
         try:
             deadline = time.monotonic() + 60
