@@ -408,11 +408,12 @@ def part_size(size_bytes: int) -> int:
 def _hashed(folder: Path, name: str) -> _Hashed:
     """What S3 is told of each part is from the same reading as the whole's: S3 refuses a file that changed since."""
     whole, parts, size_bytes = hashlib.sha256(), [], 0
-    with (folder / name).open("rb") as file:
+    with (folder / name).open("rb") as file, ThreadPoolExecutor(1) as beside:
         per_part = part_size(os.fstat(file.fileno()).st_size)
         while content := file.read(per_part):
+            part = beside.submit(hashlib.sha256, content)
             whole.update(content)
-            parts.append(hashlib.sha256(content).digest())
+            parts.append(part.result().digest())
             size_bytes += len(content)
     return _Hashed(Entry(name, size_bytes, whole.hexdigest()), tuple(parts))
 
