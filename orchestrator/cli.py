@@ -142,9 +142,17 @@ def status(folder: Folder, as_json: AsJson = False) -> None:
 
 
 @app.command()
-def front(folder: Folder, as_json: AsJson = False) -> None:
-    """Show the Pareto front of a study, finished or not, beside the original."""
-    found = _read_json(folder / "front.json")
+def front(
+    folder: Annotated[
+        str,
+        typer.Argument(
+            metavar="FOLDER", help="A study's folder, such as runs/quickstart, or s3://bucket/prefix/NAME."
+        ),
+    ],
+    as_json: AsJson = False,
+) -> None:
+    """Show the Pareto front of a study, finished or not, beside the original; of one in a bucket, when it has ended."""
+    found = _front(folder)
     if as_json:
         _print_json(found)
         return
@@ -407,11 +415,35 @@ def _run(prepared: Prepared, overrides: tuple[str, ...]) -> None:
     if results.original.failure is not None:
         _err().print(f"The original could not be measured: {results.original.failure.message}", style="red")
         raise typer.Exit(1)
-    front(prepared.folder)
+    front(str(prepared.folder))
+    _publish(prepared, results)
     _tell_what_ails(prepared.folder, results)
     _err().print(f"Report: {prepared.folder / 'report.html'}")
     if not results.members:
         raise typer.Exit(1)
+
+
+def _front(place: str) -> dict[str, Any]:
+    from cluster.store import is_remote
+    from orchestrator.places import published
+
+    if not is_remote(place):
+        return _read_json(Path(place) / "front.json")
+    try:
+        return published(place)
+    except (LookupError, OSError, ValueError) as error:
+        _fail(_said(error))
+
+
+def _publish(prepared: Prepared, results: Results) -> None:
+    from orchestrator.places import publish
+    from orchestrator.results import front_json
+
+    try:
+        publish(prepared.config.store, prepared.config.name, front_json(results))
+    except OSError as error:
+        said = f"The front is here, and not in the store: {error}. slimfront resume {prepared.folder} puts it there"
+        _err().print(said, soft_wrap=True, markup=False)
 
 
 def _tell_what_ails(folder: Path, results: Results) -> None:

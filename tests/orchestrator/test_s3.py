@@ -17,7 +17,7 @@ from jobs import run
 from orchestrator.config import InvalidStudy
 from orchestrator.export import export_member
 from orchestrator.launch import launch
-from orchestrator.places import store_of
+from orchestrator.places import publish, published, store_of
 from orchestrator.prepare import Prepared
 from orchestrator.results import Results
 
@@ -78,6 +78,17 @@ def test_a_study_keeps_models_and_results_in_a_bucket_and_its_own_files_here(
     assert not any(secret in content for content in in_bucket(s3, parse(s3_address).bucket))
     with sqlite3.connect(study / "ledger.db") as ledger:
         assert not any(secret.decode() in line for line in ledger.iterdump())
+
+
+def test_a_front_in_a_bucket_is_seen_from_elsewhere(s3_address: str, tmp_path: Path) -> None:
+    bucket, mark, options = s3_address.partition("?")
+    publish(s3_address, "tiny", {"members": ["a"]})
+    publish(s3_address, "tiny", {"members": ["a", "b"]})
+    assert published(f"{bucket}/tiny{mark}{options}") == {"members": ["a", "b"]}
+    with pytest.raises(LookupError, match="holds no front of other"):
+        published(f"{bucket}/other{mark}{options}")
+    publish(str(tmp_path / "runs"), "tiny", {"members": []})
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_bucket_that_is_not_there_is_one_line_and_nothing_starts(
