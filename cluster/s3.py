@@ -203,7 +203,7 @@ class Bucket:
             return FileNotFoundError(
                 f"there is no bucket {self.address.bucket}{at}: create it, or name another"
             )
-        if code == "PreconditionFailed":
+        if status == 412:
             return Taken(f"{place} is there already")
         if status == 404:
             return Absent(f"there is no {place}")

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from cluster.s3 import AT_ONCE, ATTEMPTS, Absent, Bucket, Taken, encoded, parse
@@ -83,18 +83,13 @@ class S3Store:
         for entry in entries:
             _check_name(entry.name)
         ref = manifest(entries)
-        there = {item["Key"]: item["Size"] for item in self._bucket.listed(self._object(ref, "files/"))}
-        missing = [
-            (folder / one.entry.name, key, one)
-            for one in hashed
-            if there.get(key := self._object(ref, f"files/{one.entry.name}")) != one.entry.size_bytes
-        ]
-        with ThreadPoolExecutor(AT_ONCE) as pool:
-            small = [one for one in missing if len(one[2].parts) <= 1]
-            list(pool.map(lambda one: self._send(*one), small))
-            for file, key, one in missing:
-                if len(one.parts) > 1:
-                    self._send_in_parts(pool, file, key, one)
+        # Until all are seen there: what an earlier writer left may be swept while more is sent.
+        for _ in range(self._bucket.attempts):
+            self._send_all(self._missing(folder, ref, hashed))
+            if not self._missing(folder, ref, hashed):
+                break
+        else:
+            raise OSError(f"files of {folder} changed, or vanished from {self.address}, while they were put")
         self._bucket.put(self._object(ref, "manifest.json"), listing(entries))
         self._keep(ref, folder, entries, _copy)
         return ref
@@ -188,6 +183,25 @@ class S3Store:
             if used_at is None and max(item["LastModified"].timestamp() for item in items) <= before:
                 for item in items:
                     self._bucket.call("delete_object", item["Key"])
+
+    def _missing(
+        self, folder: Path, ref: ArtifactRef, hashed: Sequence[_Hashed]
+    ) -> list[tuple[Path, str, _Hashed]]:
+        """The files of an artifact that are not there, with their keys."""
+        there = {item["Key"]: item["Size"] for item in self._bucket.listed(self._object(ref, "files/"))}
+        return [
+            (folder / one.entry.name, key, one)
+            for one in hashed
+            if there.get(key := self._object(ref, f"files/{one.entry.name}")) != one.entry.size_bytes
+        ]
+
+    def _send_all(self, missing: Sequence[tuple[Path, str, _Hashed]]) -> None:
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            small = [one for one in missing if len(one[2].parts) <= 1]
+            list(pool.map(lambda one: self._send(*one), small))
+            for file, key, one in missing:
+                if len(one.parts) > 1:
+                    self._send_in_parts(pool, file, key, one)
 
     def _send(self, file: Path, key: str, hashed: _Hashed) -> None:
         self._bucket.put(key, file.read_bytes(), bytes.fromhex(hashed.entry.sha256))
@@ -428,8 +442,7 @@ def _same(found: Mapping[str, Any], body: bytes, checksum: str) -> bool:
 
 def _check_name(name: str) -> None:
     """ValueError for a name that would leave the artifact's folder, or that S3 can't list."""
-    parts = name.split("/")
-    if PurePosixPath(name).is_absolute() or {"", ".", ".."} & {*parts} or not name.isprintable():
+    if {"", ".", ".."} & {*name.split("/")} or not name.isprintable():
         raise ValueError(f"{name!r} is no name of a file in an artifact")
 
 
