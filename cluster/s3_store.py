@@ -84,10 +84,11 @@ class S3Store:
             _check_name(entry.name)
         ref = manifest(entries)
         # Until all are seen there: what an earlier writer left may be swept while more is sent.
-        for _ in range(self._bucket.attempts):
-            self._send_all(self._missing(folder, ref, hashed))
-            if not self._missing(folder, ref, hashed):
+        for _ in range(self._bucket.attempts + 1):
+            missing = self._missing(folder, ref, hashed)
+            if not missing:
                 break
+            self._send_all(missing)
         else:
             raise OSError(f"files of {folder} changed, or vanished from {self.address}, while they were put")
         self._bucket.put(self._object(ref, "manifest.json"), listing(entries))
