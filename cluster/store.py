@@ -11,7 +11,7 @@ import shutil
 import stat
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,7 +19,10 @@ from typing import Any, Protocol
 _KEY = re.compile(r"[a-z0-9_-]+(/[A-Za-z0-9_-][A-Za-z0-9_.-]*)+")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _CHUNK_BYTES = 2**20
-_LEFTOVER_SECONDS = 24 * 3600
+_TRIALS = 5
+"""A store that is reached for the first time is given some three seconds to do better."""
+LEFTOVER_SECONDS = 24 * 3600.0
+"""What a writer has not touched for so long, it left when it was killed."""
 
 
 @dataclass(frozen=True)
@@ -94,20 +97,64 @@ class Entry:
     sha256: str
 
 
-def open_store(address: str) -> ArtifactStore:
-    """The store at this address: a folder."""
-    scheme, separator, _ = address.partition("://")
-    if separator:
-        raise ValueError(f"{scheme}:// stores are not supported yet; give a folder")
-    return LocalStore(Path(address).expanduser())
+def is_remote(address: str) -> bool:
+    """Whether a store of this address lies elsewhere than in a folder."""
+    return "://" in address
+
+
+def open_store(address: str, downloads: Path | None = None) -> ArtifactStore:
+    """The store at this address: a folder, or s3://BUCKET/PREFIX (cluster/s3.py tells its options).
+
+    downloads: the folder in which a remote store keeps copies of artifacts, for all processes of this machine;
+    without it each fetch is a download. ValueError for other addresses; a remote store is not asked yet.
+    """
+    if not is_remote(address):
+        return LocalStore(Path(address).expanduser())
+    scheme = address.partition("://")[0]
+    if scheme != "s3":
+        raise ValueError(f"there are no {scheme}:// stores; give a folder or s3://bucket/prefix")
+    # boto3 takes a third of a second to import, which nobody pays who has a folder.
+    from cluster.s3_store import S3Store
+
+    return S3Store(address, downloads)
+
+
+def reach(address: str) -> None:
+    """Do once in a remote store what a study does there. ValueError for an address that is none, OSError where the
+    store can't be reached or something is not allowed."""
+    if not address.startswith("s3://"):
+        open_store(address)
+        return
+    from cluster.s3_store import S3Store
+
+    S3Store(address, attempts=_TRIALS).check()
+
+
+def listing(entries: Iterable[Entry]) -> bytes:
+    """The text of an artifact's manifest, whose SHA-256 is the artifact's digest."""
+    ordered = sorted(entries, key=lambda entry: entry.name)
+    return json.dumps([[entry.name, entry.size_bytes, entry.sha256] for entry in ordered]).encode()
 
 
 def manifest(entries: Iterable[Entry]) -> ArtifactRef:
     """The reference of an artifact of these files: the same for the same content, in every store."""
-    ordered = sorted(entries, key=lambda entry: entry.name)
-    text = json.dumps([[entry.name, entry.size_bytes, entry.sha256] for entry in ordered])
-    digest = hashlib.sha256(text.encode()).hexdigest()
-    return ArtifactRef(digest, sum(entry.size_bytes for entry in ordered))
+    listed = list(entries)
+    digest = hashlib.sha256(listing(listed)).hexdigest()
+    return ArtifactRef(digest, sum(entry.size_bytes for entry in listed))
+
+
+def check_digest(digest: str) -> str:
+    """The digest itself. ValueError if it is none, and could name anything."""
+    if not _DIGEST.fullmatch(digest):
+        raise ValueError(f"{digest!r} is no artifact's digest; give 64 hexadecimal digits")
+    return digest
+
+
+def check_prefix(prefix: str) -> str:
+    """The prefix itself. ValueError if it could leave the folder of records."""
+    if prefix.startswith("/") or ".." in prefix.split("/"):
+        raise ValueError(f"{prefix!r} is no prefix of a record's key; give one like results/")
+    return prefix
 
 
 def check_key(key: str) -> str:
@@ -136,12 +183,10 @@ class LocalStore:
         self.root = root.absolute()
         for name in self.FOLDERS:
             (self.root / name).mkdir(parents=True, exist_ok=True)
-        self.sweep(_LEFTOVER_SECONDS)
+        self.sweep(LEFTOVER_SECONDS)
 
     def put(self, folder: Path) -> ArtifactRef:
-        files = list(_plain_files(folder))
-        if not files:
-            raise ValueError(f"{folder} holds no files; an artifact needs at least one")
+        files = files_of(folder)
         staged = self._temporary()
         try:
             staged.mkdir()
@@ -153,6 +198,17 @@ class LocalStore:
         finally:
             shutil.rmtree(staged, ignore_errors=True)
         return ref
+
+    def lay(self, ref: ArtifactRef, write: Callable[[Path], None]) -> None:
+        """Hold as `ref` what `write` lays out in the folder that it is given. Its content is checked when it is
+        fetched, not now."""
+        place, staged = self._object(ref), self._temporary()
+        try:
+            staged.mkdir()
+            write(staged)
+            _reveal(staged, place)
+        finally:
+            shutil.rmtree(staged, ignore_errors=True)
 
     def fetch(self, ref: ArtifactRef, folder: Path) -> None:
         """Lays out hard links, or copies where the folder is on another file system.
@@ -171,7 +227,7 @@ class LocalStore:
         try:
             staged.mkdir()
             for name in _plain_files(held):
-                _link_or_copy(held / name, staged / name)
+                link_or_copy(held / name, staged / name)
             found = manifest(_entry(staged, name) for name in _plain_files(staged))
             if found != ref:
                 raise OSError(
@@ -223,9 +279,7 @@ class LocalStore:
 
     def records(self, prefix: str) -> Iterator[str]:
         top = self.root / "records"
-        start = top / prefix.rpartition("/")[0]
-        if not start.resolve().is_relative_to(top.resolve()):
-            raise ValueError(f"{prefix!r} is no prefix of a record's key; give one like results/")
+        start = top / check_prefix(prefix).rpartition("/")[0]
         keys = (file.relative_to(top).as_posix().removesuffix(".json") for file in start.rglob("*.json"))
         yield from sorted(key for key in keys if key.startswith(prefix))
 
@@ -259,15 +313,22 @@ class LocalStore:
                 continue  # its writer has ended, or another process sweeps too
 
     def _object(self, ref: ArtifactRef) -> Path:
-        if not _DIGEST.fullmatch(ref.digest):
-            raise ValueError(f"{ref.digest!r} is no artifact's digest; give 64 hexadecimal digits")
-        return self.root / "objects" / ref.digest[:2] / ref.digest
+        digest = check_digest(ref.digest)
+        return self.root / "objects" / digest[:2] / digest
 
     def _record(self, key: str) -> Path:
         return self.root / "records" / f"{check_key(key)}.json"
 
     def _temporary(self) -> Path:
         return self.root / "tmp" / uuid.uuid4().hex
+
+
+def files_of(folder: Path) -> list[str]:
+    """The relative names of an artifact's files. ValueError for what is no plain file, and where there are none."""
+    files = list(_plain_files(folder))
+    if not files:
+        raise ValueError(f"{folder} holds no files; an artifact needs at least one")
+    return files
 
 
 def _plain_files(folder: Path) -> Iterator[str]:
@@ -328,7 +389,8 @@ def _copy(source: Path, name: str, target: Path) -> Entry:
         return Entry(name, writer.tell(), sha256.hexdigest())
 
 
-def _link_or_copy(source: Path, target: Path) -> None:
+def link_or_copy(source: Path, target: Path) -> None:
+    """Let a file appear at `target`, which shares its bytes with the source where it can."""
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
         os.link(source, target)

@@ -143,9 +143,17 @@ def status(folder: Folder, as_json: AsJson = False) -> None:
 
 
 @app.command()
-def front(folder: Folder, as_json: AsJson = False) -> None:
-    """Show the Pareto front of a study, finished or not, beside the original."""
-    found = _read_json(folder / "front.json")
+def front(
+    folder: Annotated[
+        str,
+        typer.Argument(
+            metavar="FOLDER", help="A study's folder, such as runs/quickstart, or s3://bucket/prefix/NAME."
+        ),
+    ],
+    as_json: AsJson = False,
+) -> None:
+    """Show the Pareto front of a study, finished or not, beside the original; of one in a bucket, when it has ended."""
+    found = _front(folder)
     if as_json:
         _print_json(found)
         return
@@ -333,32 +341,47 @@ def doctor() -> None:
 @app.command()
 def store(
     place: Annotated[
-        Path, typer.Argument(metavar="STORE", help="What `store:` of a study names, such as runs.")
+        str,
+        typer.Argument(
+            metavar="STORE", help="What `store:` of a study names, such as runs or s3://bucket/prefix."
+        ),
     ],
     trim: Annotated[
         str | None,
         typer.Option(metavar="SIZE", help="Remove what can be made again until no more is left: 5GB."),
     ] = None,
+    sweep: Annotated[
+        bool,
+        typer.Option("--sweep", help="Remove uploads and files that killed writers left over a day ago."),
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only tell what would be removed.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Show what a store holds, and trim it: fronts, originals and results stay, all else can be made again."""
+    from cluster.store import is_remote
     from orchestrator import trim as trimming
 
+    if trim is not None and is_remote(place):
+        _fail("a bucket is not trimmed: studies on other machines may need what it holds; --sweep is safe")
     try:
         limit = None if trim is None else trimming.bytes_of(trim)
-        held = trimming.inventory(place)
+        swept = trimming.sweep(place) if sweep and not dry_run else 0
+        held = trimming.found(place)
         beyond = [] if limit is None else held.beyond(limit)
         gone = beyond if dry_run else trimming.remove(beyond)
     except (LookupError, OSError, ValueError) as error:
         _fail(_said(error))
-    left = trimming.inventory(place).size_bytes if gone and not dry_run else held.size_bytes
+    left = trimming.found(place).size_bytes if gone and not dry_run else held.size_bytes
     if as_json:
-        _print_json({**trimming.summary(held, gone), "size_bytes": left, "dry_run": dry_run})
+        told = {"size_bytes": left, "swept_bytes": swept, "dry_run": dry_run}
+        _print_json({**trimming.summary(held, gone), **told})
     else:
         _show_store(held, gone, None if limit is None else "would go" if dry_run else "removed")
         hint = f"; what may go is made again when needed: slimfront store {place} --trim 5GB leaves no more than that"
-        _out().print(f"{_size(left)} in all{hint if limit is None else ''}", soft_wrap=True)
+        if is_remote(place):
+            hint = f"; slimfront store {place} --sweep removes what killed writers left over a day ago"
+        said = f"; {_size(swept)} of unfinished writes removed" if sweep else hint if limit is None else ""
+        _out().print(f"{_size(left)} in all{said}", soft_wrap=True, markup=False)
     if limit is not None and not dry_run and left > limit:
         _err().print(f"{_size(left)} are left: the rest has to stay", soft_wrap=True)
         raise typer.Exit(1)
@@ -402,11 +425,35 @@ def _run(prepared: Prepared, overrides: tuple[str, ...]) -> None:
     if results.original.failure is not None:
         _err().print(f"The original could not be measured: {results.original.failure.message}", style="red")
         raise typer.Exit(1)
-    front(prepared.folder)
+    front(str(prepared.folder))
+    _publish(prepared, results)
     _tell_what_ails(prepared.folder, results)
     _err().print(f"Report: {prepared.folder / 'report.html'}")
     if not results.members:
         raise typer.Exit(1)
+
+
+def _front(place: str) -> dict[str, Any]:
+    from cluster.store import is_remote
+    from orchestrator.places import published
+
+    if not is_remote(place):
+        return _read_json(Path(place) / "front.json")
+    try:
+        return published(place)
+    except (LookupError, OSError, ValueError) as error:
+        _fail(_said(error))
+
+
+def _publish(prepared: Prepared, results: Results) -> None:
+    from orchestrator.places import publish
+    from orchestrator.results import front_json
+
+    try:
+        publish(prepared.config.store, prepared.config.name, front_json(results))
+    except OSError as error:
+        said = f"The front is here, and not in the store: {error}. slimfront resume {prepared.folder} puts it there"
+        _err().print(said, soft_wrap=True, markup=False)
 
 
 def _tell_what_ails(folder: Path, results: Results) -> None:

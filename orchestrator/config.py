@@ -112,6 +112,8 @@ class ClusterSpec:
 
 @dataclass
 class StudyConfig:
+    """store: a folder, or s3://BUCKET/PREFIX with the options that cluster/s3.py tells."""
+
     name: str = MISSING
     model: str = MISSING
     task: str = "causal-lm"

@@ -16,6 +16,7 @@ from jobs.recipe import Recipe
 from orchestrator.events import Proposed
 from orchestrator.front import PICKS, Objective, ParetoFront
 from orchestrator.ledger import Ledger
+from orchestrator.places import CACHE, store_of
 from orchestrator.progress import write_json
 from orchestrator.work import SCRATCH, Workplace, made_again
 
@@ -34,9 +35,9 @@ def export_member(study: Path, pick: str, out: Path, format: str | None = None) 
     """Write the model of the picked member, and beside it a model card, its recipe, its measurement and checksums;
     returns the member. A model that was removed from the store is made again first, which takes as long as it took.
 
-    study: the study's folder, whose parent is the store. pick: a name such as knee, or the start of an id.
-    format: the form that the study's target runs, unless another is given. Raises LookupError where nothing is
-    picked, FileExistsError where `out` holds something, ValueError where the format cannot hold the model.
+    study: the study's folder, whose parent is the store, unless it names another. pick: a name such as knee, or the
+    start of an id. format: the form that the study's target runs, unless another is given. Raises LookupError where
+    nothing is picked, FileExistsError where `out` holds something, ValueError where the format cannot hold the model.
     """
     file = study / "front.json"
     if not file.is_file():
@@ -55,8 +56,8 @@ def export_member(study: Path, pick: str, out: Path, format: str | None = None) 
     with tempfile.TemporaryDirectory(dir=out.parent) as scratch:
         held, made = Path(scratch) / "held", Path(scratch) / "made"
         ref = _artifact(study, member["id"], materials, Path(scratch))
-        open_store(str(study.parent)).fetch(ref, held)
-        formats.write(format, held, made, study.parent / "cache")
+        open_store(store_of(study)).fetch(ref, held)
+        formats.write(format, held, made, study.parent / CACHE)
         about = models.about(held)
         write_json(made / RECIPE, {"id": member["id"], "text": member["recipe"], **about["recipe"]})
         measurement = {name: member[name] for name in ("metrics", "errors", "environment")}
@@ -75,11 +76,11 @@ def export_member(study: Path, pick: str, out: Path, format: str | None = None) 
 
 def _artifact(study: Path, id: str, materials: Materials, scratch: Path) -> ArtifactRef:
     """The artifact of this member, made again where it was removed from the store."""
-    store = open_store(str(study.parent))
+    store = open_store(store_of(study))
     record = store.record(f"artifacts/{id}")
     if record is not None and store.has(ArtifactRef(**record)):
         return ArtifactRef(**record)
-    place = Workplace(materials, str(study.parent), scratch / SCRATCH, study.parent / "cache")
+    place = Workplace(materials, store_of(study), scratch / SCRATCH, study.parent / CACHE)
     return made_again(_recipe(study, id), place)
 
 

@@ -22,6 +22,7 @@ from jobs.table import make_table
 from jobs.technique import Technique
 from orchestrator.ledger import Ledger
 from orchestrator.levels import Levels, uniform_steps
+from orchestrator.places import CACHE, home
 from orchestrator.prepare import Prepared, shipped_as, table_models
 from orchestrator.search.proposals import uniform
 
@@ -123,7 +124,7 @@ def _memory_gib(prepared: Prepared) -> float:
 
 
 def _cache(prepared: Prepared) -> Path:
-    return Path(prepared.config.store).expanduser().resolve() / "cache"
+    return home(prepared.config.store).resolve() / CACHE
 
 
 def _damage(record: Mapping[str, Any]) -> Damage:

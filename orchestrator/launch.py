@@ -10,11 +10,11 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
-from pathlib import Path
 from types import FrameType
 
 from cluster.executor import Executor
 from cluster.on_ray import RayExecutor
+from cluster.store import is_remote
 from jobs.measure import environment
 from orchestrator import search
 from orchestrator.candidate import Candidate
@@ -23,6 +23,7 @@ from orchestrator.foretelling import foretelling
 from orchestrator.front import Objective
 from orchestrator.ledger import Ledger
 from orchestrator.lock import only_one
+from orchestrator.places import CACHE, home, note_store
 from orchestrator.prepare import FIRST_RUNG_BEFORE, Prepared, rungs_of, slots_of
 from orchestrator.progress import Status, ended_of, status_of, write_json, write_status, write_whole
 from orchestrator.report import report_html
@@ -125,6 +126,7 @@ def _claim(ledger: Ledger, prepared: Prepared, overrides: tuple[str, ...]) -> No
     ledger.note("digest", prepared.digest)
     ledger.note("overrides", json.dumps(overrides))
     write_whole(prepared.folder / "study.yaml", prepared.text)
+    note_store(prepared.folder, prepared.config.store)
     write_json(prepared.folder / MATERIALS, dataclasses.asdict(prepared.materials))
 
 
@@ -146,18 +148,17 @@ def _as_begun(prepared: Prepared, ledger: Ledger) -> Prepared:
 
 
 def _work(prepared: Prepared) -> Work:
-    store = Path(prepared.config.store).expanduser().resolve()
-    scratch = store / prepared.config.name / SCRATCH
-    return functools.partial(
-        work, workplace=Workplace(prepared.materials, str(store), scratch, store / "cache")
-    )
+    store, here = prepared.config.store, home(prepared.config.store).resolve()
+    scratch = here / prepared.config.name / SCRATCH
+    address = store if is_remote(store) else str(here)
+    return functools.partial(work, workplace=Workplace(prepared.materials, address, scratch, here / CACHE))
 
 
 def _tracker(prepared: Prepared) -> Tracker:
     uri = prepared.config.tracking.uri
     if uri == "none":
         return NoTracker()
-    default = f"sqlite:///{Path(prepared.config.store).expanduser().resolve() / 'mlflow.db'}"
+    default = f"sqlite:///{home(prepared.config.store).resolve() / 'mlflow.db'}"
     return MLflowTracker(uri or default, prepared.folder / "outbox.db")
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from cluster.store import is_remote, reach
 from jobs import data, formats, meters, models, runtimes
 from jobs.families import TASKS, Task, family
 from jobs.job import Job, Materials, Target, TaskSource, TextSource
@@ -30,6 +31,7 @@ from orchestrator.estimate import estimates
 from orchestrator.events import Cost, Plan, Proposed
 from orchestrator.front import Objective
 from orchestrator.levels import Allocations, Levels
+from orchestrator.places import home
 from orchestrator.space import SHALLOW, Choices, Depth, Problem, SearchSpace, parse
 from orchestrator.study import Study
 
@@ -70,7 +72,7 @@ class Prepared:
     @property
     def folder(self) -> Path:
         """Where the study's own files lie: ledger, front, report, outbox."""
-        return Path(self.config.store) / self.config.name
+        return home(self.config.store) / self.config.name
 
     @property
     def digest(self) -> str:
@@ -248,6 +250,8 @@ def prepare(loaded: Loaded) -> Prepared:
         )
         attempt("model", lambda: models.check_vocabulary(folder), "a model and its own tokenizer")
         problems += _refusals(space, folder, task)
+    if is_remote(config.store):
+        attempt("store", lambda: reach(config.store), "a bucket to read and write, as s3://bucket/prefix")
     materials = _materials(config, task)
     plan_meters = _meters(config, task, materials, attempt)
     _check_data(config, materials, plan_meters, space, folder, problems, wrong)
@@ -395,8 +399,6 @@ def _check_values(config: StudyConfig, check: Check) -> None:
     )
     memory = config.cluster.memory_gib
     check("cluster.memory_gib", (memory is None or memory > 0, f"got {memory}, expected more than 0"))
-    remote = config.store.startswith("s3:")
-    check("store", (not remote, f"got {config.store}, expected a local folder: S3 is not supported yet"))
 
 
 def _materials(config: StudyConfig, task: Task) -> Materials:

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from cluster.store import ArtifactStore, Held, LocalStore, open_store
+from cluster.store import LEFTOVER_SECONDS, ArtifactStore, Held, LocalStore, is_remote, open_store
 from jobs.cache import kept
 from orchestrator.events import Proposed
 from orchestrator.ledger import Ledger
@@ -24,7 +24,7 @@ from orchestrator.work import CHECKPOINTS, SCRATCH
 
 Kind = Literal[
     "scratch", "unfinished", "unnamed", "statistics", "graphs", "checkpoints", "intermediates", "candidates",
-    "fronts", "originals", "records", "files",
+    "fronts", "originals", "models", "records", "files",
 ]  # fmt: skip
 
 CALLED: dict[Kind, str] = {
@@ -32,6 +32,7 @@ CALLED: dict[Kind, str] = {
     "fronts": "models on a front",
     "candidates": "other models that were measured",
     "intermediates": "intermediate models",
+    "models": "models",
     "unnamed": "models that no record names",
     "statistics": "statistics",
     "graphs": "graphs that exports share",
@@ -160,6 +161,34 @@ def bytes_of(size: str) -> int:
         raise ValueError(f"{size!r} is no size; give one like 5GB, 500MB or 1.5GiB")
     unit: int = (1024 if found[3] else 1000) ** _UNITS[found[2].lower()]
     return round(float(found[1]) * unit)
+
+
+def found(place: str) -> Inventory:
+    """All that lies in the store of this folder or address. Raises as `inventory` and stores do.
+
+    Of a store that is elsewhere only how much there is; nothing may go, since nobody here knows what the studies of
+    other machines need.
+    """
+    if not is_remote(place):
+        return inventory(Path(place))
+    held = open_store(place).holdings()
+    size_bytes = sum(one.ref.size_bytes for one in held.artifacts)
+    items = [
+        Item("models", place, size_bytes, number=len(held.artifacts)),
+        Item("unfinished", place, held.unfinished_bytes),
+        Item("records", place, held.records_bytes, number=held.records),
+    ]
+    return Inventory([], items)
+
+
+def sweep(place: str) -> int:
+    """Remove what writers left unfinished and have not touched for a day; how many bytes that was."""
+    if not is_remote(place):
+        inventory(Path(place))  # refuses what is no store
+    store = open_store(place)
+    before = store.holdings().unfinished_bytes
+    store.sweep(LEFTOVER_SECONDS)
+    return before - store.holdings().unfinished_bytes
 
 
 def inventory(root: Path) -> Inventory:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster.store import ArtifactRef, ArtifactStore, open_store
+from cluster.store import ArtifactRef, ArtifactStore, is_remote, open_store
 from jobs import run
 from jobs.job import (
     Failure,
@@ -26,6 +26,8 @@ from jobs.job import (
 )
 from jobs.recipe import Recipe
 
+DOWNLOADS = "downloads"
+"""Beside the cache: copies of artifacts, where the store is elsewhere."""
 SCRATCH = "scratch"
 CHECKPOINTS = "checkpoints"
 """In a study's folder: what jobs in progress write, and what trainings go on from."""
@@ -65,7 +67,7 @@ def work(job: Job, workplace: Workplace) -> Outcome:
 
 def made_again(recipe: Recipe, workplace: Workplace) -> ArtifactRef:
     """Where this recipe's model is held; what was removed of its lineage is made again. RuntimeError if it can't be."""
-    store = open_store(workplace.store)
+    store = opened(workplace)
     held = artifact_of(recipe, store)
     if held is not None:
         return held
@@ -85,15 +87,20 @@ def artifact_of(recipe: Recipe, store: ArtifactStore) -> ArtifactRef | None:
     return ref if store.has(ref) else None
 
 
+def opened(workplace: Workplace) -> ArtifactStore:
+    """The store, with copies on this machine where it is elsewhere."""
+    return open_store(workplace.store, workplace.cache.with_name(DOWNLOADS))
+
+
 def _cure(workplace: Workplace) -> str:
-    return (
-        "a disk is full: make room, then resume the study. "
-        f"`slimfront store {workplace.store} --trim SIZE` removes what can be made again"
-    )
+    full = "a disk is full: make room, then resume the study"
+    if is_remote(workplace.store):
+        return f"{full}. {workplace.cache.parent} holds what is kept here; cache_gb of the store's address bounds it"
+    return f"{full}. `slimfront store {workplace.store} --trim SIZE` removes what can be made again"
 
 
 def _work(job: Job, workplace: Workplace) -> Outcome:
-    store = open_store(workplace.store)
+    store = opened(workplace)
     done = store.record(_result_key(job))
     if done is not None:
         return _found(outcome_from_dict(done["result"]))

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import pydoc_data.topics
-from collections.abc import Callable, Mapping, Sequence
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import boto3
 import pytest
 import torch
 import transformers
@@ -157,3 +164,60 @@ def tiny_llama(tiny: Tiny) -> Path:
 def tiny_bert(tiny: Tiny) -> Path:
     """A random BERT of 3 blocks, width 64."""
     return tiny("bert")
+
+
+# One request at a time: moto looks whether an object is there and then writes it, in two steps that others may come
+# between; S3 does it in one.
+S3_SERVER = """
+import sys
+from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
+from werkzeug.serving import run_simple
+
+run_simple("127.0.0.1", int(sys.argv[1]), DomainDispatcherApplication(create_backend_app))
+"""
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[str]:
+    """The URL of a server that does what S3 does."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    # Lists of more than three are told page by page.
+    quiet = {
+        "stdout": subprocess.DEVNULL,
+        "stderr": subprocess.DEVNULL,
+        "env": {**os.environ, "MOTO_S3_DEFAULT_MAX_KEYS": "3"},
+    }
+    with subprocess.Popen([sys.executable, "-c", S3_SERVER, str(port)], **quiet) as server:
+        try:
+            deadline = time.monotonic() + 60
+            while time.monotonic() < deadline and server.poll() is None:
+                try:
+                    socket.create_connection(("127.0.0.1", port), 1).close()
+                    break
+                except OSError:
+                    time.sleep(0.05)
+            assert server.poll() is None, "moto's server did not start"
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            server.terminate()
+
+
+@pytest.fixture
+def s3(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A client of that server; credentials are in the environment, as other processes find them too."""
+    for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "testing")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret-of-the-tests")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    return boto3.client("s3", endpoint_url=s3_server)
+
+
+@pytest.fixture
+def s3_address(s3: Any, s3_server: str) -> str:
+    """The address of an empty store in a bucket of its own."""
+    bucket = f"b-{uuid.uuid4().hex}"
+    s3.create_bucket(Bucket=bucket)
+    return f"s3://{bucket}/of/a/team?endpoint={s3_server}"

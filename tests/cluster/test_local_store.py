@@ -170,9 +170,9 @@ def test_a_finished_write_leaves_nothing_behind(tmp_path: Path, model: Path) -> 
     assert list((tmp_path / "store" / "tmp").iterdir()) == []
 
 
-def test_a_store_is_opened_by_its_folder_and_nothing_else_yet(tmp_path: Path) -> None:
+def test_a_store_is_opened_by_its_folder(tmp_path: Path) -> None:
     store = open_store(str(tmp_path / "runs"))
     assert store.commit("results/01", {"a": 1})
     assert LocalStore(tmp_path / "runs").record("results/01") == {"a": 1}
-    with pytest.raises(ValueError, match="s3:// stores are not supported yet; give a folder"):
-        open_store("s3://bucket/prefix")
+    with pytest.raises(ValueError, match="no gs:// stores; give a folder or s3://bucket/prefix"):
+        open_store("gs://bucket/prefix")

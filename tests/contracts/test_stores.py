@@ -14,11 +14,13 @@ from pathlib import Path
 import pytest
 
 import cluster
-from cluster.store import ArtifactRef, ArtifactStore, Holdings, LocalStore, open_store
+from cluster.store import ArtifactRef, ArtifactStore, Holdings, open_store
 
-FACTORIES: dict[str, Callable[[Path], ArtifactStore]] = {"LocalStore": LocalStore}
-# Those that any process opens by a path.
-AT_A_PATH = {"LocalStore"}
+# The address of an empty store of each kind.
+ADDRESSES: dict[str, Callable[[pytest.FixtureRequest, Path], str]] = {
+    "LocalStore": lambda request, folder: str(folder / "store"),
+    "S3Store": lambda request, folder: str(request.getfixturevalue("s3_address")),
+}
 
 
 def implementations() -> dict[str, type]:
@@ -38,14 +40,14 @@ def implementations() -> dict[str, type]:
     }
 
 
-@pytest.fixture(params=sorted(FACTORIES))
-def kind(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
+@pytest.fixture(params=sorted(ADDRESSES))
+def address(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    return ADDRESSES[request.param](request, tmp_path)
 
 
 @pytest.fixture
-def store(kind: str, tmp_path: Path) -> ArtifactStore:
-    return FACTORIES[kind](tmp_path / "store")
+def store(address: str, tmp_path: Path) -> ArtifactStore:
+    return open_store(address, tmp_path / "downloads")
 
 
 def folder_of(place: Path, files: dict[str, bytes]) -> Path:
@@ -73,7 +75,7 @@ def model(tmp_path: Path) -> Path:
 
 
 def test_every_store_is_tested_here() -> None:
-    assert set(implementations()) == set(FACTORIES)
+    assert set(implementations()) == set(ADDRESSES)
 
 
 def test_what_is_put_is_fetched_whole(store: ArtifactStore, model: Path, tmp_path: Path) -> None:
@@ -241,15 +243,10 @@ def _race(place: str, number: int, start: object, wins: object) -> None:
     wins.put(None)  # type: ignore[attr-defined]
 
 
-def test_of_eight_processes_that_commit_one_key_one_wins(kind: str, tmp_path: Path) -> None:
-    if kind not in AT_A_PATH:
-        pytest.skip("other processes cannot open it by a path")
+def test_of_eight_processes_that_commit_one_key_one_wins(address: str) -> None:
     spawn = multiprocessing.get_context("spawn")
     start, wins = spawn.Barrier(8), spawn.Queue()
-    racers = [
-        spawn.Process(target=_race, args=(str(tmp_path / "store"), number, start, wins))
-        for number in range(8)
-    ]
+    racers = [spawn.Process(target=_race, args=(address, number, start, wins)) for number in range(8)]
     for racer in racers:
         racer.start()
     won: dict[int, int] = {}
@@ -263,7 +260,7 @@ def test_of_eight_processes_that_commit_one_key_one_wins(kind: str, tmp_path: Pa
             won[one[0]] = one[1]
     for racer in racers:
         racer.join()
-    store = open_store(str(tmp_path / "store"))
+    store = open_store(address)
     assert sorted(won) == list(range(20))
     for key, number in won.items():
         record = store.record(f"results/{key}")

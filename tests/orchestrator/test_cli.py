@@ -12,11 +12,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
-from cluster.store import LocalStore
+from cluster.store import LocalStore, open_store
 from jobs import families
 from orchestrator import cli, launch
 
@@ -128,6 +129,37 @@ def test_a_store_is_shown_and_trimmed(tmp_path: Path) -> None:
     missing = slimfront("store", "elsewhere", cwd=tmp_path)
     assert missing.returncode == 3
     assert "holds no store" in missing.stderr
+
+
+def test_a_bucket_is_shown_and_swept_and_not_trimmed(tmp_path: Path, s3: Any, s3_address: str) -> None:
+    kept = open_store(s3_address)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "weights").write_bytes(b"x" * 5000)
+    kept.put(tmp_path / "model")
+    kept.commit("results/01", {})
+    bucket = s3_address.split("/")[2]
+    upload = s3.create_multipart_upload(Bucket=bucket, Key="of/a/team/objects/0/files/half")["UploadId"]
+    part = {"Bucket": bucket, "Key": "of/a/team/objects/0/files/half", "UploadId": upload, "PartNumber": 1}
+    s3.upload_part(**part, Body=b"x" * 3000)
+    shown = slimfront("store", s3_address, "--sweep", "--json", cwd=tmp_path)
+    assert shown.returncode == 0, shown.stderr
+    found = json.loads(shown.stdout)
+    assert found["kinds"]["models"]["size_bytes"] == 5000
+    assert found["kinds"]["records"]["number"] == 1
+    assert found["kinds"]["unfinished"]["size_bytes"] == 3000  # it may still go on
+    assert found["swept_bytes"] == 0
+    # moto says of uploads without parts that they are years old.
+    s3.create_multipart_upload(Bucket=bucket, Key="of/a/team/objects/0/files/old")
+    assert slimfront("store", s3_address, "--sweep", cwd=tmp_path).returncode == 0
+    (left,) = s3.list_multipart_uploads(Bucket=bucket)["Uploads"]
+    assert left["UploadId"] == upload
+    refused = slimfront("store", s3_address, "--trim", "0", cwd=tmp_path)
+    assert refused.returncode == 3
+    assert "--sweep" in refused.stderr
+    missing = slimfront("store", s3_address.replace(bucket, "no-such-bucket"), cwd=tmp_path)
+    assert missing.returncode == 3
+    assert "there is no bucket no-such-bucket" in missing.stderr
+    assert "Traceback" not in missing.stderr
 
 
 @pytest.mark.ray

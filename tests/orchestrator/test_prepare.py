@@ -54,7 +54,7 @@ def test_an_override_replaces_what_the_file_says(prepared: Callable[..., Prepare
         ("data.tasks={names: [arc_easiest]}", "data.tasks: got lm-eval has no task 'arc_easiest'"),
         ("data.tasks={names: [arc_easy], items: 0}", "data.tasks: got items=0, expected at least 1"),
         ("name=a/b", "name: got 'a/b', expected letters, digits"),
-        ("store=s3://bucket/x", "store: got s3://bucket/x, expected a local folder"),
+        ("store=gs://bucket/x", "store: got there are no gs:// stores; give a folder or s3://bucket/prefix"),
         ("data.evaluation.tokens=100000000", "data.evaluation: got"),
         ("data.calibration.path=/nowhere.txt", "data.calibration: got"),
         ("data.evaluation.part=[0.9,0.1]", "data.evaluation: got part=[0.9, 0.1] must be a rising pair"),
