@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import pytest
 
@@ -60,12 +61,20 @@ class Killed(Exception):  # noqa: N818 - it stands for the end of the process
 
 
 class MortalLedger(Ledger):
-    """Its process dies when it has just written that a candidate is stopped."""
+    """Its process dies when it has just written down for good that a candidate is stopped."""
+
+    stopped = False
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        with super().together():
+            yield
+        if self.stopped:
+            raise Killed
 
     def append(self, event: Event) -> None:
         super().append(event)
-        if isinstance(event, Stopped):
-            raise Killed
+        self.stopped = isinstance(event, Stopped)
 
 
 def service(ready: Prepared, ledger: Ledger, searching: Listed, done: list[Job]) -> Service:
