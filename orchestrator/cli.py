@@ -399,6 +399,7 @@ def sync(folder: Folder, uri: Annotated[str | None, typer.Option(help="MLflow's 
 
 
 def _run(prepared: Prepared, overrides: tuple[str, ...]) -> None:
+    from cluster.store import is_remote
     from jobs.run import disk_is_full
     from orchestrator.launch import OtherStudy, launch
     from orchestrator.progress import Display
@@ -417,10 +418,10 @@ def _run(prepared: Prepared, overrides: tuple[str, ...]) -> None:
     except (OSError, sqlite3.Error) as error:
         if not disk_is_full(error):
             raise
-        freed = f"slimfront store {prepared.folder.parent} --trim 5GB removes what can be made again"
+        freed = f" (slimfront store {prepared.folder.parent} --trim 5GB removes what can be made again)"
         _fail(
-            f"The disk with {prepared.folder} is full. What ended is kept. Make room ({freed}), then go on with: "
-            f"slimfront resume {prepared.folder}"
+            f"The disk with {prepared.folder} is full. What ended is kept. Make room"
+            f"{'' if is_remote(prepared.config.store) else freed}, then go on with: slimfront resume {prepared.folder}"
         )
     if results.original.failure is not None:
         _err().print(f"The original could not be measured: {results.original.failure.message}", style="red")

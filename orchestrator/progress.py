@@ -27,7 +27,7 @@ from orchestrator.study import Study
 @dataclass(frozen=True)
 class Status:
     """What `slimfront status` shows. at: seconds since 1970; seconds_left: None where nothing is known yet; exhausted:
-    why the search ended before it had tried as many candidates as it might."""
+    why the search ended before it had tried as many candidates as it might; to_time: the timings left, at most."""
 
     study: str
     stage: str
@@ -44,6 +44,7 @@ class Status:
     seconds_left: float | None
     exhausted: str | None = None
     stopped: int = 0
+    to_time: int = 0
 
     @property
     def ended(self) -> int:
@@ -74,6 +75,7 @@ def status_of(name: str, study: Study, results: Results | None, began: float, en
         seconds_left=elapsed / since * left if since > 0 and study.stage == "searching" else None,
         exhausted=study.exhausted,
         stopped=states["stopped"],
+        to_time=study.to_time if study.stage == "timing" else 0,
     )
 
 
@@ -140,7 +142,7 @@ class Display:
                 line=line(status),
             )
             return
-        changed = (status.stage, ended, status.running, status.front)
+        changed = (status.stage, ended, status.running, status.to_time, status.front)
         if changed != self._last:
             self._last = changed
             self._console.print(
@@ -158,6 +160,8 @@ def line(status: Status) -> str:
         parts.append(f"{status.failed} failed")
     if status.stopped:
         parts.append(f"{status.stopped} stopped")
+    if status.to_time:
+        parts.append(f"at most {status.to_time} to time")
     parts.append(f"front {status.front}")
     if status.hypervolume is not None:
         parts.append(f"hypervolume {status.hypervolume:.4g}")

@@ -162,6 +162,11 @@ class Study:
         return len(self._busy)
 
     @property
+    def to_time(self) -> int:
+        """How many timings are left, those under way among them, if none of them is spared by others."""
+        return len(self._untimed()) if self._timing and self.plan.timers else 0
+
+    @property
     def stage(self) -> Stage:
         if not self._timing:
             return "racing" if self._proposed_all and not self._open else "searching"
@@ -457,17 +462,18 @@ class Study:
         if self._contenders is None:
             self._contenders = self._found_contenders()
 
-        def waits(id: str) -> bool:
-            node = self._nodes[id]
-            return not node.timed and node.job is None and node.failure is None
-
-        if waits(self._original_id):
+        waiting = [id for id in self._untimed() if self._nodes[id].job is None]
+        if self._original_id in waiting:
             return self._original_id
-        waiting = [id for id in self._contenders if waits(id)]
         timings = {
             id: found for id in (*self._contenders, self._original_id) if (found := self._timings_of(id))
         }
         return next_timed(waiting, self._contenders, timings, self.plan) if waiting else None
+
+    def _untimed(self) -> list[str]:
+        """The original and the contenders, without those that were timed or cannot be."""
+        ids = dict.fromkeys((self._original_id, *(self._contenders or ())))
+        return [id for id in ids if not self._nodes[id].timed and self._nodes[id].failure is None]
 
     def _timings_of(self, id: str) -> Mapping[str, Timing]:
         """What was timed of a candidate; nothing where any of it is unreliable."""

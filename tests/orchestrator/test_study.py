@@ -317,7 +317,9 @@ def test_no_more_timings_wait_than_there_are_slots() -> None:
         )
     again, first = runs(last)
     assert [again.job.recipe, first.job.recipe] == [ORIGINAL, recipes[0]]
+    assert study.to_time == 4
     assert only_run(end(study, first, timed(5.0))).job.recipe == recipes[1]
+    assert study.to_time == 3
 
 
 def test_a_timing_that_was_preempted_is_begun_again() -> None:
