@@ -1,0 +1,57 @@
+"""Checking: whether a template would start the cluster that it says. Asks no cloud and starts nothing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from cluster.templates import kuberay, launcher
+from cluster.templates.placed import Document, Problem, documents, shown
+
+
+@dataclass(frozen=True)
+class Line:
+    """What a person reads of a problem. Those that are not `certain` are warnings."""
+
+    text: str
+    certain: bool
+
+
+def check(path: Path) -> list[Line]:
+    """All that is wrong with a template, or may be, in the order of its lines: `file:line key: got X, expected Y`.
+
+    Raises ValueError where it is no YAML or neither of Ray's launcher nor of KubeRay; OSError where it can't be read.
+    """
+    held = [document for document in documents(path) if document.data is not None]
+    if not held:
+        raise ValueError(
+            f"{path} got nothing, expected a template: slimfront init --template aws DIR writes one"
+        )
+    found = []
+    for document in held:
+        problems = [*_problems(path, document), *(Problem(key, "is given twice") for key in document.twice)]
+        # A group brought by an alias is checked wherever it stands, and told once.
+        told = sorted(
+            {(document.line(one.key), shown(one.key), one.message, one.certain) for one in problems}
+        )
+        found += [
+            Line(f"{path}:{line} {key or 'file'}: {message}", certain) for line, key, message, certain in told
+        ]
+    return found
+
+
+def _problems(path: Path, document: Document) -> list[Problem]:
+    data = document.data
+    if not isinstance(data, dict):
+        raise ValueError(f"{path}:{document.line(())} got {type(data).__name__}, expected keys with values")
+    if str(data.get("apiVersion", "")).startswith("ray.io/"):
+        return kuberay.check(document)
+    if "apiVersion" in data:
+        said = f"got {data['apiVersion']}: only ray.io/v1 is checked"
+        return [Problem(("apiVersion",), said, certain=False)]
+    if not data.keys() & {"cluster_name", "provider", "available_node_types"}:
+        raise ValueError(
+            f"{path}:{document.line(())} got neither a file of Ray's launcher (cluster_name, provider) nor a "
+            "manifest of KubeRay (apiVersion: ray.io/v1)"
+        )
+    return launcher.check(document)
