@@ -30,13 +30,13 @@ def check(path: Path) -> list[Line]:
     found = []
     for document in held:
         problems = [*_problems(path, document), *(Problem(key, "is given twice") for key in document.twice)]
-        # A group brought by an alias is checked wherever it stands, and told once.
-        told = sorted(
-            {(document.line(one.key), shown(one.key), one.message, one.certain) for one in problems}
-        )
-        found += [
-            Line(f"{path}:{line} {key or 'file'}: {message}", certain) for line, key, message, certain in told
-        ]
+        # What an alias brings to many places is told once.
+        told: dict[tuple[int, str], Line] = {}
+        for one in problems:
+            line = document.line(one.key)
+            text = f"{path}:{line} {shown(one.key) or 'file'}: {one.message}"
+            told.setdefault((line, one.message), Line(text, one.certain))
+        found += [line for _, line in sorted(told.items(), key=lambda entry: entry[0][0])]
     return found
 
 

@@ -41,9 +41,9 @@ def check(document: Document) -> list[Problem]:
     kind = document.data.get("kind")
     if kind not in KINDS:
         return [Problem(("kind",), f"{unknown(kind, KINDS)}: not checked", certain=False)]
-    problems = against(schema(kind), document.data)
-    if problems:
-        return problems  # what follows reads these as the schema says they are
+    problems, readable = against(schema(kind), document.data)
+    if not readable:
+        return problems
     problems += _name(document.data["metadata"], kind)
     spec = document.data["spec"]
     if kind == "RayJob":

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import copy
+import functools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
+from importlib.resources import files
 from typing import Any
+
+import yaml
 
 from cluster.on_ray import launcher_schema
 from cluster.templates import ec2
@@ -18,29 +22,16 @@ CLOUDS = ("aws", "gcp")
 # What Ray reads of `provider` and its schema does not name.
 _READ_TOO = {"aws_credentials": {}, "key_pair": {}, "use_external_head_ip": {"type": "boolean"}}
 _TYPE_KEY = {"aws": "InstanceType", "gcp": "machineType"}
-_WORDS = {
-    "provisioningModel": ("STANDARD", "SPOT", "FLEX_START", "RESERVATION_BOUND"),
-    "instanceTerminationAction": ("STOP", "DELETE"),
-    "onHostMaintenance": ("MIGRATE", "TERMINATE"),
-}
-# Of a Compute Engine instance, as its REST reference names them (v1, instances.insert).
-_GCP_INSTANCE = (
-    "machineType", "disks", "scheduling", "guestAccelerators", "serviceAccounts", "networkInterfaces", "metadata",
-    "labels", "tags", "minCpuPlatform", "canIpForward", "shieldedInstanceConfig", "confidentialInstanceConfig",
-    "advancedMachineFeatures", "reservationAffinity", "networkPerformanceConfig", "description", "params",
-    "resourcePolicies", "displayDevice", "deletionProtection", "hostname", "sourceMachineImage",
-)  # fmt: skip
-_GCP_SCHEDULING = (
-    *_WORDS, "automaticRestart", "preemptible", "nodeAffinities", "minNodeCpus", "maxRunDuration", "terminationTime",
-    "onInstanceStopAction", "localSsdRecoveryTimeout", "availabilityDomain", "hostErrorTimeoutSeconds",
-)  # fmt: skip
+# What the checks below read of a node_config; where its form is wrong they would say wrong things.
+_READ = ("InstanceType", "CpuOptions", "InstanceMarketOptions", "machineType", "scheduling", "guestAccelerators",
+         "advancedMachineFeatures")  # fmt: skip
 
 
 def check(document: Document) -> list[Problem]:
     """All that is wrong with a launcher's file, or may be."""
     data = document.data
-    problems = against(closed(launcher_schema()), data)
-    if not _readable(data):
+    problems, readable = against(closed(launcher_schema()), data)
+    if not readable:
         return problems
     cloud = data["provider"]["type"]
     if cloud not in CLOUDS:
@@ -48,14 +39,13 @@ def check(document: Document) -> list[Problem]:
     problems += [*_place(data["provider"]), *_numbers(data), *_open(data)]
     for name, node_type in data.get("available_node_types", {}).items():
         at: Key = ("available_node_types", name)
-        config = node_type.get("node_config")
-        if not isinstance(config, dict) or not isinstance(node_type.get("resources"), dict):
-            continue
-        problems += ec2.unfit(config, (*at, "node_config")) if cloud == "aws" else _gcp_form(config, at)
-        problems += [
-            *_machine(cloud, node_type, at),
-            *_spot(cloud, config, at, name == data.get("head_node_type")),
-        ]
+        config, place = node_type["node_config"], (*at, "node_config")
+        form = ec2.unfit(config, place) if cloud == "aws" else against(_gcp_instance(), config, place)[0]
+        problems += form
+        if all(problem.key[len(place)] not in _READ for problem in form):
+            problems += _spot(cloud, config, at, is_head=name == data.get("head_node_type"))
+            if not form or _TYPE_KEY[cloud] in config:
+                problems += _machine(cloud, node_type, at)
     return problems
 
 
@@ -70,25 +60,6 @@ def closed(schema: dict[str, Any]) -> dict[str, Any]:
         for least in ("min_workers", "max_workers", "idle_timeout_s"):
             node_type["properties"][least]["minimum"] = 0
     return tight
-
-
-def _readable(data: dict[str, Any]) -> bool:
-    """Whether the numbers and names that follow are such; where not, the schema has told."""
-    types = data.get("available_node_types", {})
-    provider = data.get("provider")
-    return (
-        isinstance(provider, dict)
-        and isinstance(provider.get("type"), str)
-        and isinstance(data.get("max_workers", 0), int)
-        and isinstance(types, dict)
-        and all(isinstance(one, dict) for one in types.values())
-        and all(
-            isinstance(one.get(key, 0), int)
-            for one in types.values()
-            for key in ("min_workers", "max_workers")
-        )
-        and isinstance(data.get("docker", {}), dict)
-    )
 
 
 def _place(provider: dict[str, Any]) -> Iterator[Problem]:
@@ -158,19 +129,8 @@ def _machine(cloud: str, node_type: dict[str, Any], at: Key) -> Iterator[Problem
         return
     name = str(name).rpartition("/")[2]
     heard_of = known.types.keys() | (ec2.instance_types() if cloud == "aws" else set())
-    if name not in heard_of:
-        near = nearest(name, heard_of)
-        if near is not None:
-            yield Problem(place, f"got {name}, which is not known; expected {near}?")
-        else:
-            said = (
-                f"got {name}, which the table of {known.as_of} does not have: CPUs and GPUs are not checked"
-            )
-            yield Problem(place, said, certain=False)
-        return
     if name not in known.types:
-        said = f"got {name}: what it has is not in the table of {known.as_of}, CPUs and GPUs are not checked"
-        yield Problem(place, said, certain=False)
+        yield _unheard(name, heard_of, known.as_of, place)
         return
     instance = known.types[name]
     attached = _attached(config)
@@ -181,7 +141,7 @@ def _machine(cloud: str, node_type: dict[str, Any], at: Key) -> Iterator[Problem
     }
     for resource, there in claims.items():
         claimed = node_type["resources"].get(resource, 0)
-        if isinstance(claimed, int) and claimed > there:
+        if claimed > there:
             most = known.types[known.most_gpus].gpus
             more = (
                 f" (no type has more than {most}: {known.most_gpus})"
@@ -198,40 +158,47 @@ def _machine(cloud: str, node_type: dict[str, Any], at: Key) -> Iterator[Problem
         yield Problem((*at, "resources"), said)
 
 
+def _unheard(name: str, heard_of: Set[str], as_of: str, at: Key) -> Problem:
+    """A slip where the family is known and has nearly that name; families yet unknown are lent every month."""
+    if name in heard_of:
+        said = f"got {name}: what it has is not in the table of {as_of}, CPUs and GPUs are not checked"
+        return Problem(at, said, certain=False)
+    family = re.split(r"[.-]", name)[0]
+    slip = nearest(name, [one for one in heard_of if re.split(r"[.-]", one)[0] == family], 0.8)
+    if slip is not None:
+        return Problem(at, f"got {name}, expected {slip}")
+    near = nearest(name, heard_of)
+    meant = f" (or is it {near}?)" if near is not None else ""
+    said = f"got {name}, which the table of {as_of} does not have{meant}: CPUs and GPUs are not checked"
+    return Problem(at, said, certain=False)
+
+
 def _cpus(instance: Instance, config: dict[str, Any]) -> int:
     # With one thread a core there are half as many.
-    options = config.get("CpuOptions", {})
-    if isinstance(options, dict) and {"CoreCount", "ThreadsPerCore"} <= options.keys():
-        return min(instance.cpus, int(options["CoreCount"]) * int(options["ThreadsPerCore"]))
-    features = config.get("advancedMachineFeatures", {})
-    one_thread = isinstance(features, dict) and features.get("threadsPerCore") == 1
+    options: dict[str, int] = config.get("CpuOptions", {})
+    if {"CoreCount", "ThreadsPerCore"} <= options.keys():
+        return min(instance.cpus, options["CoreCount"] * options["ThreadsPerCore"])
+    one_thread = config.get("advancedMachineFeatures", {}).get("threadsPerCore") == 1
     return instance.cpus // 2 if one_thread else instance.cpus
 
 
 def _attached(config: dict[str, Any]) -> int:
-    given = config.get("guestAccelerators", [])
-    return sum(int(one.get("acceleratorCount", 0)) for one in given if isinstance(one, dict))
+    return sum(one.get("acceleratorCount", 0) for one in config.get("guestAccelerators", []))
 
 
-def _gcp_form(config: dict[str, Any], at: Key) -> Iterator[Problem]:
-    at = (*at, "node_config")
-    for name in config:
-        if name not in _GCP_INSTANCE:
-            yield Problem((*at, name), unknown(name, _GCP_INSTANCE))
-    for key, scheduling in _schedulings(config):
-        for name, value in scheduling.items():
-            if name not in _GCP_SCHEDULING:
-                yield Problem((*at, *key, name), unknown(name, _GCP_SCHEDULING))
-            elif name in _WORDS and value not in _WORDS[name]:
-                yield Problem((*at, *key, name), unknown(value, _WORDS[name]))
+@functools.cache
+def _gcp_instance() -> dict[str, Any]:
+    text = (files("cluster.templates") / "shipped" / "gcp_instance.yaml").read_text("utf-8")
+    schema: dict[str, Any] = yaml.safe_load(text)
+    return schema
 
 
 def _schedulings(config: dict[str, Any]) -> list[tuple[Key, dict[str, Any]]]:
     # Ray's examples write it as a list of one.
     given = config.get("scheduling", {})
     if isinstance(given, list):
-        return [(("scheduling", number), one) for number, one in enumerate(given) if isinstance(one, dict)]
-    return [(("scheduling",), given)] if isinstance(given, dict) else []
+        return [(("scheduling", number), one) for number, one in enumerate(given)]
+    return [(("scheduling",), given)]
 
 
 def _spot(cloud: str, config: dict[str, Any], at: Key, is_head: bool) -> Iterator[Problem]:
@@ -249,7 +216,7 @@ def _spot(cloud: str, config: dict[str, Any], at: Key, is_head: bool) -> Iterato
 
 def _spot_of_aws(config: dict[str, Any], at: Key) -> tuple[bool, list[Problem]]:
     market = config.get("InstanceMarketOptions")
-    if not isinstance(market, dict):
+    if market is None:
         return False, []
     at, problems = (*at, "InstanceMarketOptions"), []
     options = market.get("SpotOptions", {})
@@ -257,8 +224,6 @@ def _spot_of_aws(config: dict[str, Any], at: Key) -> tuple[bool, list[Problem]]:
         problems.append(
             Problem((*at, "SpotOptions"), "got spot options without MarketType: spot beside them")
         )
-    if not isinstance(options, dict):
-        return True, problems
     at = (*at, "SpotOptions")
     if options.get("SpotInstanceType") == "persistent":
         said = "got persistent, expected one-time: AWS would start again what the autoscaler ended"
@@ -267,7 +232,7 @@ def _spot_of_aws(config: dict[str, Any], at: Key) -> tuple[bool, list[Problem]]:
         said = f"got {options['InstanceInterruptionBehavior']}, expected terminate: nothing else goes with one-time"
         problems.append(Problem((*at, "InstanceInterruptionBehavior"), said))
     price = options.get("MaxPrice")
-    if isinstance(price, str) and not re.fullmatch(r"\d*\.?\d+", price):
+    if price is not None and not re.fullmatch(r"\d*\.?\d+", price):
         problems.append(Problem((*at, "MaxPrice"), f"got {price}, expected dollars an hour, as in '0.50'"))
     if "BlockDurationMinutes" in options:
         problems.append(

@@ -15,10 +15,14 @@ _KINDS = {"object": "keys with values", "array": "a list", "string": "text", "in
           "number": "a number", "boolean": "true or false", "null": "nothing"}  # fmt: skip
 
 
-def against(schema: Mapping[str, Any], data: object, at: Key = ()) -> list[Problem]:
-    """All that does not fit the schema. `at` is where `data` stands in its document."""
-    errors = Draft7Validator(schema).iter_errors(data)
-    return [problem for error in errors for problem in _problems(error, (*at, *error.absolute_path))]
+def against(schema: Mapping[str, Any], data: object, at: Key = ()) -> tuple[list[Problem], bool]:
+    """All that does not fit the schema, and whether what it names is there as it says: nothing but keys is unknown.
+
+    `at` is where `data` stands in its document.
+    """
+    errors = list(Draft7Validator(schema).iter_errors(data))
+    problems = [problem for error in errors for problem in _problems(error, (*at, *error.absolute_path))]
+    return problems, all(error.validator == "additionalProperties" for error in errors)
 
 
 def unknown(name: object, known: Iterable[str]) -> str:
@@ -30,9 +34,10 @@ def unknown(name: object, known: Iterable[str]) -> str:
     return f"got {name}, expected one of {', '.join(names)}" if names else f"got {name}, expected no key here"
 
 
-def nearest(name: object, known: Iterable[str]) -> str | None:
-    """The known name that this may be a slip of."""
-    found = difflib.get_close_matches(str(name).lower(), by_lower := {one.lower(): one for one in known}, 1)
+def nearest(name: object, known: Iterable[str], likeness: float = 0.6) -> str | None:
+    """The known name that this may be a slip of: the one most like it, where that is `likeness` of 1 at least."""
+    by_lower = {one.lower(): one for one in known}
+    found = difflib.get_close_matches(str(name).lower(), by_lower, 1, likeness)
     return by_lower[found[0]] if found else None
 
 
