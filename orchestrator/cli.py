@@ -354,11 +354,11 @@ def doctor(
     ] = None,
 ) -> None:
     """Tell what this machine can do, and what is missing; or what is wrong with a cluster's file."""
-    from orchestrator.diagnosis import diagnose
-
     if template is not None:
         _check_template(template)
         return
+    from orchestrator.diagnosis import diagnose
+
     table = Table("what", "found", "what to do")
     findings = diagnose()
     for finding in findings:

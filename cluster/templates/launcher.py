@@ -151,7 +151,7 @@ def _machine(cloud: str, node_type: dict[str, Any], at: Key) -> Iterator[Problem
             yield Problem((*at, "resources", resource), f"got {claimed}, but a {name} has {int(there)}{more}")
     if attached and not name.startswith("n1-"):
         yield Problem(
-            (*at, "node_config", "guestAccelerators"), f"got GPUs for a {name}: they go with n1 types alone"
+            (*at, "node_config", "guestAccelerators"), f"got GPUs for {name}: they go with n1 types alone"
         )
     if claims["GPU"] and not node_type["resources"].get("GPU") and cloud == "gcp":
         said = f"got no GPU, but a {name} has {claims['GPU']}: no work that needs one would start it"

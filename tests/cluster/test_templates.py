@@ -74,6 +74,12 @@ AWS_TYPOS = [
     ("max_workers: 4 ", "max_workers: many ", "max_workers: got 'many', expected a whole number"),
     ("  region: us-east-1", "  region: us-east-1\n  availability_zone: us-west-2a",
      "provider.availability_zone: got us-west-2a, expected a zone of us-east-1"),
+    ("  region: us-east-1\n", "", "provider: got no region, which must be given"),
+    ("head_node_type: head\n", "", "file: got no head_node_type, which must be given with available_node_types"),
+    ("available_node_types:", "node_types:",
+     "file: got no available_node_types: Ray would start machines of its own choice"),
+    ("      InstanceType: m7i.large\n", "",
+     "available_node_types.head.node_config: got no InstanceType, which must be given"),
     ("type: aws", "type: azure", "provider.type: got azure, expected one of aws, gcp: no more is checked"),
 ]  # fmt: skip
 AWS_NUMBERS = [
@@ -105,6 +111,8 @@ AWS_SPOT = [
     ("InstanceInterruptionBehavior: terminate", "InstanceInterruptionBehavior: stop",
      f"{MARKET}.SpotOptions.InstanceInterruptionBehavior: got stop, "
      "expected terminate: nothing else goes with one-time"),
+    ("{SpotInstanceType", "{BlockDurationMinutes: 60, SpotInstanceType",
+     f"{MARKET}.SpotOptions.BlockDurationMinutes: got a duration: AWS takes none for spot any more"),
     ("{SpotInstanceType", "{MaxPrice: cheap, SpotInstanceType",
      f"{MARKET}.SpotOptions.MaxPrice: got cheap, expected dollars an "
      "hour, as in '0.50'"),
@@ -157,7 +165,7 @@ CLUSTER_WRONG = [
     ("{name: study, mountPath", "{name: stud, mountPath",
      "spec.headGroupSpec.template.spec.containers[0].volumeMounts[0].name: got stud, which is none of the pod's "
      "volumes"),
-    ("image: slimfront:0.1.0", "image: rayproject/ray:2.9.0-py311",
+    (f"image: slimfront:{metadata.version('slimfront')}", "image: rayproject/ray:2.9.0-py311",
      "spec.headGroupSpec.template.spec.containers[0].image: got Ray 2.9.0, expected "
      f"{metadata.version('ray')}, the rayVersion: Ray refuses others"),
     (f'rayVersion: "{metadata.version("ray")}"', 'rayVersion: "2.40.0"',
@@ -189,6 +197,21 @@ def test_each_thing_that_is_wrong_is_one_line(
     path = changed(written(tmp_path, template, choices, name), old, new)
     told = [line.text for line in check(path) if line.certain]
     assert [text.partition(" ")[2] for text in told].count(said) == 1, told
+
+
+def test_a_launch_template_may_name_the_instance_type(tmp_path: Path) -> None:
+    path = changed(
+        written(tmp_path, *SHIPPED[0]),
+        "InstanceType: m7i.large",
+        "LaunchTemplate: {LaunchTemplateName: ours}",
+    )
+    assert check(path) == []
+
+
+def test_gpus_are_attached_to_n1_types_alone(tmp_path: Path) -> None:
+    path = written(tmp_path, "gcp", Choices(gpu="T4", project="my-project-1"), "gcp.yaml")
+    (line,) = check(changed(path, "machineType: n1-standard-8", "machineType: n2-standard-8"))
+    assert line.text.endswith("guestAccelerators: got GPUs for n2-standard-8: they go with n1 types alone")
 
 
 def test_a_line_tells_where_it_is(tmp_path: Path) -> None:
