@@ -29,7 +29,7 @@ def check(path: Path) -> list[Line]:
         )
     found = []
     for document in held:
-        problems = [*_problems(path, document), *(Problem(key, "is given twice") for key in document.twice)]
+        problems = [*problems_of(path, document), *(Problem(key, "is given twice") for key in document.twice)]
         # What an alias brings to many places is told once.
         told: dict[tuple[int, str], Line] = {}
         for one in problems:
@@ -40,7 +40,8 @@ def check(path: Path) -> list[Line]:
     return found
 
 
-def _problems(path: Path, document: Document) -> list[Problem]:
+def problems_of(path: Path, document: Document) -> list[Problem]:
+    """All that is wrong with one document of the file `path`. Raises ValueError where it is none of a cluster's."""
     data = document.data
     if not isinstance(data, dict):
         raise ValueError(f"{path}:{document.line(())} got {type(data).__name__}, expected keys with values")

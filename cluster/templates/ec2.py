@@ -12,8 +12,10 @@ from cluster.templates.schema import unknown
 
 # Not EC2's: Ray takes one of them for SubnetId.
 _RAYS = ("SubnetIds",)
-_TYPES = {"structure": dict, "list": list, "map": dict, "string": str, "integer": int, "long": int,
-          "boolean": bool, "float": (int, float), "double": (int, float)}  # fmt: skip
+_TYPES: dict[str, type | tuple[type, ...]] = {
+    "structure": dict, "list": list, "map": dict, "string": str, "integer": int, "long": int, "boolean": bool,
+    "float": (int, float), "double": (int, float),
+}  # fmt: skip
 
 
 def unfit(node_config: dict[str, Any], at: Key) -> list[Problem]:
@@ -39,7 +41,7 @@ def _input() -> Any:
 def _unfit(given: Any, shape: Any, at: Key) -> list[Problem]:
     expected = _TYPES.get(shape.type_name)
     is_bool = isinstance(given, bool) and expected is not bool
-    if expected is not None and (is_bool or not isinstance(given, expected)):  # type: ignore[arg-type]
+    if expected is not None and (is_bool or not isinstance(given, expected)):
         return [Problem(at, f"got {given!r}, expected {shape.type_name}")]
     if shape.type_name == "structure":
         known = [name for name in given if name in shape.members]

@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 from cluster.templates import filling, kuberay
-from cluster.templates.checking import _problems, check
+from cluster.templates.checking import check, problems_of
 from cluster.templates.filling import Choices
 from cluster.templates.instances import table
 from cluster.templates.placed import Document, documents
@@ -178,6 +178,8 @@ JOB_WRONG = [
      "spec.submissionMode: got K8sJob, expected K8sJobMode"),
     ("  entrypoint: slimfront search /home/ray/study/study.yaml\n", "",
      "spec: got no entrypoint, which must be given: the command to run"),
+    ("  backoffLimit: 1", "  activeDeadlineSeconds: 0", "spec.activeDeadlineSeconds: got 0, expected 1 or more"),
+    ("  name: slimfront\n", "  labels: {}\n", "metadata: got no name, which must be given"),
     ("  rayClusterSpec:", "  clusterSelector: {a: b}\n  rayClusterSpec:",
      "spec: expected either rayClusterSpec or clusterSelector"),
     ("  backoffLimit: 1", "  backoffLimits: 1", "spec.backoffLimits: got backoffLimits, expected backoffLimit"),
@@ -206,6 +208,13 @@ def test_a_launch_template_may_name_the_instance_type(tmp_path: Path) -> None:
         "LaunchTemplate: {LaunchTemplateName: ours}",
     )
     assert check(path) == []
+
+
+def test_kubernetes_may_be_left_to_choose_a_name(tmp_path: Path) -> None:
+    assert (
+        check(changed(written(tmp_path, *SHIPPED[3]), "  name: slimfront\n", "  generateName: slimfront-\n"))
+        == []
+    )
 
 
 def test_gpus_are_attached_to_n1_types_alone(tmp_path: Path) -> None:
@@ -302,7 +311,7 @@ def test_whatever_stands_at_a_key_it_is_told_and_not_stumbled_over(
                 inside = inside[part]
             inside[key[-1]] = value
             with suppress(ValueError):  # neither Ray's nor KubeRay's any more
-                told = _problems(path, Document(data, document.lines, ()))
+                told = problems_of(path, Document(data, document.lines, ()))
                 assert all(document.line(problem.key) for problem in told)
 
 
