@@ -144,6 +144,10 @@ GPU_GROUP = "spec.workerGroupSpecs[0]"
 CLUSTER_WRONG = [
     ("enableInTreeAutoscaling: true", "enableInTreeAutoScaling: true",
      "spec.enableInTreeAutoScaling: got enableInTreeAutoScaling, expected enableInTreeAutoscaling"),
+    ("enableInTreeAutoscaling: true", "enableInTreeAutoscaling: false",
+     "spec.autoscalerOptions: got options without enableInTreeAutoscaling: true: they do nothing"),
+    (f'rayVersion: "{metadata.version("ray")}"', 'rayVersion: "2.9.0"',
+     "spec.autoscalerOptions.version: got v2 with rayVersion 2.9.0, expected 2.10.0 or later"),
     ("mode: token", "mode: tokn", "spec.authOptions.mode: got tokn, expected token"),
     ("tolerations:", "toleration:",
      f"{GPU_GROUP}.template.spec.toleration: got toleration, expected tolerations"),
