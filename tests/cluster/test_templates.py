@@ -163,6 +163,9 @@ CLUSTER_WRONG = [
      "limits, 1: Kubernetes refuses others"),
     ("tolerations:", "nodeSelector: {node.kubernetes.io/instance-type: m7i.large}\n          tolerations:",
      f"{GPU_GROUP}.template.spec.containers[0].resources.limits.nvidia.com/gpu: got 1, but a m7i.large has 0"),
+    ('limits: {cpu: "6", memory: 24Gi, nvidia.com/gpu: 1}', "limits: {nvidia.com/gpu: 0.5}",
+     f"{GPU_GROUP}.template.spec.containers[0].resources.limits.nvidia.com/gpu: got 0.5, expected a whole number: GPUs "
+     "are not shared out"),
     ("groupName: laptop-timing", "groupName: gpu", "spec.workerGroupSpecs: got 2 groups of the name gpu"),
     ("  name: slimfront\n", "  name: Slimfront\n",
      "metadata.name: got Slimfront, expected at most 52 of a-z, 0-9 and -, a letter first"),
@@ -258,6 +261,7 @@ def test_what_an_alias_brings_is_told_once_where_it_stands(tmp_path: Path) -> No
          "a head that may be taken back at any time"),
         ("raycluster.yaml", "mode: token", "mode: disabled", "whoever reaches the head runs what they like"),
         ("raycluster.yaml", "kind: RayCluster", "kind: RayService", "not checked"),
+        ("raycluster.yaml", "apiVersion: ray.io/v1", "apiVersion: v1", "got v1: only ray.io/v1 is checked"),
         ("rayjob.yaml", "  shutdownAfterJobFinishes: true\n  ttlSecondsAfterFinished: 600\n", "", "would stay"),
     ],
 )  # fmt: skip
