@@ -349,6 +349,7 @@ def test_the_image_has_the_versions_of_this_machine(tmp_path: Path) -> None:
     assert f"FROM python:{platform.python_version()}-slim" in contents["Dockerfile"]
     pins = contents["constraints.txt"].splitlines()
     assert f"ray=={metadata.version('ray')}" in pins
+    assert not any(pin.startswith("pytest==") for pin in pins)  # nor anything else that only developers need
     assert f"torch=={metadata.version('torch').partition('+')[0]}" in pins
     assert f'rayVersion: "{metadata.version("ray")}"' in contents["rayjob.yaml"]
 
