@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import logging
 import math
 import os
@@ -16,6 +17,7 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from queue import SimpleQueue
 from types import ModuleType
@@ -340,3 +342,10 @@ def lost(key: str, error: BaseException) -> Ended:
         or "its node has died" in text
     )
     return Ended(key, lost=f"{type(error).__name__}: {text}", preempted=preempted)
+
+
+def launcher_schema() -> dict[str, Any]:
+    """Ray's JSON schema of the files of its cluster launcher, read from where Ray is installed; imports no Ray."""
+    file = Path(str(metadata.distribution("ray").locate_file("ray/autoscaler/ray-schema.json")))
+    schema: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return schema

@@ -324,8 +324,48 @@ def techniques(
 
 
 @app.command()
-def doctor() -> None:
-    """Tell what this machine can do, and what is missing."""
+def init(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where to write them; made if need be.")],
+    template: Annotated[str, typer.Option(help="aws, gcp or kuberay.")],
+    name: Annotated[str, typer.Option(help="The cluster's.")] = "slimfront",
+    image: Annotated[
+        str | None, typer.Option(help="Where nodes will pull what the Dockerfile makes; slimfront:VERSION.")
+    ] = None,
+    max_workers: Annotated[int, typer.Option(help="The most nodes beside the head.")] = 4,
+    region: Annotated[str | None, typer.Option(help="us-east-1 on aws, us-central1 on gcp.")] = None,
+    zone: Annotated[str | None, typer.Option(help="Of gcp; the region's a.")] = None,
+    project: Annotated[str | None, typer.Option(help="Of gcp, where it must be given.")] = None,
+    gpu: Annotated[str | None, typer.Option(help="The kind, on aws and gcp: L4 (the default), T4 …")] = None,
+) -> None:
+    """Write the files of an autoscaling cluster: for Ray's launcher on a cloud, or for KubeRay; and a Dockerfile."""
+    from cluster.templates import filling
+
+    choices = filling.Choices(name, image, max_workers, region, zone, project, gpu)
+    try:
+        contents = filling.fill(template, choices)
+    except ValueError as error:
+        _say_wrong(str(error).splitlines())
+        raise typer.Exit(2) from None
+    try:
+        written = filling.write(contents, folder)
+    except OSError as error:
+        _fail(str(error))
+    for path in written:
+        _out().print(str(path), soft_wrap=True)
+    _out().print("The head of each file says what to do before its first use.")
+
+
+@app.command()
+def doctor(
+    template: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Check this instead: a file of Ray's launcher or of KubeRay."),
+    ] = None,
+) -> None:
+    """Tell what this machine can do, and what is missing; or what is wrong with a cluster's file."""
+    if template is not None:
+        _check_template(template)
+        return
     from orchestrator.diagnosis import diagnose
 
     table = Table("what", "found", "what to do")
@@ -396,6 +436,28 @@ def sync(folder: Folder, uri: Annotated[str | None, typer.Option(help="MLflow's 
     if not outbox.is_file():
         _fail(f"{folder} has no outbox.db: the study was not tracked")
     drain(outbox, uri or f"sqlite:///{folder.resolve().parent / 'mlflow.db'}")
+
+
+def _check_template(file: Path) -> None:
+    from cluster.templates.checking import check
+
+    try:
+        lines = check(file)
+    except OSError as error:
+        _fail(str(error))
+    except ValueError as error:
+        _say_wrong([str(error)])
+        raise typer.Exit(2) from None
+    wrong = [line.text for line in lines if line.certain]
+    _say_wrong(wrong)
+    for line in lines:
+        if not line.certain:
+            _err().print(
+                f"{line.text} (warning)", style="yellow", markup=False, highlight=False, soft_wrap=True
+            )
+    if wrong:
+        raise typer.Exit(2)
+    _out().print(f"{file} is valid, as far as can be told without asking the cloud", soft_wrap=True)
 
 
 def _run(prepared: Prepared, overrides: tuple[str, ...]) -> None:
@@ -519,8 +581,7 @@ def _prepared(study: Path, overrides: list[str] | None) -> Prepared:
     try:
         return prepare(load(study, overrides or []))
     except InvalidStudy as error:
-        for problem in error.lines:
-            _err().print(problem, style="red", markup=False, highlight=False, soft_wrap=True)
+        _say_wrong(error.lines)
         raise typer.Exit(2) from None
 
 
@@ -567,8 +628,13 @@ def _said(error: BaseException) -> str:
     return str(error.args[0]) if isinstance(error, LookupError) and error.args else str(error)
 
 
+def _say_wrong(lines: list[str]) -> None:
+    for line in lines:
+        _err().print(line, style="red", markup=False, highlight=False, soft_wrap=True)
+
+
 def _fail(message: str) -> NoReturn:
-    _err().print(message, style="red", markup=False, highlight=False, soft_wrap=True)
+    _say_wrong([message])
     raise typer.Exit(3)
 
 

@@ -211,3 +211,36 @@ def test_a_study_on_ray_is_interrupted_killed_resumed_looked_at_and_exported(
     assert exported.returncode == 0, exported.stderr
     size = (tmp_path / "out" / "model.safetensors").stat().st_size
     assert size == shown["members"][0]["metrics"]["size_bytes"]
+
+
+def test_a_clusters_files_are_written_and_checked(tmp_path: Path) -> None:
+    done = slimfront("init", "--template", "aws", "--gpu", "A10G", "here", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert sorted(path.name for path in (tmp_path / "here").iterdir()) == [
+        "Dockerfile",
+        "aws.yaml",
+        "constraints.txt",
+    ]
+    file = tmp_path / "here" / "aws.yaml"
+    assert slimfront("doctor", "--template", file, cwd=tmp_path).returncode == 0
+    file.write_text(
+        file.read_text().replace("GPU: 1}", "GPU: 9}").replace("min_workers: 0", "min_worker: 0", 1)
+    )
+    wrong = slimfront("doctor", "--template", file, cwd=tmp_path)
+    assert wrong.returncode == 2
+    assert [line.partition(" ")[2] for line in wrong.stderr.splitlines()] == [
+        "available_node_types.gpu-spot.min_worker: got min_worker, expected min_workers",
+        "available_node_types.gpu-spot.resources.GPU: got 9, but a g5.2xlarge has 1 (no type has more than 8: "
+        "g5.48xlarge)",
+        "available_node_types.gpu.resources.GPU: got 9, but a g5.2xlarge has 1 (no type has more than 8: g5.48xlarge)",
+    ]
+
+
+def test_wrong_choices_of_a_cluster_exit_2_and_write_nothing(tmp_path: Path) -> None:
+    done = slimfront("init", "--template", "gcp", "--gpu", "L5", "here", cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == [
+        "gpu: got L5, expected one of A100, H100, L4, T4",
+        "project: got nothing, expected the id of a project of Google Cloud",
+    ]
+    assert not (tmp_path / "here").exists()

@@ -1,0 +1,189 @@
+"""Filling: the files of a cluster, from a few choices."""
+
+from __future__ import annotations
+
+import platform
+import re
+import string
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from importlib import metadata
+from importlib.resources import files
+from pathlib import Path
+
+from cluster.templates.instances import table
+from cluster.templates.schema import unknown
+
+TEMPLATES: Mapping[str, tuple[str, ...]] = {
+    "aws": ("aws.yaml", "Dockerfile"),
+    "gcp": ("gcp.yaml", "Dockerfile"),
+    "kuberay": ("raycluster.yaml", "rayjob.yaml", "Dockerfile"),
+}
+"""The files of each; constraints.txt, which the Dockerfile reads, comes on top."""
+
+# The smallest machine with a GPU of each kind that a job of ours fits on.
+_GPU_TYPES = {
+    "aws": {"T4": "g4dn.2xlarge", "A10G": "g5.2xlarge", "L4": "g6.2xlarge", "L40S": "g6e.2xlarge",
+            "A100": "p4d.24xlarge", "H100": "p5.4xlarge"},
+    "gcp": {"T4": "n1-standard-8", "L4": "g2-standard-8", "A100": "a2-highgpu-1g", "H100": "a3-highgpu-1g"},
+}  # fmt: skip
+_HEAD_TYPE = {"aws": "m7i.large", "gcp": "e2-standard-4"}
+_CPU_TYPE = {"aws": "c7i.2xlarge", "gcp": "c3-standard-8"}
+_REGION = {"aws": "us-east-1", "gcp": "us-central1"}
+_EXTRAS = ("gguf", "onnx", "openvino", "tasks")
+# With what Ray starts machines there, on the head; known to fit the Ray that is pinned.
+_GOOGLE_API = "2.202.0"
+_FORMS = {
+    "name": (r"[a-z][a-z0-9-]{0,29}", "a letter and up to 29 of a-z, 0-9 and -"),
+    "region": (r"[a-z]+(-[a-z]+)*-?[a-z]*\d", "a region, as in us-east-1 or us-central1"),
+    "zone": (r"[a-z]+(-[a-z]+)*\d-[a-z]", "a zone, as in us-central1-a"),
+    "project": (r"[a-z][a-z0-9:.-]{4,61}[a-z0-9]", "the id of a project of Google Cloud"),
+    "image": (
+        r"[A-Za-z0-9][A-Za-z0-9._/:@-]*",
+        "the name of an image, as in registry.example.org/team/slimfront:1",
+    ),
+}
+# What does not mean a thing to some.
+_ONLY = {"region": ("aws", "gcp"), "zone": ("gcp",), "project": ("gcp",), "gpu": ("aws", "gcp")}
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What may be chosen of a cluster; None takes a default where there is one.
+
+    gpu: the kind, as in L4. image: where the image that the Dockerfile makes will be pulled from.
+    max_workers: nodes beside the head. project: of Google Cloud.
+    """
+
+    name: str = "slimfront"
+    image: str | None = None
+    max_workers: int = 4
+    region: str | None = None
+    zone: str | None = None
+    project: str | None = None
+    gpu: str | None = None
+
+
+def fill(template: str, choices: Choices) -> dict[str, str]:
+    """The files' contents by name. Raises ValueError where something chosen does not fit, all of it at once."""
+    if template not in TEMPLATES:
+        raise ValueError(f"template: {unknown(template, TEMPLATES)}")
+    wrong = refusals(template, choices)
+    if wrong:
+        raise ValueError("\n".join(wrong))
+    values = _versions() | _values(template, choices)
+    filled = {name: _filled(name, values) for name in TEMPLATES[template]}
+    return filled | {"constraints.txt": "".join(f"{one}\n" for one in pins())}
+
+
+def refusals(template: str, choices: Choices) -> list[str]:
+    """What is wrong with the choices, a line each."""
+    wrong = []
+    for field in fields(choices):
+        value = getattr(choices, field.name)
+        if value is None:
+            continue
+        if template not in _ONLY.get(field.name, TEMPLATES):
+            wrong.append(f"{field.name}: got {value}, which means nothing to {template}")
+        elif field.name in _FORMS and not re.fullmatch(_FORMS[field.name][0], str(value)):
+            wrong.append(f"{field.name}: got {value}, expected {_FORMS[field.name][1]}")
+    if choices.max_workers < 1:
+        wrong.append(f"max_workers: got {choices.max_workers}, expected 1 or more")
+    kinds = _GPU_TYPES.get(template, {})
+    if choices.gpu is not None and kinds and choices.gpu not in kinds:
+        wrong.append(f"gpu: {unknown(choices.gpu, kinds)}")
+    if template == "gcp" and choices.project is None:
+        wrong.append("project: got nothing, expected the id of a project of Google Cloud")
+    region = choices.region or _REGION.get(template, "")
+    if choices.zone is not None and template == "gcp" and not choices.zone.startswith(f"{region}-"):
+        wrong.append(f"zone: got {choices.zone}, expected a zone of {region}")
+    return wrong
+
+
+def write(contents: Mapping[str, str], folder: Path) -> list[Path]:
+    """Write the files; the folder is made. Raises FileExistsError, and writes none, where one is there already."""
+    paths = [folder / name for name in contents]
+    there = [str(path) for path in paths if path.exists()]
+    if there:
+        raise FileExistsError(
+            f"{', '.join(there)} would be overwritten; name another folder, or move them away"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    for path, text in zip(paths, contents.values(), strict=True):
+        path.write_text(text, encoding="utf-8")
+    return paths
+
+
+def pins() -> list[str]:
+    """What is installed here of what slimfront asks for, as exact versions; a build's own mark (+cpu) is left out."""
+    found = set()
+    for asked in metadata.requires("slimfront") or ():
+        name = re.match(r"[A-Za-z0-9._-]+", asked)
+        extra = re.search(r"extra == [\"'](\w+)[\"']", asked)
+        if name is None or (extra is not None and extra[1] not in _EXTRAS):
+            continue
+        try:
+            version = metadata.version(name[0])
+        except metadata.PackageNotFoundError:
+            continue  # of an extra that is not installed here: the wheel's bounds hold for it
+        found.add(f"{name[0].lower()}=={version.partition('+')[0]}")
+    return sorted(found)
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "python": platform.python_version(),
+        "ray": metadata.version("ray"),
+        "slimfront": metadata.version("slimfront"),
+        "google_api": _GOOGLE_API,
+        "extras": ",".join(_EXTRAS),
+    }
+
+
+def _values(template: str, choices: Choices) -> dict[str, str]:
+    version = metadata.version("slimfront")
+    values = {
+        "name": choices.name,
+        "image": choices.image or f"slimfront:{version}",
+        "max_workers": str(choices.max_workers),
+        "cloud_packages": f" google-api-python-client=={_GOOGLE_API}" if template == "gcp" else "",
+    }
+    if template == "kuberay":
+        return values
+    region = choices.region or _REGION[template]
+    gpu = choices.gpu or "L4"
+    types = table(template).types
+    gpu_type, cpu_type = _GPU_TYPES[template][gpu], _CPU_TYPE[template]
+    attached = gpu_type.startswith("n1-")
+    zone = choices.zone or f"{region}-a"
+    cores = types[cpu_type].cpus // 2
+    return values | {
+        "region": region,
+        "zone": zone,
+        "project": choices.project or "",
+        "head_type": _HEAD_TYPE[template],
+        "gpu": gpu,
+        "gpu_type": gpu_type,
+        "gpu_cpus": str(types[gpu_type].cpus),
+        "gpus": str(1 if attached else types[gpu_type].gpus),
+        "accelerators": _accelerators(choices.project or "", zone, gpu) if attached else "",
+        "cpu_type": cpu_type,
+        "cpu_cpus": str(cores),
+        "cpu_cores": str(cores),
+    }
+
+
+def _accelerators(project: str, zone: str, gpu: str) -> str:
+    kind = f"projects/{project}/zones/{zone}/acceleratorTypes/nvidia-tesla-{gpu.lower()}"
+    return f"\n      guestAccelerators:\n        - {{acceleratorType: {kind}, acceleratorCount: 1}}"
+
+
+def _filled(name: str, values: Mapping[str, str]) -> str:
+    text = (files("cluster.templates") / "shipped" / name).read_text("utf-8")
+    indent = re.search(r"^( *)\$\{spec\}", text, re.MULTILINE)
+    if indent is not None:
+        # The cluster is the same in both manifests, at another depth.
+        spec = (files("cluster.templates") / "shipped" / "rayclusterspec.yaml").read_text("utf-8")
+        lines = [f"{indent[1]}{line}" if line else "" for line in spec.rstrip("\n").split("\n")]
+        text = text.replace(f"{indent[1]}${{spec}}", "\n".join(lines))
+    return string.Template(text).substitute(values)
