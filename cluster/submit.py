@@ -24,8 +24,6 @@ LIMIT_BYTES = 100 * 2**20
 """The largest package that a cluster takes (Ray 2.60: DASHBOARD_CLIENT_MAX_SIZE); a larger one is answered with 413."""
 _STOPPING_SECONDS = 15.0
 """So long at most is waited for a program to end that was told to: Ray kills it after 3 s."""
-_SESSIONS = Path("/tmp/ray")
-"""Where Ray keeps its sessions' files unless it is told another place."""
 
 
 @dataclass(frozen=True)
@@ -69,23 +67,26 @@ class Jobs:
     def on_this_machine(self) -> bool:
         """Whether the cluster's head runs here: its session's files lie here. An address alone does not tell, as
         127.0.0.1 may lead through a tunnel."""
-        return (_SESSIONS / str(self._told("/api/version")["session_name"])).is_dir()
+        sessions = Path(os.environ.get("RAY_TMPDIR", "/tmp")) / "ray"
+        return (sessions / str(self._told("/api/version")["session_name"])).is_dir()
 
     def submit(self, id: str, entrypoint: str, package: Path, metadata: Mapping[str, str]) -> None:
         """Start `entrypoint` in the unpacked .zip, on the head. FileExistsError if there is a job of this id.
         None of what is given may be a secret: Ray shows it to whoever may see the cluster's state."""
+        self._submit(id, entrypoint, str(package), metadata)
+
+    def again(self, id: str, ended: str) -> None:
+        """Start once more, by another id, what the job `ended` ran. LookupError where its package is gone: a cluster
+        drops it some time after the job's end."""
         with self._one_line():
-            try:
-                self._client.submit_job(
-                    entrypoint=entrypoint,
-                    submission_id=id,
-                    runtime_env={"working_dir": str(package)},
-                    metadata=dict(metadata),
-                )
-            except RuntimeError as error:
-                if "already exists" not in str(error):
-                    raise
-                raise FileExistsError(f"the cluster has a job {id} already") from None
+            details = self._client.get_job_info(ended)
+            package = str((details.runtime_env or {}).get("working_dir"))
+            held = self._client._package_exists(package)
+        if not held:
+            raise LookupError(
+                f"the cluster at {self.address} has dropped the package of {ended}: slimfront submit sends it again"
+            )
+        self._submit(id, str(details.entrypoint), package, details.metadata or {})
 
     def all(self) -> list[JobState]:
         """Every job that was submitted to this cluster, in the order in which they began."""
@@ -122,6 +123,20 @@ class Jobs:
             time.sleep(0.2)
         return state
 
+    def _submit(self, id: str, entrypoint: str, package: str, metadata: Mapping[str, str]) -> None:
+        with self._one_line():
+            try:
+                self._client.submit_job(
+                    entrypoint=entrypoint,
+                    submission_id=id,
+                    runtime_env={"working_dir": package},
+                    metadata=dict(metadata),
+                )
+            except RuntimeError as error:
+                if "already exists" not in str(error):
+                    raise
+                raise FileExistsError(f"the cluster has a job {id} already") from None
+
     async def _tail(self, id: str, show: Callable[[str], None], shown: int) -> int:
         """Show what comes after the first `shown` characters; returns how many there were in all."""
         seen = 0
@@ -155,6 +170,7 @@ class Jobs:
 
     @contextmanager
     def _one_line(self) -> Iterator[None]:
+        from aiohttp import ClientError  # what Ray follows logs with
         from ray.exceptions import AuthenticationError
 
         try:
@@ -166,9 +182,9 @@ class Jobs:
             ) from None
         except RuntimeError as error:
             raise OSError(f"the cluster at {self.address}: {str(error).splitlines()[0]}") from None
-        except OSError as error:
-            if isinstance(error, FileExistsError):
-                raise
+        except FileExistsError:
+            raise
+        except (OSError, ClientError) as error:
             raise ConnectionError(
                 f"no answer from the cluster at {self.address}: {type(error).__name__}"
             ) from None

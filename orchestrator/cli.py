@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from orchestrator.catalogue import Entry
     from orchestrator.prepare import Prepared
     from orchestrator.results import Results
+    from orchestrator.submission import Attach, Start
     from orchestrator.trim import Inventory, Item
 
 app = typer.Typer(
@@ -152,13 +153,7 @@ def submit(
             done = submission.submit(submitted, jobs)
         except ValueError as error:
             _refuse([str(error)])
-        if isinstance(done, submission.Attach):
-            id, said = done.job.id, f"{done.job.id} is {done.job.status.lower()} already"
-        else:
-            id = done.id
-            again = f", to go on where {done.again.id} ended" if done.again else ""
-            said = f"{id} was submitted{again}"
-        _err().print(f"{said}. Results: {submitted.metadata[submission.STORE]}", soft_wrap=True, markup=False)
+        id = _tell_what_was_done(done)
         if follow:
             _follow(jobs, id)
 
@@ -192,10 +187,15 @@ def stop(name: Name, address: Cluster, insecure: Insecure = False) -> None:
 
 
 @app.command()
-def resume(folder: Folder) -> None:
-    """Go on with an interrupted study, from its folder alone."""
+def resume(folder: Folder, address: OnCluster = None, insecure: Insecure = False) -> None:
+    """Go on with an interrupted study, from its folder alone, or with --address by its name on a cluster."""
+    from orchestrator import submission
     from orchestrator.ledger import Ledger
 
+    if address is not None:
+        with _cluster(address, insecure) as jobs:
+            _tell_what_was_done(submission.resume(str(folder), jobs))
+        return
     if not (folder / "ledger.db").is_file():
         _fail(f"{folder} holds no study: there is no ledger.db in it")
     ledger = Ledger(folder / "ledger.db", read_only=True)
@@ -539,12 +539,26 @@ def _job(jobs: Jobs, name: str) -> JobState:
     return latest(name, jobs.all())
 
 
+def _tell_what_was_done(done: Attach | Start) -> str:
+    """Tell whether a study was started on a cluster; returns its job's id."""
+    from orchestrator.submission import Start
+
+    if isinstance(done, Start):
+        id, after = done.id, f", to go on where {done.again.id} ended" if done.again else ""
+        said = f"{id} was submitted{after}"
+    else:
+        id, said = done.job.id, f"{done.job.id} is {done.job.status.lower()} already"
+    _err().print(said, soft_wrap=True, markup=False, highlight=False)
+    return id
+
+
 def _follow(jobs: Jobs, id: str) -> None:
     """Show a job's log until it ends; exit code 1 where it did not succeed."""
     try:
         state = jobs.follow(id, lambda text: typer.echo(text, nl=False))
     except KeyboardInterrupt:
-        _err().print(f"{id} goes on; slimfront logs {id} -f follows it again, slimfront stop {id} ends it")
+        said = f"{id} goes on; slimfront logs {id} -f follows it again, slimfront stop {id} ends it"
+        _err().print(said, soft_wrap=True, markup=False, highlight=False)
         raise typer.Exit(130) from None
     _err().print(f"{id}: {state.status.lower()}", soft_wrap=True, markup=False)
     if state.status != "SUCCEEDED":

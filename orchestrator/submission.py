@@ -42,10 +42,6 @@ class Submission:
     entrypoint: str
     metadata: Mapping[str, str]
 
-    def id(self, attempt: int = 1) -> str:
-        """The name of the job. Ray keeps those of jobs that ended, so each further attempt has another one."""
-        return f"{self.study}-{self.digest[:12]}" + (f"-{attempt}" if attempt > 1 else "")
-
 
 def submission(loaded: Loaded, overrides: Sequence[str], here: bool) -> Submission:
     """The submission of a study that was read without problems. Paths count from where this runs.
@@ -94,6 +90,11 @@ def pack(submitted: Submission, package: Path) -> None:
         raise ValueError(_too_large(submitted.files.values()))
 
 
+def job_id(study: str, digest: str, attempt: int) -> str:
+    """The name of a job. Ray keeps those of jobs that ended, so each further attempt has another one."""
+    return f"{study}-{digest[:12]}" + (f"-{attempt}" if attempt > 1 else "")
+
+
 @dataclass(frozen=True)
 class Attach:
     """The study is a job already, and this is how it is."""
@@ -109,27 +110,27 @@ class Start:
     again: JobState | None = None
 
 
-def what_to_do(submitted: Submission, jobs: Sequence[JobState]) -> Attach | Start:
+def what_to_do(study: str, digest: str, jobs: Sequence[JobState]) -> Attach | Start:
     """Whether to start a study beside the jobs that a cluster has. What runs or has succeeded is not started again,
     what failed or was stopped goes on. ValueError where another version of the study is running."""
-    of_study = [job for job in jobs if job.metadata.get(NAME) == submitted.study]
-    same = [job for job in of_study if job.metadata.get(DIGEST) == submitted.digest]
+    of_study = [job for job in jobs if job.metadata.get(NAME) == study]
+    same = [job for job in of_study if job.metadata.get(DIGEST) == digest]
     for job in of_study:
         if not job.ended and job not in same:
             raise ValueError(
-                f"{job.id} runs {submitted.study} with other options or data; stop it first (slimfront stop "
-                f"{submitted.study}), or give this one another name (name=…)"
+                f"{job.id} runs {study} with other options or data; stop it first (slimfront stop {study}), or give "
+                "this one another name (name=…)"
             )
     going = [job for job in same if not job.ended or job.status == "SUCCEEDED"]
     if going:
         return Attach(going[-1])
-    return Start(submitted.id(len(same) + 1), same[-1] if same else None)
+    return Start(job_id(study, digest, len(same) + 1), same[-1] if same else None)
 
 
 def submit(submitted: Submission, jobs: Jobs) -> Attach | Start:
     """Start a study on a cluster, unless it is there already; tells which. The package's size is checked before any of
     it is sent. See `what_to_do` and `pack` for the reasons not to."""
-    done = what_to_do(submitted, jobs.all())
+    done = what_to_do(submitted.study, submitted.digest, jobs.all())
     if isinstance(done, Attach):
         return done
     with tempfile.TemporaryDirectory() as folder:
@@ -139,6 +140,17 @@ def submit(submitted: Submission, jobs: Jobs) -> Attach | Start:
             jobs.submit(done.id, submitted.entrypoint, package, submitted.metadata)
         except FileExistsError:  # somebody submitted the same at the same time
             return Attach(jobs.state(done.id))
+    return done
+
+
+def resume(name: str, jobs: Jobs) -> Attach | Start:
+    """Let a study go on that ended on a cluster before it was done, with what was packed then. LookupError where the
+    cluster knows none of that name, or has dropped its package."""
+    every = jobs.all()
+    last = latest(name, every)
+    done = what_to_do(last.metadata[NAME], last.metadata[DIGEST], every)
+    if isinstance(done, Start):
+        jobs.again(done.id, last.id)
     return done
 
 
@@ -198,11 +210,12 @@ def _inputs(config: StudyConfig) -> dict[str, str]:
 
 
 def _files(place: Path) -> dict[str, Path]:
-    """Each file of a folder, or the one that it is, by what follows the place's name."""
+    """Each file of a folder, or the one that it is, by what follows the place's name. Not what is hidden."""
     if place.is_file():
         return {"": place}
-    inner = (file for file in sorted(place.rglob("*")) if file.is_file())
-    return {f"/{file.relative_to(place).as_posix()}": file for file in inner}
+    inner = {file.relative_to(place): file for file in sorted(place.rglob("*")) if file.is_file()}
+    shown = {path: file for path, file in inner.items() if not any(part[0] == "." for part in path.parts)}
+    return {f"/{path.as_posix()}": file for path, file in shown.items()}
 
 
 def _name(place: Path, files: Mapping[str, Path]) -> str:
