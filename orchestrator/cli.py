@@ -45,6 +45,12 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides of its keys.")
 ]
 Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="A study's folder, such as runs/quickstart.")]
+FolderOrPlace = Annotated[
+    str,
+    typer.Argument(
+        metavar="FOLDER", help="A study's folder, such as runs/quickstart, or s3://bucket/prefix/NAME."
+    ),
+]
 Name = Annotated[str, typer.Argument(metavar="NAME", help="The study's name, or its job's id.")]
 _CLUSTER = "A cluster's dashboard, such as http://head:8265"
 Cluster = Annotated[str, typer.Option("--address", envvar="RAY_ADDRESS", metavar="URL", help=f"{_CLUSTER}.")]
@@ -229,12 +235,7 @@ def status(
 
 @app.command()
 def front(
-    folder: Annotated[
-        str,
-        typer.Argument(
-            metavar="FOLDER", help="A study's folder, such as runs/quickstart, or s3://bucket/prefix/NAME."
-        ),
-    ],
+    folder: FolderOrPlace,
     as_json: AsJson = False,
     address: OnCluster = None,
     insecure: Insecure = False,
@@ -260,12 +261,15 @@ def front(
 
 
 @app.command()
-def report(folder: Folder, open_it: Annotated[bool, typer.Option("--open")] = False) -> None:
-    """Tell where the study's HTML report lies (and open it in a browser)."""
-    page = folder / "report.html"
-    if not page.is_file():
-        _fail(f"{page} is not there: it is written when a search ends")
-    _out().print(str(page))
+def report(
+    folder: FolderOrPlace,
+    open_it: Annotated[bool, typer.Option("--open")] = False,
+    address: OnCluster = None,
+    insecure: Insecure = False,
+) -> None:
+    """Tell where the report of a study lies (and open it in a browser); one in a bucket is written to NAME.html."""
+    page = _report(folder if address is None else _place(folder, address, insecure))
+    _out().print(str(page), soft_wrap=True, markup=False, highlight=False)
     if open_it:
         typer.launch(str(page))
 
@@ -583,6 +587,25 @@ def _place(name: str, address: str, insecure: bool) -> str:
         return place(_job(jobs, name))
 
 
+def _report(place: str) -> Path:
+    """The report of a study's folder, or that of one in a bucket, written here."""
+    from cluster.store import is_remote
+    from orchestrator.places import published_report
+    from orchestrator.progress import write_whole
+
+    if is_remote(place):
+        page = Path(f"{place.partition('?')[0].rpartition('/')[2]}.html")
+        try:
+            write_whole(page, published_report(place))
+        except (LookupError, OSError, ValueError) as error:
+            _fail(_said(error))
+        return page
+    page = Path(place) / "report.html"
+    if not page.is_file():
+        _fail(f"{page} is not there: it is written when a search ends")
+    return page
+
+
 def _front(place: str) -> dict[str, Any]:
     from cluster.store import is_remote
     from orchestrator.places import published
@@ -600,7 +623,8 @@ def _publish(prepared: Prepared, results: Results) -> None:
     from orchestrator.results import front_json
 
     try:
-        publish(prepared.config.store, prepared.config.name, front_json(results))
+        page = (prepared.folder / "report.html").read_text(encoding="utf-8")
+        publish(prepared.config.store, prepared.config.name, front_json(results), page)
     except OSError as error:
         said = f"The front is here, and not in the store: {error}. slimfront resume {prepared.folder} puts it there"
         _err().print(said, soft_wrap=True, markup=False)

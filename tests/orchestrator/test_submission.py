@@ -206,6 +206,9 @@ def test_a_study_runs_on_the_cluster_and_submitted_again_it_is_not_run_again(
     assert jobs[0]["metadata"][NAME] == "tiny"
     front = head.slimfront("front", "tiny", "--json", cwd=study_file.parent)
     assert json.loads(front.stdout)["study"] == "tiny"
+    report = head.slimfront("report", "tiny", cwd=study_file.parent)
+    assert report.stdout.strip() == "tiny.html"
+    assert "</html>" in (study_file.parent / "tiny.html").read_text()
     token = Path(head.env["RAY_AUTH_TOKEN_PATH"]).read_text()
     assert token not in json.dumps(jobs) + done.stdout + done.stderr
 
