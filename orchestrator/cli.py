@@ -12,6 +12,8 @@ import json
 import os
 import sqlite3
 import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -22,9 +24,11 @@ from rich.markup import escape
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from cluster.submit import Jobs, JobState
     from orchestrator.catalogue import Entry
     from orchestrator.prepare import Prepared
     from orchestrator.results import Results
+    from orchestrator.submission import Attach, Start
     from orchestrator.trim import Inventory, Item
 
 app = typer.Typer(
@@ -41,6 +45,24 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides of its keys.")
 ]
 Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="A study's folder, such as runs/quickstart.")]
+FolderOrPlace = Annotated[
+    str,
+    typer.Argument(
+        metavar="FOLDER", help="A study's folder, such as runs/quickstart, or s3://bucket/prefix/NAME."
+    ),
+]
+Name = Annotated[str, typer.Argument(metavar="NAME", help="The study's name, or its job's id.")]
+_CLUSTER = "A cluster's dashboard, such as http://head:8265"
+Cluster = Annotated[str, typer.Option("--address", envvar="RAY_ADDRESS", metavar="URL", help=f"{_CLUSTER}.")]
+OnCluster = Annotated[
+    str | None,
+    typer.Option(
+        "--address", metavar="URL", help=f"{_CLUSTER}: NAME is asked for there, and no folder here."
+    ),
+]
+Insecure = Annotated[
+    bool, typer.Option("--insecure", help="Also talk to a cluster that lets anybody in, without a token.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
@@ -112,10 +134,74 @@ def search(study: StudyFile, overrides: Overrides = None) -> None:
 
 
 @app.command()
-def resume(folder: Folder) -> None:
-    """Go on with an interrupted study, from its folder alone."""
+def submit(
+    study: StudyFile,
+    address: Cluster,
+    overrides: Overrides = None,
+    insecure: Insecure = False,
+    follow: Annotated[
+        bool, typer.Option("--follow/--no-follow", help="Show what it writes, until it ends or Ctrl-C.")
+    ] = True,
+) -> None:
+    """Run a study on a cluster, with the local files that it names. Submitted again, it is followed, or goes on."""
+    from orchestrator import submission
+    from orchestrator.config import InvalidStudy, load
+
+    try:
+        loaded = load(study, overrides or [])
+    except InvalidStudy as error:
+        _refuse(error.lines)
+    if loaded.problems:
+        _refuse([loaded.located(problem) for problem in loaded.problems])
+    with _cluster(address, insecure) as jobs:
+        try:
+            submitted = submission.submission(loaded, overrides or [], jobs.on_this_machine())
+            done = submission.submit(submitted, jobs)
+        except ValueError as error:
+            _refuse([str(error)])
+        id = _tell_what_was_done(done)
+        if follow:
+            _follow(jobs, id)
+
+
+@app.command()
+def logs(
+    name: Name,
+    address: Cluster,
+    insecure: Insecure = False,
+    follow: Annotated[
+        bool, typer.Option("--follow", "-f", help="Go on until the study ends or Ctrl-C.")
+    ] = False,
+) -> None:
+    """Show what a study on a cluster wrote."""
+    with _cluster(address, insecure) as jobs:
+        job = _job(jobs, name)
+        if follow:
+            _follow(jobs, job.id)
+        else:
+            typer.echo(jobs.log(job.id), nl=False)
+
+
+@app.command()
+def stop(name: Name, address: Cluster, insecure: Insecure = False) -> None:
+    """Stop a study on a cluster. What ended is kept; submitted again, it goes on."""
+    with _cluster(address, insecure) as jobs:
+        job = jobs.stop(_job(jobs, name).id)
+        _out().print(f"{job.id}: {job.status.lower()}", soft_wrap=True, markup=False)
+        if not job.ended:
+            _fail(f"{job.id} was told to stop and has not yet; look again with slimfront status {name}")
+
+
+@app.command()
+def resume(folder: Folder, address: OnCluster = None, insecure: Insecure = False) -> None:
+    """Go on with an interrupted study, from its folder alone, or with --address by its name on a cluster."""
+    from orchestrator import submission
     from orchestrator.ledger import Ledger
 
+    if address is not None:
+        with _cluster(address, insecure) as jobs:
+            _tell_what_was_done(submission.resume(str(folder), jobs))
+        return
     if not (folder / "ledger.db").is_file():
         _fail(f"{folder} holds no study: there is no ledger.db in it")
     ledger = Ledger(folder / "ledger.db", read_only=True)
@@ -125,11 +211,16 @@ def resume(folder: Folder) -> None:
 
 
 @app.command()
-def status(folder: Folder, as_json: AsJson = False) -> None:
-    """How far a study is."""
+def status(
+    folder: Folder, as_json: AsJson = False, address: OnCluster = None, insecure: Insecure = False
+) -> None:
+    """How far a study is; with --address, how the job of the study of that name is."""
     from orchestrator.lock import is_running
     from orchestrator.progress import Status, line
 
+    if address is not None:
+        _job_status(str(folder), address, insecure, as_json)
+        return
     found = _read_json(folder / "status.json")
     running = is_running(folder)
     if as_json:
@@ -144,16 +235,13 @@ def status(folder: Folder, as_json: AsJson = False) -> None:
 
 @app.command()
 def front(
-    folder: Annotated[
-        str,
-        typer.Argument(
-            metavar="FOLDER", help="A study's folder, such as runs/quickstart, or s3://bucket/prefix/NAME."
-        ),
-    ],
+    folder: FolderOrPlace,
     as_json: AsJson = False,
+    address: OnCluster = None,
+    insecure: Insecure = False,
 ) -> None:
     """Show the Pareto front of a study, finished or not, beside the original; of one in a bucket, when it has ended."""
-    found = _front(folder)
+    found = _front(folder if address is None else _place(folder, address, insecure))
     if as_json:
         _print_json(found)
         return
@@ -173,12 +261,15 @@ def front(
 
 
 @app.command()
-def report(folder: Folder, open_it: Annotated[bool, typer.Option("--open")] = False) -> None:
-    """Tell where the study's HTML report lies (and open it in a browser)."""
-    page = folder / "report.html"
-    if not page.is_file():
-        _fail(f"{page} is not there: it is written when a search ends")
-    _out().print(str(page))
+def report(
+    folder: FolderOrPlace,
+    open_it: Annotated[bool, typer.Option("--open")] = False,
+    address: OnCluster = None,
+    insecure: Insecure = False,
+) -> None:
+    """Tell where the report of a study lies (and open it in a browser); one in a bucket is written to NAME.html."""
+    page = _report(folder if address is None else _place(folder, address, insecure))
+    _out().print(str(page), soft_wrap=True, markup=False, highlight=False)
     if open_it:
         typer.launch(str(page))
 
@@ -344,8 +435,7 @@ def init(
     try:
         contents = filling.fill(template, choices)
     except ValueError as error:
-        _say_wrong(str(error).splitlines())
-        raise typer.Exit(2) from None
+        _refuse(str(error).splitlines())
     try:
         written = filling.write(contents, folder)
     except OSError as error:
@@ -446,8 +536,7 @@ def _check_template(file: Path) -> None:
     except OSError as error:
         _fail(str(error))
     except ValueError as error:
-        _say_wrong([str(error)])
-        raise typer.Exit(2) from None
+        _refuse([str(error)])
     wrong = [line.text for line in lines if line.certain]
     _say_wrong(wrong)
     for line in lines:
@@ -496,6 +585,88 @@ def _run(prepared: Prepared, overrides: tuple[str, ...]) -> None:
         raise typer.Exit(1)
 
 
+@contextmanager
+def _cluster(address: str, insecure: bool) -> Iterator[Jobs]:
+    """The jobs of a cluster; what fails there is one line."""
+    from cluster.submit import Jobs
+
+    try:
+        yield Jobs(address, insecure)
+    except (LookupError, OSError, RuntimeError, ValueError) as error:
+        if isinstance(error, typer.Exit):
+            raise
+        _fail(_said(error))
+
+
+def _job(jobs: Jobs, name: str) -> JobState:
+    from orchestrator.submission import latest
+
+    return latest(name, jobs.all())
+
+
+def _tell_what_was_done(done: Attach | Start) -> str:
+    """Tell whether a study was started on a cluster; returns its job's id."""
+    from orchestrator.submission import Start
+
+    if isinstance(done, Start):
+        id, after = done.id, f", to go on where {done.again.id} ended" if done.again else ""
+        said = f"{id} was submitted{after}"
+    else:
+        id, said = done.job.id, f"{done.job.id} is {done.job.status.lower()} already"
+    _err().print(said, soft_wrap=True, markup=False, highlight=False)
+    return id
+
+
+def _follow(jobs: Jobs, id: str) -> None:
+    """Show a job's log until it ends; exit code 1 where it did not succeed."""
+    try:
+        state = jobs.follow(id, lambda text: typer.echo(text, nl=False))
+    except KeyboardInterrupt:
+        said = f"{id} goes on; slimfront logs {id} -f follows it again, slimfront stop {id} ends it"
+        _err().print(said, soft_wrap=True, markup=False, highlight=False)
+        raise typer.Exit(130) from None
+    _err().print(f"{id}: {state.status.lower()}", soft_wrap=True, markup=False)
+    if state.status != "SUCCEEDED":
+        _err().print(state.message.splitlines()[0] if state.message else "", soft_wrap=True, markup=False)
+        raise typer.Exit(1)
+
+
+def _job_status(name: str, address: str, insecure: bool, as_json: bool) -> None:
+    with _cluster(address, insecure) as jobs:
+        job = _job(jobs, name)
+    if as_json:
+        _print_json(dataclasses.asdict(job))
+        return
+    message = job.message.splitlines()[0] if job.message else ""
+    _out().print(f"{name}: {job.status.lower()} as {job.id}. {message}", soft_wrap=True, markup=False)
+
+
+def _place(name: str, address: str, insecure: bool) -> str:
+    from orchestrator.submission import place
+
+    with _cluster(address, insecure) as jobs:
+        return place(_job(jobs, name))
+
+
+def _report(place: str) -> Path:
+    """The report of a study's folder, or that of one in a bucket, written here."""
+    from cluster.store import is_remote
+    from orchestrator.places import published_report
+    from orchestrator.progress import write_whole
+
+    if is_remote(place):
+        page = Path(f"{place.partition('?')[0].rpartition('/')[2]}.html")
+        try:
+            write_whole(page, published_report(place))
+        except (LookupError, OSError, ValueError) as error:
+            _fail(_said(error))
+        return page
+    page = Path(place) / "report.html"
+    if not page.is_file():
+        _fail(f"{page} is not there: it is written when a search ends")
+    return page
+
+
 def _front(place: str) -> dict[str, Any]:
     from cluster.store import is_remote
     from orchestrator.places import published
@@ -513,7 +684,8 @@ def _publish(prepared: Prepared, results: Results) -> None:
     from orchestrator.results import front_json
 
     try:
-        publish(prepared.config.store, prepared.config.name, front_json(results))
+        page = (prepared.folder / "report.html").read_text(encoding="utf-8")
+        publish(prepared.config.store, prepared.config.name, front_json(results), page)
     except OSError as error:
         said = f"The front is here, and not in the store: {error}. slimfront resume {prepared.folder} puts it there"
         _err().print(said, soft_wrap=True, markup=False)
@@ -581,8 +753,12 @@ def _prepared(study: Path, overrides: list[str] | None) -> Prepared:
     try:
         return prepare(load(study, overrides or []))
     except InvalidStudy as error:
-        _say_wrong(error.lines)
-        raise typer.Exit(2) from None
+        _refuse(error.lines)
+
+
+def _refuse(problems: Sequence[str]) -> NoReturn:
+    _say_wrong(problems)
+    raise typer.Exit(2)
 
 
 def _cells(row: dict[str, Any], metrics: list[str], original: dict[str, Any] | None) -> list[str]:
@@ -628,7 +804,7 @@ def _said(error: BaseException) -> str:
     return str(error.args[0]) if isinstance(error, LookupError) and error.args else str(error)
 
 
-def _say_wrong(lines: list[str]) -> None:
+def _say_wrong(lines: Sequence[str]) -> None:
     for line in lines:
         _err().print(line, style="red", markup=False, highlight=False, soft_wrap=True)
 

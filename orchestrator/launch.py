@@ -68,11 +68,10 @@ def launch(
             environment(prepared.materials.target),
             prepared.plan.objectives,
         )
-        running = executor or RayExecutor(
-            slots_of(prepared.config),
-            prepared.config.cluster.memory_gib,
-            address=prepared.config.cluster.address,
-        )
+        cluster = prepared.config.cluster
+        # How many a cluster has its Ray knows; this machine is only one of it.
+        slots = None if cluster.address and cluster.slots == "auto" else slots_of(prepared.config)
+        running = executor or RayExecutor(slots, cluster.memory_gib, address=cluster.address)
         with closing(ledger), closing(running), _interruptible():
             prepared = foretelling(_as_begun(prepared, ledger), ledger, running)
             study = Study(prepared.plan)

@@ -36,19 +36,30 @@ def store_of(study: Path) -> str:
         return str(study.parent)
 
 
-def publish(store: str, study: str, front: Mapping[str, Any]) -> None:
-    """Put a study's front into its store, if that is elsewhere, for other machines to see."""
+def publish(store: str, study: str, front: Mapping[str, Any], page: str) -> None:
+    """Put a study's front and its report, an HTML page, into its store, if that is elsewhere, for other machines to
+    see."""
     if is_remote(store):
         opened = open_store(store)
-        opened.forget(f"fronts/{study}")
-        opened.commit(f"fronts/{study}", front)
+        for key, record in ((f"reports/{study}", {"html": page}), (f"fronts/{study}", front)):
+            opened.forget(key)
+            opened.commit(key, record)
 
 
 def published(place: str) -> dict[str, Any]:
     """The front that was put into a store, of the study STORE/NAME. LookupError if there is none."""
+    return _published(place, "fronts", "front")
+
+
+def published_report(place: str) -> str:
+    """The report that was put into a store, of the study STORE/NAME. LookupError if there is none."""
+    return str(_published(place, "reports", "report")["html"])
+
+
+def _published(place: str, prefix: str, what: str) -> dict[str, Any]:
     path, mark, options = place.partition("?")
     store, _, study = path.rpartition("/")
-    front = open_store(store + mark + options).record(f"fronts/{study}")
-    if front is None:
-        raise LookupError(f"{store} holds no front of {study}: it is put there when a search ends")
-    return front
+    found = open_store(store + mark + options).record(f"{prefix}/{study}")
+    if found is None:
+        raise LookupError(f"{store} holds no {what} of {study}: it is put there when a search ends")
+    return found

@@ -324,3 +324,23 @@ def test_a_study_whose_bits_differ_by_layer_begins_with_what_is_solved_and_resum
     assert first == [candidate.id for candidate in results.candidates[1:]][: len(first)]
     again = run_inline(prepare(load(study_file, ("search.candidates=10",))))
     assert len(again.candidates) == 11
+
+
+def test_on_a_cluster_there_are_as_many_slots_as_it_has_cores(
+    prepared: Callable[..., Prepared], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Asked(Exception):  # noqa: N818
+        pass
+
+    def executor(slots: int | None, memory_gib: float | None, address: str | None) -> None:
+        raise Asked(slots, address)
+
+    monkeypatch.setattr("orchestrator.launch.RayExecutor", executor)
+    for overrides, asked in (
+        (["cluster.address=auto"], (None, "auto")),
+        (["cluster.address=auto", "cluster.slots=3"], (3, "auto")),
+        ([], (os.cpu_count(), None)),
+    ):
+        with pytest.raises(Asked) as found:
+            launch(prepared(*overrides), lambda status: None)
+        assert found.value.args == asked

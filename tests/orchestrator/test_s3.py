@@ -17,7 +17,7 @@ from jobs import run
 from orchestrator.config import InvalidStudy
 from orchestrator.export import export_member
 from orchestrator.launch import launch
-from orchestrator.places import publish, published, store_of
+from orchestrator.places import publish, published, published_report, store_of
 from orchestrator.prepare import Prepared
 from orchestrator.results import Results
 
@@ -82,12 +82,13 @@ def test_a_study_keeps_models_and_results_in_a_bucket_and_its_own_files_here(
 
 def test_a_front_in_a_bucket_is_seen_from_elsewhere(s3_address: str, tmp_path: Path) -> None:
     bucket, mark, options = s3_address.partition("?")
-    publish(s3_address, "tiny", {"members": ["a"]})
-    publish(s3_address, "tiny", {"members": ["a", "b"]})
+    publish(s3_address, "tiny", {"members": ["a"]}, "<p>a")
+    publish(s3_address, "tiny", {"members": ["a", "b"]}, "<p>a, b")
     assert published(f"{bucket}/tiny{mark}{options}") == {"members": ["a", "b"]}
+    assert published_report(f"{bucket}/tiny{mark}{options}") == "<p>a, b"
     with pytest.raises(LookupError, match="holds no front of other"):
         published(f"{bucket}/other{mark}{options}")
-    publish(str(tmp_path / "runs"), "tiny", {"members": []})
+    publish(str(tmp_path / "runs"), "tiny", {"members": []}, "")
     assert not (tmp_path / "runs").exists()
 
 

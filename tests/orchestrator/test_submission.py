@@ -1,0 +1,323 @@
+"""Studies submitted to a cluster: what is packed and decided, and the command against a real Ray with a token."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.request
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from cluster.submit import JobState
+from orchestrator import submission
+from orchestrator.config import load
+from orchestrator.submission import DIGEST, NAME, STORE, Attach, Start, latest, pack, place, what_to_do
+
+ROOT = Path(__file__).parents[2]
+
+
+def job(id: str, status: str, digest: str = "d" * 64, began: float = 1.0) -> JobState:
+    return JobState(id, status, "", {NAME: "tiny", DIGEST: digest, STORE: "s3://b/p?path_style=true"}, began)
+
+
+def test_what_runs_or_has_succeeded_is_not_started_again_and_what_failed_goes_on_by_another_id() -> None:
+    digest = "d" * 64
+    first = f"tiny-{'d' * 12}"
+    assert what_to_do("tiny", digest, [JobState("x", "RUNNING", "", {})]) == Start(first)
+    for status in ("PENDING", "RUNNING", "SUCCEEDED"):
+        there = job(first, status)
+        assert what_to_do("tiny", digest, [there]) == Attach(there)
+    ended = [job(first, "FAILED"), job(f"{first}-2", "STOPPED", began=2.0)]
+    assert what_to_do("tiny", digest, ended) == Start(f"{first}-3", ended[1])
+
+
+def test_a_study_that_runs_with_other_options_is_not_started_beside_itself() -> None:
+    running = job("tiny-other", "RUNNING", digest="e" * 64)
+    with pytest.raises(ValueError, match="tiny-other runs tiny with other options or data"):
+        what_to_do("tiny", "d" * 64, [running])
+    ended = job("tiny-other", "STOPPED", digest="e" * 64)
+    assert isinstance(what_to_do("tiny", "d" * 64, [ended]), Start)
+
+
+def test_a_name_means_the_job_that_runs_else_the_last_one() -> None:
+    jobs = [job("a", "RUNNING", began=1), job("b", "STOPPED", began=2), JobState("c", "RUNNING", "", {}, 3)]
+    assert latest("tiny", jobs).id == "a"
+    assert latest("tiny", jobs[1:]).id == "b"
+    assert latest("b", jobs).id == "b"
+    assert place(jobs[0]) == "s3://b/p/tiny?path_style=true"
+    with pytest.raises(LookupError, match="no study c; it has tiny"):
+        latest("c", jobs)
+
+
+def test_the_same_study_makes_the_same_package_wherever_it_lies(study_file: Path, tmp_path: Path) -> None:
+    there = tmp_path / "there"
+    there.mkdir()
+    text = load(study_file).config.data.evaluation.path
+    shutil.copy(text, there / Path(text).name)
+    one = submission.submission(load(study_file), [], here=False)
+    moved = [f"data.{key}.path={there / Path(text).name}" for key in ("evaluation", "calibration", "train")]
+    two = submission.submission(load(study_file, moved), [], here=False)
+    assert sorted(one.files) == sorted(two.files)
+    assert one.digest == submission.submission(load(study_file), [], here=False).digest
+    assert (
+        one.digest
+        != submission.submission(load(study_file, ["search.seed=1"]), ["search.seed=1"], here=False).digest
+    )
+    pack(one, tmp_path / "one.zip")
+    for file in one.files.values():
+        os.utime(file)
+    pack(one, tmp_path / "two.zip")
+    assert (tmp_path / "one.zip").read_bytes() == (tmp_path / "two.zip").read_bytes()
+    names = zipfile.ZipFile(tmp_path / "one.zip").namelist()
+    assert {"study.yaml", "orchestrator/__main__.py", "jobs/run.py", "cluster/submit.py"} <= set(names)
+    assert sum(name.endswith("-topics.txt") for name in names) == 1  # three keys name it
+
+
+def test_what_only_this_machine_has_is_refused_for_another_one(study_file: Path) -> None:
+    def refusal(*overrides: str, here: bool = False) -> str:
+        with pytest.raises(ValueError) as error:
+            submission.submission(load(study_file, overrides), overrides, here)
+        return str(error.value)
+
+    assert "store: got runs, a folder that only this machine has" in refusal("store=runs")
+    assert "data.evaluation.path: there is no none.txt here" in refusal("data.evaluation.path=none.txt")
+    assert "model: there is no ./none here" in refusal("model=./none")
+    told = refusal("tracking.uri=http://me:hunter2@mlflow")
+    assert "holds a password" in told
+    assert "hunter2" not in told
+    kept = submission.submission(load(study_file, ["store=runs"]), ["store=runs"], here=True)
+    assert kept.metadata[STORE] == str(Path("runs").resolve())
+    own = [
+        "model=owner/name",
+        "data.evaluation.path=/only/there.txt",
+        "data.train.path=package:pydoc_data.topics",
+    ]
+    assert len(submission.submission(load(study_file, own), own, here=False).files) == 1  # calibration
+
+
+@dataclass(frozen=True)
+class Head:
+    """A Ray that asks for a token: the address of its dashboard, and the environment of who may use it."""
+
+    address: str
+    env: dict[str, str]
+
+    def slimfront(self, *args: object, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
+        done = subprocess.run(
+            self.command(*args), capture_output=True, text=True, cwd=cwd, env={**self.env, **env}, check=False,
+            timeout=120,
+        )  # fmt: skip
+        assert "Traceback" not in done.stderr + done.stdout
+        return done
+
+    def command(self, *args: object) -> list[str]:
+        return [sys.executable, "-m", "orchestrator", *map(str, args), "--address", self.address]
+
+    def ask(self, path: str) -> Any:
+        token = {"Authorization": f"Bearer {Path(self.env['RAY_AUTH_TOKEN_PATH']).read_text()}"}
+        with urllib.request.urlopen(urllib.request.Request(self.address + path, headers=token)) as answer:
+            return json.load(answer)
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [one.getsockname()[1] for one in sockets]
+    for one in sockets:
+        one.close()
+    return ports
+
+
+@pytest.fixture(scope="session")
+def head() -> Iterator[Head]:
+    """Ended by killing the processes that it started."""
+    folder = Path(tempfile.mkdtemp(prefix="sf-"))  # short: Ray's sockets lie below it
+    (folder / "token").write_text(secrets.token_hex(32))
+    unset = {"RAY_ADDRESS", "RAY_AUTH_TOKEN"}
+    env = {key: value for key, value in os.environ.items() if key not in unset} | {
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT), "HOME": str(folder),
+        "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(folder / "token"), "RAY_TMPDIR": str(folder),
+        "RAY_USAGE_STATS_ENABLED": "0", "AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "secret-of-the-tests",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }  # fmt: skip
+    port, dashboard, client = free_ports(3)
+    command = [
+        sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--num-cpus=2", "--block",
+        "--include-dashboard=true",
+        "--node-ip-address=127.0.0.1", f"--port={port}", f"--dashboard-port={dashboard}",
+        f"--ray-client-server-port={client}", "--dashboard-agent-listen-port=0", f"--object-store-memory={80 * 2**20}",
+    ]  # fmt: skip
+    # A driver in the package must not find what is here.
+    started = {key: value for key, value in env.items() if key != "PYTHONPATH"}
+    with (folder / "log").open("wb") as log:
+        process = subprocess.Popen(command, cwd=folder, env=started, stdout=log, stderr=log)
+    try:
+        found = Head(f"http://127.0.0.1:{dashboard}", env)
+        deadline = time.monotonic() + 90
+        while True:
+            try:
+                found.ask("/api/jobs/")
+                break
+            except OSError:
+                assert process.poll() is None, (folder / "log").read_text()
+                assert time.monotonic() < deadline, (folder / "log").read_text()
+                time.sleep(0.3)
+        yield found
+    finally:
+        ours = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+        process.terminate()
+        for one in psutil.wait_procs(ours, timeout=10)[1]:
+            one.kill()
+        process.wait()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.mark.ray
+def test_a_study_runs_on_the_cluster_and_submitted_again_it_is_not_run_again(
+    head: Head, study_file: Path, s3_address: str
+) -> None:
+    study = [study_file, f"store={s3_address}", "search.candidates=1"]
+    done = head.slimfront("submit", *study, cwd=study_file.parent)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Pareto front of tiny" in done.stdout
+    assert "was submitted" in done.stderr
+    again = head.slimfront("submit", *study, cwd=study_file.parent)
+    assert again.returncode == 0
+    assert "is succeeded already" in again.stderr
+    jobs = [one for one in head.ask("/api/jobs/") if s3_address in one["entrypoint"]]
+    assert len(jobs) == 1
+    assert jobs[0]["metadata"][NAME] == "tiny"
+    front = head.slimfront("front", "tiny", "--json", cwd=study_file.parent)
+    assert json.loads(front.stdout)["study"] == "tiny"
+    report = head.slimfront("report", "tiny", cwd=study_file.parent)
+    assert report.stdout.strip() == "tiny.html"
+    assert "</html>" in (study_file.parent / "tiny.html").read_text()
+    token = Path(head.env["RAY_AUTH_TOKEN_PATH"]).read_text()
+    assert token not in json.dumps(jobs) + done.stdout + done.stderr
+
+
+@pytest.mark.ray
+def test_a_study_goes_on_after_ctrl_c_until_it_is_stopped_and_is_resumed_by_its_name(
+    head: Head, study_file: Path, tmp_path: Path
+) -> None:
+    study = [study_file, "name=long", "search.candidates=500"]
+    following = subprocess.Popen(
+        head.command("submit", *study), cwd=tmp_path, env=head.env, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
+    assert following.stdout is not None
+    assert any("searching" in line for line in following.stdout)
+    following.send_signal(signal.SIGINT)
+    _, told = following.communicate(timeout=30)
+    assert following.returncode == 130
+    assert "goes on" in told
+    assert "Traceback" not in told
+    assert "long: running as long-" in head.slimfront("status", "long", cwd=tmp_path).stdout
+    other = head.slimfront("submit", *study, "search.seed=1", "--no-follow", cwd=tmp_path)
+    assert other.returncode == 2
+    assert "with other options or data" in other.stderr
+    assert "is running already" in head.slimfront("submit", *study, "--no-follow", cwd=tmp_path).stderr
+    assert ": stopped" in head.slimfront("stop", "long", cwd=tmp_path).stdout
+    assert "Interrupted. What ended is kept" in head.slimfront("logs", "long", cwd=tmp_path).stdout
+    assert "to go on where long-" in head.slimfront("resume", "long", cwd=tmp_path).stderr
+    stopped = head.slimfront("stop", "long", cwd=tmp_path)
+    assert "-2: stopped" in stopped.stdout
+    unknown = head.slimfront("status", "none", cwd=tmp_path)
+    assert unknown.returncode == 3
+    assert "has no study none" in unknown.stderr
+
+
+@pytest.mark.ray
+def test_what_can_not_be_submitted_is_one_line_and_nothing_runs(
+    head: Head, study_file: Path, tmp_path: Path
+) -> None:
+    def refused(*args: object, code: int, **env: str) -> str:
+        done = head.slimfront("submit", study_file, "name=refused", *args, cwd=tmp_path, **env)
+        assert done.returncode == code, done.stdout + done.stderr
+        assert done.stderr.count("\n") == 1
+        return done.stderr
+
+    nowhere = {"RAY_AUTH_TOKEN_PATH": str(tmp_path / "none")}
+    assert "asks for a token and there is none" in refused(code=3, **nowhere)
+    assert "does not take this token" in refused(code=3, RAY_AUTH_TOKEN="a" * 64)
+    elsewhere = refused("store=runs", code=2, RAY_TMPDIR=str(tmp_path))
+    assert "expected s3://bucket/prefix" in elsewhere
+    large = tmp_path / "large.txt"
+    large.write_bytes(os.urandom(101 * 2**20))
+    assert f"{large} being the largest (101 MiB)" in refused(f"data.train.path={large}", code=2)
+    assert not [one for one in head.ask("/api/jobs/") if "refused" in one["entrypoint"]]
+
+
+@contextmanager
+def answering(answers: dict[str, object]) -> Iterator[str]:
+    """A server that answers as a cluster's dashboard would; its address."""
+
+    class Answer(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200 if self.path in answers else 404)
+            self.end_headers()
+            self.wfile.write(json.dumps(answers.get(self.path)).encode())
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Answer)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+def refusal(address: str, folder: Path, *args: str) -> str:
+    env = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    done = Head(address, {**env, "PYTHONPATH": str(ROOT), "HOME": str(folder)}).slimfront(
+        "status", "x", *args, cwd=folder
+    )
+    assert done.returncode == 3
+    assert done.stderr.count("\n") == 1
+    return done.stderr
+
+
+def test_a_cluster_that_lets_anybody_in_or_has_other_versions_is_refused_by_name(tmp_path: Path) -> None:
+    there = {"rayVersion": "2.60.0", "pythonVersion": "3.9.1"}
+    answers: dict[str, object] = {
+        "/api/authentication_mode": {"authentication_mode": "disabled"},
+        "/api/version": {"version": "4", "ray_version": there["rayVersion"], "session_name": "session"},
+        "/api/v0/cluster_metadata": {"data": there},
+    }
+    with answering(answers) as address:
+        assert "lets anybody in; start it with RAY_AUTH_MODE=token" in refusal(address, tmp_path)
+        told = refusal(address, tmp_path, "--insecure")
+    assert f"has Ray 2.60.0, Python 3.9.1, this machine Ray {version('ray')}" in told
+    with answering({}) as address:
+        assert "lets anybody in" in refusal(address, tmp_path)  # a Ray from before there were tokens
+
+
+def test_an_address_where_no_cluster_is_is_told(tmp_path: Path) -> None:
+    (port,) = free_ports(1)
+    assert f"no cluster answers at http://127.0.0.1:{port}" in refusal(f"http://127.0.0.1:{port}", tmp_path)
+    assert "must be that of the cluster's dashboard" in refusal("auto", tmp_path)
+    told = refusal("http://me:hunter2@127.0.0.1", tmp_path)
+    assert "holds no credentials" in told
+    assert "hunter2" not in told
