@@ -75,7 +75,7 @@ def status_of(name: str, study: Study, results: Results | None, began: float, en
         seconds_left=elapsed / since * left if since > 0 and study.stage == "searching" else None,
         exhausted=study.exhausted,
         stopped=states["stopped"],
-        to_time=study.to_time if study.stage == "timing" else 0,
+        to_time=study.to_time,
     )
 
 

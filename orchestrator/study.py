@@ -164,7 +164,7 @@ class Study:
     @property
     def to_time(self) -> int:
         """How many timings are left, those under way among them, if none of them is spared by others."""
-        return len(self._untimed()) if self._timing and self.plan.timers else 0
+        return len(self._untimed()) if self.stage == "timing" else 0
 
     @property
     def stage(self) -> Stage:
@@ -461,7 +461,6 @@ class Study:
             return None
         if self._contenders is None:
             self._contenders = self._found_contenders()
-
         waiting = [id for id in self._untimed() if self._nodes[id].job is None]
         if self._original_id in waiting:
             return self._original_id
@@ -478,9 +477,7 @@ class Study:
     def _timings_of(self, id: str) -> Mapping[str, Timing]:
         """What was timed of a candidate; nothing where any of it is unreliable."""
         measurement = self.candidates[id].measurement
-        if measurement is None or not self.plan.timed <= measurement.metrics.keys() - {
-            *measurement.unreliable
-        }:
+        if measurement is None or self.plan.timed - (measurement.metrics.keys() - {*measurement.unreliable}):
             return {}
         return {
             metric: Timing(measurement.metrics[metric], measurement.errors.get(metric, 0.0))

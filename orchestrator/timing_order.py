@@ -12,14 +12,14 @@ from numpy.typing import NDArray
 
 from orchestrator.contenders import Rival
 from orchestrator.events import Cost, Plan
-from orchestrator.front import dominates
+from orchestrator.front import losses
 
 _SURE = 2.0
 """Standard deviations: chance alone makes as much of a difference in 1 case of 44."""
 _MISFITS = np.geomspace(0.01, 0.3, 12)
-"""By what share of the original's time others may stray from what is linear in their costs."""
+"""By what share of the mean time timings may stray from what is linear in their costs."""
 _PRIOR_MEAN, _PRIOR_DEVIATION = 0.25, 0.5
-"""Of each coefficient, as a share of the original's time: any of the four may be what most of it goes into."""
+"""Of each coefficient, as a share of the mean time: any of the four may be what most of it goes into."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Timing:
 
 
 Timings = Mapping[str, Timing]
-"""By objective; empty for who was not timed."""
+"""By objective, of all that are timed."""
 
 
 def next_timed(
@@ -42,34 +42,39 @@ def next_timed(
     First come those to whom no rival is better in what is measured already: however slow, they will be on the front.
     Then the likeliest of the others, as long as it may be faster than each timed rival that is better so.
 
-    rivals: all that may be on the front. timings: of those timed reliably, and of the original in any case.
+    rivals: all that may be on the front. timings: of those timed reliably, and of the original where its own were.
     """
     untimed = [objective for objective in plan.objectives if objective.metric not in plan.timed]
+    ids = list(rivals)
+    values = np.array([losses(rivals[id].metrics, untimed) for id in ids]).reshape(len(ids), len(untimed))
+    places = {id: place for place, id in enumerate(ids)}
     doubtful: dict[str, list[str]] = {}
     for id in waiting:
-        better = [other for other in rivals if dominates(rivals[other].metrics, rivals[id].metrics, untimed)]
-        if not better:
+        mine = values[places[id]]
+        better = np.flatnonzero((values <= mine).all(axis=1) & (values < mine).any(axis=1))
+        if not len(better):
             return id
-        doubtful[id] = [other for other in better if other in timings]
+        doubtful[id] = [ids[place] for place in better if ids[place] in timings]
     if not doubtful or not timings:
         return next(iter(doubtful), None)
     costs = [rivals[id].cost for id in doubtful]
-    slower = np.full((len(doubtful), len(rivals)), np.inf)
-    """By how many standard deviations each of the doubtful (rows) is slower than each rival."""
-    places = {id: place for place, id in enumerate(rivals)}
-    for objective in plan.objectives:
-        if objective.metric not in plan.timed:
-            continue
-        told = {id: timings[id][objective.metric] for id in timings}
-        known = [(rivals[id].cost if id in rivals else plan.original_cost, one) for id, one in told.items()]
-        mean, deviation = foretold(known, costs, plan.original_cost)
-        for row, better in enumerate(doubtful.values()):
-            for other in better:
-                apart = objective.loss(mean[row] - told[other].value)
-                sure = apart / math.hypot(deviation[row], told[other].error)
-                slower[row, places[other]] = min(slower[row, places[other]], sure)
+    known = {id: rivals[id].cost if id in rivals else plan.original_cost for id in timings}
+    expected = {
+        o: foretold([(cost, timings[id][o.metric]) for id, cost in known.items()], costs, plan.original_cost)
+        for o in plan.objectives
+        if o.metric in plan.timed
+    }
+
+    def slower(row: int, other: str) -> float:
+        """By how many standard deviations one of the doubtful is worse than another in every timed objective."""
+        return min(
+            objective.loss(mean[row] - timings[other][objective.metric].value)
+            / math.hypot(deviation[row], timings[other][objective.metric].error)
+            for objective, (mean, deviation) in expected.items()
+        )
+
     surest = {
-        id: max((float(slower[row, places[other]]) for other in better), default=-math.inf)
+        id: max((slower(row, other) for other in better), default=-math.inf)
         for row, (id, better) in enumerate(doubtful.items())
     }
     likeliest = min(surest, key=lambda id: surest[id])
@@ -82,7 +87,7 @@ def foretold(
     """What candidates of these costs are expected to need, and its standard deviation, by what is known of others.
 
     Bayesian linear regression (Bishop 2006, §3.3) on multiply-adds, layers, bytes and a constant: errors of the timings
-    are known, and beside them all stray by a share of the original's time, over which is averaged by its likelihood.
+    are known, and beside them all stray by a share of their mean, over which is averaged by its likelihood.
     """
     unit = np.mean([one.value for _, one in known])
     rows, asked = _features([cost for cost, _ in known], original), _features(costs, original)

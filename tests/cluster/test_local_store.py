@@ -47,15 +47,6 @@ KILLED_WRITER = textwrap.dedent(
 )
 
 
-@pytest.fixture
-def model(tmp_path: Path) -> Path:
-    folder = tmp_path / "model"
-    (folder / "sub").mkdir(parents=True)
-    (folder / "sub" / "weights").write_bytes(os.urandom(100_000))
-    (folder / "config.json").write_bytes(b"{}")
-    return folder
-
-
 @pytest.mark.parametrize("operation", ["put", "remove", "commit", "forget"])
 def test_a_writer_killed_at_any_step_leaves_all_or_nothing(
     tmp_path: Path, model: Path, operation: str

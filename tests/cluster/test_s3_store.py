@@ -126,15 +126,6 @@ def address(s3_address: str, s3_server: str, proxy: Proxy) -> str:
     return s3_address.replace(s3_server, f"http://127.0.0.1:{proxy.server.server_port}")
 
 
-@pytest.fixture
-def model(tmp_path: Path) -> Path:
-    folder = tmp_path / "model"
-    (folder / "sub").mkdir(parents=True)
-    (folder / "sub" / "weights").write_bytes(os.urandom(100_000))
-    (folder / "config.json").write_bytes(b"{}")
-    return folder
-
-
 def contents(folder: Path) -> dict[str, bytes]:
     return {
         file.relative_to(folder).as_posix(): file.read_bytes() for file in folder.rglob("*") if file.is_file()
