@@ -22,7 +22,11 @@ Interrupted."""
 
 
 class Interrupted(Exception):  # noqa: N818 - nothing is wrong with the work
-    """The work is to stop here and go on elsewhere: its machine goes away."""
+    """The work is to stop here and go on elsewhere: its machine goes away. together: every rank stops for it."""
+
+    def __init__(self, why: str = "", together: bool = False) -> None:
+        super().__init__(why)
+        self.together = together
 
 
 @dataclass(frozen=True)

@@ -196,16 +196,16 @@ class _Course:
             self._report(saved=due)
 
     def _report(self, saved: bool) -> None:
-        done, interrupted = len(self.losses), None
+        done, why = len(self.losses), None
         try:
             told = f"step {done} of {self.training.steps}, loss {self.losses[-1]:.4f}"
             self.report(done / self.training.steps, told)
         except Interrupted as error:
-            interrupted = error
-        if self.ranks.any(interrupted is not None):
+            why = str(error)
+        if self.ranks.any(why is not None):
             if not saved or done == self.training.steps:
                 self._save()
-            raise interrupted or Interrupted("another rank was interrupted")
+            raise Interrupted(why or "another rank was interrupted", together=True)
 
     def _step(self, batches: Sequence[Tensor]) -> None:
         step = len(self.losses)

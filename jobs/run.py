@@ -73,7 +73,7 @@ def attempt(
     Never raises: what goes wrong comes back as a Failure.
 
     Of several ranks (`jobs.ranks`) all make the model; the first alone writes and measures it. The others return None
-    when their part is done or was interrupted, as the first tells.
+    when their part is done, or all were interrupted together: the first tells.
     """
     places = Places(folder, cache, checkpoints, sharing or Sharing())
     try:
@@ -85,7 +85,7 @@ def attempt(
             return None
         return _attempt(job, materials, parent, built, places, report, before)
     except Exception as error:  # noqa: BLE001 - the worker boundary: failures cross it as data
-        if isinstance(error, Interrupted) and not ranks.here().first:
+        if isinstance(error, Interrupted) and error.together and not ranks.here().first:
             return None
         return failure(error)
     finally:

@@ -237,27 +237,47 @@ def test_a_gang_makes_a_model_and_what_is_gone_of_its_lineage_and_its_first_rank
     assert again == dataclasses.replace(told.value, found=True)
 
 
-def test_what_keeps_a_rank_from_its_part_comes_back_as_what_became_of_the_job(
-    place: Workplace, prepared: Callable[..., Prepared], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("rank", "raised", "kind"),
+    [
+        (1, MemoryError("no more"), "out_of_memory"),
+        (1, Interrupted("its node goes away"), "preempted"),
+        (1, Interrupted("another rank was interrupted", together=True), None),
+        (0, Interrupted("another rank was interrupted", together=True), "preempted"),
+    ],
+)
+def test_what_a_rank_alone_meets_becomes_of_the_job_and_what_all_meet_the_first_tells(
+    rank: int,
+    raised: Exception,
+    kind: str | None,
+    place: Workplace,
+    prepared: Callable[..., Prepared],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     recipe = Recipe(prepared().plan.original.origin, (DropLayers(count=1),))
+
+    def raising(*given: object) -> None:
+        raise raised
+
+    monkeypatch.setattr(run, "_compressed", raising)
+    monkeypatch.setenv("RANK", str(rank))
+    parent, made = Path(place.materials.model), place.scratch / "made"
+    told = run.attempt(
+        Job(recipe, (), "materials"),
+        place.materials,
+        parent,
+        None,
+        made,
+        place.cache,
+        lambda share, what: None,
+    )
+    assert (told and told.kind) == kind
+    assert not made.exists()
+
+
+def test_ranks_but_the_first_leave_what_is_made_to_it(place: Workplace, prepared: Callable[..., Prepared],
+                                                      monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
     monkeypatch.setenv("RANK", "1")
-    assert isinstance(work(Job(Recipe(recipe.origin), (), "materials"), place), type(None))
-    nowhere = dataclasses.replace(place, cache=place.scratch / "file")
-    told: list[Outcome | None] = []
-
-    def interrupted(*given: object, **named: object) -> None:
-        raise Interrupted("the node goes away")
-
-    def fails(*given: object, **named: object) -> None:
-        raise MemoryError("no more")
-
-    for raises in (interrupted, fails):
-        monkeypatch.setattr(run, "_compressed", raises)
-        told.append(run.attempt(Job(recipe, (), "m"), place.materials, Path(place.materials.model), None,
-                                nowhere.scratch, nowhere.cache, lambda share, what: None))  # fmt: skip
-    monkeypatch.delenv("RANK")
-    monkeypatch.setattr(run, "_compressed", interrupted)
-    told.append(run.attempt(Job(recipe, (), "m"), place.materials, Path(place.materials.model), None,
-                            nowhere.scratch, nowhere.cache, lambda share, what: None))  # fmt: skip
-    assert [one if one is None else one.kind for one in told] == [None, "out_of_memory", "preempted"]
+    job = Job(prepared().plan.original, (), "materials")
+    assert work(job, place) is None
+    assert LocalStore(Path(place.store)).record(f"artifacts/{job.recipe.id}") is None
