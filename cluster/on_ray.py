@@ -14,6 +14,7 @@ import socket
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from typing import Any
 
 import psutil
 
-from cluster.executor import Admission, Capacity, Ended, Resources, cores, run_piece
+from cluster.executor import Admission, Capacity, Ended, NodeType, Resources, cores, run_piece
 
 # Results larger than 100 KB pass through Ray's shared memory; ours are records, files go to the store.
 OBJECT_STORE_BYTES = 150 * 2**20
@@ -168,6 +169,9 @@ class RayExecutor:
             self._start_what_may()
             self._changed.notify_all()
 
+    def nodes(self) -> Mapping[NodeType, int]:
+        return Counter(node_type(node["Labels"]) for node in self._ray.nodes() if node["Alive"])
+
     def close(self) -> None:
         with self._changed:
             if self._closed:
@@ -260,6 +264,14 @@ class RayExecutor:
     def _forget(self, ticket: int) -> None:
         del self._pieces[ticket]
         self._admission.end(ticket)
+
+
+def node_type(labels: Mapping[str, str]) -> NodeType:
+    """What kind of machine a node of these labels is: by those of our templates, else by those that Ray sets where the
+    cluster tells it."""
+    name = labels.get("instance") or labels.get("ray.io/node-group", "")
+    region = labels.get("region") or labels.get("ray.io/availability-region", "")
+    return NodeType(name, region, "spot" in (labels.get("market"), labels.get("ray.io/market-type")))
 
 
 def _nothing() -> None:

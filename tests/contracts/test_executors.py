@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 import cluster
-from cluster.executor import Ended, Executor, InlineExecutor, Resources
+from cluster.executor import Ended, Executor, InlineExecutor, NodeType, Resources
 from cluster.on_ray import RayExecutor, connect
 
 # Two slots and 8 GiB each, whatever the machine has.
@@ -118,6 +118,10 @@ def all_of(executor: Executor) -> list[Ended]:
     while some := executor.wait(60):
         ended += some
     return ended
+
+
+def test_the_node_that_this_runs_on_is_up_and_priced_by_nobody(executor: Executor) -> None:
+    assert dict(executor.nodes()) == {NodeType(): 1}
 
 
 def test_every_executor_is_tested_here() -> None:
