@@ -103,11 +103,22 @@ class TrackingSpec:
 @dataclass
 class ClusterSpec:
     """slots: how many jobs run at once (`auto`: one per core). memory_gib: what they may use together.
-    address: a running Ray's; without one, Ray is started here for as long as the study runs."""
+    address: a running Ray's; without one, Ray is started here for as long as the study runs. price_per_hour: of each
+    node, instead of what the cloud or a table says, in any currency."""
 
     slots: Any = "auto"
     memory_gib: float | None = None
     address: str | None = None
+    price_per_hour: float | None = None
+
+
+@dataclass
+class BudgetSpec:
+    """The most that a study may use, then nothing new is begun. money: in the currency of the nodes' prices; hours: by
+    the clock while it runs."""
+
+    money: float | None = None
+    hours: float | None = None
 
 
 @dataclass
@@ -125,6 +136,7 @@ class StudyConfig:
     store: str = "runs"
     tracking: TrackingSpec = field(default_factory=TrackingSpec)
     cluster: ClusterSpec = field(default_factory=ClusterSpec)
+    budget: BudgetSpec = field(default_factory=BudgetSpec)
 
 
 class InvalidStudy(ValueError):  # noqa: N818 - it is a study, and it is invalid

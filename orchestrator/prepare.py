@@ -26,6 +26,7 @@ from jobs.meters import lm_eval_tasks
 from jobs.operations import Table, predict
 from jobs.recipe import Origin, Recipe
 from orchestrator import levels, search
+from orchestrator.budget import Budget
 from orchestrator.config import Evaluation, InvalidStudy, Loaded, StudyConfig, Tasks, Text
 from orchestrator.estimate import estimates
 from orchestrator.events import Cost, Plan, Proposed
@@ -75,8 +76,13 @@ class Prepared:
         return home(self.config.store) / self.config.name
 
     @property
+    def budget(self) -> Budget:
+        return Budget(self.config.budget.money, self.config.budget.hours)
+
+    @property
     def digest(self) -> str:
-        """The digest of all that decides a study's results, but not of how many candidates it tries or where."""
+        """The digest of all that decides a study's results, but not of how many candidates it tries, where, or for what
+        money."""
         decides = [
             self.plan.original.id,
             self.plan.materials_digest,
@@ -399,6 +405,21 @@ def _check_values(config: StudyConfig, check: Check) -> None:
     )
     memory = config.cluster.memory_gib
     check("cluster.memory_gib", (memory is None or memory > 0, f"got {memory}, expected more than 0"))
+    for key, given in (
+        ("cluster.price_per_hour", config.cluster.price_per_hour),
+        ("budget.money", config.budget.money),
+        ("budget.hours", config.budget.hours),
+    ):
+        some = given is None or 0 < given < math.inf
+        check(key, (some, f"got {given}, expected more than 0"))
+    on_cluster = config.cluster.address or "RAY_ADDRESS" in os.environ
+    check(
+        "budget.money",
+        (
+            config.budget.money is None or config.cluster.price_per_hour is not None or bool(on_cluster),
+            f"got {config.budget.money}, expected cluster.price_per_hour with it: what an hour of this machine costs",
+        ),
+    )
 
 
 def _materials(config: StudyConfig, task: Task) -> Materials:

@@ -35,8 +35,9 @@ class Tracker(Protocol):
         """What is known of a candidate now; may come again whenever more is known."""
         ...
 
-    def finish(self, results: Results, report_html: str) -> None:
-        """The study is over. What `record` was told goes on being delivered after this returns."""
+    def finish(self, results: Results, report_html: str, totals: Mapping[str, float] | None = None) -> None:
+        """The study is over; totals: what it took in all. What `record` was told goes on being delivered after this
+        returns."""
         ...
 
 
@@ -51,7 +52,7 @@ class NoTracker:
     def record(self, candidate: Candidate) -> None:
         pass
 
-    def finish(self, results: Results, report_html: str) -> None:
+    def finish(self, results: Results, report_html: str, totals: Mapping[str, float] | None = None) -> None:
         pass
 
 
@@ -84,8 +85,9 @@ class MLflowTracker:
     def record(self, candidate: Candidate) -> None:
         self._outbox.append("candidate", candidate_entry(candidate), candidate.id)
 
-    def finish(self, results: Results, report_html: str) -> None:
-        self._outbox.append("finish", {"front": front_json(results), "report": report_html})
+    def finish(self, results: Results, report_html: str, totals: Mapping[str, float] | None = None) -> None:
+        told = {"front": front_json(results), "report": report_html, "totals": dict(totals or {})}
+        self._outbox.append("finish", told)
         self._ensure_mirror()
 
     def _ensure_mirror(self) -> None:

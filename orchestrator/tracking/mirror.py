@@ -192,6 +192,7 @@ class StudyRuns:
         values = {f"candidates_{standing}": float(count) for standing, count in front["candidates"].items()}
         if front["hypervolume"] is not None:
             values["hypervolume"] = front["hypervolume"]
+        values |= finish.get("totals", {})  # what an earlier version appended lacks them
         # By the second tag the UI finds the table among the artifacts.
         shown = json.dumps([{"path": "front_table.json", "type": "table"}])
         tags = {"state": "finished", "mlflow.loggedArtifacts": shown, "mlflow.note.content": _note(front)}
