@@ -71,7 +71,7 @@ class Executor(Protocol):
         """Stop or forget this piece of work; nothing is reported for it. Unknown keys are ignored."""
 
     def nodes(self) -> Mapping[NodeType, int]:
-        """How many nodes of which kind are up now, whoever uses them. Asks the cluster: not to be called all the time."""
+        """How many nodes of which kind are up now, whoever uses them. Asks the cluster: to be called seldom."""
 
     def close(self) -> None:
         """End all workers and forget all work. Safe to call twice."""

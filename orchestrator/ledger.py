@@ -100,7 +100,7 @@ def _from_dict(kind: str, body: Mapping[str, Any]) -> Event:
     if kind == "Ended":
         return Ended(body["job_id"], body["attempt"], outcome_from_dict(body["outcome"]))
     if kind == "Began":  # what an earlier version wrote lacks what its budget allowed
-        return Began(body["slots"], Granted(**body.get("granted", {})))
+        return Began(body.get("slots", 1), Granted(**body.get("granted", {})))
     simple: dict[str, type[Granted] | type[Started] | type[Exhausted] | type[Stopped]] = {
         "Granted": Granted,
         "Started": Started,
