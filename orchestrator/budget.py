@@ -176,28 +176,25 @@ def money_of(bill: Bill, budget: Budget) -> str:
     return text + (f" without {missing:.2f} node-hours of unknown price" if missing else "")
 
 
-def foretold(seconds: float | None, price: Nodes | None, budget: Budget) -> list[str]:
-    """What a study will use on one machine, in words, before it runs. seconds: by the clock, None where nothing like it
-    has run; price: of the machine, or of a cluster's nodes, whose number nobody knows before."""
+def foretold(node_hours: float | None, unknown: str, price: Nodes | None, budget: Budget) -> list[str]:
+    """What a study will use, in words, before it runs. node_hours: on one machine, so that they are hours by the clock;
+    None where they are not known, for the reason `unknown`. price: of such a node, None where nobody tells."""
     found = []
-    if seconds is None:
-        found.append("What it will take is not known: nothing like it has run here.")
-    else:
-        cost = (
-            ""
-            if price is None or price.per_hour is None
-            else (f", {money_text(seconds / HOUR * price.per_hour, price.currency)}")
-        )
-        found.append(f"About {seconds / HOUR:.2f} node-hours{cost}.")
-    if price is not None and price.per_hour is not None:
+    per_hour, currency = (None, "") if price is None else (price.per_hour, price.currency)
+    if node_hours is not None:
+        cost = "" if per_hour is None else f", {money_text(node_hours * per_hour, currency)}"
+        found.append(f"About {node_hours:.2f} node-hours{cost}.")
+    elif per_hour is not None or budget != Budget():
+        found.append(f"What it will cost is not known: {unknown}.")
+    if price is not None and per_hour is not None:
         said = f"{price.source}{f', {price.date}' if price.date else ''}"
-        found.append(f"A node-hour costs {money_text(price.per_hour, price.currency)} ({said}).")
+        found.append(f"A node-hour costs {money_text(per_hour, currency)} ({said}).")
         if budget.money is not None:
+            allowed = budget.money / per_hour
             found.append(
-                f"The budget of {money_text(budget.money, price.currency)} allows "
-                f"{budget.money / price.per_hour:.2f} node-hours."
+                f"The budget of {money_text(budget.money, currency)} allows {allowed:.2f} node-hours."
             )
-    if budget.hours is not None and seconds is not None and seconds > budget.hours * HOUR:
+    if budget.hours is not None and node_hours is not None and node_hours > budget.hours:
         found.append(
             f"The budget of {hours_text(budget.hours)} ends it before: fewer candidates will be tried."
         )

@@ -26,6 +26,7 @@ from rich.table import Table
 if TYPE_CHECKING:
     from cluster.submit import Jobs, JobState
     from orchestrator.catalogue import Entry
+    from orchestrator.forecast import Forecast
     from orchestrator.prepare import Prepared
     from orchestrator.results import Results
     from orchestrator.submission import Attach, Start
@@ -125,6 +126,8 @@ def plan(study: StudyFile, overrides: Overrides = None) -> None:
         f"Saved: about {found.shared_seconds / slots / 60:.1f} minutes by shared steps, "
         f"{found.found_seconds / slots / 60:.1f} by what is in the store; statistics of shared models come on top."
     )
+    for line in _costs(prepared, found):
+        out.print(line, soft_wrap=True, markup=False, highlight=False)
 
 
 @app.command()
@@ -549,6 +552,32 @@ def _check_template(file: Path) -> None:
     _out().print(f"{file} is valid, as far as can be told without asking the cloud", soft_wrap=True)
 
 
+def _costs(prepared: Prepared, found: Forecast) -> list[str]:
+    """What a study will use of nodes and money, as far as anybody can tell, and what it has used."""
+    from orchestrator.accounts import noted_bill
+    from orchestrator.budget import HOUR, Nodes, foretold, given_price, summary
+    from orchestrator.ledger import Ledger
+    from orchestrator.prepare import slots_of
+
+    config = prepared.config
+    given = config.cluster.price_per_hour
+    price = None if given is None else Nodes("", **given_price(given))
+    node_hours, unknown = None, "nothing like it has run here"
+    if found.measured and config.cluster.address:
+        unknown = f"it is about {found.seconds / HOUR:.2f} hours of slots, on nodes that the cluster chooses"
+    elif found.measured:
+        node_hours = found.seconds / slots_of(config) / HOUR
+    lines = foretold(node_hours, unknown, price, prepared.budget)
+    file = prepared.folder / "ledger.db"
+    if file.is_file():
+        ledger = Ledger(file, read_only=True)
+        bill = noted_bill(ledger)
+        ledger.close()
+        if said := summary(bill if given is None else bill.priced_at(given), prepared.budget):
+            lines.append(f"Until now: {said}.")
+    return lines
+
+
 def _run(prepared: Prepared, overrides: tuple[str, ...]) -> None:
     from cluster.store import is_remote
     from jobs.run import disk_is_full
@@ -576,6 +605,10 @@ def _run(prepared: Prepared, overrides: tuple[str, ...]) -> None:
         )
     if results.original.failure is not None:
         _err().print(f"The original could not be measured: {results.original.failure.message}", style="red")
+        raise typer.Exit(1)
+    if results.original.measurement is None:
+        _tell_what_ails(prepared.folder, results)
+        _err().print("Nothing was measured, the original neither.", style="red")
         raise typer.Exit(1)
     front(str(prepared.folder))
     _publish(prepared, results)

@@ -11,6 +11,7 @@ from cluster import executor
 from cluster.executor import Executor, Resources
 from jobs.job import Failure, Job, Outcome
 from orchestrator.accounts import Account
+from orchestrator.budget import Budget
 from orchestrator.candidate import Candidate
 from orchestrator.events import (
     Began,
@@ -87,7 +88,9 @@ class Service:
 
     def _granted(self) -> Granted:
         """What the budget allows now."""
-        return Granted() if self.account is None else self.account.granted(self.study.seconds_to_finish)
+        if self.account is None or self.account.budget == Budget():
+            return Granted()
+        return self.account.granted(self.study.seconds_to_finish)
 
     def _mind_the_budget(self) -> None:
         """Allow less when the budget comes to its end; more only when a process takes the study up."""

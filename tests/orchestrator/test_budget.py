@@ -142,14 +142,17 @@ def test_nobody_is_told_of_money_who_gave_no_price_and_no_budget() -> None:
 
 
 def test_before_anything_ran_no_sum_is_foretold_but_what_the_budget_allows() -> None:
-    told = " ".join(foretold(None, dataclasses.replace(GPU, per_hour=2.0), Budget(money=20)))
-    assert "not known: nothing like it has run here" in told
-    assert "The budget of 20.00 USD allows 10.00 node-hours." in told
-    assert "(a table, 2026-09-24)" in told
+    price = dataclasses.replace(GPU, per_hour=2.0)
+    assert foretold(None, "nothing like it has run here", price, Budget(money=20)) == [
+        "What it will cost is not known: nothing like it has run here.",
+        "A node-hour costs 2.00 USD (a table, 2026-09-24).",
+        "The budget of 20.00 USD allows 10.00 node-hours.",
+    ]
+    assert foretold(None, "nothing like it has run here", None, Budget()) == []
 
 
 def test_what_ran_before_foretells_hours_and_money() -> None:
-    told = foretold(1.5 * HOUR, dataclasses.replace(GPU, per_hour=2.0), Budget(hours=1))
+    told = foretold(1.5, "", dataclasses.replace(GPU, per_hour=2.0), Budget(hours=1))
     assert told[0] == "About 1.50 node-hours, 3.00 USD."
-    assert "The budget of 1 hour ends it before" in told[-1]
-    assert foretold(HOUR, None, Budget()) == ["About 1.00 node-hours."]
+    assert told[-1] == "The budget of 1 hour ends it before: fewer candidates will be tried."
+    assert foretold(1.0, "", None, Budget(hours=1)) == ["About 1.00 node-hours."]

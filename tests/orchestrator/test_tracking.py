@@ -149,7 +149,8 @@ def test_at_the_finish_the_front_is_tagged_and_its_pictures_are_artifacts(
     told = [measured(0, 100, 0.8), measured(1, 80, 0.7), measured(2, 90, 0.6)]
     for one in told:
         tracker.record(one)
-    tracker.finish(judge("laptop", OBJECTIVES, told[0], told), "<html>the front</html>")
+    totals = {"node_hours": 2.0, "cost": 1.8}
+    tracker.finish(judge("laptop", OBJECTIVES, told[0], told), "<html>the front</html>", totals)
     sync(outbox, uri)
     runs = runs_of(uri)
     assert {name for name, run in runs.items() if run.data.tags.get("pareto") == "true"} == {
@@ -157,6 +158,7 @@ def test_at_the_finish_the_front_is_tagged_and_its_pictures_are_artifacts(
     }  # fmt: skip
     parent = runs["laptop"]
     assert parent.info.status == "FINISHED"
+    assert {name: parent.data.metrics[name] for name in totals} == totals
     assert text_of(uri, parent, "front.html") == "<html>the front</html>"
     assert json.loads(text_of(uri, parent, "front.json"))["members"][0]["id"] == told[1].id
     table = json.loads(text_of(uri, parent, "front_table.json"))
