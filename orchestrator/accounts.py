@@ -48,7 +48,7 @@ class Account:
         self._clock = clock
         self._ask = ask
         self._priced: dict[NodeType, Nodes] = {}
-        before = noted_bill(ledger).at_rest()
+        before = noted_bill(ledger)
         self.bill = before if price_per_hour is None else before.priced_at(price_per_hour)
         self._counted_at = clock()
         self.count()

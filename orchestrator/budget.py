@@ -94,10 +94,6 @@ class Bill:
             used[one.kind] = dataclasses.replace(one, seconds=before.seconds)
         return Bill(self.seconds + seconds, tuple(used.values()))
 
-    def at_rest(self) -> Bill:
-        """The same when nobody counts any more: what is up then is not known."""
-        return dataclasses.replace(self, nodes=tuple(dataclasses.replace(one, up=0) for one in self.nodes))
-
     def priced_at(self, per_hour: float) -> Bill:
         """The same with all nodes at one price, which the study's file gives."""
         return dataclasses.replace(

@@ -38,13 +38,9 @@ def test_nodes_count_as_they_were_when_they_were_last_seen() -> None:
     assert grown.node_hours == pytest.approx(1.0)
 
 
-def test_what_was_written_down_goes_on_without_the_time_between() -> None:
-    before = bill(1.0, GPU)
-    later = Bill.from_dict(json.loads(json.dumps(before.to_dict()))).at_rest()
-    assert later.node_hours == before.node_hours
-    after = later.after(9 * HOUR, [GPU])  # nobody was there to count
-    assert after.node_hours == pytest.approx(2.0)
-    assert after.after(HOUR, [GPU]).node_hours == pytest.approx(4.0)
+def test_a_bill_comes_back_as_it_was_written_down() -> None:
+    found = bill(1.0, GPU, UNKNOWN)
+    assert Bill.from_dict(json.loads(json.dumps(found.to_dict()))) == found
 
 
 def test_a_new_price_holds_for_all_hours_of_its_kind() -> None:
