@@ -15,7 +15,8 @@ T = TypeVar("T")
 @dataclass(frozen=True)
 class Resources:
     """What one piece of work needs. `exclusive`: nothing else of ours runs on its node meanwhile. `labels`: what a node
-    must be labelled with. With several `ranks` the same call is made so often at once, and each has as much of the rest."""
+    must be labelled with. With several `ranks` the same call is made so often at once, each with as much of the rest.
+    """
 
     gpus: float = 0.0
     cpus: float = 1.0
@@ -152,7 +153,7 @@ class Line:
 
 
 class Admission:
-    """Decides which waiting piece may start now on one machine, in a `Line`; an exclusive one only when nothing runs."""
+    """Decides which piece of a `Line` may start now on one machine; an exclusive one only when nothing runs."""
 
     PATIENCE = Line.PATIENCE
 
@@ -212,7 +213,7 @@ class InlineExecutor:
     def __init__(self, slots: int = 1, memory_gib: float = math.inf, gpus: float = 0.0) -> None:
         self._slots = slots
         self._admission = Admission(Capacity(slots, max(slots, cores()), memory_gib, gpus))
-        self._calls: dict[int, tuple[str, Callable[..., Any], tuple[Any, ...]]] = {}
+        self._calls: dict[int, tuple[str, Callable[..., Any], tuple[Any, ...], int]] = {}
         self._tickets: dict[str, int] = {}
         self._submitted = 0
         self._closed = False
@@ -227,7 +228,7 @@ class InlineExecutor:
         if key in self._tickets:
             raise ValueError(f"{key} is under way already; wait for it or cancel it first")
         self._admission.add(self._submitted, resources)
-        self._calls[self._submitted] = (key, fn, args)
+        self._calls[self._submitted] = (key, fn, args, resources.ranks)
         self._tickets[key] = self._submitted
         self._submitted += 1
 
@@ -235,9 +236,9 @@ class InlineExecutor:
         ticket = self._admission.next()
         if ticket is None:
             return []
-        key, fn, args = self._calls[ticket]
+        key, fn, args, ranks = self._calls[ticket]
         try:
-            return [run_piece(key, fn, args)]
+            return [run_piece(key, fn, args) if ranks == 1 else run_gang(key, fn, args, ranks)]
         finally:
             self.cancel(key)
 

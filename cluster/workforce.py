@@ -1,5 +1,5 @@
-"""Workforce: which workers to want of a cluster, whom to let go, and which of them does which piece. All decisions, with
-no processes, no clock and no Ray: who calls carries them out, and says what time it is."""
+"""Workforce: which workers to want of a cluster, whom to let go, and which of them does which piece. All decisions,
+with no processes, no clock and no Ray: who calls carries them out, and says what time it is."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Labels = Mapping[str, str]
 GROUP = "ray.io/node-group"
 """The label that tells which of a cluster's node types a node is of, where nodes have it."""
 LINGER_SECONDS = 2.0
-"""So long a worker is kept that nothing waits for. What follows on a piece comes at once, so that it finds a warm one."""
+"""So long a worker is kept that nothing waits for: what follows on a piece comes at once and finds it warm."""
 FIRST_LIMIT = 4
 """So many workers are wanted of a growing cluster before anything is known of how large it may be."""
 AGAIN_SECONDS = 120.0
@@ -53,8 +53,8 @@ class Shape:
 
 @dataclass
 class _Member:
-    """A worker: wanted while it has no node, busy while it has a ticket. spare_since: from when on nothing waits for it;
-    free_since: when it did its last piece."""
+    """A worker: wanted while it has no node, busy while it has a ticket. spare_since: from when on nothing waits for
+    it; free_since: when it did its last piece."""
 
     shape: Shape
     node: Node | None = None
@@ -74,9 +74,9 @@ class Change:
 class Workforce:
     """Workers by number, and the pieces that wait for them or run on them, by ticket.
 
-    A worker is *wanted* until it is placed on a node; then it is *ready* or *busy*. A piece runs on ready workers only, on
-    as many at once as it has ranks or on none. An exclusive one runs where nothing else does, and all of them on nodes
-    of one kind: that of the first. `together` is what the pieces on one node share, beyond what each worker holds.
+    A worker is *wanted* until it is placed on a node; then it is *ready* or *busy*. A piece runs on ready workers only,
+    on as many at once as it has ranks or on none. An exclusive one runs where nothing else does, and all of them on
+    nodes of one kind: that of the first. `together` is what the pieces on one node share.
     """
 
     def __init__(self, together: Capacity | None = None) -> None:
@@ -124,7 +124,9 @@ class Workforce:
 
     def on(self, nodes: Collection[str]) -> list[int]:
         """The workers on these nodes."""
-        return [number for number, one in self._members.items() if one.node is not None and one.node.id in nodes]
+        return [
+            number for number, one in self._members.items() if one.node is not None and one.node.id in nodes
+        ]
 
     def node_of(self, worker: int) -> Node | None:
         return self._members[worker].node if worker in self._members else None
@@ -157,7 +159,9 @@ class Workforce:
         lacking: list[Shape] = []
         for needs in self._line:
             for _ in range(needs.ranks):
-                found = next((number for number in self._ordered(free) if self._may(free[number], needs)), None)
+                found = next(
+                    (number for number in self._ordered(free) if self._may(free[number], needs)), None
+                )
                 if found is None:
                     lacking.append(self._asked(needs))
                 else:
@@ -221,7 +225,7 @@ class Workforce:
         return coming and found >= needs.ranks
 
     def _placed(self, needs: Resources) -> tuple[Resources, tuple[int, ...]] | None:
-        """As many ready workers as this piece has ranks, on as few nodes as there are; None where they are not there."""
+        """As many ready workers as this piece has ranks, on as few nodes as may be; None where they are not there."""
         by_node: dict[str, list[int]] = {}
         for number, member in self._members.items():
             if member.ticket is None and member.node is not None and self._may(member, needs):
@@ -229,7 +233,7 @@ class Workforce:
         busy = self._pieces_on(by_node)
         found: list[int] = []
         for node, numbers in sorted(by_node.items(), key=lambda one: -len(one[1])):
-            if needs.exclusive and busy[node] or any(self._running[one].exclusive for one in busy[node]):
+            if (needs.exclusive and busy[node]) or any(self._running[one].exclusive for one in busy[node]):
                 continue
             # The last one to end a piece is the warmest.
             numbers.sort(key=lambda number: self._members[number].free_since, reverse=True)

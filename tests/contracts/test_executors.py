@@ -18,7 +18,8 @@ import pytest
 
 import cluster
 from cluster.executor import Ended, Executor, InlineExecutor, Resources
-from cluster.on_ray import RayExecutor, connect
+from cluster.head import connect
+from cluster.on_ray import RayExecutor
 
 # Two slots and 8 GiB each, whatever the machine has.
 FACTORIES: dict[str, Callable[[], Executor]] = {
