@@ -61,8 +61,11 @@ def run_rank(key: str, fn: Callable[..., Any], args: tuple[Any, ...], rank: Rank
 
 
 def run_gang(key: str, fn: Callable[..., Any], args: tuple[Any, ...], ranks: int) -> Ended:
-    """Do a piece by this many ranks on this machine. What rank 0 returns is its value; where any rank is lost, the
-    others are killed, and the piece is lost as that rank was."""
+    """Do a piece by this many ranks on this machine.
+
+    It ends, and the other ranks with it, as soon as `ends` says so of one of them: then what rank 0 returned is its
+    value, or it is lost once, or a rank that can't go on has said why.
+    """
     port = free_port()
     ended: SimpleQueue[tuple[int, Ended]] = SimpleQueue()
     processes = [RankProcess(key, fn, args, Rank(each, ranks, each, LOOPBACK, port)) for each in range(ranks)]
@@ -75,19 +78,22 @@ def run_gang(key: str, fn: Callable[..., Any], args: tuple[Any, ...], ranks: int
     try:
         for thread in threads:
             thread.start()
-        values = {}
-        for _ in range(ranks):
+        while True:
             number, one = ended.get()
-            if one.lost is not None:
+            if ends(number, one):
                 return one
-            values[number] = one
-        return values[0]
     finally:
         for process in processes:
             process.kill()
         for thread in threads:
             if thread.ident is not None:
                 thread.join()
+
+
+def ends(rank: int, ended: Ended) -> bool:
+    """Whether a gang ends with what came of this rank, which is then what came of the piece: of rank 0 always, of
+    others where it is lost, or returned anything. Those whose part is done return None."""
+    return rank == 0 or ended.lost is not None or ended.value is not None
 
 
 class RankProcess:

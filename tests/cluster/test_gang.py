@@ -124,8 +124,30 @@ def test_what_does_not_pickle_is_lost_before_it_starts() -> None:
     assert "does not pickle" in ended.lost
 
 
-def test_ranks_run_at_once_and_the_value_is_that_of_rank_0(tmp_path: Path) -> None:
-    assert run_gang("a", meet, (tmp_path,), 2) == Ended("a", "0")
+def first_tells(folder: Path) -> str | None:
+    return "first" if meet(folder) == "0" else None
+
+
+def last_stays(folder: Path) -> str | None:
+    if meet(folder) == "1":
+        time.sleep(300)
+    return "first"
+
+
+def last_tells(folder: Path) -> str | None:
+    if meet(folder) == "0":
+        time.sleep(300)
+    return "last"
+
+
+@pytest.mark.parametrize(
+    ("fn", "value"), [(first_tells, "first"), (last_stays, "first"), (last_tells, "last")]
+)
+def test_ranks_run_at_once_and_what_the_first_returns_or_another_objects_ends_them(
+    fn: Callable[..., Any], value: str, tmp_path: Path
+) -> None:
+    assert run_gang("a", fn, (tmp_path,), 2) == Ended("a", value)
+    assert all(gone(int(file.read_text())) for file in tmp_path.iterdir())
     assert {file.name for file in tmp_path.iterdir()} == {"0", "1"}
 
 
