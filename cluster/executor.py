@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 import os
-import traceback
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
+
+from cluster.gang import run_gang
+from cluster.piece import Ended as Ended
+from cluster.piece import run_piece as run_piece
 
 T = TypeVar("T")
 
@@ -24,20 +27,6 @@ class Resources:
     ranks: int = 1
     exclusive: bool = False
     labels: Mapping[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Ended:
-    """One piece of work that ended: with `value`, or with `lost` saying why no value came back.
-
-    Work reports its own failures as values. `lost` is what the executor saw: the process died, the node
-    went away, or an exception escaped. `preempted` tells a machine that went away from code that failed.
-    """
-
-    key: str
-    value: Any = None
-    lost: str | None = None
-    preempted: bool = False
 
 
 class Executor(Protocol):
@@ -191,16 +180,6 @@ class Admission:
 def cores() -> int:
     """The processors that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def run_piece(key: str, fn: Callable[..., Any], args: tuple[Any, ...]) -> Ended:
-    """Run `fn(*args)` here. What escapes it comes back as text: not every exception survives pickling.
-    The first line of `lost` is the exception, its traceback follows."""
-    try:
-        return Ended(key, fn(*args))
-    except (Exception, SystemExit) as error:  # noqa: BLE001 - the worker boundary
-        summary = traceback.format_exception_only(error)[-1].strip()
-        return Ended(key, lost=f"{summary}\n{''.join(traceback.format_exception(error))}")
 
 
 class InlineExecutor:

@@ -19,9 +19,10 @@ from typing import Any
 
 import psutil
 
-from cluster.executor import Capacity, Ended, Resources, cores, run_piece
-from cluster.gang import Rank, die_with_parent, free_port, run_rank
+from cluster.executor import Capacity, Resources, cores
+from cluster.gang import LOOPBACK, Rank, die_with_parent, ends, free_port, run_rank
 from cluster.head import Seen, View, connect, said_of
+from cluster.piece import Ended, run_piece
 from cluster.workforce import Node, Room, Shape, Workforce, key_of
 
 DYING_SECONDS = 5.0
@@ -113,7 +114,7 @@ class _Piece:
 
     @property
     def given_up(self) -> bool:
-        return self.cancelled or (self.ended is not None and self.ended.lost is not None)
+        return self.cancelled or self.ended is not None
 
 
 class RayExecutor:
@@ -300,13 +301,13 @@ class RayExecutor:
         actors = [self._workers[worker] for worker in piece.workers]
         if len(actors) == 1:
             return {piece.workers[0]: actors[0].run.remote(piece.key, packed, piece.args).future()}
-        places = [self._places[worker] for worker in piece.workers]
+        nodes = [self._workforce.node_of(worker) for worker in piece.workers]
+        first = self._places.get(piece.workers[0])
         # Ray hands what the first worker answers on to the others: nobody waits for it here.
-        met = actors[0].meet.remote(places[0].address)
+        met = actors[0].meet.remote(LOOPBACK if first is None else first.address)
         calls = {}
         for number, (worker, actor) in enumerate(zip(piece.workers, actors, strict=True)):
-            before = sum(place.node == places[number].node for place in places[:number])
-            ranks = (number, len(actors), before)
+            ranks = (number, len(actors), nodes[:number].count(nodes[number]))
             calls[worker] = actor.run_rank.remote(piece.key, packed, piece.args, ranks, met).future()
         return calls
 
@@ -339,15 +340,12 @@ class RayExecutor:
         self._came_back(ticket, worker, ended)
 
     def _came_back(self, ticket: int, worker: int, ended: Ended) -> None:
-        """What one worker tells of a piece. Where one rank is lost the others are of no use any more."""
+        """What one worker tells of a piece. Where that ends it, other ranks are of no use any more."""
         piece = self._pieces[ticket]
         piece.left.discard(worker)
-        if not piece.given_up:
-            if ended.lost is not None:
-                piece.ended = ended
-                self._kill(piece.left)
-            elif worker == piece.workers[0]:
-                piece.ended = ended
+        if not piece.given_up and ends(piece.workers.index(worker), ended):
+            piece.ended = ended
+            self._kill(piece.left)
         if piece.left:
             return
         del self._pieces[ticket]
