@@ -16,7 +16,8 @@ import psutil
 import pytest
 
 from cluster.executor import Ended, NodeType, Resources
-from cluster.on_ray import RayExecutor, connect, lost, node_type
+from cluster.head import connect
+from cluster.on_ray import RayExecutor, lost, node_type
 
 pytestmark = pytest.mark.ray
 
