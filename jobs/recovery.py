@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from jobs import engine
+from jobs.checkpoints import Checkpoints
 from jobs.context import Context
 from jobs.engine import AfterStep
 from jobs.model import Model
@@ -86,7 +87,7 @@ def train(
             context.report,
             after_step=after_step,
             held_out=watched if plan.patience else None,
-            checkpoints=None if places is None else engine.Checkpoints(places, _CHECKPOINT_STEPS),
+            checkpoints=None if places is None else Checkpoints(places, _CHECKPOINT_STEPS),
         )
     if plan.patience:
         context.notes["steps_taken"] = len(log.losses)
