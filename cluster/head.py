@@ -108,7 +108,7 @@ class View:
         total = [dict(node.total_resources) for node in alive]
         free = [dict(node.available_resources) for node in alive]
         names = ("CPU", "GPU", "memory")
-        for one in total:
+        for one in (one for one in total if one.get("CPU")):  # no worker fits elsewhere, as on most heads
             self._most |= {name: max(self._most.get(name, 0.0), one.get(name, 0.0)) for name in names}
         has = {name: sum(one.get(name, 0.0) for one in total) for name in names}
         return Seen(
@@ -140,7 +140,8 @@ def _labels_of(request: Any) -> frozenset[tuple[str, str]]:
 
 
 def _amounts(of: Mapping[str, float]) -> str:
-    return f"{of.get('CPU', 0):g} CPUs, {of.get('GPU', 0):g} GPUs and {of.get('memory', 0) / 2**30:.1f} GiB"
+    said = {"CPU": of.get("CPU", 0), "GPU": of.get("GPU", 0), "GiB": of.get("memory", 0) / 2**30}
+    return ", ".join(f"{amount:.4g} {name}" for name, amount in said.items() if amount) or "nothing"
 
 
 def said_of(needs: Resources) -> str:

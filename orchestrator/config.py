@@ -104,12 +104,21 @@ class TrackingSpec:
 class ClusterSpec:
     """slots: how many jobs run at once (`auto`: one per core). memory_gib: what they may use together.
     address: a running Ray's; without one, Ray is started here for as long as the study runs. price_per_hour: of each
-    node, instead of what the cloud or a table says, in any currency."""
+    node, instead of what the cloud or a table says, in any currency.
+
+    Of jobs that train, ranks: the slots that each takes (`auto`: as few as hold it), zero_stage: what these share out
+    (`auto`: as little as fits), micro_batch: rows at once (`auto`: as many as fit), device_gib: the memory that a
+    slot's GPU has, or its share of a node without (`auto`: as the machine says; several ranks only by a GPU of here).
+    They decide nothing of what the study finds."""
 
     slots: Any = "auto"
     memory_gib: float | None = None
     address: str | None = None
     price_per_hour: float | None = None
+    ranks: Any = "auto"
+    zero_stage: Any = "auto"
+    micro_batch: Any = "auto"
+    device_gib: Any = "auto"
 
 
 @dataclass

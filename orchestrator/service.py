@@ -47,7 +47,8 @@ so is below 1 in 100 at some time for too many that would have added to the fron
 ALLOWED = ("nothing", "finishing", "all")
 """What a budget may allow, the least first."""
 
-Work = Callable[[Job], Outcome]
+Work = Callable[[Job], Outcome | None]
+"""None is what ranks but the first return."""
 
 
 class Watch(Protocol):
@@ -166,7 +167,9 @@ class Service:
                 self.watch.record(command.candidate)
 
     def _run(self, command: Run) -> None:
-        resources = Resources(memory_gib=self.prepared.memory_gib(command.job), exclusive=command.alone)
+        ranks = self.prepared.ranks(command.job, self.executor.slots)
+        memory_gib = self.prepared.memory_gib(command.job, ranks)
+        resources = Resources(memory_gib=memory_gib, ranks=ranks, exclusive=command.alone)
         key = f"{command.job.id}#{command.attempt}"
         self.executor.submit(key, self.work, command.job, resources=resources)
 
