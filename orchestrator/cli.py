@@ -10,11 +10,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shlex
+import signal
 import sqlite3
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
@@ -24,6 +27,7 @@ from rich.markup import escape
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from cluster.local import Place
     from cluster.submit import Jobs, JobState
     from orchestrator.catalogue import Entry
     from orchestrator.prepare import Prepared
@@ -446,6 +450,38 @@ def init(
 
 
 @app.command()
+def up(
+    folder: Annotated[Path, typer.Argument(metavar="[DIR]", help="Where MLflow's database lies.")] = Path(
+        "runs"
+    ),
+    dashboard_port: Annotated[int, typer.Option(help="Of Ray's dashboard, which takes studies.")] = 8265,
+    mlflow_port: Annotated[int, typer.Option(help="Of MLflow's server.")] = 5000,
+) -> None:
+    """Run a Ray head and an MLflow server for this machine alone, until Ctrl-C, to submit studies to."""
+    from cluster import local
+
+    def show(ready: Mapping[str, bool]) -> None:
+        waiting.update(", ".join(f"{name} {'answers' if ok else 'starts'}" for name, ok in ready.items()))
+
+    err = _err()
+    err.print("Starting Ray and MLflow; a new database takes MLflow up to 40 s.")
+    waiting = err.status("")
+    try:
+        with (
+            _ending_by_signals(),
+            waiting,
+            local.up(folder, local.Ports(dashboard_port, mlflow_port), show) as both,
+        ):
+            waiting.stop()
+            _tell_what_is_up(both.place)
+            both.watch()
+    except KeyboardInterrupt:
+        err.print("Ray and MLflow have ended; what MLflow holds is kept.")
+    except (OSError, ValueError) as error:
+        _fail(str(error))
+
+
+@app.command()
 def doctor(
     template: Annotated[
         Path | None,
@@ -526,6 +562,35 @@ def sync(folder: Folder, uri: Annotated[str | None, typer.Option(help="MLflow's 
     if not outbox.is_file():
         _fail(f"{folder} has no outbox.db: the study was not tracked")
     drain(outbox, uri or f"sqlite:///{folder.resolve().parent / 'mlflow.db'}")
+
+
+def _tell_what_is_up(place: Place) -> None:
+    out = _out()
+    said = [f"Ray     {place.dashboard}", f"MLflow  {place.mlflow}", "", "In another terminal:"]
+    if place.token_file is not None:
+        said.append(f"  export RAY_AUTH_TOKEN_PATH={shlex.quote(str(place.token_file))}")
+    said.append(f"  slimfront submit STUDY.yaml --address {place.dashboard} tracking.uri={place.mlflow}")
+    said.append(f"  slimfront status NAME --address {place.dashboard}")
+    for line in [*said, "", "Ctrl-C ends both, and studies that run; submitted again, they go on."]:
+        out.print(line, soft_wrap=True, markup=False, highlight=False)
+
+
+@contextmanager
+def _ending_by_signals() -> Iterator[None]:
+    """Let SIGTERM and a terminal that is closed end a command as Ctrl-C does: once, since it takes a while."""
+    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+    def interrupt(signum: int, frame: FrameType | None) -> None:
+        for one in signals:
+            signal.signal(one, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    before = {one: signal.signal(one, interrupt) for one in signals}
+    try:
+        yield
+    finally:
+        for one, handler in before.items():
+            signal.signal(one, handler)
 
 
 def _check_template(file: Path) -> None:

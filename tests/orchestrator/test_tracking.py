@@ -27,6 +27,7 @@ from orchestrator.front import Objective
 from orchestrator.results import judge
 from orchestrator.tracking import MLflowTracker, candidate_entry, mirror, options, sync
 from orchestrator.tracking.outbox import Delivered, Outbox
+from orchestrator.tracking.registry import CANDIDATE_TAG
 
 # MLflow 3.17 still uses a loader strategy that SQLAlchemy 2.1 deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated")
@@ -180,6 +181,94 @@ def test_who_leaves_the_front_when_a_study_goes_on_loses_the_tag(
     tags = {name: run.data.tags.get("pareto") for name, run in runs_of(uri).items()}
     assert tags["drop_layers(count=1)"] == "false"
     assert tags["drop_layers(count=2)"] == "true"
+
+
+def finish(tracker: MLflowTracker, told: list[Candidate]) -> None:
+    for one in told:
+        tracker.record(one)
+    tracker.finish(judge("laptop", OBJECTIVES, told[0], told), "")
+
+
+def aliases_of(uri: str) -> dict[str, str]:
+    """The candidate that each alias names."""
+    client = MlflowClient(uri)
+    found = client.get_registered_model("laptop").aliases
+    return {
+        alias: client.get_model_version("laptop", number).tags[CANDIDATE_TAG]
+        for alias, number in found.items()
+    }
+
+
+def versions_of(uri: str) -> dict[str, str]:
+    """Whether each registered candidate is on the front; fails where one has two versions."""
+    found = list(MlflowClient(uri).search_model_versions("name = 'laptop'"))
+    by_candidate = {one.tags[CANDIDATE_TAG]: one.tags["pareto"] for one in found}
+    assert len(by_candidate) == len(found), "two versions of one candidate"
+    return by_candidate
+
+
+def test_front_members_alone_are_registered_and_the_aliases_name_them(
+    uri: str, outbox: Path, tracker: MLflowTracker
+) -> None:
+    told = [measured(0, 100, 0.8), measured(1, 80, 0.7), measured(2, 90, 0.6)]
+    finish(tracker, told)
+    sync(outbox, uri)
+    assert versions_of(uri) == {told[0].id: "true", told[1].id: "true"}
+    found = aliases_of(uri)
+    assert found["smallest"] == told[1].id
+    assert found["most-accurate"] == told[0].id
+    assert set(found) == {"knee", "smallest", "most-accurate"}, "no objective says which is fastest"
+
+
+def test_a_registered_model_tells_its_run_its_numbers_and_where_its_files_lie(uri: str, outbox: Path) -> None:
+    tracker = MLflowTracker(uri, outbox, lambda digest: f"s3://bucket/objects/{digest}/files")
+    tracker.start("laptop", "", {}, OBJECTIVES)
+    finish(tracker, [measured(0, 100, 0.8), measured(1, 80, 0.7)])
+    sync(outbox, uri)
+    client, run = MlflowClient(uri), runs_of(uri)["drop_layers(count=1)"]
+    version = client.get_model_version_by_alias("laptop", "smallest")
+    assert version.run_id == run.info.run_id
+    assert version.tags["stored_at"] == "s3://bucket/objects/sha-1/files"
+    models = client.search_logged_models([run.info.experiment_id])
+    (model,) = [one for one in models if one.source_run_id == run.info.run_id]
+    assert (model.status, model.params) == ("READY", {"drop_layers.count": "1"})
+    assert {one.key: one.value for one in model.metrics or []} == run.data.metrics
+    assert model.tags["stored_at"] == version.tags["stored_at"]
+    assert len(client.get_metric_history(run.info.run_id, "accuracy")) == 1, "a value told twice is no curve"
+
+
+def test_a_study_that_goes_on_or_is_delivered_again_moves_the_aliases_and_registers_nobody_twice(
+    uri: str, outbox: Path, tracker: MLflowTracker
+) -> None:
+    told = [measured(0, 100, 0.8), measured(1, 80, 0.7)]
+    finish(tracker, told)
+    sync(outbox, uri)
+    MlflowClient(uri).set_registered_model_alias("laptop", "deployed", "1")
+    told.append(measured(2, 70, 0.75))
+    tracker.start("laptop", "name: laptop\n", {}, OBJECTIVES)
+    finish(tracker, told)
+    sync(outbox, uri)
+    outbox.with_suffix(".delivered").unlink()
+    sync(outbox, uri)
+    assert versions_of(uri) == {told[0].id: "true", told[1].id: "false", told[2].id: "true"}
+    assert aliases_of(uri)["smallest"] == told[2].id
+    assert "deployed" in aliases_of(uri), "an alias that is not ours stays"
+    client = MlflowClient(uri)
+    experiment = client.get_experiment_by_name("laptop")
+    assert experiment is not None
+    assert len(client.search_logged_models([experiment.experiment_id])) == 3
+
+
+def test_a_front_that_is_empty_now_takes_the_aliases_back(
+    uri: str, outbox: Path, tracker: MLflowTracker
+) -> None:
+    told = [measured(0, 100, 0.8), measured(1, 80, 0.7)]
+    finish(tracker, told)
+    sync(outbox, uri)
+    tracker.finish(judge("laptop", [Objective("size_bytes", limit=1.0)], told[0], told), "")
+    sync(outbox, uri)
+    assert aliases_of(uri) == {}
+    assert set(versions_of(uri).values()) == {"false"}
 
 
 def test_an_interrupted_study_goes_on_in_the_same_parent_run(
@@ -344,6 +433,7 @@ def test_a_server_that_comes_up_late_gets_all_that_was_recorded_while_it_was_dow
     runs = runs_of(address)
     assert set(runs) == {"laptop", "original", "drop_layers(count=1)"}
     assert text_of(address, runs["laptop"], "front.html") == "<html></html>"
+    assert aliases_of(address)["smallest"] == told[1].id
 
 
 def test_the_sync_of_an_unreachable_server_says_so(
