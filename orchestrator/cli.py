@@ -200,7 +200,6 @@ def stop(name: Name, address: Cluster, insecure: Insecure = False) -> None:
 def resume(folder: Folder, address: OnCluster = None, insecure: Insecure = False) -> None:
     """Go on with an interrupted study, from its folder alone, or with --address by its name on a cluster."""
     from orchestrator import submission
-    from orchestrator.ledger import Ledger
 
     if address is not None:
         with _cluster(address, insecure) as jobs:
@@ -208,9 +207,7 @@ def resume(folder: Folder, address: OnCluster = None, insecure: Insecure = False
         return
     if not (folder / "ledger.db").is_file():
         _fail(f"{folder} holds no study: there is no ledger.db in it")
-    ledger = Ledger(folder / "ledger.db", read_only=True)
-    overrides = json.loads(ledger.noted("overrides") or "[]")
-    ledger.close()
+    overrides = _overrides(folder)
     _run(_prepared(folder / "study.yaml", overrides), tuple(overrides))
 
 
@@ -554,14 +551,37 @@ def store(
 
 
 @tracking_app.command()
-def sync(folder: Folder, uri: Annotated[str | None, typer.Option(help="MLflow's address.")] = None) -> None:
+def sync(
+    folder: Folder,
+    uri: Annotated[str | None, typer.Option(help="MLflow's address; without it, that of the study.")] = None,
+) -> None:
     """Bring MLflow up to date with a study, after an outage or to another server."""
     from orchestrator.tracking import sync as drain
 
     outbox = folder / "outbox.db"
     if not outbox.is_file():
         _fail(f"{folder} has no outbox.db: the study was not tracked")
-    drain(outbox, uri or f"sqlite:///{folder.resolve().parent / 'mlflow.db'}")
+    try:
+        drain(outbox, uri or _tracked_at(folder))
+    except OSError as error:
+        _fail(str(error))
+
+
+def _overrides(folder: Path) -> list[str]:
+    """What the study in this folder was last started with."""
+    from orchestrator.ledger import Ledger
+
+    ledger = Ledger(folder / "ledger.db", read_only=True)
+    found: list[str] = json.loads(ledger.noted("overrides") or "[]")
+    ledger.close()
+    return found
+
+
+def _tracked_at(folder: Path) -> str:
+    from orchestrator.config import load
+
+    given = load(folder / "study.yaml", _overrides(folder)).config.tracking.uri
+    return given or f"sqlite:///{folder.resolve().parent / 'mlflow.db'}"
 
 
 def _tell_what_is_up(place: Place) -> None:
