@@ -10,8 +10,10 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -442,6 +444,27 @@ def test_the_sync_of_an_unreachable_server_says_so(
     monkeypatch.setattr(mirror, "SYNC_SECONDS", 1.0)
     with pytest.raises(ConnectionError, match=address):
         sync(outbox, address)
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_what_a_server_that_does_not_let_us_in_was_not_given_is_delivered_when_it_does(
+    status: int, outbox: Path, tracker: MLflowTracker, uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Refusal(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_error(status)
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    monkeypatch.setattr(mirror, "SYNC_SECONDS", 1.0)
+    with ThreadingHTTPServer(("127.0.0.1", 0), Refusal) as server:
+        threading.Thread(target=server.serve_forever).start()
+        address = f"http://127.0.0.1:{server.server_address[1]}"
+        with pytest.raises(ConnectionError, match=str(status)):
+            sync(outbox, address)
+        server.shutdown()
+    assert Delivered(outbox, address).number == 0
 
 
 def text_of(uri: str, run: Run, artifact: str) -> str:
