@@ -27,9 +27,11 @@ from rich.markup import escape
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from cluster.doctor import Fact
     from cluster.local import Place
     from cluster.submit import Jobs, JobState
     from orchestrator.catalogue import Entry
+    from orchestrator.diagnosis import Finding
     from orchestrator.prepare import Prepared
     from orchestrator.results import Results
     from orchestrator.submission import Attach, Start
@@ -484,18 +486,34 @@ def doctor(
         Path | None,
         typer.Option(metavar="FILE", help="Check this instead: a file of Ray's launcher or of KubeRay."),
     ] = None,
+    address: Annotated[
+        str | None, typer.Option(metavar="URL", help=f"Look at this cluster instead. {_CLUSTER}.")
+    ] = None,
+    store: Annotated[
+        str | None,
+        typer.Option(metavar="STORE", help="Try this store instead: a folder, or s3://bucket/prefix."),
+    ] = None,
+    insecure: Insecure = False,
 ) -> None:
-    """Tell what this machine can do, and what is missing; or what is wrong with a cluster's file."""
+    """Tell what this machine, a cluster or a store can do and what is missing, or what is wrong in a cluster's file."""
     if template is not None:
         _check_template(template)
-        return
-    from orchestrator.diagnosis import diagnose
+    if address is not None or store is not None:
+        from cluster import doctor as looking
 
+        found = looking.of_cluster(address, insecure) if address is not None else iter(())
+        _show_findings([*found, *(looking.of_store(store) if store is not None else ())])
+    elif template is None:
+        from orchestrator.diagnosis import diagnose
+
+        _show_findings(diagnose())
+
+
+def _show_findings(findings: Sequence[Finding | Fact]) -> None:
     table = Table("what", "found", "what to do")
-    findings = diagnose()
     for finding in findings:
         mark = "" if finding.ok else "[red]✗[/] "
-        table.add_row(finding.what, mark + finding.value, finding.hint)
+        table.add_row(finding.what, mark + escape(finding.value), escape(finding.hint))
     _out().print(table)
     if not all(finding.ok for finding in findings):
         raise typer.Exit(1)

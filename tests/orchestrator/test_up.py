@@ -99,6 +99,9 @@ def test_a_study_is_submitted_and_tracked_and_after_ctrl_c_or_a_kill_nothing_is_
         again = slimfront("up", folder)
         assert again.returncode == 3
         assert f"already: Ray at {dashboard}, MLflow at {mlflow}" in again.stderr
+        looked = slimfront("doctor", "--address", dashboard)
+        assert looked.returncode == 0, looked.stdout
+        assert "1 head (" in looked.stdout
         study = [study_file, "search.candidates=1", "--address", dashboard, f"tracking.uri={mlflow}"]
         done = slimfront("submit", *study)
         assert done.returncode == 0, done.stdout + done.stderr
