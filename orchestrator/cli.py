@@ -450,7 +450,7 @@ def init(
 
 @app.command()
 def up(
-    folder: Annotated[Path, typer.Argument(metavar="[DIR]", help="Where MLflow's database lies.")] = Path(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where MLflow's database lies.")] = Path(
         "runs"
     ),
     dashboard_port: Annotated[int, typer.Option(help="Of Ray's dashboard, which takes studies.")] = 8265,

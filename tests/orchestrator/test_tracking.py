@@ -12,6 +12,8 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -401,15 +403,19 @@ def address() -> str:
 
 
 @pytest.fixture
-def serve(address: str, uri: str, tmp_path: Path) -> Iterator[Callable[[], None]]:
-    """Starts an MLflow server at the address."""
+def serve(address: str, uri: str, tmp_path: Path) -> Iterator[Callable[..., None]]:
+    """Starts an MLflow server at the address, with more options than the necessary."""
     servers: list[subprocess.Popen[bytes]] = []
 
-    def start() -> None:
+    def start(*more: str, **env: str) -> None:
         command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri, "--workers", "1"]
-        command += ["--artifacts-destination", str(tmp_path / "served"), "--port", address.rpartition(":")[2]]
+        command += ["--port", address.rpartition(":")[2], *more]
         with (tmp_path / "server.log").open("wb") as log:
-            servers.append(subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True))
+            servers.append(
+                subprocess.Popen(
+                    command, stdout=log, stderr=log, start_new_session=True, env={**os.environ, **env}
+                )
+            )
 
     yield start
     for server in servers:
@@ -417,9 +423,51 @@ def serve(address: str, uri: str, tmp_path: Path) -> Iterator[Callable[[], None]
         server.wait(20)
 
 
+@pytest.mark.cluster
+@pytest.mark.parametrize("through_the_server", [True, False])
+def test_a_teams_server_puts_files_into_a_bucket_or_lets_studies_put_them_there(
+    through_the_server: bool,
+    serve: Callable[..., None],
+    address: str,
+    outbox: Path,
+    tracker: MLflowTracker,
+    s3: Any,
+    s3_server: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    bucket = f"mlflow-{outbox.parent.parent.name.lower().replace('_', '-')[-20:]}"
+    s3.create_bucket(Bucket=bucket)
+    hosts = ["--allowed-hosts", f"mlflow.example.org,{address.removeprefix('http://')}"]
+    if through_the_server:
+        serve(*hosts, "--artifacts-destination", f"s3://{bucket}/files", MLFLOW_S3_ENDPOINT_URL=s3_server)
+        monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")  # only the server needs the bucket
+    else:
+        serve(*hosts, "--no-serve-artifacts", "--default-artifact-root", f"s3://{bucket}/files")
+        monkeypatch.setenv("MLFLOW_S3_ENDPOINT_URL", s3_server)
+    finish(tracker, [measured(0, 100, 0.8), measured(1, 80, 0.7)])
+    wait_until(lambda: _healthy(address))
+    sync(outbox, address)
+    held = [one["Key"] for one in s3.list_objects_v2(Bucket=bucket)["Contents"]]
+    assert any(key.startswith("files/") and key.endswith("/front.json") for key in held)
+    assert aliases_of(address)["smallest"] == recipe(1).id
+    stranger = urllib.request.Request(
+        f"{address}/api/2.0/mlflow/experiments/search", headers={"Host": "evil.org"}
+    )
+    with pytest.raises(urllib.error.HTTPError, match="403"):
+        urllib.request.urlopen(stranger)
+
+
+def _healthy(address: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{address}/health", timeout=5):
+            return True
+    except OSError:
+        return False
+
+
 @pytest.mark.slow
 def test_a_server_that_comes_up_late_gets_all_that_was_recorded_while_it_was_down(
-    serve: Callable[[], None], address: str, outbox: Path
+    serve: Callable[..., None], address: str, outbox: Path, tmp_path: Path
 ) -> None:
     tracker = MLflowTracker(address, outbox)
     told = [measured(0, 100, 0.8), measured(1, 80, 0.7)]
@@ -428,7 +476,7 @@ def test_a_server_that_comes_up_late_gets_all_that_was_recorded_while_it_was_dow
         tracker.record(one)
     tracker.finish(judge("laptop", OBJECTIVES, told[0], told), "<html></html>")
     wait_until(lambda: "cannot be reached" in outbox.with_suffix(".log").read_text())
-    serve()
+    serve("--artifacts-destination", str(tmp_path / "served"))
     assert tracker._mirror is not None
     assert tracker._mirror.wait(150) == 0
     assert Delivered(outbox, address).number == Outbox(outbox).last()[0]
