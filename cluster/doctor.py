@@ -20,7 +20,8 @@ from typing import NamedTuple
 import psutil
 
 from cluster.executor import Resources, cores
-from cluster.on_ray import OBJECT_STORE_BYTES, RayExecutor
+from cluster.head import OBJECT_STORE_BYTES
+from cluster.on_ray import RayExecutor
 from cluster.store import ArtifactRef, ArtifactStore, is_remote, open_store, reach
 from cluster.submit import Jobs, JobState, Node
 

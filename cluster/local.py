@@ -30,7 +30,7 @@ from pathlib import Path
 import psutil
 
 from cluster import auth
-from cluster.on_ray import OBJECT_STORE_BYTES
+from cluster.head import OBJECT_STORE_BYTES
 
 LOOPBACK = "127.0.0.1"
 START_SECONDS = 180.0

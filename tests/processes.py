@@ -66,3 +66,40 @@ def listening(port: int) -> bool:
 def without_ray(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
     """An environment that says nothing of a Ray."""
     return {key: value for key, value in environ.items() if not key.startswith("RAY_")}
+
+
+# One request at a time: moto looks whether an object is there and then writes it, in two steps that others may come
+# between; S3 does it in one.
+S3_SERVER = """
+import sys
+from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
+from werkzeug.serving import run_simple
+
+run_simple("127.0.0.1", int(sys.argv[1]), DomainDispatcherApplication(create_backend_app))
+"""
+
+
+@contextlib.contextmanager
+def s3_server(folder: Path) -> Iterator[str]:
+    """The URL of a server that does what S3 does; lists of more than three are told page by page. Its log lies in
+    the folder."""
+    (port,) = free_ports(1)
+    log = folder / "s3.log"
+    env = {**os.environ, "MOTO_S3_DEFAULT_MAX_KEYS": "3"}
+    with running([sys.executable, "-c", S3_SERVER, str(port)], log, env=env) as server:
+        wait_for("moto's server", lambda: listening(port), 60, server, log)
+        yield f"http://127.0.0.1:{port}"
+
+
+@contextlib.contextmanager
+def mlflow_server(folder: Path) -> Iterator[str]:
+    """The URL of an MLflow server that keeps all in the folder."""
+    (port,) = free_ports(1)
+    log = folder / "mlflow.log"
+    command = [
+        sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1",
+        "--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--artifacts-destination", f"{folder}/mlflow",
+    ]  # fmt: skip
+    with running(command, log, env={**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true"}) as server:
+        wait_for("MLflow's server", lambda: listening(port), 120, server, log)
+        yield f"http://127.0.0.1:{port}"
