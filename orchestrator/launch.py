@@ -14,7 +14,7 @@ from types import FrameType
 
 from cluster.executor import Executor
 from cluster.on_ray import RayExecutor
-from cluster.store import is_remote
+from cluster.store import is_remote, place_of
 from jobs.measure import environment
 from orchestrator import search
 from orchestrator.accounts import Account
@@ -176,7 +176,9 @@ def _tracker(prepared: Prepared) -> Tracker:
     if uri == "none":
         return NoTracker()
     default = f"sqlite:///{home(prepared.config.store).resolve() / 'mlflow.db'}"
-    return MLflowTracker(uri or default, prepared.folder / "outbox.db")
+    store = prepared.config.store
+    held = store if is_remote(store) else str(home(store).resolve())
+    return MLflowTracker(uri or default, prepared.folder / "outbox.db", functools.partial(place_of, held))
 
 
 class _Watch:
