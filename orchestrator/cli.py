@@ -237,6 +237,8 @@ def status(
     stage = "" if current.stage == "done" else f", {current.stage}"
     state = "running" if running else ("done" if current.stage == "done" else "stopped; resume goes on")
     _out().print(f"{current.study}: {state}{stage}, {ended}/{current.candidates + 1} ended, {line(current)}")
+    for one in current.bill if current.spent else ():
+        _out().print(f"  {one}", soft_wrap=True, markup=False, highlight=False)
 
 
 @app.command()

@@ -229,6 +229,7 @@ class _Watch:
             cost=bill.money,
             currency=bill.currency,
             spent=summary(bill, budget),
+            bill=lines(bill, budget),
         )
 
 

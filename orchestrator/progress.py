@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -29,7 +29,7 @@ class Status:
     """What `slimfront status` shows. at: seconds since 1970; seconds_left: None where nothing is known yet; exhausted:
     why the search ended before it had tried as many candidates as it might; to_time: the timings left, at most.
     node_hours, cost: of the nodes that were up while it ran, in `currency`; spent: the same in words, where there is a
-    price or a budget."""
+    price or a budget; bill: with each kind of node and its price."""
 
     study: str
     stage: str
@@ -51,6 +51,7 @@ class Status:
     cost: float | None = None
     currency: str = ""
     spent: str = ""
+    bill: Sequence[str] = ()
 
     @property
     def ended(self) -> int:

@@ -16,11 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from cluster.executor import InlineExecutor
 from cluster.store import LocalStore, open_store
 from jobs import models, run
 from jobs.job import Failure, Job, Outcome
+from orchestrator import cli
 from orchestrator.config import load
 from orchestrator.export import export_member
 from orchestrator.foretelling import foretelling
@@ -119,8 +121,10 @@ def test_a_study_tells_what_it_took(
     assert status["cost"] == pytest.approx(3600 * status["node_hours"])
     assert 0 < status["node_hours"] < 0.1
     assert line(Status(**status)).endswith(f"{status['cost']:.2f} of 1000000.00")
+    told = CliRunner().invoke(cli.app, ["status", str(ready.folder)]).output
     page = (ready.folder / "report.html").read_text()
-    assert "node: 0.00 node-hours, 3600.00 each (cluster.price_per_hour)" in page
+    for where in (told, page):
+        assert "node: 0.00 node-hours, 3600.00 each (cluster.price_per_hour)" in where
     assert "It ended early" not in page
 
 
