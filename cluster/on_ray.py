@@ -25,6 +25,7 @@ from typing import Any
 
 import psutil
 
+from cluster import draining
 from cluster.executor import Admission, Capacity, Ended, Resources, cores, run_piece
 
 # Results larger than 100 KB pass through Ray's shared memory; ours are records, files go to the store.
@@ -38,6 +39,7 @@ class Worker:
 
     def __init__(self) -> None:
         _die_with_parent()
+        draining.watch()
         self._packed, self._fn = b"", _nothing
 
     def run(self, key: str, packed: bytes, args: tuple[Any, ...]) -> Ended:
