@@ -559,8 +559,7 @@ def _run(prepared: Prepared, overrides: tuple[str, ...]) -> None:
         with Display(_err()) as display:
             results = launch(prepared, display.show, overrides)
     except KeyboardInterrupt:
-        said = f"Interrupted. What ended is kept; go on with: slimfront resume {prepared.folder}"
-        _err().print(said, soft_wrap=True)
+        _err().print(f"Interrupted. What ended is kept; go on with: {_resuming(prepared)}", soft_wrap=True)
         raise typer.Exit(130) from None
     except BlockingIOError:
         _fail(f"another process runs the study in {prepared.folder}; see slimfront status {prepared.folder}")
@@ -572,7 +571,7 @@ def _run(prepared: Prepared, overrides: tuple[str, ...]) -> None:
         freed = f" (slimfront store {prepared.folder.parent} --trim 5GB removes what can be made again)"
         _fail(
             f"The disk with {prepared.folder} is full. What ended is kept. Make room"
-            f"{'' if is_remote(prepared.config.store) else freed}, then go on with: slimfront resume {prepared.folder}"
+            f"{'' if is_remote(prepared.config.store) else freed}, then go on with: {_resuming(prepared)}"
         )
     if results.original.failure is not None:
         _err().print(f"The original could not be measured: {results.original.failure.message}", style="red")
@@ -583,6 +582,13 @@ def _run(prepared: Prepared, overrides: tuple[str, ...]) -> None:
     _err().print(f"Report: {prepared.folder / 'report.html'}")
     if not results.members:
         raise typer.Exit(1)
+
+
+def _resuming(prepared: Prepared) -> str:
+    """The command that goes on with a study: by its name where it is a cluster's job, whose folder is the cluster's."""
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
+        return f"slimfront resume {prepared.config.name} --address URL"
+    return f"slimfront resume {prepared.folder}"
 
 
 @contextmanager
@@ -634,11 +640,14 @@ def _follow(jobs: Jobs, id: str) -> None:
 def _job_status(name: str, address: str, insecure: bool, as_json: bool) -> None:
     with _cluster(address, insecure) as jobs:
         job = _job(jobs, name)
+        written = jobs.log(job.id).rstrip().splitlines()
     if as_json:
-        _print_json(dataclasses.asdict(job))
+        _print_json({**dataclasses.asdict(job), "last_line": written[-1] if written else ""})
         return
     message = job.message.splitlines()[0] if job.message else ""
     _out().print(f"{name}: {job.status.lower()} as {job.id}. {message}", soft_wrap=True, markup=False)
+    if written:
+        _out().print(written[-1], soft_wrap=True, markup=False, highlight=False)
 
 
 def _place(name: str, address: str, insecure: bool) -> str:

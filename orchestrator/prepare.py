@@ -25,7 +25,7 @@ from jobs.meter import Reads
 from jobs.meters import lm_eval_tasks
 from jobs.operations import Table, predict
 from jobs.recipe import Origin, Recipe
-from orchestrator import levels, search
+from orchestrator import inputs, levels, search
 from orchestrator.config import Evaluation, InvalidStudy, Loaded, StudyConfig, Tasks, Text
 from orchestrator.estimate import estimates
 from orchestrator.events import Cost, Plan, Proposed
@@ -235,6 +235,7 @@ def prepare(loaded: Loaded) -> Prepared:
             problems.append(Problem(key, f"got {error}, expected {expected}"))
             return None
 
+    config = inputs.fetched(config, home(config.store), attempt)
     _check_values(config, check)
     task: Task = next((one for one in TASKS if one == config.task), "causal-lm")
     folder = attempt("model", lambda: models.locate(config.model), "a model folder, a hub id or package:NAME")
