@@ -15,7 +15,12 @@ if TYPE_CHECKING:
     from jobs.statistics import Statistics
 
 Report = Callable[[float, str], None]
-"""Called with the share done (0 to 1) and what is being done; each call renews the attempt's lease."""
+"""Called with the share done (0 to 1) and what is being done; each call renews the attempt's lease. It may raise
+Interrupted."""
+
+
+class Interrupted(Exception):  # noqa: N818 - nothing is wrong with the work
+    """The work is to stop here and go on elsewhere: its machine goes away."""
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from jobs import data, memory, models, residency
-from jobs.context import Context, Report
+from jobs.context import Context, Interrupted, Report
 from jobs.job import Failure, FailureKind, Job, Materials, Measurement, TextSource
 from jobs.measure import environment, measure
 from jobs.meter import Subject
@@ -109,6 +109,7 @@ def _attempt(
         places.folder.parent,
         places.cache,
         before,
+        report,
     )
     return Made(measure(job.meters, subject), seconds, spared, built is None)
 
@@ -120,6 +121,8 @@ def failure(error: BaseException) -> Failure:
 
 
 def _kind(error: BaseException) -> FailureKind:
+    if isinstance(error, Interrupted):
+        return "preempted"
     if isinstance(error, FloatingPointError):
         return "diverged"
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or _allocation_failed(error):

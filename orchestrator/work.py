@@ -8,13 +8,16 @@ import os
 import shutil
 import socket
 import tempfile
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cluster.preempt import noticed
 from cluster.store import ArtifactRef, ArtifactStore, is_remote, open_store
 from jobs import run
+from jobs.context import Interrupted, Report
 from jobs.job import (
     Failure,
     Job,
@@ -26,13 +29,15 @@ from jobs.job import (
     outcome_to_dict,
 )
 from jobs.recipe import Recipe
-from orchestrator import inputs
+from orchestrator import checkpoints, inputs
 
 DOWNLOADS = "downloads"
 """Beside the cache: copies of artifacts, where the store is elsewhere."""
 SCRATCH = "scratch"
 CHECKPOINTS = "checkpoints"
 """In a study's folder: what jobs in progress write, and what trainings go on from."""
+LEAVING_SECONDS = 5.0
+"""So long work waits that is handed to a machine which is about to go, before it is given back."""
 
 
 @dataclass(frozen=True)
@@ -98,8 +103,8 @@ def opened(workplace: Workplace) -> ArtifactStore:
     return opening(workplace.store, downloads)
 
 
-@functools.lru_cache(1)
-def _kept_open(address: str, downloads: Path) -> ArtifactStore:
+@functools.lru_cache(2)
+def _kept_open(address: str, downloads: Path | None) -> ArtifactStore:
     return open_store(address, downloads)
 
 
@@ -115,6 +120,10 @@ def _work(job: Job, workplace: Workplace) -> Outcome:
     done = store.record(_result_key(job))
     if done is not None:
         return _found(outcome_from_dict(done["result"]))
+    if noticed() is not None:
+        # Who hands out work learns of the notice too, a little later: until then it would come back at once.
+        time.sleep(LEAVING_SECONDS)
+        _stop_at_notice()
     inputs.bring(workplace.materials, store, workplace.cache.parent)
     with _scratch(workplace) as scratch:
         outcome = _attempt(job, workplace, store, Path(scratch))
@@ -155,37 +164,108 @@ def _attempt(job: Job, workplace: Workplace, store: ArtifactStore, scratch: Path
     outcome = _done(job, workplace, store, scratch)
     if isinstance(outcome, Success) or outcome.kind in ("invalid", "diverged"):
         # No other attempt will follow.
-        shutil.rmtree(_checkpoints(job, workplace), ignore_errors=True)
+        forget_training(job.recipe, workplace)
     return outcome
 
 
 def _done(job: Job, workplace: Workplace, store: ArtifactStore, scratch: Path) -> Outcome:
     scratch.mkdir(exist_ok=True)
     built = _fetched(job.recipe, store, scratch / "built")
-    parent = None if built is not None else _parent(job, workplace, store, scratch)
+    if built is not None:
+        return _measured(job, workplace, store, built, scratch)
+    parent = _parent(job, workplace, store, scratch)
     if isinstance(parent, Failure):
         return parent
-    made = run.attempt(
-        job,
-        workplace.materials,
-        parent=None if parent is None else parent.folder,
-        built=None if built is None else built.folder,
-        folder=scratch / "made",
-        cache=workplace.cache,
-        report=_unreported,
-        checkpoints=_checkpoints(job, workplace),
-        before=None if built is None else _before(job, built.ref, store),
-    )
+    made = _made(job.recipe, workplace, parent, scratch)
     if isinstance(made, Failure):
         return made
-    if built is not None:
-        return Success(built.ref.digest, built.ref.size_bytes, made.measurement, made.seconds)
+    # Put before it is measured: an interruption of that does not undo what was made.
     ref = store.put(scratch / "made")
     if _held_by(job.recipe, ref, store) != ref:
         # Somebody else's copy of this model came first and differs in its last bits: what counts is
         # measured on the copy that counts.
         return _attempt(job, workplace, store, scratch / "again")
-    return Success(ref.digest, ref.size_bytes, made.measurement, made.seconds, made.spared_seconds)
+    success = Success(ref.digest, ref.size_bytes, made.measurement, made.seconds, made.spared_seconds)
+    if not job.meters:
+        return success
+    outcome = _measured(job, workplace, store, _Fetched(ref, scratch / "made"), scratch)
+    if isinstance(outcome, Failure):
+        return outcome
+    return dataclasses.replace(success, measurement=outcome.measurement)
+
+
+def _made(recipe: Recipe, workplace: Workplace, parent: _Fetched | None, scratch: Path) -> run.Made | Failure:
+    """Make the recipe's model from its parent's, in `scratch / "made"`. A training goes on from where another attempt
+    left it, wherever that was."""
+    folder = _checkpoints(recipe, workplace)
+    sending = None
+    if _travels(recipe, workplace):
+        store = _kept_open(workplace.store, None)
+        checkpoints.bring(recipe.id, store, folder)
+        sending = checkpoints.Sending(recipe.id, store, folder, scratch)
+    made = run.attempt(
+        Job(recipe, (), ""),
+        workplace.materials,
+        parent=None if parent is None else parent.folder,
+        built=None,
+        folder=scratch / "made",
+        cache=workplace.cache,
+        report=_reporting(sending),
+        checkpoints=folder,
+    )
+    if sending is not None:
+        if isinstance(made, Failure) and made.kind == "preempted":
+            sending.last()
+        else:
+            sending.end()
+    return made
+
+
+def _measured(
+    job: Job, workplace: Workplace, store: ArtifactStore, built: _Fetched, scratch: Path
+) -> Outcome:
+    made = run.attempt(
+        job,
+        workplace.materials,
+        parent=None,
+        built=built.folder,
+        folder=scratch / "measured",
+        cache=workplace.cache,
+        report=_reporting(None),
+        before=_before(job, built.ref, store),
+    )
+    if isinstance(made, Failure):
+        return made
+    return Success(built.ref.digest, built.ref.size_bytes, made.measurement, made.seconds)
+
+
+def _reporting(sending: checkpoints.Sending | None) -> Report:
+    """Stops the job where its machine is to be taken away, and lets checkpoints be sent meanwhile."""
+
+    def report(share: float, what: str) -> None:
+        _stop_at_notice()
+        if sending is not None:
+            sending()
+
+    return report
+
+
+def _stop_at_notice() -> None:
+    notice = noticed()
+    if notice is not None:
+        raise Interrupted(f"{notice.source} takes this machine away")
+
+
+def forget_training(recipe: Recipe, workplace: Workplace) -> None:
+    """Remove what a training that is not gone on with would have gone on from."""
+    shutil.rmtree(_checkpoints(recipe, workplace), ignore_errors=True)
+    if _travels(recipe, workplace):
+        checkpoints.drop({recipe.id}, _kept_open(workplace.store, None))
+
+
+def _travels(recipe: Recipe, workplace: Workplace) -> bool:
+    """Whether this recipe's checkpoints are worth sending: a store in a folder is seen from where they lie."""
+    return is_remote(workplace.store) and bool(recipe.steps) and "training" in recipe.steps[-1].needs
 
 
 def _before(job: Job, ref: ArtifactRef, store: ArtifactStore) -> Measurement | None:
@@ -243,8 +323,8 @@ def _held_by(recipe: Recipe, made: ArtifactRef, store: ArtifactStore) -> Artifac
     return made
 
 
-def _checkpoints(job: Job, workplace: Workplace) -> Path:
-    return workplace.scratch.with_name(CHECKPOINTS) / job.recipe.id
+def _checkpoints(recipe: Recipe, workplace: Workplace) -> Path:
+    return workplace.scratch.with_name(CHECKPOINTS) / recipe.id
 
 
 def _committed(store: ArtifactStore, key: str) -> Mapping[str, Any]:
@@ -260,7 +340,3 @@ def _result_key(job: Job) -> str:
 
 def _artifact_key(recipe: Recipe) -> str:
     return f"artifacts/{recipe.id}"
-
-
-def _unreported(share: float, what: str) -> None:
-    """Progress within a job is not shown yet."""
