@@ -76,9 +76,9 @@ def drop(recipe_ids: Collection[str], store: ArtifactStore) -> None:
 
 
 def held(store: ArtifactStore) -> dict[str, str]:
-    """What checkpoints the store holds: the digest of each, and the id of its recipe."""
+    """The recipes, by their ids, of whose trainings the store holds checkpoints; and the digest of each."""
     records = ((key, store.record(key)) for key in store.records(_PREFIX))
-    return {record["digest"]: _recipe_id(key) for key, record in records if record is not None}
+    return {_recipe_id(key): record["digest"] for key, record in records if record is not None}
 
 
 def _remove(key: str, store: ArtifactStore) -> None:

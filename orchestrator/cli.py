@@ -482,7 +482,9 @@ def store(
     ] = None,
     sweep: Annotated[
         bool,
-        typer.Option("--sweep", help="Remove uploads and files that killed writers left over a day ago."),
+        typer.Option(
+            "--sweep", help="Remove what killed writers left over a day ago, and checkpoints as old."
+        ),
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only tell what would be removed.")] = False,
     as_json: AsJson = False,
@@ -510,7 +512,13 @@ def store(
         hint = f"; what may go is made again when needed: slimfront store {place} --trim 5GB leaves no more than that"
         if is_remote(place):
             hint = f"; slimfront store {place} --sweep removes what killed writers left over a day ago"
-        said = f"; {_size(swept)} of unfinished writes removed" if sweep else hint if limit is None else ""
+        said = (
+            f"; {_size(swept)} of unfinished writes and old checkpoints removed"
+            if sweep
+            else hint
+            if limit is None
+            else ""
+        )
         _out().print(f"{_size(left)} in all{said}", soft_wrap=True, markup=False)
     if limit is not None and not dry_run and left > limit:
         _err().print(f"{_size(left)} are left: the rest has to stay", soft_wrap=True)

@@ -9,14 +9,14 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from types import FrameType
 
 from cluster.executor import Executor
 from cluster.on_ray import RayExecutor
-from cluster.store import is_remote
+from cluster.store import is_remote, open_store
 from jobs.measure import environment
-from orchestrator import search
+from orchestrator import checkpoints, search
 from orchestrator.candidate import Candidate
 from orchestrator.export import MATERIALS
 from orchestrator.foretelling import foretelling
@@ -93,6 +93,7 @@ def launch(
                 watch.write(study)
         for left in (CHECKPOINTS, SCRATCH):  # of work that was given up
             shutil.rmtree(folder / left, ignore_errors=True)
+        _forget_trainings(prepared, study)
         results = _standings(prepared, study).results()
         page = report_html(results, prepared.text, study.savings)
         write_whole(folder / "report.html", page)
@@ -151,6 +152,15 @@ def _work(prepared: Prepared) -> Work:
     scratch = here / prepared.config.name / SCRATCH
     address = store if is_remote(store) else str(here)
     return functools.partial(work, workplace=Workplace(prepared.materials, address, scratch, here / CACHE))
+
+
+def _forget_trainings(prepared: Prepared, study: Study) -> None:
+    """Remove the checkpoints that workers left in a store that is elsewhere: of work that was given up."""
+    if is_remote(prepared.config.store):
+        lineages = [candidate.recipe.lineage() for candidate in study.candidates.values()]
+        with suppress(OSError):
+            made = {step.id for lineage in lineages for step in lineage}
+            checkpoints.drop(made, open_store(prepared.config.store))
 
 
 def _tracker(prepared: Prepared) -> Tracker:

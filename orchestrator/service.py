@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -29,7 +28,7 @@ from orchestrator.prepare import Prepared
 from orchestrator.search import Search
 from orchestrator.study import Study
 from orchestrator.tracking import Tracker
-from orchestrator.work import CHECKPOINTS
+from orchestrator.work import CHECKPOINTS, forget_training
 
 WAIT_SECONDS = 1.0
 """How long the loop sleeps at most where nothing ends: how often progress is shown."""
@@ -150,8 +149,7 @@ class Service:
 
     def _cancel(self, command: Cancel) -> None:
         self.executor.cancel(f"{command.job.id}#{command.attempt}")
-        left = self.prepared.folder / CHECKPOINTS / command.job.recipe.id
-        shutil.rmtree(left, ignore_errors=True)
+        forget_training(command.job.recipe, self.prepared.folder / CHECKPOINTS, self.prepared.config.store)
 
 
 def _event(ended: executor.Ended) -> Ended:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import os
@@ -164,7 +165,7 @@ def _attempt(job: Job, workplace: Workplace, store: ArtifactStore, scratch: Path
     outcome = _done(job, workplace, store, scratch)
     if isinstance(outcome, Success) or outcome.kind in ("invalid", "diverged"):
         # No other attempt will follow.
-        forget_training(job.recipe, workplace)
+        forget_training(job.recipe, workplace.scratch.with_name(CHECKPOINTS), workplace.store)
     return outcome
 
 
@@ -199,7 +200,7 @@ def _made(recipe: Recipe, workplace: Workplace, parent: _Fetched | None, scratch
     left it, wherever that was."""
     folder = _checkpoints(recipe, workplace)
     sending = None
-    if _travels(recipe, workplace):
+    if _travels(recipe, workplace.store):
         store = _kept_open(workplace.store, None)
         checkpoints.bring(recipe.id, store, folder)
         sending = checkpoints.Sending(recipe.id, store, folder, scratch)
@@ -256,16 +257,18 @@ def _stop_at_notice() -> None:
         raise Interrupted(f"{notice.source} takes this machine away")
 
 
-def forget_training(recipe: Recipe, workplace: Workplace) -> None:
-    """Remove what a training that is not gone on with would have gone on from."""
-    shutil.rmtree(_checkpoints(recipe, workplace), ignore_errors=True)
-    if _travels(recipe, workplace):
-        checkpoints.drop({recipe.id}, _kept_open(workplace.store, None))
+def forget_training(recipe: Recipe, folder: Path, store: str) -> None:
+    """Remove what a training that nobody goes on with would have gone on from, in the folder of a study's checkpoints
+    and in its store. What a store that is out of reach keeps goes when the study ends."""
+    shutil.rmtree(folder / recipe.id, ignore_errors=True)
+    if _travels(recipe, store):
+        with contextlib.suppress(OSError):
+            checkpoints.drop({recipe.id}, _kept_open(store, None))
 
 
-def _travels(recipe: Recipe, workplace: Workplace) -> bool:
-    """Whether this recipe's checkpoints are worth sending: a store in a folder is seen from where they lie."""
-    return is_remote(workplace.store) and bool(recipe.steps) and "training" in recipe.steps[-1].needs
+def _travels(recipe: Recipe, store: str) -> bool:
+    """Whether this recipe's checkpoints are put into the store: one in a folder is seen from where they lie anyway."""
+    return is_remote(store) and bool(recipe.steps) and "training" in recipe.steps[-1].needs
 
 
 def _before(job: Job, ref: ArtifactRef, store: ArtifactStore) -> Measurement | None:
