@@ -1,34 +1,33 @@
 """Engine: the one door to DeepSpeed. Trains a module in bf16 with fp32 master weights, ZeRO stages 0 to 3.
 
-One rank: the process group lives inside the process, without a launcher, a port or a file.
+Any number of ranks (`jobs.ranks`) train as one would: of each step's batches each takes its part.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import os
-import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from itertools import islice
 from statistics import fmean
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 
 from jobs import memory
-from jobs.context import Report
+from jobs import ranks as gang
+from jobs.checkpoints import Checkpoint, Checkpoints
+from jobs.context import Interrupted, Report
+from jobs.ranks import Ranks
 
 _BUCKET = 5_000_000
 """Elements of a gradient bucket: DeepSpeed's default of 5e8 would allocate gigabytes for one rank."""
-_MARKER = "checkpoint.json"
-_BEST = "best.safetensors"
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+"""What Adam keeps of each weight."""
 _RECENT = 4
 """Steps whose mean loss is compared with the start's: single steps are too noisy to judge by."""
 
@@ -47,6 +46,8 @@ class Training:
     """How to train. accumulate: batches per step. warmup: the share of steps over which the rate rises.
 
     decay: how the rate then falls to zero. clip: the largest norm of the gradient.
+    zero_stage: what ranks share out among them instead of each holding it (Rajbhandari et al. 2020, ZeRO,
+        arXiv:1910.02054): 1 optimizer states, 2 gradients too, 3 the weights too.
     """
 
     learning_rate: float
@@ -76,19 +77,6 @@ class HeldOut:
     batches: Sequence[Tensor]
     every: int
     patience: int
-
-
-@dataclass(frozen=True)
-class Checkpoints:
-    """Where a training leaves what it needs to go on after an interruption, after each `every` steps.
-
-    folder: this training's own; it must outlive the attempt, and the caller removes it. DeepSpeed reads its
-    files back as pickles, which can run code: nobody else may write there. A checkpoint holds 14 bytes for
-    each trained weight, and the last one stays until the next is complete.
-    """
-
-    folder: Path
-    every: int
 
 
 @dataclass(frozen=True)
@@ -131,19 +119,37 @@ def train(
     is masked stays as it is, at every stage.
 
     With `checkpoints`, the same call made again after an interruption goes on from the last checkpoint, to
-    the same result: `batches` must be the same ones from the start, and `after_step` is called once with
-    the number of steps that are done already.
+    the same result: `batches` must be the same rows in the same order, however they are cut, and `after_step` is
+    called once with the number of steps that are done already. Neither the ranks nor the stage need be the same.
+    Where `report` raises Interrupted, on whichever rank, a checkpoint of that very step is written first, and
+    every rank raises it.
+
+    Several ranks call this with the same arguments; they start from the first one's weights and buffers, and meet
+    at each loss. All get the same losses, and full parameters; `best` weights are restored on the first alone.
     """
     started = time.perf_counter()
     hooks = _hooks(module)
-    course = _Course(loss_of, training, report, after_step, held_out, checkpoints)
-    with _single_rank():
-        engine = _start(module, training)
+    with _launched():
+        ranks = gang.join()
+        checkpoint = _found(checkpoints, training, ranks)
+        if checkpoint is not None:
+            _restore(module, checkpoint)
+        ranks.share([*module.parameters(), *module.buffers()])
+        engine = _start(module, training, ranks)
+        course = _Course(engine, ranks, loss_of, training, report, after_step, held_out, checkpoints)
+        together = True
         try:
-            course.run(engine, iter(batches))
+            course.resume(checkpoint)
+            course.run(iter(batches))
+        except (FloatingPointError, Interrupted):
+            raise
+        except BaseException:
+            together = ranks.count == 1  # others go on, and wait for this one elsewhere
+            raise
         finally:
-            _stop(engine, module)
-            _restore_hooks(hooks)
+            if together:
+                _stop(engine, module)
+                _restore_hooks(hooks)
     if course.best:
         with torch.no_grad():
             for name, parameter in module.named_parameters():
@@ -155,8 +161,11 @@ def train(
 
 @dataclass
 class _Course:
-    """One training and how far it is. best: the trained weights at the lowest held-out loss, on the CPU."""
+    """One training and how far it is. best: the trained weights at the lowest held-out loss, on the CPU, of the first
+    rank alone."""
 
+    engine: Any
+    ranks: Ranks
     loss_of: LossOf
     training: Training
     report: Report
@@ -168,56 +177,77 @@ class _Course:
     best: dict[str, Tensor] = field(default_factory=dict)
     peak_gib: float = 0.0
 
-    def run(self, engine: Any, batches: Iterator[Tensor]) -> None:
+    def run(self, batches: Iterator[Tensor]) -> None:
         """Take all steps, or those left."""
-        self._resume(engine)
         if self.losses:
             for _ in range(len(self.losses) * self.training.accumulate):
                 next(batches)
             self.after_step(len(self.losses))
         else:
-            self._judge(engine)
+            self._judge()
         while len(self.losses) < self.training.steps and not self._gave_up():
-            self._step(engine, batches)
+            self._step(list(islice(batches, self.training.accumulate)))
             done = len(self.losses)
             self.after_step(done)
-            self._judge(engine)
-            self._save(engine)
-            share = done / self.training.steps
-            self.report(share, f"step {done} of {self.training.steps}, loss {self.losses[-1]:.4f}")
+            self._judge()
+            due = self.checkpoints is not None and done % self.checkpoints.every == 0
+            if due and done < self.training.steps:
+                self._save()
+            self._report(saved=due)
 
-    def _step(self, engine: Any, batches: Iterator[Tensor]) -> None:
+    def _report(self, saved: bool) -> None:
+        done, interrupted = len(self.losses), None
+        try:
+            told = f"step {done} of {self.training.steps}, loss {self.losses[-1]:.4f}"
+            self.report(done / self.training.steps, told)
+        except Interrupted as error:
+            interrupted = error
+        if self.ranks.any(interrupted is not None):
+            if not saved or done == self.training.steps:
+                self._save()
+            raise interrupted or Interrupted("another rank was interrupted")
+
+    def _step(self, batches: Sequence[Tensor]) -> None:
         step = len(self.losses)
-        for group in engine.optimizer.param_groups:
+        for group in self.engine.optimizer.param_groups:
             group["lr"] = self.training.rate(step)
-        parts = []
-        for _ in range(self.training.accumulate):
-            loss = self.loss_of(engine, next(batches))
-            parts.append(loss.item())
-            if not math.isfinite(parts[-1]):
-                raise FloatingPointError(f"the loss became {parts[-1]} at step {step + 1}")
-            engine.backward(loss)
+        parts: list[float] = []
+        # DeepSpeed takes the mean over all ranks and turns, of which some may have nothing to add.
+        scale = self.engine.gradient_accumulation_steps() * self.ranks.count / len(batches)
+        for batch, others in self.ranks.deal(batches):
+            loss = self.loss_of(self.engine, batch)
+            found = self.ranks.gathered(loss.item())[:others]
+            for one in found:
+                if not math.isfinite(one):
+                    raise FloatingPointError(f"the loss became {one} at step {step + 1}")
+            parts += found
+            weight = scale if self.ranks.rank < others else 0.0
+            self.engine.backward(loss if weight == 1.0 else loss * weight)
             self.peak_gib = max(self.peak_gib, memory.held_gib())
-            engine.step()
+            self.engine.step()
         self.peak_gib = max(self.peak_gib, memory.held_gib())
         self.losses.append(fmean(parts))
         # What changes the model between steps raises the loss on purpose.
         _refuse_divergence(self.losses, slack=1.0 if self.after_step is nothing else 5.0)
-        if engine.skipped_steps:
+        if self.ranks.any(self.engine.skipped_steps > 0):
             raise FloatingPointError(f"the gradient became infinite or NaN at step {step + 1}")
 
-    def _judge(self, engine: Any) -> None:
+    def _judge(self) -> None:
         """Take the held-out loss, if it is time, and keep the weights if they are the best so far."""
         done, held = len(self.losses), self.held_out
         if held is None or (done % held.every and done < self.training.steps):
             return
+        found: list[float] = []
         with torch.no_grad():
-            sums = [len(batch) * self.loss_of(engine, batch).item() for batch in held.batches]
-        loss = sum(sums) / sum(len(batch) for batch in held.batches)
+            for batch, others in self.ranks.deal(held.batches):
+                found += self.ranks.gathered(self.loss_of(self.engine, batch).item())[:others]
+        sizes = [len(batch) for batch in held.batches]
+        loss = sum(size * one for size, one in zip(sizes, found, strict=True)) / sum(sizes)
         if not math.isfinite(loss):
             raise FloatingPointError(f"the held-out loss became {loss} after {done} steps")
         if not self.held_losses or loss < min(self.held_losses):
-            self.best = _trained_values(engine.module)
+            best = _trained_values(self.engine.module)
+            self.best = best if self.ranks.first else {}
         self.held_losses.append(loss)
 
     def _gave_up(self) -> bool:
@@ -226,46 +256,80 @@ class _Course:
         since_best = len(self.held_losses) - 1 - self.held_losses.index(min(self.held_losses))
         return since_best >= self.held_out.patience
 
-    def _save(self, engine: Any) -> None:
-        """Write a checkpoint, if it is time. It counts from the moment that the marker names it."""
-        done, places = len(self.losses), self.checkpoints
-        if places is None or done % places.every or done == self.training.steps:
+    def _save(self) -> None:
+        """Write a checkpoint of this step: each rank gives what it has, the first writes."""
+        if self.checkpoints is None:
             return
-        before = self._marker()
-        places.folder.mkdir(parents=True, exist_ok=True)
-        # A name of its own: an attempt that was given up may still be writing beside this one.
-        folder = Path(tempfile.mkdtemp(dir=places.folder, prefix=f"step-{done}-"))
-        engine.save_checkpoint(
-            str(places.folder), folder.name, save_latest=False, exclude_frozen_parameters=True
-        )
-        save_file(self.best, folder / _BEST)
-        marker = {
-            "training": asdict(self.training), "folder": folder.name, "losses": self.losses,
+        tensors = self._state()
+        if not self.ranks.first:
+            for _ in tensors:
+                pass
+            return
+        course = {
+            "training": _deciding(self.training), "done": len(self.losses), "losses": self.losses,
             "held_losses": self.held_losses,
         }  # fmt: skip
-        beside = folder / _MARKER
-        beside.write_text(json.dumps(marker))
-        os.replace(beside, places.folder / _MARKER)
-        if before is not None:
-            shutil.rmtree(places.folder / before["folder"], ignore_errors=True)
+        self.checkpoints.write(course, tensors)
 
-    def _resume(self, engine: Any) -> None:
-        """Put everything back to where the last checkpoint was written, if there is one."""
-        marker = self._marker()
-        if marker is None or self.checkpoints is None:
+    def _state(self) -> Iterator[tuple[str, Tensor]]:
+        """All that is to go on from, one tensor after the other, on the CPU."""
+        states = _states(self.engine, self.training.zero_stage)
+        for name, parameter in _trained(self.engine.module).items():
+            for kind in ("master", *_MOMENTS):
+                yield f"{kind}.{name}", states.read(parameter, kind).detach().to("cpu", copy=True)
+        held = self.engine.module.state_dict()
+        for name, buffer in self.engine.module.named_buffers():
+            if name in held:
+                yield f"buffer.{name}", buffer.detach().to("cpu", copy=True)
+        yield from ((f"best.{name}", value) for name, value in self.best.items())
+
+    def resume(self, checkpoint: Checkpoint | None) -> None:
+        """Put the optimizer and the course to where the checkpoint of the first rank was written, if there is one."""
+        course = self.ranks.told(None if checkpoint is None else checkpoint.course)
+        if course is None:
             return
-        folder = self.checkpoints.folder
-        if marker["training"] != asdict(self.training):
-            raise ValueError(f"{folder} holds a checkpoint of another training: {marker['training']}")
-        engine.load_checkpoint(str(folder), marker["folder"], load_module_strict=False)
-        self.best = load_file(folder / marker["folder"] / _BEST)
-        self.losses, self.held_losses = marker["losses"], marker["held_losses"]
+        states = _states(self.engine, self.training.zero_stage)
+        states.begin(course["done"])
+        for name, parameter in _trained(self.engine.module).items():
+            for kind in ("master", *_MOMENTS):
+                value = torch.empty(_shape(parameter), dtype=torch.float32, device=self.engine.device)
+                if checkpoint is not None:
+                    value.copy_(checkpoint.tensor(f"{kind}.{name}"))
+                self.ranks.share([value])
+                states.write(parameter, kind, value)
+        if checkpoint is not None:
+            self.best = {name: checkpoint.tensor(f"best.{name}") for name in checkpoint.names("best")}
+        self.losses, self.held_losses = course["losses"], course["held_losses"]
 
-    def _marker(self) -> dict[str, Any] | None:
-        if self.checkpoints is None or not (self.checkpoints.folder / _MARKER).is_file():
-            return None
-        marker: dict[str, Any] = json.loads((self.checkpoints.folder / _MARKER).read_text())
-        return marker
+
+def _deciding(training: Training) -> dict[str, Any]:
+    """What makes one training another one: not how it is shared out."""
+    told = asdict(training)
+    del told["accumulate"], told["zero_stage"]
+    return told
+
+
+def _found(checkpoints: Checkpoints | None, training: Training, ranks: Ranks) -> Checkpoint | None:
+    """What the first rank finds to go on from. ValueError, on every rank, where it is of another training."""
+    found = None if checkpoints is None or not ranks.first else checkpoints.read()
+    other = None
+    if found is not None and found.course["training"] != _deciding(training):
+        other = f"{checkpoints} hold one of another training: {found.course['training']}"
+    other = ranks.told(other)
+    if other is not None:
+        raise ValueError(other)
+    return found
+
+
+@torch.no_grad()
+def _restore(module: nn.Module, checkpoint: Checkpoint) -> None:
+    """Give a module, in place, the weights and buffers of a checkpoint."""
+    for kind, values in (
+        ("master", dict(module.named_parameters())),
+        ("buffer", dict(module.named_buffers())),
+    ):
+        for name in checkpoint.names(kind):
+            values[name].copy_(checkpoint.tensor(f"{kind}.{name}"))
 
 
 def _refuse_divergence(losses: list[float], slack: float) -> None:
@@ -279,7 +343,7 @@ def _refuse_divergence(losses: list[float], slack: float) -> None:
         )
 
 
-def _start(module: nn.Module, training: Training) -> Any:
+def _start(module: nn.Module, training: Training, ranks: Ranks) -> Any:
     """The DeepSpeed engine of a module."""
     if not torch.cuda.is_available():
         # Without it DeepSpeed warns that it found no accelerator. It is read when deepspeed is imported.
@@ -287,36 +351,21 @@ def _start(module: nn.Module, training: Training) -> Any:
     import deepspeed  # takes seconds: only who trains pays them
 
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    if not distributed.is_initialized():
-        # Kept for as long as the process lives, since DeepSpeed keeps references to its groups.
-        gpu = torch.cuda.is_available()
-        store = distributed.HashStore()  # type: ignore[attr-defined]  # exported, but not to mypy
-        distributed.init_process_group(
-            "nccl" if gpu else "gloo",
-            store=store,
-            rank=0,
-            world_size=1,
-            # Not told, NCCL warns at each barrier that it guesses.
-            device_id=torch.device("cuda", torch.cuda.current_device()) if gpu else None,
-        )
-        # The shared-memory op serves ranks that talk to each other; one rank need not compile it.
-        deepspeed.ops.__compatible_ops__ = {}
+    # The shared-memory op saves ranks of one machine little, and several that compile it at once have aborted.
+    deepspeed.ops.__compatible_ops__ = {}
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
     engine, *_ = deepspeed.initialize(
-        model=module, model_parameters=trained, config=_config(training), dist_init_required=False
+        model=module, model_parameters=trained, config=_config(training, ranks), dist_init_required=False
     )
-    if training.zero_stage == 0 and distributed.get_world_size() == 1:
+    if training.zero_stage == 0 and ranks.count == 1:
         # All gradients would be copied to one piece and back, to be added to nobody's.
         engine.enable_backward_allreduce = False
-    # At stage 0 DeepSpeed makes the optimizer's states by a step of zeros, which Adam counts: its bias correction
-    # would then make the first update 0.74 of what it should be, and those after it too small as well.
-    for state in engine.basic_optimizer.state.values():
-        state["step"].zero_()
+    _states(engine, training.zero_stage).begin(0)
     memory.release()
     return engine
 
 
-def _config(training: Training) -> dict[str, Any]:
+def _config(training: Training, ranks: Ranks) -> dict[str, Any]:
     """DeepSpeed's configuration. torch's own fused AdamW needs no compiler and no temporary copies."""
     adam = {
         "torch_adam": True, "fused": True, "lr": training.learning_rate, "betas": [0.9, 0.95],
@@ -328,7 +377,7 @@ def _config(training: Training) -> dict[str, Any]:
     }  # fmt: skip
     return {
         "train_micro_batch_size_per_gpu": 1,  # batches are cut by the caller; DeepSpeed only counts them
-        "gradient_accumulation_steps": training.accumulate,
+        "gradient_accumulation_steps": math.ceil(training.accumulate / ranks.count),
         "gradient_clipping": training.clip,
         "optimizer": {"type": "AdamW", "params": adam},
         "bf16": {"enabled": True},
@@ -338,11 +387,13 @@ def _config(training: Training) -> dict[str, Any]:
 
 
 @contextmanager
-def _single_rank() -> Iterator[None]:
-    """What a launcher would have set, for as long as DeepSpeed reads it."""
-    told = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
-    before = {name: os.environ.get(name) for name in told}
-    os.environ.update(told)
+def _launched() -> Iterator[None]:
+    """What a launcher sets, for as long as DeepSpeed reads it; it takes the device of the local rank's number."""
+    device = torch.cuda.current_device() if torch.cuda.is_available() else 0
+    told = {"RANK": "0", "WORLD_SIZE": "1", **os.environ, "LOCAL_RANK": str(device)}
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    before = {name: os.environ.get(name) for name in names}
+    os.environ.update({name: told[name] for name in names})
     try:
         yield
     finally:
@@ -353,11 +404,115 @@ def _single_rank() -> Iterator[None]:
                 os.environ[name] = value
 
 
+def _states(engine: Any, zero_stage: int) -> _Whole | _Sliced | _Apart:
+    """Access to what the optimizer of a stage holds of each weight: its fp32 `master` and Adam's moments, as whole
+    tensors. All ranks must read and write together."""
+    if zero_stage == 0:
+        return _Whole(engine)
+    return _Apart(engine) if zero_stage == 3 else _Sliced(engine)
+
+
+@dataclass
+class _Whole:
+    """Stage 0: every rank holds all, tensor by tensor."""
+
+    engine: Any
+
+    def begin(self, done: int) -> None:
+        """Have moments, of so many steps. DeepSpeed makes them by a step of zeros, which Adam counts: its bias
+        correction would then make the first update 0.74 of what it should be, and those after it too small as well."""
+        for state in self.engine.basic_optimizer.state.values():
+            state["step"].fill_(done)
+
+    def read(self, parameter: nn.Parameter, kind: str) -> Tensor:
+        return self._held(parameter, kind)
+
+    def write(self, parameter: nn.Parameter, kind: str, value: Tensor) -> None:
+        self._held(parameter, kind).copy_(value)
+
+    def _held(self, parameter: nn.Parameter, kind: str) -> Tensor:
+        optimizer = self.engine.optimizer
+        for group, masters in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
+            for own, master in zip(group, masters, strict=True):
+                if own is parameter:
+                    held: Tensor = self.engine.basic_optimizer.state[master].get(kind, master).detach()
+                    return held
+        raise LookupError("a trained parameter is unknown to its optimizer")
+
+
+@dataclass
+class _Sliced:
+    """Stages 1 and 2: every rank holds a slice of all masters in a row."""
+
+    engine: Any
+
+    def begin(self, done: int) -> None:
+        if done:  # else the first step makes them
+            self._make(self.engine.optimizer.single_partition_of_fp32_groups, done)
+            self.engine.optimizer._lazy_init_hp_params_optimizer_state()
+
+    def _make(self, slices: Sequence[Tensor], done: int) -> None:
+        for slice_ in slices:
+            self.engine.basic_optimizer.state[slice_] = {
+                "step": torch.full((), done, dtype=torch.float32, device=slice_.device),
+                **{kind: torch.zeros_like(slice_) for kind in _MOMENTS},
+            }
+
+    def read(self, parameter: nn.Parameter, kind: str) -> Tensor:
+        from deepspeed import utils
+
+        found: Tensor = (
+            utils.safe_get_full_fp32_param(parameter)
+            if kind == "master"
+            else utils.safe_get_full_optimizer_state(parameter, kind)
+        )
+        return found
+
+    def write(self, parameter: nn.Parameter, kind: str, value: Tensor) -> None:
+        from deepspeed import utils
+
+        if kind == "master":
+            utils.safe_set_full_fp32_param(parameter, value)
+        else:
+            utils.safe_set_full_optimizer_state(parameter, value, kind)
+
+
+@dataclass
+class _Apart(_Sliced):
+    """Stage 3: every rank holds a slice of each master, and of each weight."""
+
+    def begin(self, done: int) -> None:
+        if done:
+            self._make(self.engine.optimizer.fp32_partitioned_groups_flat, done)
+
+    def write(self, parameter: nn.Parameter, kind: str, value: Tensor) -> None:
+        from deepspeed import utils
+
+        # The last slice is filled up with zeros.
+        size = parameter.ds_tensor.numel()  # type: ignore[attr-defined]  # DeepSpeed's
+        padded = nn.functional.pad(value.flatten(), (0, size * gang.here().count - value.numel()))
+        own = padded[size * gang.here().rank :][:size]
+        if kind == "master":
+            utils.safe_set_local_fp32_param(parameter, own)
+        else:
+            utils.safe_set_local_optimizer_state(parameter, own, kind)
+
+
+def _trained(module: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: one for name, one in module.named_parameters() if one.requires_grad}
+
+
+def _shape(parameter: nn.Parameter) -> torch.Size:
+    """Of a parameter that DeepSpeed may have taken apart."""
+    shape: torch.Size = getattr(parameter, "ds_shape", parameter.shape)
+    return shape
+
+
 def _trained_values(module: nn.Module) -> dict[str, Tensor]:
     """Copies, on the CPU, of the parameters that are trained, by name."""
     import deepspeed
 
-    trained = {name: one for name, one in module.named_parameters() if one.requires_grad}
+    trained = _trained(module)
     with deepspeed.zero.GatheredParameters(list(trained.values()), modifier_rank=None):
         return {name: parameter.detach().to("cpu", copy=True) for name, parameter in trained.items()}
 

@@ -17,26 +17,25 @@ from dataclasses import asdict
 from pathlib import Path
 
 from cluster.store import ArtifactRef, ArtifactStore, Damaged, link_or_copy
+from jobs.checkpoints import MARKER
 
 SEND_SECONDS = 60.0
 """About so much training may be lost where a machine goes without notice, beyond what its last checkpoint lacks."""
 
 _PREFIX = "checkpoints/"
-_MARKER = "checkpoint.json"
-"""Written by a training beside its checkpoints' folders: `folder` is the one that counts, `losses` has one per step."""
 
 
 def steps_in(folder: Path) -> int:
     """How many steps are done in the checkpoint that lies in a folder of checkpoints; 0 where there is none."""
     try:
-        return len(json.loads((folder / _MARKER).read_text())["losses"])
+        return len(json.loads((folder / MARKER).read_text())["losses"])
     except FileNotFoundError:
         return 0
 
 
 def bring(recipe_id: str, store: ArtifactStore, folder: Path) -> None:
     """Lay out in `folder` the checkpoint that the store holds, if it is further than the one that lies there. One that
-    is damaged is removed."""
+    is damaged, or that no training wrote, is removed."""
     for key in reversed(list(store.records(f"{_PREFIX}{recipe_id}/"))):
         record = store.record(key)
         if record is None or _steps(key) <= steps_in(folder):
@@ -44,9 +43,11 @@ def bring(recipe_id: str, store: ArtifactStore, folder: Path) -> None:
         staged = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
         try:
             store.fetch(ArtifactRef(**record), staged)
+            _check(staged)
         except LookupError:  # another attempt has sent a later one, and removed this
             continue
-        except Damaged:
+        except (Damaged, ValueError):
+            shutil.rmtree(staged, ignore_errors=True)
             _remove(key, store)
             continue
         shutil.rmtree(folder, ignore_errors=True)
@@ -79,6 +80,22 @@ def held(store: ArtifactStore) -> dict[str, str]:
     """The recipes, by their ids, of whose trainings the store holds checkpoints; and the digest of each."""
     records = ((key, store.record(key)) for key in store.records(_PREFIX))
     return {_recipe_id(key): record["digest"] for key, record in records if record is not None}
+
+
+def _check(folder: Path) -> None:
+    """ValueError for what is no checkpoint: others may write into a store too, and who reads this trains with it, and
+    removes the folder that it names."""
+    names = {file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()}
+    try:
+        marker = json.loads((folder / MARKER).read_text())
+        counts, losses = marker["folder"], marker["losses"]
+    except (OSError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder} holds no checkpoint") from error
+    inside = names - {MARKER}
+    plain = isinstance(counts, str) and "/" not in counts and counts not in ("", ".", "..")
+    safe = all(name.startswith(f"{counts}/") and name.endswith(".safetensors") for name in inside)
+    if not (plain and safe and inside and isinstance(losses, list)):
+        raise ValueError(f"{folder} holds what is no checkpoint")
 
 
 def _remove(key: str, store: ArtifactStore) -> None:
@@ -143,9 +160,9 @@ class Sending:
 
 def _linked(folder: Path, target: Path) -> Path:
     """The checkpoint that counts now, as links that stay when the training removes it."""
-    marker = (folder / _MARKER).read_text()
+    marker = (folder / MARKER).read_text()
     for file in (folder / json.loads(marker)["folder"]).rglob("*"):
         if file.is_file():
             link_or_copy(file, target / file.relative_to(folder))
-    (target / _MARKER).write_text(marker)
+    (target / MARKER).write_text(marker)
     return target

@@ -103,11 +103,20 @@ class TrackingSpec:
 @dataclass
 class ClusterSpec:
     """slots: how many jobs run at once (`auto`: one per core). memory_gib: what they may use together.
-    address: a running Ray's; without one, Ray is started here for as long as the study runs."""
+    address: a running Ray's; without one, Ray is started here for as long as the study runs.
+
+    Of jobs that train, ranks: the slots that each takes (`auto`: as few as hold it), zero_stage: what these share out
+    (`auto`: as little as fits), micro_batch: rows at once (`auto`: as many as fit), device_gib: the memory that a
+    slot's GPU has, or its share of a node without (`auto`: as the machine says; several ranks only by a GPU of here).
+    They decide nothing of what the study finds."""
 
     slots: Any = "auto"
     memory_gib: float | None = None
     address: str | None = None
+    ranks: Any = "auto"
+    zero_stage: Any = "auto"
+    micro_batch: Any = "auto"
+    device_gib: Any = "auto"
 
 
 @dataclass

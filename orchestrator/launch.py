@@ -151,7 +151,8 @@ def _work(prepared: Prepared) -> Work:
     store, here = prepared.config.store, home(prepared.config.store).resolve()
     scratch = here / prepared.config.name / SCRATCH
     address = store if is_remote(store) else str(here)
-    return functools.partial(work, workplace=Workplace(prepared.materials, address, scratch, here / CACHE))
+    place = Workplace(prepared.materials, address, scratch, here / CACHE, prepared.sharing)
+    return functools.partial(work, workplace=place)
 
 
 def _forget_trainings(prepared: Prepared, study: Study) -> None:

@@ -40,7 +40,8 @@ HOPELESS = 0.001
 """A candidate under way whose chance to add to the front is less is given up. It is asked for after every result, and
 so is below 1 in 100 at some time for too many that would have added to the front (docs/search.md)."""
 
-Work = Callable[[Job], Outcome]
+Work = Callable[[Job], Outcome | None]
+"""None is what ranks but the first return."""
 
 
 class Watch(Protocol):
@@ -143,7 +144,9 @@ class Service:
                 self.watch.record(command.candidate)
 
     def _run(self, command: Run) -> None:
-        resources = Resources(memory_gib=self.prepared.memory_gib(command.job), exclusive=command.alone)
+        ranks = self.prepared.ranks(command.job, self.executor.slots)
+        memory_gib = self.prepared.memory_gib(command.job, ranks)
+        resources = Resources(memory_gib=memory_gib, ranks=ranks, exclusive=command.alone)
         key = f"{command.job.id}#{command.attempt}"
         self.executor.submit(key, self.work, command.job, resources=resources)
 

@@ -11,13 +11,13 @@ import socket
 import tempfile
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from cluster.preempt import noticed
 from cluster.store import ArtifactRef, ArtifactStore, is_remote, open_store
-from jobs import run
+from jobs import ranks, run
 from jobs.context import Interrupted, Report
 from jobs.job import (
     Failure,
@@ -30,6 +30,7 @@ from jobs.job import (
     outcome_to_dict,
 )
 from jobs.recipe import Recipe
+from jobs.sharing import Sharing
 from orchestrator import checkpoints, inputs
 
 DOWNLOADS = "downloads"
@@ -39,6 +40,8 @@ CHECKPOINTS = "checkpoints"
 """In a study's folder: what jobs in progress write, and what trainings go on from."""
 LEAVING_SECONDS = 5.0
 """So long work waits that is handed to a machine which is about to go, before it is given back."""
+_PUT_SECONDS = 0.5
+"""How often a rank looks whether the first has put what both have made."""
 
 
 @dataclass(frozen=True)
@@ -48,18 +51,21 @@ class Workplace:
     scratch: where jobs in progress lie, best on the store's file system; it is the study's own. Beside it
         lie the checkpoints of trainings, which outlive attempts and a study that was killed.
     cache: where statistics lie that any study's jobs may share.
+    sharing: how trainings are spread over ranks.
     """
 
     materials: Materials
     store: str
     scratch: Path
     cache: Path
+    sharing: Sharing = field(default_factory=Sharing)
 
 
-def work(job: Job, workplace: Workplace) -> Outcome:
+def work(job: Job, workplace: Workplace) -> Outcome | None:
     """Do one job, or find it done. Its result exists from the moment its record is committed, and only then.
 
-    Any number of attempts may run at once or after each other: the first to commit wins, all return what won.
+    Any number of attempts may run at once or after each other: the first to commit wins, all return what won. Of
+    several ranks the first returns the outcome; another one returns None, or why it could not go on.
     """
     try:
         outcome = _work(job, workplace)
@@ -68,7 +74,7 @@ def work(job: Job, workplace: Workplace) -> Outcome:
     if isinstance(outcome, Success):
         # For whoever measures on from here, who finds it in the store.
         return dataclasses.replace(outcome, measurement=dataclasses.replace(outcome.measurement, observed={}))
-    if outcome.kind == "disk_full":
+    if outcome is not None and outcome.kind == "disk_full":
         return dataclasses.replace(outcome, message=f"{outcome.message}; {_cure(workplace)}")
     return outcome
 
@@ -84,6 +90,7 @@ def made_again(recipe: Recipe, workplace: Workplace) -> ArtifactRef:
         outcome = _attempt(Job(recipe, (), ""), workplace, store, Path(scratch))
     if isinstance(outcome, Failure):
         raise RuntimeError(f"{recipe} could not be made again: {outcome.message}")
+    assert outcome is not None  # a single process does this
     return ArtifactRef(outcome.artifact, outcome.size_bytes)
 
 
@@ -116,9 +123,10 @@ def _cure(workplace: Workplace) -> str:
     return f"{full}. `slimfront store {workplace.store} --trim SIZE` removes what can be made again"
 
 
-def _work(job: Job, workplace: Workplace) -> Outcome:
+def _work(job: Job, workplace: Workplace) -> Outcome | None:
     store = opened(workplace)
-    done = store.record(_result_key(job))
+    # Only the first rank looks whether there is anything to do: if there is, all must take part.
+    done = store.record(_result_key(job)) if ranks.here().first else None
     if done is not None:
         return _found(outcome_from_dict(done["result"]))
     if noticed() is not None:
@@ -128,7 +136,7 @@ def _work(job: Job, workplace: Workplace) -> Outcome:
     inputs.bring(workplace.materials, store, workplace.cache.parent)
     with _scratch(workplace) as scratch:
         outcome = _attempt(job, workplace, store, Path(scratch))
-    if isinstance(outcome, Failure):
+    if not isinstance(outcome, Success):
         return outcome  # another attempt may go better: only results are committed
     record = {"result": outcome_to_dict(outcome), "recipe": job.recipe.to_dict(), "meters": list(job.meters)}
     if store.commit(_result_key(job), record):
@@ -161,24 +169,26 @@ def _found(outcome: Outcome) -> Outcome:
     return dataclasses.replace(outcome, found=True) if isinstance(outcome, Success) else outcome
 
 
-def _attempt(job: Job, workplace: Workplace, store: ArtifactStore, scratch: Path) -> Outcome:
+def _attempt(job: Job, workplace: Workplace, store: ArtifactStore, scratch: Path) -> Outcome | None:
     outcome = _done(job, workplace, store, scratch)
+    if outcome is None:
+        return None
     if isinstance(outcome, Success) or outcome.kind in ("invalid", "diverged"):
         # No other attempt will follow.
         forget_training(job.recipe, workplace.scratch.with_name(CHECKPOINTS), workplace.store)
     return outcome
 
 
-def _done(job: Job, workplace: Workplace, store: ArtifactStore, scratch: Path) -> Outcome:
+def _done(job: Job, workplace: Workplace, store: ArtifactStore, scratch: Path) -> Outcome | None:
     scratch.mkdir(exist_ok=True)
-    built = _fetched(job.recipe, store, scratch / "built")
+    built = _fetched(job.recipe, store, scratch / "built") if ranks.here().first else None
     if built is not None:
         return _measured(job, workplace, store, built, scratch)
     parent = _parent(job, workplace, store, scratch)
     if isinstance(parent, Failure):
         return parent
     made = _made(job.recipe, workplace, parent, scratch)
-    if isinstance(made, Failure):
+    if made is None or isinstance(made, Failure):
         return made
     # Put before it is measured: an interruption of that does not undo what was made.
     ref = store.put(scratch / "made")
@@ -190,17 +200,19 @@ def _done(job: Job, workplace: Workplace, store: ArtifactStore, scratch: Path) -
     if not job.meters:
         return success
     outcome = _measured(job, workplace, store, _Fetched(ref, scratch / "made"), scratch)
-    if isinstance(outcome, Failure):
+    if not isinstance(outcome, Success):
         return outcome
     return dataclasses.replace(success, measurement=outcome.measurement)
 
 
-def _made(recipe: Recipe, workplace: Workplace, parent: _Fetched | None, scratch: Path) -> run.Made | Failure:
+def _made(
+    recipe: Recipe, workplace: Workplace, parent: _Fetched | None, scratch: Path
+) -> run.Made | Failure | None:
     """Make the recipe's model from its parent's, in `scratch / "made"`. A training goes on from where another attempt
-    left it, wherever that was."""
+    left it, wherever that was. None on ranks that are not the first."""
     folder = _checkpoints(recipe, workplace)
     sending = None
-    if _travels(recipe, workplace.store):
+    if _travels(recipe, workplace.store) and ranks.here().first:
         store = _kept_open(workplace.store, None)
         checkpoints.bring(recipe.id, store, folder)
         sending = checkpoints.Sending(recipe.id, store, folder, scratch)
@@ -213,6 +225,7 @@ def _made(recipe: Recipe, workplace: Workplace, parent: _Fetched | None, scratch
         cache=workplace.cache,
         report=_reporting(sending),
         checkpoints=folder,
+        sharing=workplace.sharing,
     )
     if sending is not None:
         if isinstance(made, Failure) and made.kind == "preempted":
@@ -224,7 +237,7 @@ def _made(recipe: Recipe, workplace: Workplace, parent: _Fetched | None, scratch
 
 def _measured(
     job: Job, workplace: Workplace, store: ArtifactStore, built: _Fetched, scratch: Path
-) -> Outcome:
+) -> Outcome | None:
     made = run.attempt(
         job,
         workplace.materials,
@@ -235,7 +248,7 @@ def _measured(
         report=_reporting(None),
         before=_before(job, built.ref, store),
     )
-    if isinstance(made, Failure):
+    if not isinstance(made, run.Made):
         return made
     return Success(built.ref.digest, built.ref.size_bytes, made.measurement, made.seconds)
 
@@ -301,6 +314,8 @@ def _parent(job: Job, workplace: Workplace, store: ArtifactStore, scratch: Path)
     shutil.rmtree(scratch / "lineage", ignore_errors=True)
     if isinstance(outcome, Failure):
         return dataclasses.replace(outcome, message=f"{recipe} could not be made again: {outcome.message}")
+    while outcome is None and artifact_of(recipe, store) is None:
+        time.sleep(_PUT_SECONDS)  # the first rank is about to put it
     return _fetched(recipe, store, scratch / "parent")
 
 

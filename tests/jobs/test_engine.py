@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from jobs import engine
+from jobs.checkpoints import Checkpoints
+from jobs.context import Interrupted
 from jobs.engine import Training
 
 
@@ -213,17 +215,13 @@ def test_training_stops_when_held_out_rows_get_worse_and_leaves_the_best_weights
     assert left == pytest.approx(min(log.held_out), rel=1e-3)
 
 
-class Interrupted(Exception):  # noqa: N818 - it is no error of the training
-    pass
-
-
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_a_training_interrupted_and_called_again_ends_as_one_that_was_not(stage: int, tmp_path: Path) -> None:
     training = Training(1e-2, 12, accumulate=2, zero_stage=stage)
     held = engine.HeldOut(rows(2), every=3, patience=10)
     whole = Net()
     expected = engine.train(whole, rows(), off, training, quiet, held_out=held)
-    places = engine.Checkpoints(tmp_path / "checkpoints", every=4)
+    places = Checkpoints(tmp_path / "checkpoints", every=4)
     told: list[int] = []
 
     def interrupt(done: int) -> None:
@@ -246,7 +244,7 @@ def test_a_training_interrupted_and_called_again_ends_as_one_that_was_not(stage:
 
 
 def test_a_checkpoint_of_another_training_is_refused(tmp_path: Path) -> None:
-    places = engine.Checkpoints(tmp_path, every=1)
+    places = Checkpoints(tmp_path, every=1)
     engine.train(Net(), rows(), off, Training(1e-3, 2), quiet, checkpoints=places)
     with pytest.raises(ValueError, match="another training"):
         engine.train(Net(), rows(), off, Training(1e-4, 2), quiet, checkpoints=places)

@@ -32,10 +32,9 @@ STEPS = 140
 
 
 def lay(folder: Path, steps: int, content: bytes = b"weights") -> Path:
-    """What a training leaves after so many steps, beside what a killed one left half done."""
-    for place in (f"step-{steps}/state", "step-9-half/state"):
-        (folder / place).parent.mkdir(parents=True, exist_ok=True)
-        (folder / place).write_bytes(content)
+    """What a training leaves after so many steps."""
+    (folder / f"step-{steps}").mkdir(parents=True, exist_ok=True)
+    (folder / f"step-{steps}" / "00000.safetensors").write_bytes(content)
     (folder / "checkpoint.json").write_text(json.dumps({"folder": f"step-{steps}", "losses": [1.0] * steps}))
     return folder
 
@@ -108,7 +107,7 @@ def test_a_checkpoint_that_is_gone_or_damaged_is_not_gone_on_from(
 def test_a_damaged_checkpoint_is_removed(tmp_path: Path) -> None:
     store = open_store(str(tmp_path / "store"))
     send("one", store, lay(tmp_path / "here", 50))
-    (file,) = (tmp_path / "store" / "objects").rglob("step-50/state")
+    (file,) = (tmp_path / "store" / "objects").rglob("step-50/*")
     file.chmod(0o644)
     file.write_bytes(b"changed")
     bring("one", store, tmp_path / "there")
@@ -117,10 +116,35 @@ def test_a_damaged_checkpoint_is_removed(tmp_path: Path) -> None:
     assert store.holdings().artifacts == ()
 
 
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda folder: (folder / "step-50" / "state.pt").write_bytes(b"a pickle"),
+        lambda folder: (folder / "checkpoint.json").write_text('{"folder": "../..", "losses": []}'),
+        lambda folder: (folder / "checkpoint.json").write_text('{"folder": "..", "losses": []}'),
+        lambda folder: (folder / "checkpoint.json").write_text('{"folder": 1, "losses": []}'),
+        lambda folder: (folder / "checkpoint.json").write_text('["step-50"]'),
+        lambda folder: (folder / "checkpoint.json").write_text("{"),
+        lambda folder: (folder / "checkpoint.json").rename(folder / "step-50" / "a.safetensors"),
+        lambda folder: (folder / "step-50" / "00000.safetensors").unlink(),
+    ],
+)
+def test_what_no_training_wrote_is_not_gone_on_from(spoil: Callable[[Path], object], tmp_path: Path) -> None:
+    store = open_store(str(tmp_path / "store"))
+    folder = lay(tmp_path / "here", 50)
+    spoil(folder)
+    store.commit("checkpoints/one/00000050", dataclasses.asdict(store.put(folder)))
+    bring("one", store, tmp_path / "there")
+    assert [file.name for file in tmp_path.iterdir() if "there" in file.name] == []
+    assert keys(store) == []
+    assert store.holdings().artifacts == ()
+
+
 def test_while_training_goes_on_a_new_checkpoint_is_sent_now_and_then(
     store: ArtifactStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "checkpoints"
+    lay(folder, 9)  # a killed attempt left it
     monkeypatch.setattr(checkpoints, "SEND_SECONDS", 3600.0)
     sending = Sending("one", store, folder, tmp_path)
     lay(folder, 50)
@@ -130,7 +154,7 @@ def test_while_training_goes_on_a_new_checkpoint_is_sent_now_and_then(
     monkeypatch.setattr(checkpoints, "SEND_SECONDS", 0.0)
     sending()
     lay(folder, 100)  # the training goes on, and removes what is being sent
-    (folder / "step-50" / "state").unlink()
+    (folder / "step-50" / "00000.safetensors").unlink()
     sending.end()
     assert keys(store) == ["checkpoints/one/00000050"]
     bring("one", store, tmp_path / "there")
@@ -228,9 +252,7 @@ def test_a_training_goes_on_elsewhere_when_its_machine_is_taken_away(
     before = steps_of(seen)
     assert 73 < len(before) < STEPS
     (key,) = keys(store)
-    kept = int(key.rpartition("/")[2])
-    assert key == f"checkpoints/{job.recipe.id}/{kept:08}"
-    assert 50 <= kept <= len(before)
+    assert key == f"checkpoints/{job.recipe.id}/{len(before):08}"
 
     # What is handed to this machine by who has not heard of it comes back at once.
     seen.clear()
@@ -242,7 +264,7 @@ def test_a_training_goes_on_elsewhere_when_its_machine_is_taken_away(
     monkeypatch.delenv("SLIMFRONT_NOTICE")  # another machine
     resumed = work(job, second)
     after = steps_of(seen)
-    assert len(after) == STEPS - kept
+    assert len(after) == STEPS - len(before)
     assert keys(store) == []
     assert not (tmp_path / "second" / "checkpoints" / job.recipe.id).exists()
 
@@ -250,7 +272,7 @@ def test_a_training_goes_on_elsewhere_when_its_machine_is_taken_away(
     alone = dataclasses.replace(machine("third"), store=str(tmp_path / "alone"))
     assert isinstance(work(Job(root, (), "materials"), alone), Success)
     whole = weights_of(work(job, alone), alone.store, tmp_path / "whole")
-    assert before[:kept] + after == steps_of(seen)
+    assert before + after == steps_of(seen)
     for name, tensor in weights_of(resumed, first.store, tmp_path / "resumed").items():
         torch.testing.assert_close(whole[name], tensor, rtol=1e-6, atol=0)
 
