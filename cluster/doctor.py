@@ -14,7 +14,8 @@ from typing import NamedTuple
 import psutil
 
 from cluster.executor import Resources, cores
-from cluster.on_ray import OBJECT_STORE_BYTES, RayExecutor
+from cluster.head import OBJECT_STORE_BYTES
+from cluster.on_ray import RayExecutor
 
 SHARED_MEMORY = Path("/dev/shm")
 

@@ -1,4 +1,4 @@
-"""Draining: the nodes of a Ray cluster that are about to go, as its head knows them. A door to the state of Ray's core.
+"""Draining: how a worker learns that its node is to go, and how Ray's head does. A door to the state of Ray's core.
 
 Who takes a node away tells Ray's head first, with a deadline: `ray start --block` does so at SIGTERM, by which pods are
 ended, and here a worker does whose cloud gives it notice. Ray then places nothing new there.
@@ -16,11 +16,6 @@ _HEAD = "node:__internal_head__"
 _TIMEOUT_SECONDS = 5.0
 _UNTOLD_SECONDS = 120.0
 """The deadline that Ray is told where the cloud tells none."""
-
-
-def node_ids() -> frozenset[str]:
-    """The nodes that drain now: nobody should be given work there. For who is connected, a driver or a worker."""
-    return frozenset(_deadlines())
 
 
 def watch() -> None:

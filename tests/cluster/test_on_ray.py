@@ -16,7 +16,8 @@ import psutil
 import pytest
 
 from cluster.executor import Ended, Resources
-from cluster.on_ray import RayExecutor, connect, lost
+from cluster.head import connect
+from cluster.on_ray import RayExecutor, lost
 
 pytestmark = pytest.mark.ray
 
