@@ -67,8 +67,8 @@ def _authenticate(local: bool) -> None:
 @dataclass(frozen=True)
 class Seen:
     """What a cluster told of itself. scales: whether its autoscaler reports; refused: how many of the workers that were
-    asked for with some labels it cannot place, as of `seen_at`; gone: nodes that are; leaving: nodes that are about to be;
-    busy: whether anything runs."""
+    asked for with some labels it cannot place, as of `seen_at`; gone: nodes that are; leaving: nodes that are about to
+    be; busy: whether anything runs."""
 
     scales: bool
     seen_at: float

@@ -9,9 +9,9 @@ import sys
 
 import pytest
 
+from cluster.executor import Resources
+from cluster.workforce import LINGER_SECONDS, Node, Shape, Workforce
 from tests.cluster.clouds import Ec2, served
-
-pytestmark = pytest.mark.ray
 
 # A cluster of a head and two nodes: one is ended as pods are, of the other the cloud gives notice. Prints who was told.
 PROGRAM = """
@@ -23,8 +23,8 @@ import sys
 import time
 from pathlib import Path
 
-from cluster import draining
-from cluster.on_ray import Worker, connect
+from cluster.head import View, connect
+from cluster.on_ray import Worker
 from cluster.preempt import noticed
 
 def sources():
@@ -38,6 +38,7 @@ def until(wanted, seconds=60):
     return found
 
 ray, _ = connect("local", 1, 0)
+view = View(ray)
 address = ray.get_runtime_context().gcs_address
 start = [str(Path(sys.executable).with_name("ray")), "start", f"--address={address}", "--num-cpus=1", "--block",
          "--object-store-memory=80000000"]
@@ -55,12 +56,12 @@ try:
         workers[name] = ray.remote(Worker).options(**options).remote()
     packed = ray.cloudpickle.dumps(sources)
     ask = lambda name: ray.get(workers[name].run.remote("", packed, ())).value
-    before = [ask(name) for name in nodes], sorted(draining.node_ids())
+    before = [ask(name) for name in nodes], sorted(view.seen().leaving)
     print("ready", flush=True)
     sys.stdin.readline()
     nodes["pod"].send_signal(signal.SIGTERM)
     told = {name: until(lambda: ask(name)) for name in nodes}
-    drained = until(lambda: draining.node_ids() >= set(ids.values()))
+    drained = until(lambda: view.seen().leaving == set(ids.values()))
     for worker in workers.values():
         ray.kill(worker)
     gone = until(lambda: sum(node["Alive"] for node in ray.nodes()) == 1)
@@ -73,6 +74,25 @@ finally:
 """
 
 
+def test_nothing_is_begun_on_a_node_that_is_about_to_go_and_its_workers_are_let_go() -> None:
+    workforce = Workforce()
+    for number, node in enumerate(["leaving", "staying"]):
+        workforce.want(number, Shape())
+        workforce.ready(number, Node(node), now=0.0)
+    workforce.add(0, Resources())
+    ticket, (worker,) = workforce.next() or pytest.fail("nothing starts")
+    other = 1 - worker
+    workforce.leave({("leaving", "staying")[worker]})
+    for ticket in (1, 2):
+        workforce.add(ticket, Resources())
+    assert workforce.next() == (1, (other,))
+    workforce.end(0, now=1.0)
+    assert workforce.next() is None
+    assert len(workforce.change({}, now=1.0).want) == 1
+    assert workforce.change({}, now=1.0 + LINGER_SECONDS).let_go == (worker,)
+
+
+@pytest.mark.ray
 def test_a_worker_is_told_that_its_node_goes_and_ray_places_nothing_there() -> None:
     ec2 = Ec2()
     with served(ec2) as address:
