@@ -19,7 +19,7 @@ from typing import Any
 
 import psutil
 
-from cluster.executor import Capacity, Resources, cores
+from cluster.executor import Capacity, Resources, Unavailable, cores
 from cluster.gang import LOOPBACK, Rank, die_with_parent, ends, free_port, run_rank
 from cluster.head import Seen, View, connect, said_of
 from cluster.piece import Ended, run_piece
@@ -128,7 +128,7 @@ class RayExecutor:
     On a cluster it wants a worker for each piece that is under way, up to what the cluster could have (or `slots`), and
     lets go of who has nothing to do, so that an autoscaler adds and removes nodes with the work (cluster/workforce.py).
     Each worker holds what the largest piece so far asked for. A piece whose node goes away is lost as preempted. `wait`
-    raises RuntimeError where no node could hold what is asked, or none came for `start_seconds`.
+    raises Unavailable where no node could hold what is asked, or none came for `start_seconds`.
 
     A piece is only handed to an idle worker: the next one starts a call's latency (about a millisecond)
     after the last, and nothing waits in line behind a long piece while another slot is free. A thread
@@ -169,7 +169,7 @@ class RayExecutor:
         self._rooms: dict[frozenset[tuple[str, str]], Room] = {}
         self._asked_at = self._stirred = time.monotonic()
         self._refused_since: float | None = None
-        self._broken: BaseException | None = None
+        self._broken: Unavailable | None = None
         self._closed = threading.Event()
         self._changed = threading.Condition()
         self._news: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
@@ -215,7 +215,7 @@ class RayExecutor:
         with self._changed:
             while not self._ended and self._tickets:
                 if self._broken:
-                    raise RuntimeError(str(self._broken)) from self._broken
+                    raise self._broken
                 left = min(deadline - time.monotonic(), threading.TIMEOUT_MAX)
                 if left <= 0:
                     return []
@@ -269,7 +269,7 @@ class RayExecutor:
                     take()
                     self._go_on()
                 except Exception as error:  # noqa: BLE001 - `wait` raises it
-                    self._broken = RuntimeError(f"Ray is gone ({error}); start again, finished work is kept")
+                    self._broken = Unavailable(f"Ray is gone: {error}")
                 self._changed.notify_all()
 
     def _tell(self, take: Callable[..., None], *what: object) -> None:
@@ -470,9 +470,7 @@ class RayExecutor:
             said = f"no worker came within {self._start_seconds:g} s for {asked}; the cluster has {seen.has}"
         else:
             return
-        self._broken = RuntimeError(
-            f"{said}. Ask for less, or let the cluster have more; finished work is kept"
-        )
+        self._broken = Unavailable(f"{said}. Ask for less, or let the cluster have more")
 
 
 def _capacity(
