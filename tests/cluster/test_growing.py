@@ -125,7 +125,7 @@ def test_a_cluster_grows_as_far_as_it_can_and_its_nodes_go_when_nothing_is_left_
     with program(cluster, tmp_path, body) as process:
         until((tmp_path / "done").exists)
         most = len(cluster.nodes())
-        began = time.monotonic()
+
         until(lambda: not cluster.nodes())
         (tmp_path / "end").touch()
         before, after, ended = found_by(process)
