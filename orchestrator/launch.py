@@ -71,7 +71,9 @@ def launch(
         cluster = prepared.config.cluster
         # How many a cluster has its Ray knows; this machine is only one of it.
         slots = None if cluster.address and cluster.slots == "auto" else slots_of(prepared.config)
-        running = executor or RayExecutor(slots, cluster.memory_gib, address=cluster.address)
+        running = executor or RayExecutor(
+            slots, cluster.memory_gib, address=cluster.address, start_seconds=cluster.start_seconds
+        )
         with closing(ledger), closing(running), _interruptible():
             prepared = foretelling(_as_begun(prepared, ledger), ledger, running)
             study = Study(prepared.plan)

@@ -9,9 +9,9 @@ import sys
 
 import pytest
 
-from cluster.executor import Resources
-from cluster.workforce import LINGER_SECONDS, Node, Shape, Workforce
 from tests.cluster.clouds import Ec2, served
+
+pytestmark = pytest.mark.ray
 
 # A cluster of a head and two nodes: one is ended as pods are, of the other the cloud gives notice. Prints who was told.
 PROGRAM = """
@@ -74,25 +74,6 @@ finally:
 """
 
 
-def test_nothing_is_begun_on_a_node_that_is_about_to_go_and_its_workers_are_let_go() -> None:
-    workforce = Workforce()
-    for number, node in enumerate(["leaving", "staying"]):
-        workforce.want(number, Shape())
-        workforce.ready(number, Node(node), now=0.0)
-    workforce.add(0, Resources())
-    ticket, (worker,) = workforce.next() or pytest.fail("nothing starts")
-    other = 1 - worker
-    workforce.leave({("leaving", "staying")[worker]})
-    for ticket in (1, 2):
-        workforce.add(ticket, Resources())
-    assert workforce.next() == (1, (other,))
-    workforce.end(0, now=1.0)
-    assert workforce.next() is None
-    assert len(workforce.change({}, now=1.0).want) == 1
-    assert workforce.change({}, now=1.0 + LINGER_SECONDS).let_go == (worker,)
-
-
-@pytest.mark.ray
 def test_a_worker_is_told_that_its_node_goes_and_ray_places_nothing_there() -> None:
     ec2 = Ec2()
     with served(ec2) as address:
