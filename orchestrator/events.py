@@ -60,6 +60,13 @@ class Began:
 
 
 @dataclass(frozen=True)
+class Resized:
+    """Now so many jobs can run at once: a cluster could have more, or fewer, than was known before."""
+
+    slots: int
+
+
+@dataclass(frozen=True)
 class Started:
     """An attempt was handed to the executor."""
 
@@ -91,7 +98,7 @@ class Stopped:
     reason: str
 
 
-Event = Began | Granted | Proposed | Started | Ended | Exhausted | Stopped
+Event = Began | Granted | Resized | Proposed | Started | Ended | Exhausted | Stopped
 
 
 @dataclass(frozen=True)

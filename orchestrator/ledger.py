@@ -13,7 +13,18 @@ from typing import Any
 
 from jobs.job import outcome_from_dict, outcome_to_dict
 from jobs.recipe import Recipe
-from orchestrator.events import Began, Cost, Ended, Event, Exhausted, Granted, Proposed, Started, Stopped
+from orchestrator.events import (
+    Began,
+    Cost,
+    Ended,
+    Event,
+    Exhausted,
+    Granted,
+    Proposed,
+    Resized,
+    Started,
+    Stopped,
+)
 
 _SCHEMA = """
 create table if not exists about (key text primary key, value text not null);
@@ -101,8 +112,9 @@ def _from_dict(kind: str, body: Mapping[str, Any]) -> Event:
         return Ended(body["job_id"], body["attempt"], outcome_from_dict(body["outcome"]))
     if kind == "Began":  # what an earlier version wrote lacks what its budget allowed
         return Began(body.get("slots", 1), Granted(**body.get("granted", {})))
-    simple: dict[str, type[Granted] | type[Started] | type[Exhausted] | type[Stopped]] = {
+    simple: dict[str, type[Granted] | type[Resized] | type[Started] | type[Exhausted] | type[Stopped]] = {
         "Granted": Granted,
+        "Resized": Resized,
         "Started": Started,
         "Exhausted": Exhausted,
         "Stopped": Stopped,

@@ -27,6 +27,7 @@ from orchestrator.events import (
     Plan,
     Proposed,
     Record,
+    Resized,
     Run,
     Stage,
     Started,
@@ -124,7 +125,8 @@ class Study:
         self._nodes: dict[str, _Node] = {}
         self._by_job: dict[str, str] = {}
         self._timing = False
-        self._slots = 1
+        self.slots = 1
+        """How many jobs can run at once, as far as it was told."""
         self._race = Race(plan)
         self._took: dict[str, _Took] = {}
         self._measuring, self._timings_took = _Took(), _Took()
@@ -219,7 +221,7 @@ class Study:
         found = {*self._found_contenders(measured), self._original_id}
         reading = sum(self.candidates[id].fidelity < 1 for id in found) * whole
         timings = sum(not self._nodes[id].timed for id in found) * timing if self.plan.timers else 0.0
-        return (under_way + reading) / self._slots + timings
+        return (under_way + reading) / self.slots + timings
 
     def _comes(self, id: str) -> bool:
         """Whether somebody has made this model, makes it or will."""
@@ -280,6 +282,8 @@ class Study:
         """Take one event in; what is to be done because of it."""
         if isinstance(event, Began):
             commands = self._handle_began(event)
+        elif isinstance(event, Resized):
+            self.slots, commands = event.slots, []
         elif isinstance(event, Proposed):
             commands = self._handle_proposed(event)
         elif isinstance(event, Started):
@@ -305,7 +309,7 @@ class Study:
             if node.failure is not None and node.failure.kind == "disk_full":
                 self._revive(node)
         self._busy.clear()
-        self._slots = event.slots
+        self.slots = event.slots
         return [command for node in list(self._nodes.values()) for command in self._next(node)]
 
     def _revive(self, node: _Node) -> None:
@@ -499,7 +503,7 @@ class Study:
     def _timings(self) -> list[Command]:
         """The timings to begin now: no more than there are slots, since each tells which others are worth it."""
         found: list[Command] = []
-        while self.running < self._slots:
+        while self.running < self.slots:
             id = self._next_timed()
             if id is None:
                 break
@@ -580,7 +584,7 @@ class Study:
         found: list[Command] = []
         if len(self.plan.rungs) == 1 or self.original.measurement is None:
             return found
-        while self.running <= self._slots:
+        while self.running <= self.slots:
             id = self._race.promoted(self._busy)
             if id is None:
                 break
