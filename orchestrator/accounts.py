@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from cluster.executor import Executor, NodeType
@@ -63,9 +63,15 @@ class Account:
     def count(self) -> None:
         """Bring the bill up to date and note it."""
         up = self._executor.nodes()
+        self._note([replace(self._price(kind), up=count) for kind, count in up.items()])
+
+    def settle(self) -> None:
+        """Note what was used until now, with the nodes that were counted last: the cluster may be gone."""
+        self._note(self.bill.nodes)
+
+    def _note(self, up: Sequence[Nodes]) -> None:
         now = self._clock()
-        counted = [replace(self._price(kind), up=count) for kind, count in up.items()]
-        self.bill = self.bill.after(now - self._counted_at, counted)
+        self.bill = self.bill.after(now - self._counted_at, up)
         self._counted_at = now
         self._ledger.note(NOTED, json.dumps(self.bill.to_dict()))
 

@@ -94,7 +94,7 @@ def launch(
             try:
                 Service(study, prepared, searching, running, ledger, tracker, work_on, watch, account).run()
             finally:
-                account.count()
+                account.settle()
                 watch.write(study)
         for left in (CHECKPOINTS, SCRATCH):  # of work that was given up
             shutil.rmtree(folder / left, ignore_errors=True)

@@ -118,6 +118,15 @@ def test_a_price_in_the_study_is_asked_of_nobody_and_holds_for_what_was_used_bef
     assert asked.kinds == [STRANGE]
 
 
+def test_what_was_used_is_noted_at_the_end_though_the_cluster_is_gone(ledger: Ledger) -> None:
+    cluster, clock = Cluster({GPU: 2}), Clock()
+    account = Account(ledger, cluster, Budget(), None, clock, Asked())
+    clock.seconds += HOUR
+    cluster.nodes = lambda: pytest.fail("asked of a cluster that is gone")  # type: ignore[method-assign]
+    account.settle()
+    assert noted_bill(ledger).node_hours == pytest.approx(2.0)
+
+
 class Unseen:
     def record(self, candidate: Candidate) -> None:
         pass
@@ -145,7 +154,7 @@ def carried_on(
     executor = Cluster({GPU: nodes})
     account = Account(ledger, executor, budget, None, clock, Asked())
     Service(study, ready, searching, executor, ledger, NoTracker(), do, Unseen(), account).run()
-    account.count()
+    account.settle()
     ledger.close()
     return study
 
