@@ -533,7 +533,9 @@ def store(
     ] = None,
     sweep: Annotated[
         bool,
-        typer.Option("--sweep", help="Remove uploads and files that killed writers left over a day ago."),
+        typer.Option(
+            "--sweep", help="Remove what killed writers left over a day ago, and checkpoints as old."
+        ),
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only tell what would be removed.")] = False,
     as_json: AsJson = False,
@@ -561,7 +563,13 @@ def store(
         hint = f"; what may go is made again when needed: slimfront store {place} --trim 5GB leaves no more than that"
         if is_remote(place):
             hint = f"; slimfront store {place} --sweep removes what killed writers left over a day ago"
-        said = f"; {_size(swept)} of unfinished writes removed" if sweep else hint if limit is None else ""
+        said = (
+            f"; {_size(swept)} of unfinished writes and old checkpoints removed"
+            if sweep
+            else hint
+            if limit is None
+            else ""
+        )
         _out().print(f"{_size(left)} in all{said}", soft_wrap=True, markup=False)
     if limit is not None and not dry_run and left > limit:
         _err().print(f"{_size(left)} are left: the rest has to stay", soft_wrap=True)
@@ -653,6 +661,7 @@ def _check_template(file: Path) -> None:
 
 
 def _run(prepared: Prepared, overrides: tuple[str, ...]) -> None:
+    from cluster.executor import Unavailable
     from cluster.store import is_remote
     from jobs.run import disk_is_full
     from orchestrator.launch import OtherStudy, launch
@@ -662,20 +671,21 @@ def _run(prepared: Prepared, overrides: tuple[str, ...]) -> None:
         with Display(_err()) as display:
             results = launch(prepared, display.show, overrides)
     except KeyboardInterrupt:
-        said = f"Interrupted. What ended is kept; go on with: slimfront resume {prepared.folder}"
-        _err().print(said, soft_wrap=True)
+        _err().print(f"Interrupted. What ended is kept; go on with: {_resuming(prepared)}", soft_wrap=True)
         raise typer.Exit(130) from None
     except BlockingIOError:
         _fail(f"another process runs the study in {prepared.folder}; see slimfront status {prepared.folder}")
     except OtherStudy as error:
         _fail(str(error))
+    except Unavailable as error:
+        _fail(f"{error}. What ended is kept; go on with: slimfront resume {prepared.folder}")
     except (OSError, sqlite3.Error) as error:
         if not disk_is_full(error):
             raise
         freed = f" (slimfront store {prepared.folder.parent} --trim 5GB removes what can be made again)"
         _fail(
             f"The disk with {prepared.folder} is full. What ended is kept. Make room"
-            f"{'' if is_remote(prepared.config.store) else freed}, then go on with: slimfront resume {prepared.folder}"
+            f"{'' if is_remote(prepared.config.store) else freed}, then go on with: {_resuming(prepared)}"
         )
     if results.original.failure is not None:
         _err().print(f"The original could not be measured: {results.original.failure.message}", style="red")
@@ -686,6 +696,13 @@ def _run(prepared: Prepared, overrides: tuple[str, ...]) -> None:
     _err().print(f"Report: {prepared.folder / 'report.html'}")
     if not results.members:
         raise typer.Exit(1)
+
+
+def _resuming(prepared: Prepared) -> str:
+    """The command that goes on with a study: by its name where it is a cluster's job, whose folder is the cluster's."""
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
+        return f"slimfront resume {prepared.config.name} --address URL"
+    return f"slimfront resume {prepared.folder}"
 
 
 @contextmanager
@@ -737,11 +754,14 @@ def _follow(jobs: Jobs, id: str) -> None:
 def _job_status(name: str, address: str, insecure: bool, as_json: bool) -> None:
     with _cluster(address, insecure) as jobs:
         job = _job(jobs, name)
+        written = jobs.log(job.id).rstrip().splitlines()
     if as_json:
-        _print_json(dataclasses.asdict(job))
+        _print_json({**dataclasses.asdict(job), "last_line": written[-1] if written else ""})
         return
     message = job.message.splitlines()[0] if job.message else ""
     _out().print(f"{name}: {job.status.lower()} as {job.id}. {message}", soft_wrap=True, markup=False)
+    if written:
+        _out().print(written[-1], soft_wrap=True, markup=False, highlight=False)
 
 
 def _place(name: str, address: str, insecure: bool) -> str:

@@ -9,14 +9,14 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from types import FrameType
 
 from cluster.executor import Executor
 from cluster.on_ray import RayExecutor
-from cluster.store import is_remote, place_of
+from cluster.store import is_remote, open_store, place_of
 from jobs.measure import environment
-from orchestrator import search
+from orchestrator import checkpoints, search
 from orchestrator.candidate import Candidate
 from orchestrator.export import MATERIALS
 from orchestrator.foretelling import foretelling
@@ -71,7 +71,9 @@ def launch(
         cluster = prepared.config.cluster
         # How many a cluster has its Ray knows; this machine is only one of it.
         slots = None if cluster.address and cluster.slots == "auto" else slots_of(prepared.config)
-        running = executor or RayExecutor(slots, cluster.memory_gib, address=cluster.address)
+        running = executor or RayExecutor(
+            slots, cluster.memory_gib, address=cluster.address, start_seconds=cluster.start_seconds
+        )
         with closing(ledger), closing(running), _interruptible():
             prepared = foretelling(_as_begun(prepared, ledger), ledger, running)
             study = Study(prepared.plan)
@@ -93,6 +95,7 @@ def launch(
                 watch.write(study)
         for left in (CHECKPOINTS, SCRATCH):  # of work that was given up
             shutil.rmtree(folder / left, ignore_errors=True)
+        _forget_trainings(prepared, study)
         results = _standings(prepared, study).results()
         page = report_html(results, prepared.text, study.savings)
         write_whole(folder / "report.html", page)
@@ -152,6 +155,15 @@ def _work(prepared: Prepared) -> Work:
     address = store if is_remote(store) else str(here)
     place = Workplace(prepared.materials, address, scratch, here / CACHE, prepared.sharing)
     return functools.partial(work, workplace=place)
+
+
+def _forget_trainings(prepared: Prepared, study: Study) -> None:
+    """Remove the checkpoints that workers left in a store that is elsewhere: of work that was given up."""
+    if is_remote(prepared.config.store):
+        lineages = [candidate.recipe.lineage() for candidate in study.candidates.values()]
+        with suppress(OSError):
+            made = {step.id for lineage in lineages for step in lineage}
+            checkpoints.drop(made, open_store(prepared.config.store))
 
 
 def _tracker(prepared: Prepared) -> Tracker:

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from cluster.executor import Resources
 from cluster.store import is_remote, reach
 from jobs import data, formats, masks, memory, meters, models, runtimes, sharing
 from jobs.families import TASKS, Task, family
@@ -28,7 +29,7 @@ from jobs.meters import lm_eval_tasks
 from jobs.operations import Table, predict
 from jobs.recipe import Origin, Recipe
 from jobs.sharing import WORKER_GIB, Sharing
-from orchestrator import levels, search
+from orchestrator import inputs, levels, search
 from orchestrator.config import Evaluation, InvalidStudy, Loaded, StudyConfig, Tasks, Text
 from orchestrator.estimate import estimates
 from orchestrator.events import Cost, Plan, Proposed
@@ -106,6 +107,21 @@ class Prepared:
             return Proposed(recipe, choices, self._cost(recipe))
         except ValueError as error:
             return Proposed(recipe, choices, None, str(error))
+
+    def resources(self, job: Job, alone: bool, slots: int) -> Resources:
+        """What a job asks of the executor. On a cluster what runs alone, timings first of all, runs on the nodes that
+        the study names for it."""
+        ranks = self.ranks(job, slots)
+        memory_gib = self.memory_gib(job, ranks)
+        labels = self.config.cluster.timing if alone and self.config.cluster.address else {}
+        return Resources(self._gpus(memory_gib), 1.0, memory_gib, ranks, alone, labels)
+
+    def _gpus(self, memory_gib: float) -> float:
+        """The GPUs that a job, or each of its ranks, holds on a cluster."""
+        cluster = self.config.cluster
+        if cluster.address is None or cluster.gpus != "auto":
+            return 0.0 if cluster.address is None else float(cluster.gpus)
+        return share_of_gpu(memory_gib, self.sharing.device_gib or math.inf)
 
     def memory_gib(self, job: Job, ranks: int = 1) -> float:
         """About how much memory a job takes, or each of its ranks, from the original's size: what slots share is
@@ -263,6 +279,7 @@ def prepare(loaded: Loaded) -> Prepared:
             problems.append(Problem(key, f"got {error}, expected {expected}"))
             return None
 
+    config = inputs.fetched(config, home(config.store), attempt)
     _check_values(config, check)
     task: Task = next((one for one in TASKS if one == config.task), "causal-lm")
     folder = attempt("model", lambda: models.locate(config.model), "a model folder, a hub id or package:NAME")
@@ -344,6 +361,12 @@ def objectives_of(config: StudyConfig) -> tuple[Objective, ...]:
 def slots_of(config: StudyConfig) -> int:
     """How many jobs run at once on this machine."""
     return os.cpu_count() or 1 if config.cluster.slots == "auto" else int(config.cluster.slots)
+
+
+def share_of_gpu(memory_gib: float, device_gib: float) -> float:
+    """The part of a GPU that a job holds, of which as many share it as its memory holds. Ray counts ten-thousandths."""
+    jobs = max(1, math.floor(device_gib / memory_gib))
+    return math.floor(10_000 / jobs) / 10_000
 
 
 def rungs_of(
@@ -446,6 +469,18 @@ def _check_values(config: StudyConfig, check: Check) -> None:
         "cluster.memory_gib",
         (memory_gib is None or memory_gib > 0, f"got {memory_gib}, expected more than 0"),
     )
+    gpus = config.cluster.gpus
+    number = isinstance(gpus, int | float) and not isinstance(gpus, bool) and 0 <= gpus < math.inf
+    check(
+        "cluster.gpus",
+        (gpus == "auto" or number, f"got {gpus!r}, expected auto or a number from 0"),
+        (
+            gpus != "auto" or config.cluster.device_gib != "auto",
+            "got auto, expected cluster.device_gib with it",
+        ),
+    )
+    start = config.cluster.start_seconds
+    check("cluster.start_seconds", (start > 0, f"got {start}, expected more than 0"))
     _check_sharing(config, check)
 
 

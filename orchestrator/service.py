@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 from cluster import executor
-from cluster.executor import Executor, Resources
+from cluster.executor import Executor
 from jobs.job import Failure, Job, Outcome
 from orchestrator.candidate import Candidate
 from orchestrator.events import (
@@ -19,6 +18,7 @@ from orchestrator.events import (
     Event,
     Exhausted,
     Record,
+    Resized,
     Run,
     Started,
     Stopped,
@@ -29,7 +29,7 @@ from orchestrator.prepare import Prepared
 from orchestrator.search import Search
 from orchestrator.study import Study
 from orchestrator.tracking import Tracker
-from orchestrator.work import CHECKPOINTS
+from orchestrator.work import CHECKPOINTS, forget_training
 
 WAIT_SECONDS = 1.0
 """How long the loop sleeps at most where nothing ends: how often progress is shown."""
@@ -72,6 +72,8 @@ class Service:
         """Carry the study on to its end. Interrupted anywhere, the next `run` of a new process goes on there."""
         self._take(Began(self.executor.slots))
         while self.study.stage != "done":
+            if self.study.slots != self.executor.slots:
+                self._take(Resized(self.executor.slots))
             self._propose()
             news = self.executor.wait(WAIT_SECONDS)
             self._take(*map(_event, news))
@@ -145,16 +147,13 @@ class Service:
                 self.watch.record(command.candidate)
 
     def _run(self, command: Run) -> None:
-        ranks = self.prepared.ranks(command.job, self.executor.slots)
-        memory_gib = self.prepared.memory_gib(command.job, ranks)
-        resources = Resources(memory_gib=memory_gib, ranks=ranks, exclusive=command.alone)
+        resources = self.prepared.resources(command.job, command.alone, self.executor.slots)
         key = f"{command.job.id}#{command.attempt}"
         self.executor.submit(key, self.work, command.job, resources=resources)
 
     def _cancel(self, command: Cancel) -> None:
         self.executor.cancel(f"{command.job.id}#{command.attempt}")
-        left = self.prepared.folder / CHECKPOINTS / command.job.recipe.id
-        shutil.rmtree(left, ignore_errors=True)
+        forget_training(command.job.recipe, self.prepared.folder / CHECKPOINTS, self.prepared.config.store)
 
 
 def _event(ended: executor.Ended) -> Ended:
