@@ -226,7 +226,10 @@ def test_front_members_alone_are_registered_and_the_aliases_name_them(
     assert set(found) == {"knee", "smallest", "most-accurate"}, "no objective says which is fastest"
 
 
-def test_a_registered_model_tells_its_run_its_numbers_and_where_its_files_lie(uri: str, outbox: Path) -> None:
+def test_a_registered_model_tells_its_run_its_numbers_and_where_its_files_lie(
+    uri: str, outbox: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(MLflowTracker, "_ensure_mirror", lambda self: None)
     tracker = MLflowTracker(uri, outbox, lambda digest: f"s3://bucket/objects/{digest}/files")
     tracker.start("laptop", "", {}, OBJECTIVES)
     finish(tracker, [measured(0, 100, 0.8), measured(1, 80, 0.7)])
