@@ -104,7 +104,7 @@ class TrackingSpec:
 class ClusterSpec:
     """slots: how many jobs run at once (`auto`: one per core; on a cluster, as many as it could have). memory_gib: what
     they may use together on this machine. address: a running Ray's; without one, Ray is started here for as long as the
-    study runs.
+    study runs. stall_seconds: a job that reports no progress for so long hangs, is ended and tried again; null: never.
 
     On a cluster, gpus: what each job holds of a GPU, or how many (`auto`: the part of one that its memory takes of
     device_gib); timing: labels of the nodes on which latency is measured (none: those like the first one that was);
@@ -118,6 +118,7 @@ class ClusterSpec:
     slots: Any = "auto"
     memory_gib: float | None = None
     address: str | None = None
+    stall_seconds: float | None = 3600.0
     gpus: Any = 0
     timing: dict[str, str] = field(default_factory=dict)
     start_seconds: float = 900.0
