@@ -21,6 +21,7 @@ from cluster.executor import InlineExecutor
 from cluster.store import LocalStore, open_store
 from jobs import models, run
 from jobs.job import Failure, Job, Outcome
+from orchestrator import work as working
 from orchestrator.config import load
 from orchestrator.export import export_member
 from orchestrator.foretelling import foretelling
@@ -216,14 +217,14 @@ def _run_until(file: Path, log: Path, kill_at: int) -> None:
     torn(Service, "_carry_out")
     torn(LocalStore, "commit")
     torn(LocalStore, "put")
-    attempt = run.attempt
+    attempt = working._attempt
 
-    def counted(job: Job, *given: Any, **named: Any) -> Any:
+    def counted(job: Job, *given: Any) -> Any:
         with log.open("a") as stream:  # outside the ledger, in one write
             stream.write(f"{time.time_ns()} {job.id}\n")
-        return attempt(job, *given, **named)
+        return attempt(job, *given)
 
-    run.attempt = counted
+    working._attempt = counted  # type: ignore[assignment]
     run_inline(prepare(load(file)))
 
 
