@@ -104,7 +104,8 @@ class TrackingSpec:
 class ClusterSpec:
     """slots: how many jobs run at once (`auto`: one per core; on a cluster, as many as it could have). memory_gib: what
     they may use together on this machine. address: a running Ray's; without one, Ray is started here for as long as the
-    study runs. price_per_hour: of each node, instead of what the cloud or a table says, in any currency.
+    study runs. stall_seconds: a job that reports no progress for so long hangs, is ended and tried again; null: never.
+    price_per_hour: of each node, instead of what the cloud or a table says, in any currency.
 
     On a cluster, gpus: what each job holds of a GPU, or how many (`auto`: the part of one that its memory takes of
     device_gib); timing: labels of the nodes on which latency is measured (none: those like the first one that was);
@@ -118,6 +119,7 @@ class ClusterSpec:
     slots: Any = "auto"
     memory_gib: float | None = None
     address: str | None = None
+    stall_seconds: float | None = 3600.0
     price_per_hour: float | None = None
     gpus: Any = 0
     timing: dict[str, str] = field(default_factory=dict)

@@ -23,6 +23,7 @@ from orchestrator.candidate import Candidate
 from orchestrator.export import MATERIALS
 from orchestrator.foretelling import foretelling
 from orchestrator.front import Objective
+from orchestrator.lease import STALL_SECONDS
 from orchestrator.ledger import Ledger
 from orchestrator.lock import only_one
 from orchestrator.places import CACHE, home, note_store
@@ -73,8 +74,13 @@ def launch(
         cluster = prepared.config.cluster
         # How many a cluster has its Ray knows; this machine is only one of it.
         slots = None if cluster.address and cluster.slots == "auto" else slots_of(prepared.config)
+        leases = {} if cluster.stall_seconds is None else {STALL_SECONDS: str(cluster.stall_seconds)}
         running = executor or RayExecutor(
-            slots, cluster.memory_gib, address=cluster.address, start_seconds=cluster.start_seconds
+            slots,
+            cluster.memory_gib,
+            address=cluster.address,
+            env=leases,
+            start_seconds=cluster.start_seconds,
         )
         with closing(ledger), closing(running), _interruptible():
             account = Account(ledger, running, prepared.budget, cluster.price_per_hour)

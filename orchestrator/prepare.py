@@ -487,6 +487,10 @@ def _check_values(config: StudyConfig, check: Check) -> None:
     )
     start = config.cluster.start_seconds
     check("cluster.start_seconds", (start > 0, f"got {start}, expected more than 0"))
+    stall = config.cluster.stall_seconds
+    check(
+        "cluster.stall_seconds", (stall is None or stall > 0, f"got {stall}, expected more than 0, or null")
+    )
     _check_budget(config, check)
     _check_sharing(config, check)
 

@@ -32,6 +32,7 @@ from jobs.job import (
 from jobs.recipe import Recipe
 from jobs.sharing import Sharing
 from orchestrator import checkpoints, inputs
+from orchestrator.lease import Lease
 
 DOWNLOADS = "downloads"
 """Beside the cache: copies of artifacts, where the store is elsewhere."""
@@ -67,10 +68,13 @@ def work(job: Job, workplace: Workplace) -> Outcome | None:
     Any number of attempts may run at once or after each other: the first to commit wins, all return what won. Of
     several ranks the first returns the outcome; another one returns None, or why it could not go on.
     """
+    lease = Lease()
     try:
         outcome = _work(job, workplace)
     except Exception as error:  # noqa: BLE001 - the worker boundary: failures cross it as data
         outcome = run.failure(error)
+    finally:
+        lease.end()
     if isinstance(outcome, Success):
         # For whoever measures on from here, who finds it in the store.
         return dataclasses.replace(outcome, measurement=dataclasses.replace(outcome.measurement, observed={}))
@@ -255,8 +259,10 @@ def _measured(
 
 def _reporting(sending: checkpoints.Sending | None) -> Report:
     """Stops the job where its machine is to be taken away, and lets checkpoints be sent meanwhile."""
+    lease = Lease()
 
     def report(share: float, what: str) -> None:
+        lease.renew()
         _stop_at_notice()
         if sending is not None:
             sending()

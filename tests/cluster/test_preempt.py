@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import multiprocessing
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -26,8 +28,9 @@ def ec2(monkeypatch: pytest.MonkeyPatch) -> Iterator[Ec2]:
 
 
 @pytest.fixture(autouse=True)
-def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
+def _soon(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Polls often, and leaves the environment as it was."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(preempt, "POLL_SECONDS", 0.02)
     monkeypatch.setenv("SLIMFRONT_NOTICE", "")
     monkeypatch.delenv("SLIMFRONT_NOTICE")

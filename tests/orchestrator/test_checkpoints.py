@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -188,9 +189,12 @@ def steps_of(seen: list[str]) -> list[str]:
 
 
 @pytest.fixture
-def take_away(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Callable[[], bool]], None]]:
+def take_away(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> Iterator[Callable[[Callable[[], bool]], None]]:
     """Gives this process notice as soon as something holds."""
     monkeypatch.setattr(preempt, "POLL_SECONDS", 0.005)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(working, "LEAVING_SECONDS", 0.01)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setenv("GCE_METADATA_HOST", "127.0.0.1:9")

@@ -23,10 +23,12 @@ from cluster.store import LocalStore, open_store
 from jobs import models, run
 from jobs.job import Failure, Job, Outcome
 from orchestrator import cli
+from orchestrator import work as working
 from orchestrator.config import load
 from orchestrator.export import export_member
 from orchestrator.foretelling import foretelling
 from orchestrator.launch import OtherStudy, launch
+from orchestrator.lease import STALL_SECONDS
 from orchestrator.ledger import Ledger
 from orchestrator.lock import only_one
 from orchestrator.prepare import Prepared, prepare
@@ -251,14 +253,14 @@ def _run_until(file: Path, log: Path, kill_at: int) -> None:
     torn(Service, "_carry_out")
     torn(LocalStore, "commit")
     torn(LocalStore, "put")
-    attempt = run.attempt
+    attempt = working._attempt
 
-    def counted(job: Job, *given: Any, **named: Any) -> Any:
+    def counted(job: Job, *given: Any) -> Any:
         with log.open("a") as stream:  # outside the ledger, in one write
             stream.write(f"{time.time_ns()} {job.id}\n")
-        return attempt(job, *given, **named)
+        return attempt(job, *given)
 
-    run.attempt = counted
+    working._attempt = counted  # type: ignore[assignment]
     run_inline(prepare(load(file)))
 
 
@@ -369,15 +371,22 @@ def test_on_a_cluster_there_are_as_many_slots_as_it_has_cores(
         pass
 
     def executor(
-        slots: int | None, memory_gib: float | None, address: str | None, start_seconds: float
+        slots: int | None,
+        memory_gib: float | None,
+        address: str | None,
+        env: dict[str, str],
+        start_seconds: float,
     ) -> None:
-        raise Asked(slots, address)
+        raise Asked(slots, address, env)
 
     monkeypatch.setattr("orchestrator.launch.RayExecutor", executor)
     for overrides, asked in (
-        (["cluster.address=auto"], (None, "auto")),
-        (["cluster.address=auto", "cluster.slots=3"], (3, "auto")),
-        ([], (os.cpu_count(), None)),
+        (["cluster.address=auto"], (None, "auto", {STALL_SECONDS: "3600.0"})),
+        (
+            ["cluster.address=auto", "cluster.slots=3", "cluster.stall_seconds=60"],
+            (3, "auto", {STALL_SECONDS: "60.0"}),
+        ),
+        (["cluster.stall_seconds=null"], (os.cpu_count(), None, {})),
     ):
         with pytest.raises(Asked) as found:
             launch(prepared(*overrides), lambda status: None)
