@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help install quickstart check test test-slow wheel clean
+.PHONY: help install quickstart check test test-slow test-cluster wheel clean
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
 
@@ -30,11 +30,15 @@ check: $(VENV)/installed  ## the fast checks: style, types, walls between the ro
 	$(BIN)/lint-imports --no-cache
 
 test: $(VENV)/installed  ## the tests, and the built wheel installed elsewhere
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow and not cluster"
 	$(MAKE) --no-print-directory wheel
 
 test-slow: $(VENV)/model  ## what needs the real model or minutes
 	$(BIN)/python -m pytest -m slow
+
+test-cluster: $(VENV)/installed  ## studies on a Ray that grows, shrinks and loses nodes, on this machine (about 30 minutes)
+	$(BIN)/python -m pytest -m cluster
+	$(BIN)/python -m benchmarks.cluster
 
 # The wheel is tried in an environment of its own that borrows the libraries, not the sources.
 wheel: $(VENV)/installed

@@ -45,7 +45,8 @@ from rich.table import Table
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from benchmarks import overhead
-from cluster.on_ray import RayExecutor, connect
+from cluster.head import connect
+from cluster.on_ray import RayExecutor
 from cluster.store import open_store
 from jobs.job import Job, Measurement, Outcome, Success, outcome_to_dict
 from orchestrator.config import load

@@ -104,7 +104,7 @@ def _suggest(trial: Any, knob: str, domain: Domain) -> None:
 
 
 def search(task: Task, slots: int, seed: int, until: float, out: Path) -> None:
-    from cluster.on_ray import connect
+    from cluster.head import connect
 
     ray, _ = connect(None, slots, None)
     from ray import tune

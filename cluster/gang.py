@@ -22,7 +22,7 @@ from typing import Any
 
 import cloudpickle
 
-from cluster.executor import Ended, run_piece
+from cluster.piece import Ended, run_piece
 
 LOOPBACK = "127.0.0.1"
 

@@ -1,51 +1,96 @@
-"""RayExecutor: warm workers on Ray, on this machine or on a cluster. The door to Ray's core."""
+"""RayExecutor: warm workers on Ray, on this machine or on a cluster. A door to Ray's core."""
 
 from __future__ import annotations
 
-import ctypes
-import json
-import logging
+import functools
 import math
 import os
 import pickle
-import secrets
-import signal
+import platform
 import socket
-import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass
-from importlib import metadata
+from dataclasses import dataclass, field
 from pathlib import Path
 from queue import SimpleQueue
-from types import ModuleType
 from typing import Any
 
 import psutil
 
-from cluster.executor import Admission, Capacity, Ended, Resources, cores, run_piece
+from cluster import draining
+from cluster.executor import Capacity, NodeType, Resources, Unavailable, cores
+from cluster.gang import LOOPBACK, Rank, die_with_parent, ends, free_port, run_rank
+from cluster.head import Seen, View, connect, demand, said_of
+from cluster.piece import Ended, run_piece
+from cluster.workforce import Node, Room, Shape, Workforce, key_of
 
-# Results larger than 100 KB pass through Ray's shared memory; ours are records, files go to the store.
-OBJECT_STORE_BYTES = 150 * 2**20
 DYING_SECONDS = 5.0
 """So long at most is waited for a killed process to be gone."""
+STARTING_SECONDS = 900.0
+"""So long a cluster has to give the first worker, or one when all are gone: a cloud's GPU may take ten minutes."""
+REFUSED_SECONDS = 20.0
+"""After so long of a cluster at rest, and of its autoscaler saying that no node could hold a worker, it is believed."""
+FAILED_STARTS = 5
+"""When so many workers in a row ended before they could do anything, the next one would too."""
+LOOK_SECONDS = 1.0
+"""How often a cluster is asked how it is."""
+SEEN_SECONDS = 2.0
+"""What is asked of a cluster may take so long to be seen by its autoscaler."""
+MOST_GIB = 2**16
+"""No node has so much memory. What is far beyond it overflows Ray's autoscaler, which then stands still."""
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a worker is: the machine, its address, the process, the node as placing goes."""
+
+    machine: str
+    address: str
+    pid: int
+    node: Node
+
+
+_HERE = "this machine"
+"""The node of all workers of a Ray of this machine."""
 
 
 class Worker:
     """One warm process: what a piece of work loads and caches stays for the next one."""
 
     def __init__(self) -> None:
-        _die_with_parent()
+        die_with_parent()  # Ray alone let busy workers write for half a minute after their node was gone
+        draining.watch()
         self._packed, self._fn = b"", _nothing
 
     def run(self, key: str, packed: bytes, args: tuple[Any, ...]) -> Ended:
         return run_piece(key, self._unpacked(packed), args)
 
-    def where(self) -> tuple[str, int]:
-        """The machine and the process that this is."""
-        return socket.gethostname(), os.getpid()
+    def run_rank(
+        self,
+        key: str,
+        packed: bytes,
+        args: tuple[Any, ...],
+        ranks: tuple[int, int, int],
+        met: tuple[str, int],
+    ) -> Ended:
+        """Do one rank's part of a gang's piece. ranks: its number, how many there are, its number on this node."""
+        return run_rank(key, pickle.loads(packed), args, Rank(*ranks, *met))
+
+    def meet(self, address: str) -> tuple[str, int]:
+        """Where the ranks of a gang may meet, whose first is here."""
+        return address, free_port()
+
+    def where(self) -> _Place:
+        import ray
+
+        here = ray.get_runtime_context()
+        labels: Mapping[str, Any] = here.get_node_labels()
+        node = Node(here.get_node_id(), dict(labels), _processor())
+        address: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
+        return _Place(socket.gethostname(), address, os.getpid(), node)
 
     def load(self, packed: bytes) -> None:
         """Make the function ready: this process imports what it needs."""
@@ -61,29 +106,41 @@ class Worker:
 
 @dataclass
 class _Piece:
-    """Work under way, waiting or running on `worker`. A `cancelled` one is not reported."""
+    """Work under way, waiting or running: on one worker, or on as many as it has ranks, the first of which tells its
+    value. left: those that have not come back; ended: what is to be reported. A `cancelled` one is not reported."""
 
     key: str
     fn: Callable[..., Any]
     args: tuple[Any, ...]
-    worker: Any = None
+    workers: tuple[int, ...] = ()
+    left: set[int] = field(default_factory=set)
+    ended: Ended | None = None
     cancelled: bool = False
+
+    @property
+    def given_up(self) -> bool:
+        return self.cancelled or self.ended is not None
 
 
 class RayExecutor:
-    """Runs work on warm Ray actors, one for each slot.
+    """Runs work on warm Ray actors, its workers.
 
     Without an `address` (RAY_ADDRESS counts as one) it starts a Ray of its own on this machine, seen by
-    this user only, and ends it in `close`; a driver that is killed takes it along. `slots`, `memory_gib` and
-    `gpus` default to what there is, on a cluster to what it has when this connects; `gpus` is shared out
-    evenly over the slots. On several nodes memory is counted over all of them together.
+    this user only, and ends it in `close`; a driver that is killed takes it along. It then has a worker for each
+    slot from the beginning to the end. `slots`, `memory_gib` and `gpus` default to what there is; `gpus` is shared out
+    evenly over the slots.
+
+    On a cluster it wants a worker for each piece that is under way, up to what the cluster could have (or `slots`), and
+    lets go of who has nothing to do, so that an autoscaler adds and removes nodes with the work (cluster/workforce.py).
+    Each worker holds what the largest piece so far asked for. A piece whose node goes away is lost as preempted. `wait`
+    raises Unavailable where no node could hold what is asked, or none came for `start_seconds`.
 
     A piece is only handed to an idle worker: the next one starts a call's latency (about a millisecond)
     after the last, and nothing waits in line behind a long piece while another slot is free. A thread
     hands out the work, so slots don't run dry while the caller thinks. When the first piece starts, the other workers
-    import what its function needs, which may take as long as a short piece. A function is sent as it is at first:
-    one that is submitted again must hold what it held. Neither pieces nor `env` may hold secrets: Ray shows them
-    to whoever may see its state.
+    of this machine import what its function needs, which may take as long as a short piece. A function is sent as it is
+    at first: one that is submitted again must hold what it held. Neither pieces nor `env` may hold secrets: Ray shows
+    them to whoever may see its state.
 
     `env` is set before a worker's process starts, as thread counts must be; by default each worker's
     mathematics uses one thread.
@@ -96,52 +153,75 @@ class RayExecutor:
         gpus: float | None = None,
         address: str | None = None,
         env: Mapping[str, str] | None = None,
+        start_seconds: float = STARTING_SECONDS,
     ) -> None:
-        self._ray, self._started_ray = connect(address or os.environ.get("RAY_ADDRESS"), slots, gpus)
-        have = self._ray.cluster_resources()
-        self.slots = int(slots or max(1, have.get("CPU", 1)))
-        share = (have.get("GPU", 0.0) if gpus is None else gpus) / self.slots
-        memory = have.get("memory", math.inf) / 2**30 if memory_gib is None else memory_gib
-        cpus = max(self.slots, have.get("CPU", 1), cores())
-        self._admission = Admission(Capacity(self.slots, cpus, memory, share))
-        self._actor = self._ray.remote(Worker).options(
-            num_cpus=1, num_gpus=share, max_concurrency=1, max_restarts=0, max_task_retries=0,
-            runtime_env={"env_vars": {**one_thread(), **(env or {})}},
-        )  # fmt: skip
-        self._where: dict[Any, Any] = {}
-        self._idle = [self._new_worker() for _ in range(self.slots)]
+        address = address or os.environ.get("RAY_ADDRESS")
+        self._ray, self._started_ray = connect(address, slots, gpus)
+        self._env = {"env_vars": {**one_thread(), **(env or {})}}
+        self._start_seconds = start_seconds
+        self._given = slots
+        self._capacity: Capacity | None = None
+        self._share = 0.0
+        self._workers: dict[int, Any] = {}
+        self._places: dict[int, _Place] = {}
+        self._hired = 0
         self._pieces: dict[int, _Piece] = {}
         self._tickets: dict[str, int] = {}
         self._submitted = 0
         self._ended: dict[str, Ended] = {}
         self._loaded = False
         self._packed: tuple[Callable[..., Any], bytes] = _nothing, b""
-        self._broken: BaseException | None = None
-        self._closed = False
+        self._rooms: dict[frozenset[tuple[str, str]], Room] = {}
+        self._asked_at = self._stirred = time.monotonic()
+        self._refused_since: float | None = None
+        self._failed_starts = 0
+        self._broken: Unavailable | None = None
+        self._closed = threading.Event()
         self._changed = threading.Condition()
-        self._resolved: SimpleQueue[tuple[int, Future[Any]] | None] = SimpleQueue()
-        self._thread = threading.Thread(target=self._hand_out, name="slimfront-ray", daemon=True)
-        self._thread.start()
+        self._news: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        if address in (None, "local"):
+            self._capacity, self._share = _capacity(self._ray.cluster_resources(), slots, memory_gib, gpus)
+        self._workforce = Workforce(self._capacity)
+        self._threads = [threading.Thread(target=self._take_news, name="slimfront-ray", daemon=True)]
+        if self._capacity is not None:
+            for _ in range(self._capacity.slots):
+                self._hire_here()
+        else:
+            self._threads.append(threading.Thread(target=self._look, name="slimfront-look", daemon=True))
+        for thread in self._threads:
+            thread.start()
+
+    @property
+    def slots(self) -> int:
+        if self._capacity is not None:
+            return self._capacity.slots
+        with self._changed:
+            return max((room.limit for room in self._rooms.values()), default=Room(self._given).limit)
 
     def submit(self, key: str, fn: Callable[..., Any], *args: Any, resources: Resources) -> None:
         with self._changed:
-            if self._closed:
+            if self._closed.is_set():
                 raise RuntimeError("this executor is closed")
             if key in self._tickets:
                 raise ValueError(f"{key} is under way already; wait for it or cancel it first")
+            (self._capacity or Capacity(self._given or 2**31, memory_gib=MOST_GIB, gpus=math.inf)).check(
+                resources
+            )
+            if not self._pieces:
+                self._stirred = time.monotonic()
             ticket = self._submitted
-            self._admission.add(ticket, resources)
+            self._workforce.add(ticket, resources)
             self._submitted += 1
             self._tickets[key] = ticket
             self._pieces[ticket] = _Piece(key, fn, args)
-            self._start_what_may()
+            self._go_on()
 
     def wait(self, timeout: float | None = None) -> list[Ended]:
         deadline = math.inf if timeout is None else time.monotonic() + timeout
         with self._changed:
             while not self._ended and self._tickets:
                 if self._broken:
-                    raise RuntimeError("Ray is gone; start again, finished work is kept") from self._broken
+                    raise self._broken
                 left = min(deadline - time.monotonic(), threading.TIMEOUT_MAX)
                 if left <= 0:
                     return []
@@ -159,56 +239,86 @@ class RayExecutor:
             piece = None if ticket is None else self._pieces.get(ticket)
             if ticket is None or piece is None:
                 return
-            if piece.worker is None:
-                self._forget(ticket)
+            if not piece.workers:
+                del self._pieces[ticket]
+                self._workforce.end(ticket, time.monotonic())
             else:
                 # It keeps its slot until its process is seen dead: what runs next may be exclusive.
                 piece.cancelled = True
-                self._ray.kill(piece.worker)
-            self._start_what_may()
+                self._kill(piece.left)
+            self._go_on()
             self._changed.notify_all()
+
+    def nodes(self) -> Mapping[NodeType, int]:
+        return Counter(node_type(node["Labels"]) for node in self._ray.nodes() if node["Alive"])
 
     def close(self) -> None:
         with self._changed:
-            if self._closed:
+            if self._closed.is_set():
                 return
-            self._closed = True
-            workers = [*self._idle, *(piece.worker for piece in self._pieces.values() if piece.worker)]
-            self._idle.clear()
+            self._closed.set()
             self._pieces.clear()
             self._tickets.clear()
             self._ended.clear()
             self._changed.notify_all()
-        self._resolved.put(None)
-        self._thread.join()
-        for worker in workers:
-            self._ray.kill(worker)
+        self._news.put(None)
+        for thread in self._threads:
+            thread.join()
+        self._kill(list(self._workers))
         if self._started_ray:
             self._ray.shutdown()
 
-    def _hand_out(self) -> None:
-        """The thread: each call that came back frees a worker, and the next piece starts on it."""
-        while item := self._resolved.get():
+    def _take_news(self) -> None:
+        """The thread: what came back or was seen, one after the other; then whoever may start does."""
+        while take := self._news.get():
             with self._changed:
+                if self._closed.is_set():
+                    return
                 try:
-                    self._settle(*item)
-                    self._start_what_may()
+                    take()
+                    self._go_on()
                 except Exception as error:  # noqa: BLE001 - `wait` raises it
-                    self._broken = error
+                    self._broken = Unavailable(f"Ray is gone: {error}")
                 self._changed.notify_all()
 
-    def _start_what_may(self) -> None:
-        while not self._closed and (ticket := self._admission.next()) is not None:
-            piece = self._pieces[ticket]
-            piece.worker = self._idle.pop()
-            try:
-                packed = self._pack(piece.fn)
-                self._load(packed)
-                future = piece.worker.run.remote(piece.key, packed, piece.args).future()
-            except (Exception, SystemExit) as error:  # noqa: BLE001 - such as what does not pickle
-                future = Future()
-                future.set_exception(error)
-            future.add_done_callback(lambda done, ticket=ticket: self._resolved.put((ticket, done)))
+    def _tell(self, take: Callable[..., None], *what: object) -> None:
+        self._news.put(functools.partial(take, *what))
+
+    def _go_on(self) -> None:
+        while not self._closed.is_set() and (found := self._workforce.next()) is not None:
+            self._start(*found)
+        if self._capacity is None:
+            self._adjust()
+
+    def _start(self, ticket: int, workers: tuple[int, ...]) -> None:
+        piece = self._pieces[ticket]
+        piece.workers, piece.left = workers, set(workers)
+        self._stirred = time.monotonic()
+        try:
+            packed = self._pack(piece.fn)
+            self._load(packed)
+            calls = self._called(piece, packed)
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - such as what does not pickle
+            failed: Future[Any] = Future()
+            failed.set_exception(error)
+            calls = dict.fromkeys(workers, failed)
+        for worker, call in calls.items():
+            call.add_done_callback(functools.partial(self._tell, self._settle, ticket, worker))
+
+    def _called(self, piece: _Piece, packed: bytes) -> dict[int, Future[Any]]:
+        """The calls that do a piece, by worker."""
+        actors = [self._workers[worker] for worker in piece.workers]
+        if len(actors) == 1:
+            return {piece.workers[0]: actors[0].run.remote(piece.key, packed, piece.args).future()}
+        nodes = [self._workforce.node_of(worker) for worker in piece.workers]
+        first = self._places.get(piece.workers[0])
+        # Ray hands what the first worker answers on to the others: nobody waits for it here.
+        met = actors[0].meet.remote(LOOPBACK if first is None else first.address)
+        calls = {}
+        for number, (worker, actor) in enumerate(zip(piece.workers, actors, strict=True)):
+            ranks = (number, len(actors), nodes[:number].count(nodes[number]))
+            calls[worker] = actor.run_rank.remote(piece.key, packed, piece.args, ranks, met).future()
+        return calls
 
     def _pack(self, fn: Callable[..., Any]) -> bytes:
         """The function as it is sent. Most pieces have that of the one before, and pickling it may take longer than
@@ -218,48 +328,203 @@ class RayExecutor:
         return self._packed[1]
 
     def _load(self, packed: bytes) -> None:
-        """Once, while the first piece imports the same: later, one that is exclusive may be well under way."""
-        if self._loaded:
+        """Once, while the first piece imports the same: later, one that is exclusive may be well under way. Workers of
+        a cluster come one by one, each to a piece that waits for it."""
+        if self._loaded or self._capacity is None:
             return
         self._loaded = True
-        for worker in self._idle:
-            worker.load.remote(packed)
+        for worker, actor in self._workers.items():
+            if not any(worker in piece.workers for piece in self._pieces.values()):
+                actor.load.remote(packed)
 
-    def _settle(self, ticket: int, done: Future[Any]) -> None:
-        if self._closed:
-            return
-        piece = self._pieces[ticket]
+    def _settle(self, ticket: int, worker: int, done: Future[Any]) -> None:
+        """A call came back: that of a piece, or of one of its ranks."""
+        piece = self._pieces.get(ticket)
+        if piece is None or worker not in piece.left:
+            return  # its node was seen to be gone before
         error = done.exception()
-        if piece.cancelled or _process_is_gone(error):
-            # One that is only out of reach must not come back and write what another does by then.
-            self._ray.kill(piece.worker)
-            self._see_dead(piece.worker)
-            self._idle.insert(0, self._new_worker())
-        else:
-            self._idle.append(piece.worker)
-        self._forget(ticket)
-        if not piece.cancelled:
-            self._ended[piece.key] = done.result() if error is None else lost(piece.key, error)
+        ended = done.result() if error is None else lost(piece.key, error)
+        if piece.given_up or _process_is_gone(error):
+            self._dismiss(worker)
+        self._came_back(ticket, worker, ended)
 
-    def _new_worker(self) -> Any:
-        worker = self._actor.remote()
-        self._where[worker] = worker.where.remote()
-        return worker
+    def _came_back(self, ticket: int, worker: int, ended: Ended) -> None:
+        """What one worker tells of a piece. Where that ends it, other ranks are of no use any more."""
+        piece = self._pieces[ticket]
+        piece.left.discard(worker)
+        if not piece.given_up and ends(piece.workers.index(worker), ended):
+            piece.ended = ended
+            self._kill(piece.left)
+        if piece.left:
+            return
+        del self._pieces[ticket]
+        self._stirred = time.monotonic()
+        self._workforce.end(ticket, self._stirred)
+        if not piece.cancelled and piece.ended is not None:
+            self._ended[piece.key] = piece.ended
 
-    def _see_dead(self, worker: Any) -> None:
+    def _hire_here(self) -> None:
+        """A worker of this machine. It may be called at once: Ray keeps what it is to do until it is there."""
+        anything = Shape(
+            math.inf, self._share, math.inf
+        )  # pieces share this machine, whichever worker does them
+        number = self._hire(anything, _bundle(Shape(gpus=self._share)))
+        self._workforce.ready(number, Node(_HERE), time.monotonic())
+
+    def _hire(self, shape: Shape, asked: Mapping[str, float]) -> int:
+        """Ask Ray for a worker."""
+        number, self._hired = self._hired, self._hired + 1
+        actor = self._ray.remote(Worker).options(
+            num_cpus=asked["CPU"], num_gpus=asked["GPU"], memory=asked["memory"] or None,
+            label_selector=dict(shape.labels) or None,
+            max_concurrency=1, max_restarts=0, max_task_retries=0, runtime_env=self._env,
+        ).remote()  # fmt: skip
+        self._workers[number] = actor
+        self._workforce.want(number, shape)
+        actor.where.remote().future().add_done_callback(functools.partial(self._tell, self._placed, number))
+        return number
+
+    def _placed(self, number: int, done: Future[_Place]) -> None:
+        """A worker told where it is, or that it will never be."""
+        if number not in self._workers:
+            return
+        if done.exception() is not None:
+            if self._capacity is None:
+                self._dismiss(number)
+                self._failed_starts += 1
+                if self._failed_starts == FAILED_STARTS:
+                    self._broken = Unavailable(f"workers do not start: {done.exception()}")
+            return
+        self._places[number] = done.result()
+        if self._capacity is None:
+            self._failed_starts = 0
+            self._workforce.ready(number, done.result().node, time.monotonic())
+            if self._workforce.awaited(number):
+                self._stirred = time.monotonic()
+
+    def _dismiss(self, number: int) -> None:
+        """Take a worker off, for good: one that is only out of reach must not come back and write what another does by
+        then."""
+        self._kill([number])
+        self._see_dead(number)
+        self._workers.pop(number, None)
+        self._places.pop(number, None)
+        self._workforce.lose(number)
+        self._asked_at = time.monotonic()
+        if self._capacity is not None:
+            self._hire_here()
+
+    def _kill(self, workers: Collection[int]) -> None:
+        for worker in workers:
+            if worker in self._workers:
+                self._ray.kill(self._workers[worker])
+
+    def _see_dead(self, number: int) -> None:
         """Wait until a killed worker's process is gone, if it is on this machine: Ray tells of its end a little before,
         and what is handed out next may need the machine for itself."""
-        try:
-            machine, pid = self._ray.get(self._where.pop(worker), timeout=0.1)
-        except Exception:  # noqa: BLE001 - it died before it could tell
+        place = self._places.get(number)
+        if place is None or place.machine != socket.gethostname():
             return
         deadline = time.monotonic() + DYING_SECONDS
-        while machine == socket.gethostname() and _alive(pid) and time.monotonic() < deadline:
+        while _alive(place.pid) and time.monotonic() < deadline:
             time.sleep(0.005)
 
-    def _forget(self, ticket: int) -> None:
-        del self._pieces[ticket]
-        self._admission.end(ticket)
+    def _adjust(self) -> None:
+        """Ask a cluster for the workers that pieces wait for, and let go of those that none waits for."""
+        now = time.monotonic()
+        limits = {key: room.limit for key, room in self._rooms.items()}
+        change = self._workforce.change(limits, now)
+        for number in change.let_go:
+            self._dismiss(number)
+        for shape in change.want:
+            self._rooms.setdefault(key_of(shape.labels), Room(self._given))
+            self._hire(shape, _bundle(shape))
+            self._asked_at = now
+
+    def _look(self) -> None:
+        """The other thread: ask a cluster how it is, now and then."""
+        view = View(self._ray)
+        while not self._closed.wait(LOOK_SECONDS):
+            seen = view.seen()
+            if seen is not None:
+                self._tell(self._saw, seen)
+
+    def _saw(self, seen: Seen) -> None:
+        """What the cluster told of itself: of nodes that are gone, and of what its autoscaler can't place."""
+        now = time.monotonic()
+        self._workforce.leaving = seen.leaving
+        for number in self._workforce.on(seen.gone):
+            self._lost_with_node(number)
+        refused = 0
+        for key, room in self._rooms.items():
+            labels = dict(key)
+            wanted = Counter(demand(_bundle(one), labels) for one in self._workforce.wanted(labels))
+            if seen.scales and seen.seen_at > self._asked_at + SEEN_SECONDS:
+                too_many = (wanted & Counter(seen.refused)).total()
+                refused += too_many
+                room.take(self._workforce.count(labels), too_many, now)
+            elif not seen.scales:
+                room.limit = self._given or max(1, seen.cpus)
+        at_rest = refused > 0 and not seen.busy and not self._workforce.running
+        self._refused_since = (self._refused_since or now) if at_rest else None
+        self._give_up_in_vain(seen, now)
+
+    def _lost_with_node(self, number: int) -> None:
+        node = self._places[number].node.id
+        ticket = next((one for one, piece in self._pieces.items() if number in piece.left), None)
+        self._dismiss(number)
+        if ticket is not None:
+            ended = Ended(self._pieces[ticket].key, lost=f"the node {node} went away", preempted=True)
+            self._came_back(ticket, number, ended)
+
+    def _give_up_in_vain(self, seen: Seen, now: float) -> None:
+        """Say that what is asked of the cluster does not come, where that is so."""
+        waiting = list(self._workforce.waiting)
+        if self._broken or not waiting or self._workforce.running:
+            return
+        asked = f"{said_of(waiting[0])} ({len(waiting)} waiting)"
+        if self._refused_since is not None and now - self._refused_since >= REFUSED_SECONDS:
+            said = f"no node that this cluster could start holds {asked}; its nodes have had {seen.most}"
+        elif now - self._stirred >= self._start_seconds:
+            said = f"no worker came within {self._start_seconds:g} s for {asked}; the cluster has {seen.has}"
+        else:
+            return
+        self._broken = Unavailable(f"{said}. Ask for less, or let the cluster have more")
+
+
+def _capacity(
+    have: Mapping[str, float], slots: int | None, memory_gib: float | None, gpus: float | None
+) -> tuple[Capacity, float]:
+    """What a Ray of this machine gives, and the share of GPUs that each worker of it holds."""
+    count = int(slots or max(1, have.get("CPU", 1)))
+    share = (have.get("GPU", 0.0) if gpus is None else gpus) / count
+    memory = have.get("memory", math.inf) / 2**30 if memory_gib is None else memory_gib
+    return Capacity(count, max(count, have.get("CPU", 1), cores()), memory, share), share
+
+
+def _bundle(shape: Shape) -> dict[str, float]:
+    """What Ray is asked for, for a worker."""
+    return {"CPU": shape.cpus, "GPU": shape.gpus, "memory": math.ceil(shape.memory_gib * 2**30)}
+
+
+def _processor() -> str:
+    """What of this machine a timing depends on: its processor's name, how many there are."""
+    try:
+        told = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+        name = next(
+            line.partition(":")[2].strip() for line in told.splitlines() if line.startswith("model name")
+        )
+    except (OSError, StopIteration):
+        name = platform.processor() or platform.machine()
+    return f"{os.cpu_count()} × {name}"
+
+
+def node_type(labels: Mapping[str, str]) -> NodeType:
+    """What kind of machine a node of these labels is: by those of our templates, else by those that Ray sets where the
+    cluster tells it."""
+    name = labels.get("instance") or labels.get("ray.io/node-group", "")
+    region = labels.get("region") or labels.get("ray.io/availability-region", "")
+    return NodeType(name, region, "spot" in (labels.get("market"), labels.get("ray.io/market-type")))
 
 
 def _nothing() -> None:
@@ -276,52 +541,6 @@ def _alive(pid: int) -> bool:
 def one_thread() -> dict[str, str]:
     """The environment in which each process computes with one thread."""
     return dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
-
-
-def _die_with_parent() -> None:
-    """Kill this process when its raylet ends: Ray alone let busy workers write for half a minute more."""
-    if sys.platform == "linux":
-        set_parent_death_signal = 1  # PR_SET_PDEATHSIG, see prctl(2)
-        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
-
-
-def connect(address: str | None, slots: int | None, gpus: float | None) -> tuple[ModuleType, bool]:
-    """Ray, and whether this started it. It is imported only now: it reads its environment once."""
-    local = address in (None, "local")
-    _authenticate(local)
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # Ray prints each lost worker to our standard output; `wait` reports them.
-    os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".")
-    # Ray would run workers at a low priority: on a busy machine the timings would tell of the others.
-    os.environ.setdefault("RAY_worker_niceness", "0")
-    import ray
-
-    if ray.is_initialized():
-        return ray, False
-    if not local:
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-        return ray, False
-    ray.init(
-        address="local", num_cpus=slots, num_gpus=None if gpus is None else math.ceil(gpus),
-        include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR,
-        object_store_memory=OBJECT_STORE_BYTES,
-    )  # fmt: skip
-    return ray, True
-
-
-def _authenticate(local: bool) -> None:
-    """Say explicitly whether Ray asks for a token: left unset it depends on how it is started.
-
-    A Ray of our own gets a token that only this process and its children know. A cluster has been set up
-    by someone: with the token found where Ray looks for it, or without.
-    """
-    if "RAY_AUTH_MODE" in os.environ:
-        return
-    kept = Path.home() / ".ray" / "auth_token"
-    has_token = "RAY_AUTH_TOKEN" in os.environ or "RAY_AUTH_TOKEN_PATH" in os.environ or kept.exists()
-    if local and not has_token:
-        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
-    os.environ["RAY_AUTH_MODE"] = "token" if local or has_token else "disabled"
 
 
 def _process_is_gone(error: BaseException | None) -> bool:
@@ -342,10 +561,3 @@ def lost(key: str, error: BaseException) -> Ended:
         or "its node has died" in text
     )
     return Ended(key, lost=f"{type(error).__name__}: {text}", preempted=preempted)
-
-
-def launcher_schema() -> dict[str, Any]:
-    """Ray's JSON schema of the files of its cluster launcher, read from where Ray is installed; imports no Ray."""
-    file = Path(str(metadata.distribution("ray").locate_file("ray/autoscaler/ray-schema.json")))
-    schema: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    return schema

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from cluster.executor import Resources
 from cluster.store import is_remote, reach
 from jobs import data, formats, masks, memory, meters, models, runtimes, sharing
 from jobs.families import TASKS, Task, family
@@ -29,6 +30,7 @@ from jobs.operations import Table, predict
 from jobs.recipe import Origin, Recipe
 from jobs.sharing import WORKER_GIB, Sharing
 from orchestrator import inputs, levels, search
+from orchestrator.budget import Budget
 from orchestrator.config import Evaluation, InvalidStudy, Loaded, StudyConfig, Tasks, Text
 from orchestrator.estimate import estimates
 from orchestrator.events import Cost, Plan, Proposed
@@ -76,8 +78,13 @@ class Prepared:
         return home(self.config.store) / self.config.name
 
     @property
+    def budget(self) -> Budget:
+        return Budget(self.config.budget.money, self.config.budget.hours)
+
+    @property
     def digest(self) -> str:
-        """The digest of all that decides a study's results, but not of how many candidates it tries or where."""
+        """The digest of all that decides a study's results, but not of how many candidates it tries, where, or for what
+        money."""
         decides = [
             self.plan.original.id,
             self.plan.materials_digest,
@@ -106,6 +113,21 @@ class Prepared:
             return Proposed(recipe, choices, self._cost(recipe))
         except ValueError as error:
             return Proposed(recipe, choices, None, str(error))
+
+    def resources(self, job: Job, alone: bool, slots: int) -> Resources:
+        """What a job asks of the executor. On a cluster what runs alone, timings first of all, runs on the nodes that
+        the study names for it."""
+        ranks = self.ranks(job, slots)
+        memory_gib = self.memory_gib(job, ranks)
+        labels = self.config.cluster.timing if alone and self.config.cluster.address else {}
+        return Resources(self._gpus(memory_gib), 1.0, memory_gib, ranks, alone, labels)
+
+    def _gpus(self, memory_gib: float) -> float:
+        """The GPUs that a job, or each of its ranks, holds on a cluster."""
+        cluster = self.config.cluster
+        if cluster.address is None or cluster.gpus != "auto":
+            return 0.0 if cluster.address is None else float(cluster.gpus)
+        return share_of_gpu(memory_gib, self.sharing.device_gib or math.inf)
 
     def memory_gib(self, job: Job, ranks: int = 1) -> float:
         """About how much memory a job takes, or each of its ranks, from the original's size: what slots share is
@@ -347,6 +369,12 @@ def slots_of(config: StudyConfig) -> int:
     return os.cpu_count() or 1 if config.cluster.slots == "auto" else int(config.cluster.slots)
 
 
+def share_of_gpu(memory_gib: float, device_gib: float) -> float:
+    """The part of a GPU that a job holds, of which as many share it as its memory holds. Ray counts ten-thousandths."""
+    jobs = max(1, math.floor(device_gib / memory_gib))
+    return math.floor(10_000 / jobs) / 10_000
+
+
 def rungs_of(
     config: StudyConfig, materials: Materials, names: Sequence[str], first: float = _FIRST_RUNG
 ) -> tuple[float, ...]:
@@ -447,7 +475,42 @@ def _check_values(config: StudyConfig, check: Check) -> None:
         "cluster.memory_gib",
         (memory_gib is None or memory_gib > 0, f"got {memory_gib}, expected more than 0"),
     )
+    gpus = config.cluster.gpus
+    number = isinstance(gpus, int | float) and not isinstance(gpus, bool) and 0 <= gpus < math.inf
+    check(
+        "cluster.gpus",
+        (gpus == "auto" or number, f"got {gpus!r}, expected auto or a number from 0"),
+        (
+            gpus != "auto" or config.cluster.device_gib != "auto",
+            "got auto, expected cluster.device_gib with it",
+        ),
+    )
+    start = config.cluster.start_seconds
+    check("cluster.start_seconds", (start > 0, f"got {start}, expected more than 0"))
+    stall = config.cluster.stall_seconds
+    check(
+        "cluster.stall_seconds", (stall is None or stall > 0, f"got {stall}, expected more than 0, or null")
+    )
+    _check_budget(config, check)
     _check_sharing(config, check)
+
+
+def _check_budget(config: StudyConfig, check: Check) -> None:
+    for key, given in (
+        ("cluster.price_per_hour", config.cluster.price_per_hour),
+        ("budget.money", config.budget.money),
+        ("budget.hours", config.budget.hours),
+    ):
+        some = given is None or 0 < given < math.inf
+        check(key, (some, f"got {given}, expected more than 0"))
+    on_cluster = config.cluster.address or "RAY_ADDRESS" in os.environ
+    check(
+        "budget.money",
+        (
+            config.budget.money is None or config.cluster.price_per_hour is not None or bool(on_cluster),
+            f"got {config.budget.money}, expected cluster.price_per_hour with it: what an hour of this machine costs",
+        ),
+    )
 
 
 def _check_sharing(config: StudyConfig, check: Check) -> None:

@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import pydoc_data.topics
-import socket
-import subprocess
-import sys
-import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -23,6 +18,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from jobs import families
 from jobs.families import Task
+from tests import processes
 
 VOCABULARY = 512
 
@@ -166,42 +162,11 @@ def tiny_bert(tiny: Tiny) -> Path:
     return tiny("bert")
 
 
-# One request at a time: moto looks whether an object is there and then writes it, in two steps that others may come
-# between; S3 does it in one.
-S3_SERVER = """
-import sys
-from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
-from werkzeug.serving import run_simple
-
-run_simple("127.0.0.1", int(sys.argv[1]), DomainDispatcherApplication(create_backend_app))
-"""
-
-
 @pytest.fixture(scope="session")
-def s3_server() -> Iterator[str]:
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The URL of a server that does what S3 does."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    # Lists of more than three are told page by page.
-    quiet = {
-        "stdout": subprocess.DEVNULL,
-        "stderr": subprocess.DEVNULL,
-        "env": {**os.environ, "MOTO_S3_DEFAULT_MAX_KEYS": "3"},
-    }
-    with subprocess.Popen([sys.executable, "-c", S3_SERVER, str(port)], **quiet) as server:
-        try:
-            deadline = time.monotonic() + 60
-            while time.monotonic() < deadline and server.poll() is None:
-                try:
-                    socket.create_connection(("127.0.0.1", port), 1).close()
-                    break
-                except OSError:
-                    time.sleep(0.05)
-            assert server.poll() is None, "moto's server did not start"
-            yield f"http://127.0.0.1:{port}"
-        finally:
-            server.terminate()
+    with processes.s3_server(tmp_path_factory.mktemp("s3")) as url:
+        yield url
 
 
 @pytest.fixture

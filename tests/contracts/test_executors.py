@@ -14,11 +14,13 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 import cluster
-from cluster.executor import Ended, Executor, InlineExecutor, Resources
-from cluster.on_ray import RayExecutor, connect
+from cluster.executor import Ended, Executor, InlineExecutor, NodeType, Resources
+from cluster.head import connect
+from cluster.on_ray import RayExecutor
 
 # Two slots and 8 GiB each, whatever the machine has.
 FACTORIES: dict[str, Callable[[], Executor]] = {
@@ -103,6 +105,34 @@ def unpicklable() -> Any:
     return sys._getframe()
 
 
+def meet(folder: Path) -> list[str] | None:
+    """What each rank of a gang left behind, told by the first once all have; each waits for all others."""
+    rank, ranks = os.environ["RANK"], int(os.environ["WORLD_SIZE"])
+    (folder / rank).write_text(f"{rank} of {ranks}")
+    while len(list(folder.iterdir())) < ranks:
+        time.sleep(0.01)
+    return [file.read_text() for file in sorted(folder.iterdir())] if rank == "0" else None
+
+
+def lose_the_last(folder: Path) -> None:
+    """One rank dies as soon as the other one is there, which would go on for ever."""
+    first = folder / "0"
+    if os.environ["RANK"] == "0":
+        first.with_name("new").write_text(str(os.getpid()))
+        first.with_name("new").rename(first)
+        time.sleep(600)
+    while not first.exists():
+        time.sleep(0.01)
+    die()
+
+
+def until_gone(pid: int, seconds: float = 20) -> None:
+    deadline = time.monotonic() + seconds
+    while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < deadline, f"process {pid} lives"
+        time.sleep(0.05)
+
+
 def spans(folder: Path) -> dict[str, tuple[float, float]]:
     times = {file.name: file.read_text().split() for file in folder.iterdir()}
     return {name: (float(start), float(end)) for name, (start, end) in times.items()}
@@ -118,6 +148,10 @@ def all_of(executor: Executor) -> list[Ended]:
     while some := executor.wait(60):
         ended += some
     return ended
+
+
+def test_the_node_that_this_runs_on_is_up_and_priced_by_nobody(executor: Executor) -> None:
+    assert dict(executor.nodes()) == {NodeType(): 1}
 
 
 def test_every_executor_is_tested_here() -> None:
@@ -191,11 +225,34 @@ def test_pieces_that_need_too_much_memory_together_run_apart(executor: Executor,
 
 def test_what_can_never_be_had_is_refused_and_leaves_no_trace(executor: Executor) -> None:
     for resources in (
-        Resources(memory_gib=9), Resources(cpus=1e6), Resources(cpus=-1), Resources(gpus=100), Resources(ranks=2)
+        Resources(memory_gib=9), Resources(cpus=1e6), Resources(cpus=-1), Resources(gpus=100), Resources(ranks=3)
     ):  # fmt: skip
-        with pytest.raises(ValueError, match=r"ranks=2|never be had"):
+        with pytest.raises(ValueError, match="never be had"):
             executor.submit("a", abs, -1, resources=resources)
     assert executor.wait() == []
+    executor.submit("a", abs, -1, resources=Resources())
+    assert all_of(executor) == [Ended("a", 1)]
+
+
+def test_a_gang_runs_at_once_and_its_first_rank_tells_the_value(executor: Executor, tmp_path: Path) -> None:
+    executor.submit("gang", meet, tmp_path, resources=Resources(ranks=2))
+    executor.submit("a", abs, -1, resources=Resources())
+    ended = {one.key: one for one in all_of(executor)}
+    assert ended == {"gang": Ended("gang", ["0 of 2", "1 of 2"]), "a": Ended("a", 1)}
+
+
+def test_gangs_that_could_each_take_half_of_the_slots_both_run(executor: Executor, tmp_path: Path) -> None:
+    for name in "abc":
+        (tmp_path / name).mkdir()
+        executor.submit(name, meet, tmp_path / name, resources=Resources(ranks=2))
+    assert [one.lost or one.value for one in all_of(executor)] == [["0 of 2", "1 of 2"]] * 3
+
+
+def test_a_gang_that_loses_a_rank_is_lost_once_with_all_its_ranks(executor: Executor, tmp_path: Path) -> None:
+    executor.submit("gang", lose_the_last, tmp_path, resources=Resources(ranks=2))
+    (ended,) = all_of(executor)
+    assert ended.lost
+    until_gone(int((tmp_path / "0").read_text()))
     executor.submit("a", abs, -1, resources=Resources())
     assert all_of(executor) == [Ended("a", 1)]
 

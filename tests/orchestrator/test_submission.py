@@ -5,27 +5,18 @@ from __future__ import annotations
 import functools
 import json
 import os
-import secrets
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
-import sys
-import tempfile
 import threading
-import time
-import urllib.request
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
-import psutil
 import pytest
 
 from cluster.executor import InlineExecutor
@@ -39,8 +30,9 @@ from orchestrator.launch import _work, launch
 from orchestrator.prepare import prepare
 from orchestrator.submission import DIGEST, NAME, STORE, Attach, Start, latest, pack, place, what_to_do
 from orchestrator.work import Workplace, work
-
-ROOT = Path(__file__).parents[2]
+from tests import fake_cluster
+from tests.fake_cluster import ROOT, Head
+from tests.processes import free_ports, without_ray
 
 
 def job(id: str, status: str, digest: str = "d" * 64, began: float = 1.0) -> JobState:
@@ -150,80 +142,10 @@ def test_what_is_too_large_for_a_package_goes_through_the_store_and_is_fetched_b
     assert [one.state for one in results.candidates] == ["measured"] * 2
 
 
-@dataclass(frozen=True)
-class Head:
-    """A Ray that asks for a token: the address of its dashboard, and the environment of who may use it."""
-
-    address: str
-    env: dict[str, str]
-
-    def slimfront(self, *args: object, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
-        done = subprocess.run(
-            self.command(*args), capture_output=True, text=True, cwd=cwd, env={**self.env, **env}, check=False,
-            timeout=120,
-        )  # fmt: skip
-        assert "Traceback" not in done.stderr + done.stdout
-        return done
-
-    def command(self, *args: object) -> list[str]:
-        return [sys.executable, "-m", "orchestrator", *map(str, args), "--address", self.address]
-
-    def ask(self, path: str) -> Any:
-        token = {"Authorization": f"Bearer {Path(self.env['RAY_AUTH_TOKEN_PATH']).read_text()}"}
-        with urllib.request.urlopen(urllib.request.Request(self.address + path, headers=token)) as answer:
-            return json.load(answer)
-
-
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports
-
-
 @pytest.fixture(scope="session")
 def head() -> Iterator[Head]:
-    """Ended by killing the processes that it started."""
-    folder = Path(tempfile.mkdtemp(prefix="sf-"))  # short: Ray's sockets lie below it
-    (folder / "token").write_text(secrets.token_hex(32))
-    unset = {"RAY_ADDRESS", "RAY_AUTH_TOKEN"}
-    env = {key: value for key, value in os.environ.items() if key not in unset} | {
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT), "HOME": str(folder),
-        "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(folder / "token"), "RAY_TMPDIR": str(folder),
-        "RAY_USAGE_STATS_ENABLED": "0", "AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "secret-of-the-tests",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }  # fmt: skip
-    port, dashboard, client = free_ports(3)
-    command = [
-        sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--num-cpus=2", "--block",
-        "--include-dashboard=true",
-        "--node-ip-address=127.0.0.1", f"--port={port}", f"--dashboard-port={dashboard}",
-        f"--ray-client-server-port={client}", "--dashboard-agent-listen-port=0", f"--object-store-memory={80 * 2**20}",
-    ]  # fmt: skip
-    # A driver in the package must not find what is here.
-    started = {key: value for key, value in env.items() if key != "PYTHONPATH"}
-    with (folder / "log").open("wb") as log:
-        process = subprocess.Popen(command, cwd=folder, env=started, stdout=log, stderr=log)
-    try:
-        found = Head(f"http://127.0.0.1:{dashboard}", env)
-        deadline = time.monotonic() + 90
-        while True:
-            try:
-                found.ask("/api/jobs/")
-                break
-            except OSError:
-                assert process.poll() is None, (folder / "log").read_text()
-                assert time.monotonic() < deadline, (folder / "log").read_text()
-                time.sleep(0.3)
+    with fake_cluster.head() as found:
         yield found
-    finally:
-        ours = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-        process.terminate()
-        for one in psutil.wait_procs(ours, timeout=10)[1]:
-            one.kill()
-        process.wait()
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.mark.ray
@@ -334,10 +256,8 @@ def answering(answers: dict[str, object]) -> Iterator[str]:
 
 
 def refusal(address: str, folder: Path, *args: str) -> str:
-    env = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
-    done = Head(address, {**env, "PYTHONPATH": str(ROOT), "HOME": str(folder)}).slimfront(
-        "status", "x", *args, cwd=folder
-    )
+    env = {**without_ray(), "PYTHONPATH": str(ROOT), "HOME": str(folder)}
+    done = fake_cluster.slimfront(address, env, folder, "status", "x", *args)
     assert done.returncode == 3
     assert done.stderr.count("\n") == 1
     return done.stderr
