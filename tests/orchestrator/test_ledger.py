@@ -7,12 +7,13 @@ import pytest
 from jobs import techniques
 from jobs.job import Failure, Measurement, Success
 from jobs.recipe import Origin, Recipe
-from orchestrator.events import Began, Cost, Ended, Event, Exhausted, Proposed, Started, Stopped
+from orchestrator.events import Began, Cost, Ended, Event, Exhausted, Proposed, Resized, Started, Stopped
 from orchestrator.ledger import Ledger
 
 RECIPE = Recipe(Origin("m", "d", 1)).then(techniques.load("rtn")(bits=3, group=64))
 EVENTS: list[Event] = [
     Began(),
+    Resized(8),
     Proposed(RECIPE, {"bits": "rtn", "bits.rtn.bits": 3}, Cost(10, 20, 3)),
     Proposed(RECIPE, {"bits": "skip"}, None, "it does not fit"),
     Started("job", 1),
