@@ -111,8 +111,8 @@ def test_a_cluster_grows_as_far_as_it_can_and_its_nodes_go_when_nothing_is_left_
 ) -> None:
     body = """
     before = executor.slots
-    for number in range(12):
-        executor.submit(str(number), spend, f"did {number}", 3, resources=Resources(memory_gib=0.5))
+    for number in range(16):
+        executor.submit(str(number), spend, f"did {number}", 6, resources=Resources(memory_gib=0.5))
     ended = all_of(executor)
     print(json.dumps([before, executor.slots, told(ended)]), flush=True)
     (folder / "done").touch()
@@ -131,7 +131,7 @@ def test_a_cluster_grows_as_far_as_it_can_and_its_nodes_go_when_nothing_is_left_
         before, after, ended = found_by(process)
     assert before > 1
     assert after == most == 4
-    assert sorted(key for key, *_ in ended) == sorted(str(number) for number in range(12))
+    assert sorted(key for key, *_ in ended) == sorted(str(number) for number in range(16))
     assert not any(lost for _, _, lost, _ in ended)
     assert len({value[0] for _, value, _, _ in ended}) == 4
 
