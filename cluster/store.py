@@ -119,6 +119,14 @@ def open_store(address: str, downloads: Path | None = None) -> ArtifactStore:
     return S3Store(address, downloads)
 
 
+def place_of(address: str, digest: str) -> str:
+    """Where the files of an artifact lie in the store at this address, for other tools to read: a folder, or s3://…"""
+    check_digest(digest)
+    if is_remote(address):
+        return f"{address.partition('?')[0].rstrip('/')}/objects/{digest}/files"
+    return str(Path(address) / "objects" / digest[:2] / digest)
+
+
 def reach(address: str) -> None:
     """Do once in a remote store what a study does there. ValueError for an address that is none, OSError where the
     store can't be reached or something is not allowed."""

@@ -14,9 +14,11 @@ from types import FrameType
 
 from cluster.executor import Executor
 from cluster.on_ray import RayExecutor
-from cluster.store import is_remote
+from cluster.store import is_remote, place_of
 from jobs.measure import environment
 from orchestrator import search
+from orchestrator.accounts import Account
+from orchestrator.budget import lines, summary
 from orchestrator.candidate import Candidate
 from orchestrator.export import MATERIALS
 from orchestrator.foretelling import foretelling
@@ -75,6 +77,7 @@ def launch(
             slots, cluster.memory_gib, address=cluster.address, start_seconds=cluster.start_seconds
         )
         with closing(ledger), closing(running), _interruptible():
+            account = Account(ledger, running, prepared.budget, cluster.price_per_hour)
             prepared = foretelling(_as_begun(prepared, ledger), ledger, running)
             study = Study(prepared.plan)
             searching = search.make(
@@ -86,20 +89,34 @@ def launch(
                 prepared.opening(),
             )
             replay(study, ledger, searching)
-            watch = _Watch(prepared, study, show)
+            watch = _Watch(prepared, study, show, account)
+            work_on = do or _work(prepared)
             try:
-                Service(
-                    study, prepared, searching, running, ledger, tracker, do or _work(prepared), watch
-                ).run()
+                Service(study, prepared, searching, running, ledger, tracker, work_on, watch, account).run()
             finally:
+                account.count()
                 watch.write(study)
         for left in (CHECKPOINTS, SCRATCH):  # of work that was given up
             shutil.rmtree(folder / left, ignore_errors=True)
         results = _standings(prepared, study).results()
-        page = report_html(results, prepared.text, study.savings)
+        said = [*lines(account.bill, account.budget), *_ended_by_budget(study)]
+        page = report_html(results, prepared.text, study.savings, said)
         write_whole(folder / "report.html", page)
-        tracker.finish(results, page)
+        tracker.finish(results, page, account.bill.totals)
         return results
+
+
+def _ended_by_budget(study: Study) -> list[str]:
+    """What the budget kept from being done, in words."""
+    if study.granted.reason is None:
+        return []
+    short = [
+        (study.allowed - study.proposed, "candidates were not tried"),
+        (study.waiting, "of those proposed were not measured"),
+        (study.untimed, "that may be on the front were not timed"),
+    ]
+    counts = ", ".join(f"{count} {what}" for count, what in short if count)
+    return [f"It ended early: {study.granted.reason}{f'; {counts}' if counts else ''}."]
 
 
 @contextmanager
@@ -161,15 +178,18 @@ def _tracker(prepared: Prepared) -> Tracker:
     if uri == "none":
         return NoTracker()
     default = f"sqlite:///{home(prepared.config.store).resolve() / 'mlflow.db'}"
-    return MLflowTracker(uri or default, prepared.folder / "outbox.db")
+    store = prepared.config.store
+    held = store if is_remote(store) else str(home(store).resolve())
+    return MLflowTracker(uri or default, prepared.folder / "outbox.db", functools.partial(place_of, held))
 
 
 class _Watch:
     """Writes status.json and front.json and shows progress, no oftener than people can read."""
 
-    def __init__(self, prepared: Prepared, study: Study, show: Show) -> None:
+    def __init__(self, prepared: Prepared, study: Study, show: Show, account: Account) -> None:
         self._prepared = prepared
         self._show = show
+        self._account = account
         self._began = time.time()
         self._ended_before = ended_of(study)
         self._written, self._pause = 0.0, 0.0
@@ -203,7 +223,16 @@ class _Watch:
 
     def _status(self, study: Study) -> Status:
         name = self._prepared.config.name
-        return status_of(name, study, self._results, self._began, self._ended_before)
+        found = status_of(name, study, self._results, self._began, self._ended_before)
+        bill, budget = self._account.bill, self._account.budget
+        return dataclasses.replace(
+            found,
+            node_hours=bill.node_hours,
+            cost=bill.money,
+            currency=bill.currency,
+            spent=summary(bill, budget),
+            bill=lines(bill, budget),
+        )
 
 
 def _standings(prepared: Prepared, study: Study) -> Standings:

@@ -10,6 +10,8 @@ from typing import Protocol
 from cluster import executor
 from cluster.executor import Executor
 from jobs.job import Failure, Job, Outcome
+from orchestrator.accounts import Account
+from orchestrator.budget import Budget
 from orchestrator.candidate import Candidate
 from orchestrator.events import (
     Began,
@@ -18,6 +20,7 @@ from orchestrator.events import (
     Ended,
     Event,
     Exhausted,
+    Granted,
     Record,
     Resized,
     Run,
@@ -42,6 +45,9 @@ HOPELESS = 0.001
 """A candidate under way whose chance to add to the front is less is given up. It is asked for after every result, and
 so is below 1 in 100 at some time for too many that would have added to the front (docs/search.md)."""
 
+ALLOWED = ("nothing", "finishing", "all")
+"""What a budget may allow, the least first."""
+
 Work = Callable[[Job], Outcome | None]
 """None is what ranks but the first return."""
 
@@ -58,7 +64,7 @@ class Watch(Protocol):
 
 @dataclass
 class Service:
-    """What one process needs to carry a study on. `work` must pickle."""
+    """What one process needs to carry a study on. `work` must pickle. account: None where nobody counts the cost."""
 
     study: Study
     prepared: Prepared
@@ -68,19 +74,35 @@ class Service:
     tracker: Tracker
     work: Work
     watch: Watch
+    account: Account | None = None
 
     def run(self) -> None:
         """Carry the study on to its end. Interrupted anywhere, the next `run` of a new process goes on there."""
-        self._take(Began(self.executor.slots))
+        self._take(Began(self.executor.slots, self._granted()))
         while self.study.stage != "done":
             if self.study.slots != self.executor.slots:
                 self._take(Resized(self.executor.slots))
+            self._mind_the_budget()
             self._propose()
             news = self.executor.wait(WAIT_SECONDS)
             self._take(*map(_event, news))
             if news:
                 self._stop()
             self.watch.turn(self.study)
+
+    def _granted(self) -> Granted:
+        """What the budget allows now."""
+        if self.account is None or self.account.budget == Budget():
+            return Granted()
+        return self.account.granted(self.study.seconds_to_finish)
+
+    def _mind_the_budget(self) -> None:
+        """Allow less when the budget comes to its end; more only when a process takes the study up."""
+        if self.account is None or not self.account.turn():
+            return
+        now, before = self._granted(), self.study.granted
+        if ALLOWED.index(now.work) < ALLOWED.index(before.work):
+            self._take(now)
 
     def _propose(self) -> None:
         duplicates = 0
