@@ -170,7 +170,7 @@ def test_what_no_node_could_hold_ends_in_one_line(cluster: Head, tmp_path: Path)
     with program(cluster, tmp_path, body) as process:
         ended, said = found_by(process)
     assert ended == [["a", 1, None, False]]
-    assert said.startswith("no node that this cluster could start holds 1 CPU, 100 GiB, target: mainframe")
+    assert said.startswith("no node that this cluster could have holds 1 CPU, 100 GiB, target: mainframe")
     assert "at most 1 CPU, 4 GiB each" in said
     assert "\n" not in said
 
