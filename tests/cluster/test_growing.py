@@ -209,3 +209,21 @@ def test_exclusive_pieces_have_the_node_with_their_label_while_others_go_on_else
     assert ended["other"][0] != ended["only 1"][0]
     first, second = sorted(ended[name][1:] for name in ("only 1", "only 2"))
     assert first[1] <= second[0]
+
+
+def test_a_cluster_that_does_not_grow_has_the_slots_that_it_has(tmp_path: Path) -> None:
+    body = """
+    executor.submit("a", spend, "a", 3, resources=Resources(memory_gib=0.5))
+    ended = all_of(executor)
+    slots = executor.slots
+    executor.submit("b", abs, -1, resources=Resources(memory_gib=5000))
+    try:
+        executor.wait(120)
+    except Unavailable as error:
+        print(json.dumps([told(ended), slots, str(error)]))
+    """
+    with head(cpus=2) as fixed, program(fixed, tmp_path, body) as process:
+        ended, slots, said = found_by(process)
+    assert ended[0][2] is None
+    assert slots == 2
+    assert said.startswith("no node that this cluster could have holds 1 CPU, 5000 GiB")
