@@ -132,7 +132,7 @@ class View:
             ),
             nodes=tuple(demand(had, node.labels) for had, node in zip(total, alive, strict=True)),
             cpus=sum(int(one.get("CPU", 0.0)) for one in total),
-            has=f"{len(alive)} nodes with {_amounts(has)} together",
+            has=f"{_amounts(has)} on {len(alive)} node{'s' * (len(alive) != 1)}",
             most=f"at most {_amounts(self._most)} each",
         )
 

@@ -216,14 +216,29 @@ def test_a_cluster_that_does_not_grow_has_the_slots_that_it_has(tmp_path: Path) 
     executor.submit("a", spend, "a", 3, resources=Resources(memory_gib=0.5))
     ended = all_of(executor)
     slots = executor.slots
+    for name in "cd":
+        executor.submit(name, spend, name, 600, resources=Resources())
+    while not all((folder / name).exists() for name in "cd"):
+        executor.wait(0.1)
+    said = []
+    with closing(RayExecutor(start_seconds=4)) as beside:
+        beside.submit("b", abs, -1, resources=Resources())
+        try:
+            beside.wait(60)
+        except Unavailable as error:
+            said.append(str(error))
+    for name in "cd":
+        executor.cancel(name)
     executor.submit("b", abs, -1, resources=Resources(memory_gib=5000))
     try:
         executor.wait(120)
     except Unavailable as error:
-        print(json.dumps([told(ended), slots, str(error)]))
+        said.append(str(error))
+    print(json.dumps([told(ended), slots, said]))
     """
     with head(cpus=2) as fixed, program(fixed, tmp_path, body) as process:
-        ended, slots, said = found_by(process)
+        ended, slots, (late, said) = found_by(process)
     assert ended[0][2] is None
     assert slots == 2
+    assert late.startswith("no worker came within 4 s for 1 CPU (1 waiting); the cluster has 2 CPU, ")
     assert said.startswith("no node that this cluster could have holds 1 CPU, 5000 GiB")
