@@ -29,6 +29,10 @@ class Resources:
     labels: Mapping[str, str] = field(default_factory=dict)
 
 
+class Unavailable(RuntimeError):  # noqa: N818 - it says what there is none of
+    """No work can be done any more, in one line with the reason. What ended before is kept."""
+
+
 @dataclass(frozen=True)
 class NodeType:
     """What kind of machine a node is. name: the cloud's word (g6.2xlarge) or the cluster's, empty where nobody tells;
@@ -41,10 +45,6 @@ class NodeType:
     def __str__(self) -> str:
         place = f" in {self.region}" if self.region else ""
         return f"{self.name or 'node'}{place}{' (spot)' if self.spot else ''}"
-
-
-class Unavailable(RuntimeError):  # noqa: N818 - it says what there is none of
-    """No work can be done any more, in one line with the reason. What ended before is kept."""
 
 
 class Executor(Protocol):

@@ -71,7 +71,8 @@ Demand = tuple[frozenset[tuple[str, float]], frozenset[tuple[str, str]]]
 @dataclass(frozen=True)
 class Seen:
     """What a cluster told of itself. scales: whether its autoscaler reports; refused: how often it cannot place
-    what is asked for, as of `seen_at`; gone, leaving: nodes that are, or soon will be; busy: whether anything runs."""
+    what is asked for, as of `seen_at`; gone, leaving: nodes that are, or soon will be; busy: whether anything runs;
+    nodes: what each has in all."""
 
     scales: bool
     seen_at: float
@@ -79,6 +80,7 @@ class Seen:
     gone: frozenset[str]
     leaving: frozenset[str]
     busy: bool
+    nodes: tuple[Demand, ...]
     cpus: int
     has: str
     most: str
@@ -128,8 +130,9 @@ class View:
                 for had, left in zip(total, free, strict=True)
                 for name in names
             ),
+            nodes=tuple(demand(had, node.labels) for had, node in zip(total, alive, strict=True)),
             cpus=sum(int(one.get("CPU", 0.0)) for one in total),
-            has=f"{len(alive)} nodes with {_amounts(has)} together",
+            has=f"{_amounts(has)} on {len(alive)} node{'s' * (len(alive) != 1)}",
             most=f"at most {_amounts(self._most)} each",
         )
 
@@ -138,6 +141,12 @@ def demand(resources: Mapping[str, float], labels: Mapping[str, str]) -> Demand:
     """What Ray is asked for, so that it can be compared."""
     asked = frozenset((name, round(amount, 3)) for name, amount in resources.items() if amount)
     return asked, frozenset(labels.items())
+
+
+def holds(node: Demand, asked: Demand) -> bool:
+    """Whether a node that has so much, and these labels, would hold what is asked for."""
+    had = dict(node[0])
+    return asked[1] <= node[1] and all(amount <= had.get(name, 0.0) for name, amount in asked[0])
 
 
 def _demanded(request: Any) -> Demand:

@@ -23,7 +23,7 @@ import psutil
 from cluster import draining
 from cluster.executor import Capacity, NodeType, Resources, Unavailable, cores
 from cluster.gang import LOOPBACK, Rank, die_with_parent, ends, free_port, run_rank
-from cluster.head import Seen, View, connect, demand, said_of
+from cluster.head import Seen, View, connect, demand, holds, said_of
 from cluster.piece import Ended, run_piece
 from cluster.workforce import Node, Room, Shape, Workforce, key_of
 
@@ -464,8 +464,10 @@ class RayExecutor:
                 refused += too_many
                 room.take(self._workforce.count(labels), too_many, now)
             elif not seen.scales:
+                refused += sum(not any(holds(node, one) for node in seen.nodes) for one in wanted)
                 room.limit = self._given or max(1, seen.cpus)
-        at_rest = refused > 0 and not seen.busy and not self._workforce.running
+        # What a cluster that grows refuses while others use it, it may have later.
+        at_rest = refused > 0 and not (seen.scales and seen.busy) and not self._workforce.running
         self._refused_since = (self._refused_since or now) if at_rest else None
         self._give_up_in_vain(seen, now)
 
@@ -484,7 +486,7 @@ class RayExecutor:
             return
         asked = f"{said_of(waiting[0])} ({len(waiting)} waiting)"
         if self._refused_since is not None and now - self._refused_since >= REFUSED_SECONDS:
-            said = f"no node that this cluster could start holds {asked}; its nodes have had {seen.most}"
+            said = f"no node that this cluster could have holds {asked}; its nodes have had {seen.most}"
         elif now - self._stirred >= self._start_seconds:
             said = f"no worker came within {self._start_seconds:g} s for {asked}; the cluster has {seen.has}"
         else:

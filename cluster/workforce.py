@@ -152,6 +152,8 @@ class Workforce:
 
     def next(self) -> tuple[int, tuple[int, ...]] | None:
         """The piece that may start now and its workers, counted as busy from here on; None if none may."""
+        if all(one.ticket is not None or one.node is None for one in self._members.values()):
+            return None  # as mostly, however many wait
         found = self._line.next(self._placed, self._awaited)
         if found is None:
             return None

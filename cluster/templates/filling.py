@@ -11,7 +11,7 @@ from importlib import metadata
 from importlib.resources import files
 from pathlib import Path
 
-from cluster.templates.instances import table
+from cluster.templates.instances import Instance, table
 from cluster.templates.schema import unknown
 
 TEMPLATES: Mapping[str, tuple[str, ...]] = {
@@ -167,10 +167,17 @@ def _values(template: str, choices: Choices) -> dict[str, str]:
         "gpu_cpus": str(types[gpu_type].cpus),
         "gpus": str(1 if attached else types[gpu_type].gpus),
         "accelerators": _accelerators(choices.project or "", zone, gpu) if attached else "",
+        "gpu_memory": str(_for_work(types[gpu_type])),
         "cpu_type": cpu_type,
+        "cpu_memory": str(_for_work(types[cpu_type])),
         "cpu_cpus": str(cores),
         "cpu_cores": str(cores),
     }
+
+
+def _for_work(instance: Instance) -> int:
+    """The bytes of a machine's memory that work may have: a tenth is the system's, and 30 % of the rest Ray's store."""
+    return int(instance.memory_gib * 2**30 * 0.9 * 0.7)
 
 
 def _accelerators(project: str, zone: str, gpu: str) -> str:

@@ -166,6 +166,9 @@ def _machine(cloud: str, node_type: dict[str, Any], at: Key) -> Iterator[Problem
     if claims["GPU"] and not node_type["resources"].get("GPU") and cloud == "gcp":
         said = f"got no GPU, but a {name} has {claims['GPU']}: no work that needs one would start it"
         yield Problem((*at, "resources"), said)
+    if cloud == "gcp" and node_type["resources"].get("CPU") and "memory" not in node_type["resources"]:
+        said = "got no memory, in bytes: a study's jobs ask for some, and would start none of it"
+        yield Problem((*at, "resources"), said, certain=False)
 
 
 def _unheard(name: str, heard_of: Set[str], as_of: str, at: Key) -> Problem:

@@ -111,8 +111,8 @@ def test_a_cluster_grows_as_far_as_it_can_and_its_nodes_go_when_nothing_is_left_
 ) -> None:
     body = """
     before = executor.slots
-    for number in range(12):
-        executor.submit(str(number), spend, f"did {number}", 3, resources=Resources(memory_gib=0.5))
+    for number in range(16):
+        executor.submit(str(number), spend, f"did {number}", 6, resources=Resources(memory_gib=0.5))
     ended = all_of(executor)
     print(json.dumps([before, executor.slots, told(ended)]), flush=True)
     (folder / "done").touch()
@@ -131,7 +131,7 @@ def test_a_cluster_grows_as_far_as_it_can_and_its_nodes_go_when_nothing_is_left_
         before, after, ended = found_by(process)
     assert before > 1
     assert after == most == 4
-    assert sorted(key for key, *_ in ended) == sorted(str(number) for number in range(12))
+    assert sorted(key for key, *_ in ended) == sorted(str(number) for number in range(16))
     assert not any(lost for _, _, lost, _ in ended)
     assert len({value[0] for _, value, _, _ in ended}) == 4
 
@@ -170,7 +170,7 @@ def test_what_no_node_could_hold_ends_in_one_line(cluster: Head, tmp_path: Path)
     with program(cluster, tmp_path, body) as process:
         ended, said = found_by(process)
     assert ended == [["a", 1, None, False]]
-    assert said.startswith("no node that this cluster could start holds 1 CPU, 100 GiB, target: mainframe")
+    assert said.startswith("no node that this cluster could have holds 1 CPU, 100 GiB, target: mainframe")
     assert "at most 1 CPU, 4 GiB each" in said
     assert "\n" not in said
 
@@ -209,3 +209,36 @@ def test_exclusive_pieces_have_the_node_with_their_label_while_others_go_on_else
     assert ended["other"][0] != ended["only 1"][0]
     first, second = sorted(ended[name][1:] for name in ("only 1", "only 2"))
     assert first[1] <= second[0]
+
+
+def test_a_cluster_that_does_not_grow_has_the_slots_that_it_has(tmp_path: Path) -> None:
+    body = """
+    executor.submit("a", spend, "a", 3, resources=Resources(memory_gib=0.5))
+    ended = all_of(executor)
+    slots = executor.slots
+    for name in "cd":
+        executor.submit(name, spend, name, 600, resources=Resources())
+    while not all((folder / name).exists() for name in "cd"):
+        executor.wait(0.1)
+    said = []
+    with closing(RayExecutor(start_seconds=4)) as beside:
+        beside.submit("b", abs, -1, resources=Resources())
+        try:
+            beside.wait(60)
+        except Unavailable as error:
+            said.append(str(error))
+    for name in "cd":
+        executor.cancel(name)
+    executor.submit("b", abs, -1, resources=Resources(memory_gib=5000))
+    try:
+        executor.wait(120)
+    except Unavailable as error:
+        said.append(str(error))
+    print(json.dumps([told(ended), slots, said]))
+    """
+    with head(cpus=2) as fixed, program(fixed, tmp_path, body) as process:
+        ended, slots, (late, said) = found_by(process)
+    assert ended[0][2] is None
+    assert slots == 2
+    assert late.startswith("no worker came within 4 s for 1 CPU (1 waiting); the cluster has 2 CPU, ")
+    assert said.startswith("no node that this cluster could have holds 1 CPU, 5000 GiB")

@@ -136,8 +136,10 @@ GCP_WRONG = [
      "available_node_types.laptop-timing.node_config.machinType: got machinType, expected machineType"),
     ("project_id: my-project-1", "project_id: null",
      "provider: got no project_id, which must be given: Ray would look for one by itself"),
-    ("GPU: 1}", "GPU: 2}", f"{SPOT}.resources.GPU: got 2, but a g2-standard-8 has 1"),
-    (", GPU: 1}", "}", f"{SPOT}.resources: got no GPU, but a g2-standard-8 has 1: no work that needs "
+    ("GPU: 1, memory: ", "GPU: 1, memory: 9",
+     f"{SPOT}.resources.memory: got 921646635171, but a g2-standard-8 has 34359738368"),
+    ("GPU: 1,", "GPU: 2,", f"{SPOT}.resources.GPU: got 2, but a g2-standard-8 has 1"),
+    (", GPU: 1,", ",", f"{SPOT}.resources: got no GPU, but a g2-standard-8 has 1: no work that needs "
      "one would start it"),
 ]  # fmt: skip
 GPU_GROUP = "spec.workerGroupSpecs[0]"
@@ -272,6 +274,7 @@ def test_what_an_alias_brings_is_told_once_where_it_stands(tmp_path: Path) -> No
     [
         ("aws.yaml", "c7i.2xlarge", "c9i.2xlarge", "does not have (or is it c"),
         ("gcp.yaml", "c3-standard-8", "c3-highcpu-8", "does not have"),
+        ("gcp.yaml", "resources: {CPU: 4, memory: 21646635171}", "resources: {CPU: 4}", "got no memory, in bytes"),
         ("aws.yaml", "c7i.2xlarge", "hpc7g.4xlarge", "what it has is not in the table of"),
         ("aws.yaml", "    - --env RAY_AUTH_MODE=token\n", "", "whoever reaches the head runs what they like"),
         ("aws.yaml", "max_workers: 4  ", "max_workers: 3  ", "but all types together may have 3"),

@@ -109,7 +109,7 @@ def meet(folder: Path) -> list[str] | None:
     """What each rank of a gang left behind, told by the first once all have; each waits for all others."""
     rank, ranks = os.environ["RANK"], int(os.environ["WORLD_SIZE"])
     (folder / rank).write_text(f"{rank} of {ranks}")
-    while len(list(folder.iterdir())) < ranks:
+    while sum(file.stat().st_size > 0 for file in folder.iterdir()) < ranks:
         time.sleep(0.01)
     return [file.read_text() for file in sorted(folder.iterdir())] if rank == "0" else None
 

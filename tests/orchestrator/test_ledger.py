@@ -8,12 +8,24 @@ import pytest
 from jobs import techniques
 from jobs.job import Failure, Measurement, Success
 from jobs.recipe import Origin, Recipe
-from orchestrator.events import Began, Cost, Ended, Event, Exhausted, Granted, Proposed, Started, Stopped
+from orchestrator.events import (
+    Began,
+    Cost,
+    Ended,
+    Event,
+    Exhausted,
+    Granted,
+    Proposed,
+    Resized,
+    Started,
+    Stopped,
+)
 from orchestrator.ledger import Ledger
 
 RECIPE = Recipe(Origin("m", "d", 1)).then(techniques.load("rtn")(bits=3, group=64))
 EVENTS: list[Event] = [
     Began(),
+    Resized(8),
     Began(2, Granted("nothing", "the budget of 2 hours is spent")),
     Granted("finishing", "the budget of 2 hours is spent, but for 3 minutes"),
     Proposed(RECIPE, {"bits": "rtn", "bits.rtn.bits": 3}, Cost(10, 20, 3)),

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from cluster.executor import Resources
 from jobs import machine, power
 from jobs.job import Job
 from jobs.operations import Table, amounts
@@ -18,7 +19,7 @@ from jobs.techniques.distill import Distill
 from jobs.techniques.drop_layers import DropLayers
 from orchestrator.budget import Budget
 from orchestrator.config import InvalidStudy, load
-from orchestrator.prepare import Prepared, prepare
+from orchestrator.prepare import Prepared, prepare, share_of_gpu
 
 
 def problems(file: Path, *overrides: str) -> list[str]:
@@ -307,3 +308,28 @@ def test_how_trainings_are_spread_makes_no_other_study(study_file: Path) -> None
     spread = prepare(load(file, (cluster,)))
     assert spread.digest == prepare(load(file)).digest
     assert (spread.sharing.zero_stage, spread.sharing.micro_batch, spread.sharing.device_gib) == (3, 2, 80)
+
+
+def test_what_a_job_asks_of_a_cluster_is_told_by_the_study(prepared: Callable[..., Prepared]) -> None:
+    on_cluster = ["cluster.address=auto", "cluster.timing={target: laptop}"]
+    ready = prepared(*on_cluster, "cluster.gpus=2")
+    job = Job(ready.plan.original, (), "")
+    memory_gib = ready.memory_gib(job)
+    assert ready.resources(job, False, 4) == Resources(gpus=2, memory_gib=memory_gib)
+    assert ready.resources(job, True, 4) == Resources(
+        gpus=2, memory_gib=memory_gib, exclusive=True, labels={"target": "laptop"}
+    )
+    here = prepared("cluster.timing={target: laptop}", "cluster.gpus=2")
+    assert here.resources(job, True, 4) == Resources(memory_gib=memory_gib, exclusive=True)
+
+
+def test_as_many_jobs_share_a_gpu_as_its_memory_holds(
+    prepared: Callable[..., Prepared], study_file: Path
+) -> None:
+    assert [share_of_gpu(each, 24.0) for each in (24.0, 12.1, 12.0, 7.0, 40.0)] == [1, 1, 0.5, 0.3333, 1]
+    assert all(jobs * share_of_gpu(24.0 / jobs, 24.0) <= 1 for jobs in range(1, 40))
+    ready = prepared("cluster.address=auto", "cluster.gpus=auto", "cluster.device_gib=2")
+    job = Job(ready.plan.original, (), "")
+    assert ready.resources(job, False, 4).gpus == share_of_gpu(ready.memory_gib(job), 2.0) < 1
+    (line,) = problems(study_file, "cluster.gpus=auto")
+    assert line.endswith("cluster.gpus: got auto, expected cluster.device_gib with it")

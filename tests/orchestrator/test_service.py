@@ -7,13 +7,13 @@ from contextlib import contextmanager
 
 import pytest
 
-from cluster.executor import InlineExecutor
+from cluster.executor import Ended, InlineExecutor
 from jobs.job import Job, Outcome
 from jobs.knobs import Value
 from jobs.recipe import Recipe
 from orchestrator import study as studies
 from orchestrator.candidate import Candidate
-from orchestrator.events import Event, Stopped
+from orchestrator.events import Began, Event, Resized, Stopped
 from orchestrator.ledger import Ledger
 from orchestrator.prepare import Prepared
 from orchestrator.progress import line, status_of
@@ -135,6 +135,24 @@ def test_killed_before_it_could_end_what_is_stopped_the_next_process_does_not_ru
     assert again.study.candidates[doomed.id].state == "stopped"
     assert (DOOMED, None) in searching.told
     assert [job.recipe for job in done] == [ready.plan.original, recipe(ready, FIRST)]
+
+
+def test_the_study_follows_a_cluster_that_turns_out_to_be_larger(ready: Prepared) -> None:
+    class Growing(InlineExecutor):
+        """Could have one slot more after each turn."""
+
+        def wait(self, timeout: float | None = None) -> list[Ended]:
+            self._slots += 1
+            return super().wait(timeout)
+
+    ledger = Ledger(ready.folder / "ledger.db")
+    running = service(ready, ledger, Listed([FIRST, DOOMED], {}), [])
+    running.executor = Growing(slots=1)
+    running.run()
+    told = [event.slots for _, event in ledger.events() if isinstance(event, Began | Resized)]
+    assert told == list(range(1, len(told) + 1))
+    assert len(told) > 2
+    assert running.study.slots == told[-1]
 
 
 def test_who_has_a_chance_is_not_stopped(ready: Prepared) -> None:

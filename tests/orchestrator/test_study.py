@@ -25,6 +25,7 @@ from orchestrator.events import (
     Plan,
     Proposed,
     Record,
+    Resized,
     Run,
     Started,
     Stopped,
@@ -321,6 +322,7 @@ def test_no_more_timings_wait_than_there_are_slots() -> None:
     assert study.to_time == 4
     assert only_run(end(study, first, timed(5.0))).job.recipe == recipes[1]
     assert study.to_time == 3
+    assert only_run(study.handle(Resized(3))).job.recipe == recipes[2]
 
 
 def test_a_timing_that_was_preempted_is_begun_again() -> None:
