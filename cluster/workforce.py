@@ -85,7 +85,7 @@ class Workforce:
         self._members: dict[int, _Member] = {}
         self._running: dict[int, Resources] = {}
         self._timing: Node | None = None
-        self._largest = Shape()
+        self._largest: dict[frozenset[tuple[str, str]], Shape] = {}
         self.leaving: Collection[str] = ()
         """Nodes that are about to go: nothing new starts there."""
 
@@ -100,7 +100,8 @@ class Workforce:
     def add(self, ticket: int, needs: Resources) -> None:
         """A piece waits."""
         self._line.add(ticket, needs)
-        self._largest = self._largest.joined(_shape(needs))
+        key = key_of(needs.labels)
+        self._largest[key] = self._largest.get(key, Shape(labels=needs.labels)).joined(_shape(needs))
 
     def end(self, ticket: int, now: float) -> None:
         """This piece neither waits nor runs any more; its workers are ready again."""
@@ -216,11 +217,11 @@ class Workforce:
         return sorted(free, key=lambda number: free[number].node is None)
 
     def _asked(self, needs: Resources) -> Shape:
-        """The worker to ask for: as large as any piece so far, lest each kind of piece have its own, and warm none."""
-        labels = dict(needs.labels)
-        if needs.exclusive and not labels and self._timing is not None and GROUP in self._timing.labels:
-            labels = {GROUP: self._timing.labels[GROUP]}
-        return Shape(labels=labels).joined(self._largest)
+        """The worker to ask for: as large as any piece so far that may be on the same nodes, lest each kind of piece have
+        its own, and warm none."""
+        if needs.exclusive and not needs.labels and self._timing is not None and GROUP in self._timing.labels:
+            return Shape(labels={GROUP: self._timing.labels[GROUP]}).joined(_shape(needs))
+        return self._largest[key_of(needs.labels)]
 
     def _may(self, member: _Member, needs: Resources) -> bool:
         """Whether a worker is one for this piece, now or when it comes to be."""

@@ -115,12 +115,14 @@ class Prepared:
             return Proposed(recipe, choices, None, str(error))
 
     def resources(self, job: Job, alone: bool, slots: int) -> Resources:
-        """What a job asks of the executor. On a cluster what runs alone, timings first of all, runs on the nodes that
-        the study names for it."""
+        """What a job asks of the executor. On a cluster timings run on the nodes that the study names for them, and
+        hold no GPU, since timers run on processors."""
         ranks = self.ranks(job, slots)
         memory_gib = self.memory_gib(job, ranks)
-        labels = self.config.cluster.timing if alone and self.config.cluster.address else {}
-        return Resources(self._gpus(memory_gib), 1.0, memory_gib, ranks, alone, labels)
+        if not set(self.plan.timers).isdisjoint(job.meters):
+            labels = self.config.cluster.timing if self.config.cluster.address else {}
+            return Resources(0.0, 1.0, memory_gib, ranks, alone, labels)
+        return Resources(self._gpus(memory_gib), 1.0, memory_gib, ranks, alone)
 
     def _gpus(self, memory_gib: float) -> float:
         """The GPUs that a job, or each of its ranks, holds on a cluster."""

@@ -136,6 +136,12 @@ def test_workers_hold_what_the_largest_piece_asked_for_so_that_all_kinds_find_th
     assert cluster.force.wanted({}) == [Shape(1, 0.5, 4)] * 1 + [Shape(1, 0.5, 4)]
 
 
+def test_workers_of_certain_nodes_hold_what_pieces_for_these_asked_for() -> None:
+    cluster = Cluster()
+    cluster.add(Resources(memory_gib=4, gpus=0.5), Resources(memory_gib=1, labels=LAPTOP))
+    assert cluster.force.wanted(LAPTOP) == [Shape(memory_gib=1, labels=LAPTOP)]
+
+
 def test_a_larger_piece_gets_a_larger_worker_in_the_place_of_one_that_is_too_small() -> None:
     cluster = Cluster(limit=1)
     cluster.add(Resources(memory_gib=1))

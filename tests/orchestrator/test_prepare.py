@@ -311,16 +311,18 @@ def test_how_trainings_are_spread_makes_no_other_study(study_file: Path) -> None
 
 
 def test_what_a_job_asks_of_a_cluster_is_told_by_the_study(prepared: Callable[..., Prepared]) -> None:
-    on_cluster = ["cluster.address=auto", "cluster.timing={target: laptop}"]
-    ready = prepared(*on_cluster, "cluster.gpus=2")
-    job = Job(ready.plan.original, (), "")
+    given = ["cluster.timing={target: laptop}", "cluster.gpus=2"]
+    timed = ["objectives={size_bytes: {goal: min}, prefill_ms: {goal: min}}", "target.threads=1"]
+    ready = prepared(*given, *timed, "cluster.address=auto")
+    job, timing = (Job(ready.plan.original, meters, "") for meters in (("size",), ready.plan.timers))
     memory_gib = ready.memory_gib(job)
     assert ready.resources(job, False, 4) == Resources(gpus=2, memory_gib=memory_gib)
-    assert ready.resources(job, True, 4) == Resources(
-        gpus=2, memory_gib=memory_gib, exclusive=True, labels={"target": "laptop"}
-    )
-    here = prepared("cluster.timing={target: laptop}", "cluster.gpus=2")
-    assert here.resources(job, True, 4) == Resources(memory_gib=memory_gib, exclusive=True)
+    # Tried again alone, since memory ran out.
+    assert ready.resources(job, True, 4) == Resources(gpus=2, memory_gib=memory_gib, exclusive=True)
+    on_laptop = Resources(memory_gib=memory_gib, exclusive=True, labels={"target": "laptop"})
+    assert ready.resources(timing, True, 4) == on_laptop
+    here = prepared(*given, *timed)
+    assert here.resources(timing, True, 4) == Resources(memory_gib=memory_gib, exclusive=True)
 
 
 def test_as_many_jobs_share_a_gpu_as_its_memory_holds(
