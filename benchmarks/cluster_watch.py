@@ -151,8 +151,9 @@ def at_work(names: Sequence[str], nodes: Sequence[Node]) -> dict[str, str]:
     found = {}
     for name in names:
         with contextlib.suppress(psutil.NoSuchProcess):
-            above = [one.pid for one in psutil.Process(int(name.split("~")[1])).parents()]
-            found |= {name: raylets[pid] for pid in above if pid in raylets}
+            for above in psutil.Process(int(name.split("~")[1])).parents():
+                if above.pid in raylets:
+                    found[name] = raylets[above.pid]
     return found
 
 
