@@ -102,13 +102,13 @@ def _shared(began: float, ended: float, other_began: float, other_ended: float) 
 class Sightings:
     """Looks at a time, one after the other, put together."""
 
-    stays: dict[tuple[str, float], Stay] = field(default_factory=dict)
+    stays: dict[str, Stay] = field(default_factory=dict)
     attempts: dict[str, Attempt] = field(default_factory=dict)
 
     def look(self, now: float, nodes: Iterable[Node], at_work: Mapping[str, str]) -> None:
         """What is seen now: the nodes, and the node of each piece of work by its name."""
         for node in nodes:
-            self.stays[node.id, node.began] = Stay(node.id, node.began, now)
+            self.stays[node.id] = Stay(node.id, node.began, now)
         for name, id in at_work.items():
             before = self.attempts.get(name)
             began = now - PERIOD_SECONDS / 2 if before is None else before.began
@@ -116,10 +116,10 @@ class Sightings:
 
     def seen(self) -> Seen:
         """Work ends with its node at the latest."""
-        stays = tuple(self.stays.values())
-        ends = {stay.node: stay.ended for stay in stays}
-        attempts = (replace(one, ended=min(one.ended, ends[one.node])) for one in self.attempts.values())
-        return Seen(stays, tuple(attempts))
+        attempts = (
+            replace(one, ended=min(one.ended, self.stays[one.node].ended)) for one in self.attempts.values()
+        )
+        return Seen(tuple(self.stays.values()), tuple(attempts))
 
 
 class Watcher:
