@@ -29,6 +29,10 @@ class Resources:
     labels: Mapping[str, str] = field(default_factory=dict)
 
 
+class Unavailable(RuntimeError):  # noqa: N818 - it says what there is none of
+    """No work can be done any more, in one line with the reason. What ended before is kept."""
+
+
 class Executor(Protocol):
     """Runs `fn(*args)` somewhere. Functions and arguments must pickle.
 
@@ -48,7 +52,7 @@ class Executor(Protocol):
 
     def wait(self, timeout: float | None = None) -> list[Ended]:
         """What ended since the last call; waits for the first up to `timeout` seconds, then returns [].
-        Returns [] at once where nothing is under way."""
+        Returns [] at once where nothing is under way. Raises Unavailable where nothing will end any more."""
 
     def cancel(self, key: str) -> None:
         """Stop or forget this piece of work; nothing is reported for it. Unknown keys are ignored."""

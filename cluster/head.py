@@ -64,15 +64,20 @@ def _authenticate(local: bool) -> None:
     os.environ["RAY_AUTH_MODE"] = "token" if local or has_token else "disabled"
 
 
+Demand = tuple[frozenset[tuple[str, float]], frozenset[tuple[str, str]]]
+"""Amounts of resources, and labels: what a worker is to hold, on which nodes."""
+
+
 @dataclass(frozen=True)
 class Seen:
-    """What a cluster told of itself. scales: whether its autoscaler reports; refused: how many of the workers that were
-    asked for with some labels it cannot place, as of `seen_at`; gone: nodes that are; busy: whether anything runs."""
+    """What a cluster told of itself. scales: whether its autoscaler reports; refused: how often it cannot place
+    what is asked for, as of `seen_at`; gone, leaving: nodes that are, or soon will be; busy: whether anything runs."""
 
     scales: bool
     seen_at: float
-    refused: Mapping[frozenset[tuple[str, str]], int]
+    refused: Mapping[Demand, int]
     gone: frozenset[str]
+    leaving: frozenset[str]
     busy: bool
     cpus: int
     has: str
@@ -84,14 +89,15 @@ class View:
 
     def __init__(self, ray: ModuleType) -> None:
         self._head = ray._raylet.GcsClient(address=ray.get_runtime_context().gcs_address)
-        self._messages = importlib.import_module("ray.core.generated.autoscaler_pb2")
+        self._states = importlib.import_module("ray.core.generated.autoscaler_pb2")
         self._versions: list[tuple[int, float]] = []
         self._most: dict[str, float] = {}
 
     def seen(self) -> Seen | None:
         """None where the head does not answer now; workers tell soon enough where it is gone."""
         asked = time.monotonic()
-        reply = self._messages.GetClusterStatusReply()
+        states = self._states
+        reply = states.GetClusterStatusReply()
         try:
             reply.ParseFromString(self._head.get_cluster_status(timeout_s=ANSWER_SECONDS))
         except Exception:  # noqa: BLE001 - whatever Ray's client raises
@@ -104,20 +110,19 @@ class View:
             if version <= scaling.last_seen_cluster_resource_state_version
         ]
         self._versions = self._versions[max(0, len(known) - 1) :]
-        alive = [node for node in state.node_states if node.status != self._messages.DEAD]
+        alive = [node for node in state.node_states if node.status != states.DEAD]
         total = [dict(node.total_resources) for node in alive]
         free = [dict(node.available_resources) for node in alive]
         names = ("CPU", "GPU", "memory")
-        for one in total:
+        for one in (one for one in total if one.get("CPU")):  # no worker fits elsewhere, as on most heads
             self._most |= {name: max(self._most.get(name, 0.0), one.get(name, 0.0)) for name in names}
         has = {name: sum(one.get(name, 0.0) for one in total) for name in names}
         return Seen(
             scales=scaling.autoscaler_state_version > 0,
             seen_at=known[-1] if known else -math.inf,
-            refused=Counter(map(_labels_of, scaling.infeasible_resource_requests)),
-            gone=frozenset(
-                node.node_id.hex() for node in state.node_states if node.status == self._messages.DEAD
-            ),
+            refused=Counter(map(_demanded, scaling.infeasible_resource_requests)),
+            gone=frozenset(one.node_id.hex() for one in state.node_states if one.status == states.DEAD),
+            leaving=frozenset(one.node_id.hex() for one in alive if one.status == states.DRAINING),
             busy=any(
                 had.get(name, 0.0) > left.get(name, 0.0)
                 for had, left in zip(total, free, strict=True)
@@ -129,18 +134,22 @@ class View:
         )
 
 
-def _labels_of(request: Any) -> frozenset[tuple[str, str]]:
-    """The labels that a demand asks for, as ours do."""
-    return frozenset(
-        (one.label_key, value)
-        for selector in request.label_selectors[:1]
-        for one in selector.label_constraints
-        for value in one.label_values
-    )
+def demand(resources: Mapping[str, float], labels: Mapping[str, str]) -> Demand:
+    """What Ray is asked for, so that it can be compared."""
+    asked = frozenset((name, round(amount, 3)) for name, amount in resources.items() if amount)
+    return asked, frozenset(labels.items())
+
+
+def _demanded(request: Any) -> Demand:
+    """What a request of Ray's asks for: of labels, as ours do, that they have a value."""
+    constraints = [one for selector in request.label_selectors[:1] for one in selector.label_constraints]
+    labels = {one.label_key: value for one in constraints for value in one.label_values}
+    return demand(request.resources_bundle, labels)
 
 
 def _amounts(of: Mapping[str, float]) -> str:
-    return f"{of.get('CPU', 0):g} CPUs, {of.get('GPU', 0):g} GPUs and {of.get('memory', 0) / 2**30:.1f} GiB"
+    said = {"CPU": of.get("CPU", 0), "GPU": of.get("GPU", 0), "GiB": of.get("memory", 0) / 2**30}
+    return ", ".join(f"{amount:.4g} {name}" for name, amount in said.items() if amount) or "nothing"
 
 
 def said_of(needs: Resources) -> str:

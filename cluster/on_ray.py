@@ -10,6 +10,7 @@ import platform
 import socket
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -19,9 +20,9 @@ from typing import Any
 
 import psutil
 
-from cluster.executor import Capacity, Resources, cores
+from cluster.executor import Capacity, Resources, Unavailable, cores
 from cluster.gang import LOOPBACK, Rank, die_with_parent, ends, free_port, run_rank
-from cluster.head import Seen, View, connect, said_of
+from cluster.head import Seen, View, connect, demand, said_of
 from cluster.piece import Ended, run_piece
 from cluster.workforce import Node, Room, Shape, Workforce, key_of
 
@@ -31,6 +32,8 @@ STARTING_SECONDS = 900.0
 """So long a cluster has to give the first worker, or one when all are gone: a cloud's GPU may take ten minutes."""
 REFUSED_SECONDS = 20.0
 """After so long of a cluster at rest, and of its autoscaler saying that no node could hold a worker, it is believed."""
+FAILED_STARTS = 5
+"""When so many workers in a row ended before they could do anything, the next one would too."""
 LOOK_SECONDS = 1.0
 """How often a cluster is asked how it is."""
 SEEN_SECONDS = 2.0
@@ -128,7 +131,7 @@ class RayExecutor:
     On a cluster it wants a worker for each piece that is under way, up to what the cluster could have (or `slots`), and
     lets go of who has nothing to do, so that an autoscaler adds and removes nodes with the work (cluster/workforce.py).
     Each worker holds what the largest piece so far asked for. A piece whose node goes away is lost as preempted. `wait`
-    raises RuntimeError where no node could hold what is asked, or none came for `start_seconds`.
+    raises Unavailable where no node could hold what is asked, or none came for `start_seconds`.
 
     A piece is only handed to an idle worker: the next one starts a call's latency (about a millisecond)
     after the last, and nothing waits in line behind a long piece while another slot is free. A thread
@@ -169,7 +172,8 @@ class RayExecutor:
         self._rooms: dict[frozenset[tuple[str, str]], Room] = {}
         self._asked_at = self._stirred = time.monotonic()
         self._refused_since: float | None = None
-        self._broken: BaseException | None = None
+        self._failed_starts = 0
+        self._broken: Unavailable | None = None
         self._closed = threading.Event()
         self._changed = threading.Condition()
         self._news: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
@@ -215,7 +219,7 @@ class RayExecutor:
         with self._changed:
             while not self._ended and self._tickets:
                 if self._broken:
-                    raise RuntimeError(str(self._broken)) from self._broken
+                    raise self._broken
                 left = min(deadline - time.monotonic(), threading.TIMEOUT_MAX)
                 if left <= 0:
                     return []
@@ -269,7 +273,7 @@ class RayExecutor:
                     take()
                     self._go_on()
                 except Exception as error:  # noqa: BLE001 - `wait` raises it
-                    self._broken = RuntimeError(f"Ray is gone ({error}); start again, finished work is kept")
+                    self._broken = Unavailable(f"Ray is gone: {error}")
                 self._changed.notify_all()
 
     def _tell(self, take: Callable[..., None], *what: object) -> None:
@@ -356,14 +360,17 @@ class RayExecutor:
 
     def _hire_here(self) -> None:
         """A worker of this machine. It may be called at once: Ray keeps what it is to do until it is there."""
-        number = self._hire(Shape(gpus=self._share, memory_gib=math.inf))
+        anything = Shape(
+            math.inf, self._share, math.inf
+        )  # pieces share this machine, whichever worker does them
+        number = self._hire(anything, _bundle(Shape(gpus=self._share)))
         self._workforce.ready(number, Node(_HERE), time.monotonic())
 
-    def _hire(self, shape: Shape) -> int:
+    def _hire(self, shape: Shape, asked: Mapping[str, float]) -> int:
+        """Ask Ray for a worker."""
         number, self._hired = self._hired, self._hired + 1
         actor = self._ray.remote(Worker).options(
-            num_cpus=shape.cpus, num_gpus=shape.gpus,
-            memory=math.ceil(shape.memory_gib * 2**30) if math.isfinite(shape.memory_gib) else None,
+            num_cpus=asked["CPU"], num_gpus=asked["GPU"], memory=asked["memory"] or None,
             label_selector=dict(shape.labels) or None,
             max_concurrency=1, max_restarts=0, max_task_retries=0, runtime_env=self._env,
         ).remote()  # fmt: skip
@@ -379,11 +386,16 @@ class RayExecutor:
         if done.exception() is not None:
             if self._capacity is None:
                 self._dismiss(number)
+                self._failed_starts += 1
+                if self._failed_starts == FAILED_STARTS:
+                    self._broken = Unavailable(f"workers do not start: {done.exception()}")
             return
         self._places[number] = done.result()
         if self._capacity is None:
+            self._failed_starts = 0
             self._workforce.ready(number, done.result().node, time.monotonic())
-            self._stirred = time.monotonic()
+            if self._workforce.awaited(number):
+                self._stirred = time.monotonic()
 
     def _dismiss(self, number: int) -> None:
         """Take a worker off, for good: one that is only out of reach must not come back and write what another does by
@@ -421,7 +433,7 @@ class RayExecutor:
             self._dismiss(number)
         for shape in change.want:
             self._rooms.setdefault(key_of(shape.labels), Room(self._given))
-            self._hire(shape)
+            self._hire(shape, _bundle(shape))
             self._asked_at = now
 
     def _look(self) -> None:
@@ -435,15 +447,17 @@ class RayExecutor:
     def _saw(self, seen: Seen) -> None:
         """What the cluster told of itself: of nodes that are gone, and of what its autoscaler can't place."""
         now = time.monotonic()
+        self._workforce.leaving = seen.leaving
         for number in self._workforce.on(seen.gone):
             self._lost_with_node(number)
         refused = 0
         for key, room in self._rooms.items():
             labels = dict(key)
-            wanted = self._workforce.count(labels, wanted=True)
+            wanted = Counter(demand(_bundle(one), labels) for one in self._workforce.wanted(labels))
             if seen.scales and seen.seen_at > self._asked_at + SEEN_SECONDS:
-                refused += min(wanted, seen.refused.get(key, 0))
-                room.take(self._workforce.count(labels), min(wanted, seen.refused.get(key, 0)), now)
+                too_many = (wanted & Counter(seen.refused)).total()
+                refused += too_many
+                room.take(self._workforce.count(labels), too_many, now)
             elif not seen.scales:
                 room.limit = self._given or max(1, seen.cpus)
         at_rest = refused > 0 and not seen.busy and not self._workforce.running
@@ -470,9 +484,7 @@ class RayExecutor:
             said = f"no worker came within {self._start_seconds:g} s for {asked}; the cluster has {seen.has}"
         else:
             return
-        self._broken = RuntimeError(
-            f"{said}. Ask for less, or let the cluster have more; finished work is kept"
-        )
+        self._broken = Unavailable(f"{said}. Ask for less, or let the cluster have more")
 
 
 def _capacity(
@@ -483,6 +495,11 @@ def _capacity(
     share = (have.get("GPU", 0.0) if gpus is None else gpus) / count
     memory = have.get("memory", math.inf) / 2**30 if memory_gib is None else memory_gib
     return Capacity(count, max(count, have.get("CPU", 1), cores()), memory, share), share
+
+
+def _bundle(shape: Shape) -> dict[str, float]:
+    """What Ray is asked for, for a worker."""
+    return {"CPU": shape.cpus, "GPU": shape.gpus, "memory": math.ceil(shape.memory_gib * 2**30)}
 
 
 def _processor() -> str:

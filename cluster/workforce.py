@@ -86,6 +86,8 @@ class Workforce:
         self._running: dict[int, Resources] = {}
         self._timing: Node | None = None
         self._largest = Shape()
+        self.leaving: Collection[str] = ()
+        """Nodes that are about to go: nothing new starts there."""
 
     @property
     def waiting(self) -> Iterable[Resources]:
@@ -131,13 +133,22 @@ class Workforce:
     def node_of(self, worker: int) -> Node | None:
         return self._members[worker].node if worker in self._members else None
 
-    def count(self, labels: Labels, wanted: bool | None = None) -> int:
-        """How many workers there are that were asked for with these labels; only those that are wanted, or only the
-        others."""
-        return sum(
-            one.shape.labels == labels and wanted in (None, one.node is None)
-            for one in self._members.values()
-        )
+    def shape_of(self, worker: int) -> Shape:
+        return self._members[worker].shape
+
+    def awaited(self, worker: int) -> bool:
+        """Whether anything waits that this worker could do."""
+        return any(self._may(self._members[worker], needs) for needs in self._line)
+
+    def count(self, labels: Labels) -> int:
+        """How many workers there are that were asked for with these labels."""
+        return sum(one.shape.labels == labels for one in self._members.values())
+
+    def wanted(self, labels: Labels) -> list[Shape]:
+        """What was asked for with these labels and is not there yet."""
+        return [
+            one.shape for one in self._members.values() if one.node is None and one.shape.labels == labels
+        ]
 
     def next(self) -> tuple[int, tuple[int, ...]] | None:
         """The piece that may start now and its workers, counted as busy from here on; None if none may."""
@@ -147,7 +158,7 @@ class Workforce:
         ticket, (needs, workers) = found
         self._running[ticket] = needs
         for worker in workers:
-            self._members[worker].ticket = ticket
+            self._members[worker].ticket, self._members[worker].spare_since = ticket, None
         if needs.exclusive and self._timing is None:
             self._timing = self._members[workers[0]].node
         return ticket, workers
@@ -211,7 +222,7 @@ class Workforce:
 
     def _may(self, member: _Member, needs: Resources) -> bool:
         """Whether a worker is one for this piece, now or when it comes to be."""
-        if not member.shape.covers(needs):
+        if not member.shape.covers(needs) or (member.node is not None and member.node.id in self.leaving):
             return False
         if member.node is None:
             return needs.labels.items() <= member.shape.labels.items()

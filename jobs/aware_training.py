@@ -8,12 +8,14 @@ from typing import Any, Protocol
 from jobs import recovery
 from jobs.context import Context
 from jobs.engine import AfterStep, nothing
-from jobs.knobs import Choice, Range, knob
+from jobs.knobs import Range, knob
 from jobs.losses import Aim
 from jobs.model import Model
 from jobs.recovery import Plan
 from jobs.teacher import matching
 
+HIGHEST_STAGE = 2
+"""Of ZeRO: the next one takes the weights apart, which what compresses reads whole."""
 CHOICES = 20
 """How often, about, what is compressed is chosen anew while compression grows: a choice reads all weights."""
 
@@ -31,8 +33,6 @@ class TrainsAware(Protocol):
     def temperature(self) -> float: ...
     @property
     def hard_weight(self) -> float: ...
-    @property
-    def zero_stage(self) -> int: ...
     def name(self) -> str: ...
 
 
@@ -54,10 +54,6 @@ def temperature_knob() -> Any:
 
 def hard_weight_knob() -> Any:
     return knob(0.0, Range(0.0, 1.0), "weight of the text's own next token in the loss")
-
-
-def zero_stage_knob() -> Any:
-    return knob(0, Choice((0, 1, 2)), "what DeepSpeed ZeRO shares between ranks")
 
 
 def ramp_knob() -> Any:
@@ -107,6 +103,6 @@ def learn(model: Model, step: TrainsAware, context: Context, after_step: AfterSt
     recovery.check_vocabularies(step.name(), model, recovery.vocabulary(teacher))
     aim = Aim("forward", step.temperature, step.hard_weight)
     recovery.require_gradients(model)
-    plan = Plan(step.learning_rate, step.steps, step.batch, step.zero_stage)
+    plan = Plan(step.learning_rate, step.steps, step.batch, highest_stage=HIGHEST_STAGE)
     loss_of = matching(teacher, rows, aim)
     recovery.train(model, rows, loss_of, plan, context, after_step)

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 from jaxtyping import Int
 from torch import Tensor
 
+from jobs.sharing import Sharing
+
 if TYPE_CHECKING:
     from jobs.model import Model
     from jobs.statistics import Statistics
@@ -31,6 +33,7 @@ class Context:
     teacher: loads the original model anew at each call, whole on its device; the caller owns it.
     teacher_statistics: what depends on the original and the training text alone, shared by all students.
     checkpoints: a folder for a training's checkpoints that outlives the attempt, and is this recipe's own.
+    sharing: how a training is spread over ranks; it decides nothing of what comes of it.
     notes: what the technique wants told beside the model of how it was made; plain JSON, written by it.
     """
 
@@ -42,5 +45,6 @@ class Context:
     teacher: Callable[[], Model] | None = None
     teacher_statistics: Statistics | None = None
     checkpoints: Path | None = None
+    sharing: Sharing = field(default_factory=Sharing)
     notes: dict[str, Any] = field(default_factory=dict)
     report: Report = lambda share, what: None

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from jobs.layers import SparseLinear
-from jobs.layout import Layout
 from jobs.model import DTYPE, Model
+from jobs.sharing import HIGHEST_STAGE
 
 Masks = Mapping[str, Bool[Tensor, "out in"]]
 """Which weights are kept, by the full name of their linear: one byte a weight."""
@@ -31,13 +31,10 @@ def trainable(model: Model) -> Iterator[Masks]:
     sparsify(model, masks)
 
 
-def check_stage(technique: str, zero_stage: int, layout: Layout) -> None:
-    """Refuse, with a ValueError, to train sparse linears where ZeRO takes the weights apart."""
-    if zero_stage == 3 and "sparse" in layout.forms():
-        raise ValueError(
-            f"{technique}.zero_stage=3 takes weights apart, whose zeros are then not held; sparse linears "
-            f"need a stage in {{0, 1, 2}}"
-        )
+def highest_stage(sparse: bool) -> int:
+    """Of ZeRO, for a model with sparse linears or without: stage 3 takes weights apart, whose zeros are then not
+    held."""
+    return 2 if sparse else HIGHEST_STAGE
 
 
 def densify(model: Model) -> Masks:

@@ -17,6 +17,13 @@ def held_gib() -> float:
     return held / 2**30
 
 
+def device_gib() -> float:
+    """All the memory of the device, where there is one; else of this machine."""
+    if torch.cuda.is_available():
+        return float(torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory) / 2**30
+    return psutil.virtual_memory().total / 2**30
+
+
 @functools.cache
 def settle() -> None:
     """Set the libraries aside before a process loads its first model: else each collection walks all of them

@@ -10,15 +10,15 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from jobs import engine
+from jobs import engine, memory, sharing
+from jobs import ranks as gang
 from jobs.checkpoints import Checkpoints
 from jobs.context import Context
 from jobs.engine import AfterStep
 from jobs.model import Model
 from jobs.residency import resident
+from jobs.sharing import HIGHEST_STAGE
 
-_TOKENS_AT_ONCE = 512
-"""Tokens of one forward pass; a larger batch is gathered over several, which costs no memory."""
 _HELD_OUT = 16
 """One row of so many is held out, where a training may stop early."""
 _CHECKPOINT_STEPS = 50
@@ -32,13 +32,13 @@ LossOf = Callable[[nn.Module, Ids], Float[Tensor, ""]]
 @dataclass(frozen=True)
 class Plan:
     """How to train on rows of text. batch: rows a step. patience: after how many looks at held-out rows
-    without a better loss training ends; 0 holds nothing out."""
+    without a better loss training ends; 0 holds nothing out. highest_stage: of ZeRO."""
 
     learning_rate: float
     steps: int
     batch: int
-    zero_stage: int = 0
     patience: int = 0
+    highest_stage: int = HIGHEST_STAGE
 
     def trained(self, rows: Rows, seed: int) -> tuple[Ids, Ids]:
         """The numbers of the rows to train on, in the order of the first round, and of those held out."""
@@ -72,16 +72,16 @@ def train(
     Where rows are held out, the best weights are left, and how it went is noted in the context.
     """
     order, held = plan.trained(rows, context.seed)
-    at_once = _largest_divisor(plan.batch, _TOKENS_AT_ONCE // rows.shape[1])
+    shared = _shared(model, rows.shape[1], plan, context)
     training = engine.Training(
-        plan.learning_rate, plan.steps, plan.batch // at_once, zero_stage=plan.zero_stage
+        plan.learning_rate, plan.steps, plan.batch // shared.rows, zero_stage=shared.stage
     )
-    watched = engine.HeldOut(torch.split(held, at_once), max(1, plan.steps // 20), plan.patience)
+    watched = engine.HeldOut(torch.split(held, shared.rows), max(1, plan.steps // 20), plan.patience)
     places = context.checkpoints
     with resident(model, ""):
         log = engine.train(
             model.module,
-            _rounds(order, at_once, context.seed),
+            _rounds(order, shared.rows, context.seed),
             loss_of,
             training,
             context.report,
@@ -144,7 +144,25 @@ def _rounds(order: Ids, batch: int, seed: int) -> Iterator[Ids]:
         waiting = waiting[batch:]
 
 
-def _largest_divisor(number: int, limit: int) -> int:
-    """The largest divisor of `number` up to `limit`, at least 1."""
-    limit = min(number, max(1, limit))
-    return next(divisor for divisor in range(limit, 0, -1) if number % divisor == 0)
+@dataclass(frozen=True)
+class _Shared:
+    """The ZeRO stage of a training, and the rows of one forward pass."""
+
+    stage: int
+    rows: int
+
+
+def _shared(model: Model, tokens: int, plan: Plan, context: Context) -> _Shared:
+    """How a training is shared out, the same on all ranks: by the least memory that one of them has."""
+    ranks, asked = gang.join(), context.sharing
+    device_gib = min(ranks.gathered(asked.device_gib or memory.device_gib()))
+    weights = sum(parameter.numel() for parameter in model.module.parameters())
+    stage = asked.stage(weights, ranks.count, device_gib, plan.highest_stage)
+    linears = [part for part in model.blocks.modules() if isinstance(part, nn.Linear)]
+    widths = sum(one.in_features + one.out_features for one in linears)
+    logits = vocabulary(model) if model.task == "causal-lm" else 0
+    free = (device_gib - sharing.training_gib(weights, stage, ranks.count)) * 2**30
+    activations = sharing.row_bytes(tokens, widths, logits)
+    kind = "cuda" if torch.cuda.is_available() else "cpu"
+    rows = sharing.rows_at_once(plan.batch, ranks.count, tokens, kind, activations, free, asked.micro_batch)
+    return _Shared(stage, rows)

@@ -6,20 +6,21 @@ import errno
 import functools
 import time
 import traceback
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from jobs import data, memory, models, residency
-from jobs.context import Context, Report
+from jobs import data, memory, models, ranks, residency
+from jobs.context import Context, Interrupted, Report
 from jobs.job import Failure, FailureKind, Job, Materials, Measurement, TextSource
 from jobs.measure import environment, measure
 from jobs.meter import Subject
 from jobs.model import Model
 from jobs.recipe import Recipe
+from jobs.sharing import Sharing
 from jobs.statistics import Statistics
 from jobs.technique import Technique
 
@@ -40,11 +41,12 @@ class Made:
 
 @dataclass(frozen=True)
 class Places:
-    """The folders that a job may write in: those that `attempt` was given."""
+    """The folders that a job may write in, and how it is shared out: as `attempt` was told."""
 
     folder: Path
     cache: Path
     checkpoints: Path | None = None
+    sharing: Sharing = field(default_factory=Sharing)
 
 
 def attempt(
@@ -57,7 +59,8 @@ def attempt(
     report: Report,
     checkpoints: Path | None = None,
     before: Measurement | None = None,
-) -> Made | Failure:
+    sharing: Sharing | None = None,
+) -> Made | Failure | None:
     """Make the artifact of `job.recipe` in `folder` (new or empty) and measure it.
 
     parent: the folder of the parent's artifact; None for the original, which has no parent.
@@ -66,12 +69,24 @@ def attempt(
     checkpoints: where a training leaves what another attempt at this recipe goes on from; the caller
         removes it when none will come.
     before: what `job.before` found of `built`: its items are not read again, if it was measured in this environment.
+    sharing: how a training is spread over the ranks that make this attempt together.
     Never raises: what goes wrong comes back as a Failure.
+
+    Of several ranks (`jobs.ranks`) all make the model; the first alone writes and measures it. The others return None
+    when their part is done or was interrupted, as the first tells.
     """
+    places = Places(folder, cache, checkpoints, sharing or Sharing())
     try:
+        ranks.take_device()
         _prepare_process(materials.model)
-        return _attempt(job, materials, parent, built, Places(folder, cache, checkpoints), report, before)
+        if not ranks.here().first:
+            if built is None:
+                _made(job, materials, parent, places, report)
+            return None
+        return _attempt(job, materials, parent, built, places, report, before)
     except Exception as error:  # noqa: BLE001 - the worker boundary: failures cross it as data
+        if isinstance(error, Interrupted) and not ranks.here().first:
+            return None
         return failure(error)
     finally:
         memory.release()  # here the frames that held the model are gone
@@ -120,6 +135,8 @@ def failure(error: BaseException) -> Failure:
 
 
 def _kind(error: BaseException) -> FailureKind:
+    if isinstance(error, Interrupted):
+        return "preempted"
     if isinstance(error, FloatingPointError):
         return "diverged"
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or _allocation_failed(error):
@@ -156,25 +173,30 @@ def disk_is_full(error: BaseException | None) -> bool:
 def _make(job: Job, materials: Materials, parent: Path | None, places: Places, report: Report) -> float:
     """Write the artifact of a job's recipe, the original's or one step from its parent's, into its folder; the seconds
     that statistics spared it."""
-    recipe, spared = job.recipe, 0.0
-    notes: list[dict[str, Any]] = []
+    model, notes, spared = _made(job, materials, parent, places, report)
+    about = {"recipe": job.recipe.to_dict(), "text": str(job.recipe), "notes": notes}
+    models.save(model, places.folder, about)
+    return spared
+
+
+def _made(
+    job: Job, materials: Materials, parent: Path | None, places: Places, report: Report
+) -> tuple[Model, list[dict[str, Any]], float]:
+    """The model of a job's recipe, what is noted of its making, and the seconds that statistics spared it."""
+    recipe = job.recipe
     if recipe.parent is None:
         report(0.0, "writing the original")
-        model = models.load(models.locate(materials.model))
-    elif parent is None:
+        return models.load(models.locate(materials.model)), [], 0.0
+    if parent is None:
         raise LookupError(f"the artifact of {recipe.parent} is needed to make {recipe}, and was not given")
-    else:
-        step = recipe.steps[-1]
-        report(0.0, str(step))
-        model = models.load(parent, device())
-        context = context_of(recipe, materials, places, report)
-        model = _compressed(model, step, context)
-        notes = models.about(parent).get("notes", [])
-        if context.notes:
-            notes = [*notes, {"step": str(step), **context.notes}]
-        spared = context.statistics.spared_seconds
-    models.save(model, places.folder, {"recipe": recipe.to_dict(), "text": str(recipe), "notes": notes})
-    return spared
+    step = recipe.steps[-1]
+    report(0.0, str(step))
+    context = context_of(recipe, materials, places, report)
+    model = _compressed(models.load(parent, device()), step, context)
+    notes = models.about(parent).get("notes", [])
+    if context.notes:
+        notes = [*notes, {"step": str(step), **context.notes}]
+    return model, notes, context.statistics.spared_seconds
 
 
 def _compressed(model: Model, step: Technique, context: Context) -> Model:
@@ -212,6 +234,7 @@ def context_of(recipe: Recipe, materials: Materials, places: Places, report: Rep
         teacher=lambda: residency.whole(models.load(original, device())),
         teacher_statistics=Statistics(places.cache, recipe.lineage()[0].id),
         checkpoints=places.checkpoints,
+        sharing=places.sharing,
         report=report,
     )
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 from jobs.knobs import Domain, Value, profile, profile_values
+from jobs.sharing import HIGHEST_STAGE
 
 if TYPE_CHECKING:
     from jobs.context import Context
@@ -31,6 +32,7 @@ class Technique(ABC):
     `accepts` are the forms of linears that it can work on, `leaves` the forms that it brings in. From
     these alone follows which technique may come after which. `by_block` are the options that may differ by
     block, `by_linear` by linear as well: their value may be a text of several numbers (`jobs.knobs.profile`).
+    `highest_stage`: of ZeRO (`jobs.engine.Training`), where it trains.
     """
 
     kind: ClassVar[Kind]
@@ -41,6 +43,7 @@ class Technique(ABC):
     leaves: ClassVar[frozenset[Form]] = frozenset()
     by_block: ClassVar[frozenset[str]] = frozenset()
     by_linear: ClassVar[frozenset[str]] = frozenset()
+    highest_stage: ClassVar[int] = HIGHEST_STAGE
 
     def __post_init__(self) -> None:
         for name, domain in self.domains().items():
@@ -89,6 +92,11 @@ class Technique(ABC):
     def recovers(cls) -> bool:
         """Whether all it does is to bring back, from the original, what earlier steps lost."""
         return cls.kind == "recovery" and "teacher" in cls.needs
+
+    @classmethod
+    def trains(cls) -> bool:
+        """Whether weights are trained: such a step may be spread over several ranks."""
+        return bool(cls.needs & {"teacher", "training"})
 
     @property
     def exact(self) -> bool:

@@ -550,6 +550,7 @@ def _check_template(file: Path) -> None:
 
 
 def _run(prepared: Prepared, overrides: tuple[str, ...]) -> None:
+    from cluster.executor import Unavailable
     from cluster.store import is_remote
     from jobs.run import disk_is_full
     from orchestrator.launch import OtherStudy, launch
@@ -566,6 +567,8 @@ def _run(prepared: Prepared, overrides: tuple[str, ...]) -> None:
         _fail(f"another process runs the study in {prepared.folder}; see slimfront status {prepared.folder}")
     except OtherStudy as error:
         _fail(str(error))
+    except Unavailable as error:
+        _fail(f"{error}. What ended is kept; go on with: slimfront resume {prepared.folder}")
     except (OSError, sqlite3.Error) as error:
         if not disk_is_full(error):
             raise

@@ -102,12 +102,29 @@ class TrackingSpec:
 
 @dataclass
 class ClusterSpec:
-    """slots: how many jobs run at once (`auto`: one per core). memory_gib: what they may use together.
-    address: a running Ray's; without one, Ray is started here for as long as the study runs."""
+    """slots: how many jobs run at once (`auto`: one per core; on a cluster, as many as it could have). memory_gib: what
+    they may use together on this machine. address: a running Ray's; without one, Ray is started here for as long as the
+    study runs.
+
+    On a cluster, gpus: what each job holds of a GPU, or how many (`auto`: the part of one that its memory takes of
+    device_gib); timing: labels of the nodes on which latency is measured (none: those like the first one that was);
+    start_seconds: how long is waited for the first node, or for another when all are gone.
+
+    Of jobs that train, ranks: the slots that each takes (`auto`: as few as hold it), zero_stage: what these share out
+    (`auto`: as little as fits), micro_batch: rows at once (`auto`: as many as fit), device_gib: the memory that a
+    slot's GPU has, or its share of a node without (`auto`: as the machine says; several ranks only by a GPU of here).
+    They decide nothing of what the study finds."""
 
     slots: Any = "auto"
     memory_gib: float | None = None
     address: str | None = None
+    gpus: Any = 0
+    timing: dict[str, str] = field(default_factory=dict)
+    start_seconds: float = 900.0
+    ranks: Any = "auto"
+    zero_stage: Any = "auto"
+    micro_batch: Any = "auto"
+    device_gib: Any = "auto"
 
 
 @dataclass

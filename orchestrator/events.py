@@ -50,6 +50,13 @@ class Began:
 
 
 @dataclass(frozen=True)
+class Resized:
+    """Now so many jobs can run at once: a cluster could have more, or fewer, than was known before."""
+
+    slots: int
+
+
+@dataclass(frozen=True)
 class Started:
     """An attempt was handed to the executor."""
 
@@ -81,7 +88,7 @@ class Stopped:
     reason: str
 
 
-Event = Began | Proposed | Started | Ended | Exhausted | Stopped
+Event = Began | Resized | Proposed | Started | Ended | Exhausted | Stopped
 
 
 @dataclass(frozen=True)

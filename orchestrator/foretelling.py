@@ -77,7 +77,7 @@ def _table(prepared: Prepared, executor: Executor) -> Mapping[str, Any]:
     # Twice the original is held: beside it runs what it is compared with.
     executor.submit(
         _TABLE, _make, make_table, prepared.materials, layouts, _cache(prepared), table_models(prepared.config),
-        resources=Resources(memory_gib=2 * _memory_gib(prepared), exclusive=True),
+        resources=_twice(prepared, alone=True),
     )  # fmt: skip
     return _awaited(executor, "the table of operations", "; search.table=0 does without one")
 
@@ -85,7 +85,7 @@ def _table(prepared: Prepared, executor: Executor) -> Mapping[str, Any]:
 def _levels(prepared: Prepared, executor: Executor) -> Mapping[str, Any]:
     executor.submit(
         _LEVELS, _make, compare_levels, prepared.materials, prepared.plan.original, uniform_steps(prepared.space),
-        _cache(prepared), prepared.space.by_linear, resources=Resources(memory_gib=2 * _memory_gib(prepared)),
+        _cache(prepared), prepared.space.by_linear, resources=_twice(prepared, alone=False),
     )  # fmt: skip
     return _awaited(executor, "the damage of each level", "")
 
@@ -119,8 +119,10 @@ def _make(make: Callable[..., Any], *given: object) -> Mapping[str, Any] | Failu
         return failure(error)
 
 
-def _memory_gib(prepared: Prepared) -> float:
-    return prepared.memory_gib(Job(prepared.plan.original, (), ""))
+def _twice(prepared: Prepared, alone: bool) -> Resources:
+    """What is asked for a job that holds twice the original."""
+    once = prepared.resources(Job(prepared.plan.original, (), ""), alone, slots=1)
+    return dataclasses.replace(once, memory_gib=2 * once.memory_gib)
 
 
 def _cache(prepared: Prepared) -> Path:

@@ -71,7 +71,9 @@ def launch(
         cluster = prepared.config.cluster
         # How many a cluster has its Ray knows; this machine is only one of it.
         slots = None if cluster.address and cluster.slots == "auto" else slots_of(prepared.config)
-        running = executor or RayExecutor(slots, cluster.memory_gib, address=cluster.address)
+        running = executor or RayExecutor(
+            slots, cluster.memory_gib, address=cluster.address, start_seconds=cluster.start_seconds
+        )
         with closing(ledger), closing(running), _interruptible():
             prepared = foretelling(_as_begun(prepared, ledger), ledger, running)
             study = Study(prepared.plan)
@@ -150,7 +152,8 @@ def _work(prepared: Prepared) -> Work:
     store, here = prepared.config.store, home(prepared.config.store).resolve()
     scratch = here / prepared.config.name / SCRATCH
     address = store if is_remote(store) else str(here)
-    return functools.partial(work, workplace=Workplace(prepared.materials, address, scratch, here / CACHE))
+    place = Workplace(prepared.materials, address, scratch, here / CACHE, prepared.sharing)
+    return functools.partial(work, workplace=place)
 
 
 def _tracker(prepared: Prepared) -> Tracker:

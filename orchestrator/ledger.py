@@ -13,7 +13,7 @@ from typing import Any
 
 from jobs.job import outcome_from_dict, outcome_to_dict
 from jobs.recipe import Recipe
-from orchestrator.events import Began, Cost, Ended, Event, Exhausted, Proposed, Started, Stopped
+from orchestrator.events import Began, Cost, Ended, Event, Exhausted, Proposed, Resized, Started, Stopped
 
 _SCHEMA = """
 create table if not exists about (key text primary key, value text not null);
@@ -99,8 +99,9 @@ def _from_dict(kind: str, body: Mapping[str, Any]) -> Event:
         return Proposed(Recipe.from_dict(body["recipe"]), body["choices"], cost, body["refused"])
     if kind == "Ended":
         return Ended(body["job_id"], body["attempt"], outcome_from_dict(body["outcome"]))
-    simple: dict[str, type[Began] | type[Started] | type[Exhausted] | type[Stopped]] = {
+    simple: dict[str, type[Began] | type[Resized] | type[Started] | type[Exhausted] | type[Stopped]] = {
         "Began": Began,
+        "Resized": Resized,
         "Started": Started,
         "Exhausted": Exhausted,
         "Stopped": Stopped,

@@ -15,8 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
+
+from cluster.executor import Resources
 from cluster.store import is_remote, reach
-from jobs import data, formats, meters, models, runtimes
+from jobs import data, formats, masks, memory, meters, models, runtimes, sharing
 from jobs.families import TASKS, Task, family
 from jobs.job import Job, Materials, Target, TaskSource, TextSource
 from jobs.knobs import Value
@@ -25,6 +28,7 @@ from jobs.meter import Reads
 from jobs.meters import lm_eval_tasks
 from jobs.operations import Table, predict
 from jobs.recipe import Origin, Recipe
+from jobs.sharing import WORKER_GIB, Sharing
 from orchestrator import levels, search
 from orchestrator.config import Evaluation, InvalidStudy, Loaded, StudyConfig, Tasks, Text
 from orchestrator.estimate import estimates
@@ -48,8 +52,6 @@ _COSTS, _LAYOUTS = 50_000, 500
 """So many are remembered."""
 _OPENING = 8
 """So many choices, of a quarter of all that may be tried, are solved for before the search."""
-WORKER_GIB = 0.6
-"""What a worker's libraries take before any model is loaded."""
 
 
 @dataclass(frozen=True)
@@ -106,19 +108,61 @@ class Prepared:
         except ValueError as error:
             return Proposed(recipe, choices, None, str(error))
 
-    def memory_gib(self, job: Job) -> float:
-        """About how much memory a job takes, from the original's size: what slots share is divided by it.
+    def resources(self, job: Job, alone: bool, slots: int) -> Resources:
+        """What a job asks of the executor. On a cluster what runs alone, timings first of all, runs on the nodes that
+        the study names for it."""
+        ranks = self.ranks(job, slots)
+        memory_gib = self.memory_gib(job, ranks)
+        labels = self.config.cluster.timing if alone and self.config.cluster.address else {}
+        return Resources(self._gpus(memory_gib), 1.0, memory_gib, ranks, alone, labels)
 
-        Held in bf16 with its statistics and one layer in fp32, about 4 bytes a weight more than the file;
-        training holds gradients, fp32 masters and two moments, 2 + 2 + 4 + 8 bytes a weight, and a teacher;
-        squared gradients are summed in fp32, beside activations.
+    def _gpus(self, memory_gib: float) -> float:
+        """The GPUs that a job, or each of its ranks, holds on a cluster."""
+        cluster = self.config.cluster
+        if cluster.address is None or cluster.gpus != "auto":
+            return 0.0 if cluster.address is None else float(cluster.gpus)
+        return share_of_gpu(memory_gib, self.sharing.device_gib or math.inf)
+
+    def memory_gib(self, job: Job, ranks: int = 1) -> float:
+        """About how much memory a job takes, or each of its ranks, from the original's size: what slots share is
+        divided by it.
+
+        Held in bf16 with its statistics and one layer in fp32, about 4 bytes a weight more than the file; of training
+        `jobs.sharing` tells; squared gradients are summed in fp32, beside activations.
         """
-        parameters = self.layout.parameters()
+        weights = self.layout.parameters()
         step = job.recipe.steps[-1] if job.recipe.steps else None
-        training = step is not None and step.needs & {"training", "teacher"}
+        if step is not None and step.trains():
+            device_gib = self.sharing.device_gib or math.inf
+            stage = self.sharing.stage(weights, ranks, device_gib, step.highest_stage)
+            return round(sharing.training_gib(weights, stage, ranks), 3)
         squares = step is not None and "gradients" in step.needs
-        bytes_per_weight = 20 if training else 12 if squares else 6
-        return round(WORKER_GIB + bytes_per_weight * parameters / 2**30, 3)
+        return round(WORKER_GIB + (12 if squares else 6) * weights / 2**30, 3)
+
+    def ranks(self, job: Job, slots: int) -> int:
+        """Over how many of the slots a job is spread: one that trains as the study says, or by itself over as few as
+        hold it; any other, and one whose model was made before, runs on one."""
+        step = job.recipe.steps[-1] if job.recipe.steps else None
+        made = job.before is not None or set(job.meters) & set(self.plan.timers)
+        if step is None or not step.trains() or made:
+            return 1
+        asked, device_gib = self.config.cluster.ranks, self.sharing.device_gib
+        if asked != "auto":
+            return int(asked)
+        if device_gib is None:
+            return 1
+        return sharing.ranks_for(self.layout.parameters(), device_gib, slots, step.highest_stage)
+
+    @property
+    def sharing(self) -> Sharing:
+        """How trainings are spread over ranks. The memory of a device is known where the study tells it, or a GPU that
+        is seen here."""
+        cluster = self.config.cluster
+        told = [cluster.zero_stage, cluster.micro_batch, cluster.device_gib]
+        stage, rows, device_gib = (None if one == "auto" else one for one in told)
+        if device_gib is None and torch.cuda.is_available():
+            device_gib = memory.device_gib()
+        return Sharing(stage, rows, device_gib)
 
     def known(self, choices: Choices, study: Study | None = None) -> Mapping[str, float]:
         """What needs no evaluation: the size, or a bound of it; once levels of blocks were compared, how far its
@@ -250,6 +294,8 @@ def prepare(loaded: Loaded) -> Prepared:
         )
         attempt("model", lambda: models.check_vocabulary(folder), "a model and its own tokenizer")
         problems += _refusals(space, folder, task)
+    if "cluster.zero_stage" not in wrong:
+        problems += _stage_refusals(space, config.cluster.zero_stage)
     if is_remote(config.store):
         attempt("store", lambda: reach(config.store), "a bucket to read and write, as s3://bucket/prefix")
     materials = _materials(config, task)
@@ -290,6 +336,20 @@ def _refusals(space: SearchSpace, folder: Path, task: Task) -> list[Problem]:
     return found
 
 
+def _stage_refusals(space: SearchSpace, stage: Any) -> list[Problem]:
+    """Why this ZeRO stage, if the study names one, is not for all that trains."""
+    if stage == "auto":
+        return []
+    used = [option.technique for option in space.options() if option.technique.trains()]
+    lower = sorted({one.name() for one in used if one.highest_stage < stage})
+    sparse = any("sparse" in option.technique.leaves for option in space.options())
+    if sparse and stage > masks.highest_stage(sparse=True):
+        lower += sorted(one.name() for one in used if "sparse" in one.accepts)
+    expected = f"got {stage}, expected auto or at most {masks.highest_stage(sparse=True)}"
+    why = "read whole weights while they train, or hold the zeros of pruned ones"
+    return [Problem("cluster.zero_stage", f"{expected}: {', '.join(lower)} {why}")] if lower else []
+
+
 def objectives_of(config: StudyConfig) -> tuple[Objective, ...]:
     return tuple(
         Objective(metric, "max" if spec.goal == "max" else "min", spec.limit)
@@ -300,6 +360,12 @@ def objectives_of(config: StudyConfig) -> tuple[Objective, ...]:
 def slots_of(config: StudyConfig) -> int:
     """How many jobs run at once on this machine."""
     return os.cpu_count() or 1 if config.cluster.slots == "auto" else int(config.cluster.slots)
+
+
+def share_of_gpu(memory_gib: float, device_gib: float) -> float:
+    """The part of a GPU that a job holds, of which as many share it as its memory holds. Ray counts ten-thousandths."""
+    jobs = max(1, math.floor(device_gib / memory_gib))
+    return math.floor(10_000 / jobs) / 10_000
 
 
 def rungs_of(
@@ -397,8 +463,50 @@ def _check_values(config: StudyConfig, check: Check) -> None:
     check(
         "cluster.slots", (slots == "auto" or whole, f"got {slots!r}, expected auto or a whole number from 1")
     )
-    memory = config.cluster.memory_gib
-    check("cluster.memory_gib", (memory is None or memory > 0, f"got {memory}, expected more than 0"))
+    memory_gib = config.cluster.memory_gib
+    check(
+        "cluster.memory_gib",
+        (memory_gib is None or memory_gib > 0, f"got {memory_gib}, expected more than 0"),
+    )
+    gpus = config.cluster.gpus
+    number = isinstance(gpus, int | float) and not isinstance(gpus, bool) and 0 <= gpus < math.inf
+    check(
+        "cluster.gpus",
+        (gpus == "auto" or number, f"got {gpus!r}, expected auto or a number from 0"),
+        (
+            gpus != "auto" or config.cluster.device_gib != "auto",
+            "got auto, expected cluster.device_gib with it",
+        ),
+    )
+    start = config.cluster.start_seconds
+    check("cluster.start_seconds", (start > 0, f"got {start}, expected more than 0"))
+    _check_sharing(config, check)
+
+
+def _check_sharing(config: StudyConfig, check: Check) -> None:
+    cluster = config.cluster
+    for name in ("ranks", "micro_batch"):
+        given = getattr(cluster, name)
+        whole = isinstance(given, int) and not isinstance(given, bool) and given >= 1
+        told = f"got {given!r}, expected auto or a whole number from 1"
+        check(f"cluster.{name}", (given == "auto" or whole, told))
+    slots = cluster.slots
+    if isinstance(cluster.ranks, int) and (
+        isinstance(slots, int) or (slots, cluster.address) == ("auto", None)
+    ):
+        most = slots_of(config)
+        check(
+            "cluster.ranks",
+            (cluster.ranks <= most, f"got {cluster.ranks}, expected at most the {most} slots"),
+        )
+    given, stages = cluster.zero_stage, range(sharing.HIGHEST_STAGE + 1)
+    known = given == "auto" or (given in stages and not isinstance(given, bool))
+    check(
+        "cluster.zero_stage", (known, f"got {given!r}, expected auto or one of {', '.join(map(str, stages))}")
+    )
+    given = cluster.device_gib
+    positive = isinstance(given, int | float) and not isinstance(given, bool) and given > 0
+    check("cluster.device_gib", (given == "auto" or positive, f"got {given!r}, expected auto or more than 0"))
 
 
 def _materials(config: StudyConfig, task: Task) -> Materials:

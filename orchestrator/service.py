@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from cluster import executor
-from cluster.executor import Executor, Resources
+from cluster.executor import Executor
 from jobs.job import Failure, Job, Outcome
 from orchestrator.candidate import Candidate
 from orchestrator.events import (
@@ -19,6 +19,7 @@ from orchestrator.events import (
     Event,
     Exhausted,
     Record,
+    Resized,
     Run,
     Started,
     Stopped,
@@ -41,7 +42,8 @@ HOPELESS = 0.001
 """A candidate under way whose chance to add to the front is less is given up. It is asked for after every result, and
 so is below 1 in 100 at some time for too many that would have added to the front (docs/search.md)."""
 
-Work = Callable[[Job], Outcome]
+Work = Callable[[Job], Outcome | None]
+"""None is what ranks but the first return."""
 
 
 class Watch(Protocol):
@@ -71,6 +73,8 @@ class Service:
         """Carry the study on to its end. Interrupted anywhere, the next `run` of a new process goes on there."""
         self._take(Began(self.executor.slots))
         while self.study.stage != "done":
+            if self.study.slots != self.executor.slots:
+                self._take(Resized(self.executor.slots))
             self._propose()
             news = self.executor.wait(WAIT_SECONDS)
             self._take(*map(_event, news))
@@ -144,7 +148,7 @@ class Service:
                 self.watch.record(command.candidate)
 
     def _run(self, command: Run) -> None:
-        resources = Resources(memory_gib=self.prepared.memory_gib(command.job), exclusive=command.alone)
+        resources = self.prepared.resources(command.job, command.alone, self.executor.slots)
         key = f"{command.job.id}#{command.attempt}"
         self.executor.submit(key, self.work, command.job, resources=resources)
 

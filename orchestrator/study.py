@@ -26,6 +26,7 @@ from orchestrator.events import (
     Plan,
     Proposed,
     Record,
+    Resized,
     Run,
     Stage,
     Started,
@@ -121,7 +122,8 @@ class Study:
         self._nodes: dict[str, _Node] = {}
         self._by_job: dict[str, str] = {}
         self._timing = False
-        self._slots = 1
+        self.slots = 1
+        """How many jobs can run at once, as far as it was told."""
         self._race = Race(plan)
         self._took: dict[str, _Took] = {}
         self._measuring = _Took()
@@ -238,6 +240,8 @@ class Study:
         """Take one event in; what is to be done because of it."""
         if isinstance(event, Began):
             commands = self._handle_began(event)
+        elif isinstance(event, Resized):
+            self.slots, commands = event.slots, []
         elif isinstance(event, Proposed):
             commands = self._handle_proposed(event)
         elif isinstance(event, Started):
@@ -257,7 +261,7 @@ class Study:
             if node.failure is not None and node.failure.kind == "disk_full":
                 self._revive(node)
         self._busy.clear()
-        self._slots = event.slots
+        self.slots = event.slots
         return [command for node in list(self._nodes.values()) for command in self._next(node)]
 
     def _revive(self, node: _Node) -> None:
@@ -449,7 +453,7 @@ class Study:
     def _timings(self) -> list[Command]:
         """The timings to begin now: no more than there are slots, since each tells which others are worth it."""
         found: list[Command] = []
-        while self.running < self._slots:
+        while self.running < self.slots:
             id = self._next_timed()
             if id is None:
                 break
@@ -528,7 +532,7 @@ class Study:
         found: list[Command] = []
         if len(self.plan.rungs) == 1 or self.original.measurement is None:
             return found
-        while self.running <= self._slots:
+        while self.running <= self.slots:
             id = self._race.promoted(self._busy)
             if id is None:
                 break

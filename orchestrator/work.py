@@ -7,13 +7,14 @@ import os
 import shutil
 import socket
 import tempfile
+import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from cluster.store import ArtifactRef, ArtifactStore, is_remote, open_store
-from jobs import run
+from jobs import ranks, run
 from jobs.job import (
     Failure,
     Job,
@@ -25,12 +26,15 @@ from jobs.job import (
     outcome_to_dict,
 )
 from jobs.recipe import Recipe
+from jobs.sharing import Sharing
 
 DOWNLOADS = "downloads"
 """Beside the cache: copies of artifacts, where the store is elsewhere."""
 SCRATCH = "scratch"
 CHECKPOINTS = "checkpoints"
 """In a study's folder: what jobs in progress write, and what trainings go on from."""
+_PUT_SECONDS = 0.5
+"""How often a rank looks whether the first has put what both have made."""
 
 
 @dataclass(frozen=True)
@@ -40,18 +44,21 @@ class Workplace:
     scratch: where jobs in progress lie, best on the store's file system; it is the study's own. Beside it
         lie the checkpoints of trainings, which outlive attempts and a study that was killed.
     cache: where statistics lie that any study's jobs may share.
+    sharing: how trainings are spread over ranks.
     """
 
     materials: Materials
     store: str
     scratch: Path
     cache: Path
+    sharing: Sharing = field(default_factory=Sharing)
 
 
-def work(job: Job, workplace: Workplace) -> Outcome:
+def work(job: Job, workplace: Workplace) -> Outcome | None:
     """Do one job, or find it done. Its result exists from the moment its record is committed, and only then.
 
-    Any number of attempts may run at once or after each other: the first to commit wins, all return what won.
+    Any number of attempts may run at once or after each other: the first to commit wins, all return what won. Of
+    several ranks the first returns the outcome; another one returns None, or why it could not go on.
     """
     try:
         outcome = _work(job, workplace)
@@ -60,7 +67,7 @@ def work(job: Job, workplace: Workplace) -> Outcome:
     if isinstance(outcome, Success):
         # For whoever measures on from here, who finds it in the store.
         return dataclasses.replace(outcome, measurement=dataclasses.replace(outcome.measurement, observed={}))
-    if outcome.kind == "disk_full":
+    if outcome is not None and outcome.kind == "disk_full":
         return dataclasses.replace(outcome, message=f"{outcome.message}; {_cure(workplace)}")
     return outcome
 
@@ -75,6 +82,7 @@ def made_again(recipe: Recipe, workplace: Workplace) -> ArtifactRef:
         outcome = _attempt(Job(recipe, (), ""), workplace, store, Path(scratch))
     if isinstance(outcome, Failure):
         raise RuntimeError(f"{recipe} could not be made again: {outcome.message}")
+    assert outcome is not None  # a single process does this
     return ArtifactRef(outcome.artifact, outcome.size_bytes)
 
 
@@ -99,14 +107,15 @@ def _cure(workplace: Workplace) -> str:
     return f"{full}. `slimfront store {workplace.store} --trim SIZE` removes what can be made again"
 
 
-def _work(job: Job, workplace: Workplace) -> Outcome:
+def _work(job: Job, workplace: Workplace) -> Outcome | None:
     store = opened(workplace)
-    done = store.record(_result_key(job))
+    # Only the first rank looks whether there is anything to do: if there is, all must take part.
+    done = store.record(_result_key(job)) if ranks.here().first else None
     if done is not None:
         return _found(outcome_from_dict(done["result"]))
     with _scratch(workplace) as scratch:
         outcome = _attempt(job, workplace, store, Path(scratch))
-    if isinstance(outcome, Failure):
+    if not isinstance(outcome, Success):
         return outcome  # another attempt may go better: only results are committed
     record = {"result": outcome_to_dict(outcome), "recipe": job.recipe.to_dict(), "meters": list(job.meters)}
     if store.commit(_result_key(job), record):
@@ -139,17 +148,19 @@ def _found(outcome: Outcome) -> Outcome:
     return dataclasses.replace(outcome, found=True) if isinstance(outcome, Success) else outcome
 
 
-def _attempt(job: Job, workplace: Workplace, store: ArtifactStore, scratch: Path) -> Outcome:
+def _attempt(job: Job, workplace: Workplace, store: ArtifactStore, scratch: Path) -> Outcome | None:
     outcome = _done(job, workplace, store, scratch)
+    if outcome is None:
+        return None
     if isinstance(outcome, Success) or outcome.kind in ("invalid", "diverged"):
         # No other attempt will follow.
         shutil.rmtree(_checkpoints(job, workplace), ignore_errors=True)
     return outcome
 
 
-def _done(job: Job, workplace: Workplace, store: ArtifactStore, scratch: Path) -> Outcome:
+def _done(job: Job, workplace: Workplace, store: ArtifactStore, scratch: Path) -> Outcome | None:
     scratch.mkdir(exist_ok=True)
-    built = _fetched(job.recipe, store, scratch / "built")
+    built = _fetched(job.recipe, store, scratch / "built") if ranks.here().first else None
     parent = None if built is not None else _parent(job, workplace, store, scratch)
     if isinstance(parent, Failure):
         return parent
@@ -163,8 +174,9 @@ def _done(job: Job, workplace: Workplace, store: ArtifactStore, scratch: Path) -
         report=_unreported,
         checkpoints=_checkpoints(job, workplace),
         before=None if built is None else _before(job, built.ref, store),
+        sharing=workplace.sharing,
     )
-    if isinstance(made, Failure):
+    if made is None or isinstance(made, Failure):
         return made
     if built is not None:
         return Success(built.ref.digest, built.ref.size_bytes, made.measurement, made.seconds)
@@ -206,6 +218,8 @@ def _parent(job: Job, workplace: Workplace, store: ArtifactStore, scratch: Path)
     shutil.rmtree(scratch / "lineage", ignore_errors=True)
     if isinstance(outcome, Failure):
         return dataclasses.replace(outcome, message=f"{recipe} could not be made again: {outcome.message}")
+    while outcome is None and artifact_of(recipe, store) is None:
+        time.sleep(_PUT_SECONDS)  # the first rank is about to put it
     return _fetched(recipe, store, scratch / "parent")
 
 

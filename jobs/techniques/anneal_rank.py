@@ -45,6 +45,7 @@ class AnnealRank(Technique):
         "arXiv:0810.3286"
     )
     needs: ClassVar[frozenset[Need]] = frozenset({"calibration", "teacher", "training"})
+    highest_stage: ClassVar[int] = aware_training.HIGHEST_STAGE
     leaves: ClassVar[frozenset[Form]] = frozenset({"factored"})
 
     keep: float = knob(0.8, lowrank.KEEP, lowrank.KEEP_HELP)
@@ -55,7 +56,6 @@ class AnnealRank(Technique):
     batch: int = aware_training.batch_knob()
     temperature: float = aware_training.temperature_knob()
     hard_weight: float = aware_training.hard_weight_knob()
-    zero_stage: int = aware_training.zero_stage_knob()
 
     @property
     def identity(self) -> bool:

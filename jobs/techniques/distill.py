@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import ClassVar, cast
@@ -54,7 +55,6 @@ class Distill(Technique):
         200, Range(0, 100_000, integer=True), "updates of the weights; 0 leaves them as they are"
     )
     batch: int = knob(1, Range(1, 1024, integer=True), "sequences per step")
-    zero_stage: int = knob(0, Choice((0, 1, 2, 3)), "what DeepSpeed ZeRO shares between ranks")
     divergence: str = knob(
         "forward", Choice(("forward", "reverse", "symmetric")), "how two predictions are compared"
     )
@@ -73,7 +73,7 @@ class Distill(Technique):
 
     @property
     def plan(self) -> Plan:
-        return Plan(self.learning_rate, self.steps, self.batch, self.zero_stage, self.patience)
+        return Plan(self.learning_rate, self.steps, self.batch, self.patience)
 
     @property
     def aim(self) -> Aim:
@@ -81,7 +81,6 @@ class Distill(Technique):
 
     def outline(self, layout: Layout) -> Layout:
         self.check_forms(layout)
-        masks.check_stage(self.name(), self.zero_stage, layout)
         for name in ("hidden_weight", "attention_weight"):
             if self.top_k and getattr(self, name):
                 raise ValueError(
@@ -94,17 +93,18 @@ class Distill(Technique):
         self.outline(model.layout())
         if context.teacher is None or context.training is None:
             raise ValueError("distill needs the teacher and training text; give the study data.training")
-        with masks.trainable(model):
+        with masks.trainable(model) as held:
             recovery.require_gradients(model)
-            self._learn(model, context.training, context)
+            plan = dataclasses.replace(self.plan, highest_stage=masks.highest_stage(sparse=bool(held)))
+            self._learn(model, context.training, plan, context)
         return model
 
-    def _learn(self, model: Model, rows: Rows, context: Context) -> None:
+    def _learn(self, model: Model, rows: Rows, plan: Plan, context: Context) -> None:
         if self.top_k and model.task == "causal-lm":
-            met = self.plan.met(rows, context.seed)
+            met = plan.met(rows, context.seed)
             cached = CachedTeacher(context, self.top_k, self.temperature, met)
             recovery.check_vocabularies(self.name(), model, cached.vocabulary)
-            recovery.train(model, rows, self._cached_loss(rows, cached, model.device), self.plan, context)
+            recovery.train(model, rows, self._cached_loss(rows, cached, model.device), plan, context)
             return
         assert context.teacher is not None
         teacher = context.teacher()
@@ -117,7 +117,7 @@ class Distill(Technique):
                 for one in (model, teacher)
             )
             loss_of = self._loss(rows, teacher, own, others)
-            recovery.train(model, rows, loss_of, self.plan, context)
+            recovery.train(model, rows, loss_of, plan, context)
 
     def _cached_loss(self, rows: Rows, cached: CachedTeacher, device: str) -> LossOf:
         def loss_of(student: nn.Module, ids: Ids) -> Float[Tensor, ""]:

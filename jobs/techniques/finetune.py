@@ -42,7 +42,6 @@ class Finetune(Technique):
         200, Range(0, 100_000, integer=True), "updates of the weights; 0 leaves them as they are"
     )
     batch: int = knob(1, Range(1, 1024, integer=True), "sequences per step")
-    zero_stage: int = knob(0, Choice((0, 1, 2, 3)), "what DeepSpeed ZeRO shares between ranks")
     patience: int = knob(
         0, Range(0, 100, integer=True), "looks at held-out text without gain before the end; 0 for none"
     )
@@ -66,7 +65,6 @@ class Finetune(Technique):
         self.check_forms(layout)
         if self.method == "lora" and "sparse" in layout.forms():
             raise ValueError("finetune.method=lora would fill what pruning has emptied; take full")
-        masks.check_stage(self.name(), self.zero_stage, layout)
         if self.method == "lora":
             for name, spec in layout.linears.items():
                 most = min(spec.in_features, spec.out_features)
@@ -84,12 +82,13 @@ class Finetune(Technique):
             batch = rows[ids].to(device)
             return cross_entropy(recovery.predictions(student, batch), recovery.targets(batch))
 
-        plan = Plan(self.learning_rate, self.steps, self.batch, self.zero_stage, self.patience)
-        with masks.trainable(model):
+        with masks.trainable(model) as held:
             if self.method == "lora":
                 lora.add(model, self.rank, context.seed)
             else:
                 recovery.require_gradients(model)
+            stage = masks.highest_stage(sparse=bool(held))
+            plan = Plan(self.learning_rate, self.steps, self.batch, self.patience, stage)
             recovery.train(model, rows, loss_of, plan, context)
             lora.merge(model)
         return model

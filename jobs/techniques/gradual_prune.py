@@ -35,6 +35,7 @@ class GradualPrune(Technique):
     kind: ClassVar[Kind] = "sparsity"
     paper: ClassVar[str] = "Zhu and Gupta 2017, To prune, or not to prune, arXiv:1710.01878"
     needs: ClassVar[frozenset[Need]] = frozenset({"teacher", "training"})
+    highest_stage: ClassVar[int] = aware_training.HIGHEST_STAGE
     accepts: ClassVar[frozenset[Form]] = frozenset({"dense", "factored"})
     leaves: ClassVar[frozenset[Form]] = frozenset({"sparse"})
 
@@ -46,7 +47,6 @@ class GradualPrune(Technique):
     batch: int = aware_training.batch_knob()
     temperature: float = aware_training.temperature_knob()
     hard_weight: float = aware_training.hard_weight_knob()
-    zero_stage: int = aware_training.zero_stage_knob()
 
     @property
     def target(self) -> Sparsity:

@@ -45,6 +45,7 @@ class Qat(Technique):
         "Liu et al. 2023, LLM-QAT, arXiv:2305.17888; Esser et al. 2019, LSQ, arXiv:1902.08153"
     )
     needs: ClassVar[frozenset[Need]] = frozenset({"teacher", "training"})
+    highest_stage: ClassVar[int] = aware_training.HIGHEST_STAGE
     accepts: ClassVar[frozenset[Form]] = frozenset({"dense", "factored"})
     leaves: ClassVar[frozenset[Form]] = frozenset({"packed"})
 
@@ -57,7 +58,6 @@ class Qat(Technique):
     batch: int = aware_training.batch_knob()
     temperature: float = aware_training.temperature_knob()
     hard_weight: float = aware_training.hard_weight_knob()
-    zero_stage: int = aware_training.zero_stage_knob()
 
     @functools.cached_property
     def packing(self) -> Packing:

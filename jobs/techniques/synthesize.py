@@ -52,7 +52,6 @@ class Synthesize(Technique):
         200, Range(0, 100_000, integer=True), "updates of the weights; 0 leaves them as they are"
     )
     batch: int = knob(1, Range(1, 1024, integer=True), "sequences per step")
-    zero_stage: int = knob(0, Choice((0, 1, 2, 3)), "what DeepSpeed ZeRO shares between ranks")
 
     @classmethod
     def refusal(cls, family: Family, task: Task) -> str | None:
@@ -79,7 +78,7 @@ class Synthesize(Technique):
         rows = self._choose(stored, context)
         aim = Aim(cast(Divergence, self.divergence), hard_weight=self.hard_weight)
         recovery.require_gradients(model)
-        plan = Plan(self.learning_rate, self.steps, self.batch, self.zero_stage)
+        plan = Plan(self.learning_rate, self.steps, self.batch)
         recovery.train(model, rows, matching(teacher, rows, aim), plan, context)
         return model
 

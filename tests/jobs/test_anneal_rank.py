@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from jobs.context import Context
 from jobs.job import TextSource
 from jobs.layers import LowRankLinear, linear_of
 from jobs.model import Model
+from jobs.sharing import Sharing
 from jobs.statistics import Statistics
 from jobs.techniques import anneal_rank
 from jobs.techniques.anneal_rank import AnnealRank, GatedLinear
@@ -86,8 +88,9 @@ def test_with_all_gates_open_the_model_computes_what_it_did(tiny_llama: Path, te
 
 @pytest.mark.parametrize("stage", [0, 2])
 def test_the_truncation_at_the_end_removes_nothing(stage: int, tiny_llama: Path, text_file: Path) -> None:
-    step = AnnealRank(keep=0.4, steps=4, learning_rate=3e-3, zero_stage=stage)
-    model, given = models.load(tiny_llama), context(tiny_llama, text_file)
+    step = AnnealRank(keep=0.4, steps=4, learning_rate=3e-3)
+    model = models.load(tiny_llama)
+    given = dataclasses.replace(context(tiny_llama, text_file), sharing=Sharing(stage))
     layers = anneal_rank.factorize(model, given, step.name())
     ranks = {
         name: lowrank.rank_of(0.4, layer.u.out_features, layer.v.in_features)

@@ -15,6 +15,7 @@ from jobs.context import Context
 from jobs.job import TextSource
 from jobs.layers import SparseLinear
 from jobs.model import Model
+from jobs.sharing import Sharing
 from jobs.sparsity import Sparsity
 from jobs.statistics import Statistics
 from jobs.techniques.gradual_prune import GradualPrune, kept_at
@@ -61,8 +62,9 @@ def test_a_share_of_what_will_go_is_gone_the_smallest_first(pattern: str) -> Non
 def test_what_is_stored_is_what_was_trained_with_exact_numbers(
     pattern: str, stage: int, tiny_llama: Path, text_file: Path
 ) -> None:
-    step = GradualPrune(sparsity=0.7, pattern=pattern, steps=6, learning_rate=3e-3, zero_stage=stage)
-    made = step.compress(models.load(tiny_llama), context(tiny_llama, text_file))
+    step = GradualPrune(sparsity=0.7, pattern=pattern, steps=6, learning_rate=3e-3)
+    given = dataclasses.replace(context(tiny_llama, text_file), sharing=Sharing(stage))
+    made = step.compress(models.load(tiny_llama), given)
     expected = step.outline(models.original_layout(tiny_llama))
     assert made.layout() == expected
     original = models.load(tiny_llama).linears()

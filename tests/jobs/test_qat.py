@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from jobs.context import Context
 from jobs.job import TextSource
 from jobs.layout import Packing
 from jobs.model import Model
+from jobs.sharing import Sharing
 from jobs.statistics import Statistics
 from jobs.techniques.qat import Qat, RoundedWeight, pack, round_in_forward
 from jobs.techniques.svd_llm import SvdLlm
@@ -94,11 +96,12 @@ def test_a_forward_pass_rounds_to_the_grid_that_the_file_will_hold(how: Packing)
 def test_the_packed_model_computes_what_was_trained(
     symmetric: bool, stage: int, tiny_llama: Path, text_file: Path
 ) -> None:
-    step = Qat(bits=3, group=32, symmetric=symmetric, steps=4, learning_rate=1e-2, zero_stage=stage)
+    step = Qat(bits=3, group=32, symmetric=symmetric, steps=4, learning_rate=1e-2)
     model = models.load(tiny_llama)
     round_in_forward(model, step.packing, "qat")
     before = outputs(model)
-    aware_training.learn(model, step, context(tiny_llama, text_file))
+    given = dataclasses.replace(context(tiny_llama, text_file), sharing=Sharing(stage))
+    aware_training.learn(model, step, given)
     trained = outputs(model)
     parts = [part for part in model.module.modules() if isinstance(part, RoundedWeight)]
     assert len(parts) == len(model.linears())

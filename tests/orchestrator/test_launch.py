@@ -332,7 +332,9 @@ def test_on_a_cluster_there_are_as_many_slots_as_it_has_cores(
     class Asked(Exception):  # noqa: N818
         pass
 
-    def executor(slots: int | None, memory_gib: float | None, address: str | None) -> None:
+    def executor(
+        slots: int | None, memory_gib: float | None, address: str | None, start_seconds: float
+    ) -> None:
         raise Asked(slots, address)
 
     monkeypatch.setattr("orchestrator.launch.RayExecutor", executor)
