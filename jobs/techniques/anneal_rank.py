@@ -39,7 +39,7 @@ class AnnealRank(Technique):
     """
 
     kind: ClassVar[Kind] = "rank"
-    version: ClassVar[int] = 3
+    version: ClassVar[int] = 4
     paper: ClassVar[str] = (
         "Xu et al. 2018, Trained rank pruning, arXiv:1812.02402; Cai et al. 2010, Singular value thresholding, "
         "arXiv:0810.3286"

@@ -44,7 +44,7 @@ class Distill(Technique):
 
     kind: ClassVar[Kind] = "recovery"
     paper: ClassVar[str] = "Hinton et al. 2015, arXiv:1503.02531"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     needs: ClassVar[frozenset[Need]] = frozenset({"teacher", "training"})
     accepts: ClassVar[frozenset[Form]] = frozenset({"dense", "factored", "sparse"})
 

@@ -32,6 +32,7 @@ class Finetune(Technique):
 
     kind: ClassVar[Kind] = "recovery"
     paper: ClassVar[str] = "Hu et al. 2021, LoRA, arXiv:2106.09685"
+    version: ClassVar[int] = 2
     needs: ClassVar[frozenset[Need]] = frozenset({"training"})
     accepts: ClassVar[frozenset[Form]] = frozenset({"dense", "factored", "sparse"})
 

@@ -34,6 +34,7 @@ class GradualPrune(Technique):
 
     kind: ClassVar[Kind] = "sparsity"
     paper: ClassVar[str] = "Zhu and Gupta 2017, To prune, or not to prune, arXiv:1710.01878"
+    version: ClassVar[int] = 2
     needs: ClassVar[frozenset[Need]] = frozenset({"teacher", "training"})
     highest_stage: ClassVar[int] = aware_training.HIGHEST_STAGE
     accepts: ClassVar[frozenset[Form]] = frozenset({"dense", "factored"})

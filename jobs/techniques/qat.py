@@ -40,7 +40,7 @@ class Qat(Technique):
     """
 
     kind: ClassVar[Kind] = "bits"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     paper: ClassVar[str] = (
         "Liu et al. 2023, LLM-QAT, arXiv:2305.17888; Esser et al. 2019, LSQ, arXiv:1902.08153"
     )

@@ -35,6 +35,7 @@ class Synthesize(Technique):
 
     kind: ClassVar[Kind] = "recovery"
     paper: ClassVar[str] = "Kim & Rush 2016, arXiv:1606.07947"
+    version: ClassVar[int] = 2
     needs: ClassVar[frozenset[Need]] = frozenset({"teacher"})
     accepts: ClassVar[frozenset[Form]] = frozenset({"dense", "factored"})
 

@@ -1,4 +1,4 @@
-"""Several ranks train as one would, at every ZeRO stage: to the same losses and weights, through loss and interruption."""
+"""Several ranks train as one would, at every ZeRO stage, to the same losses and weights, through losses of ranks."""
 
 from __future__ import annotations
 
@@ -193,9 +193,11 @@ def test_why_one_rank_cannot_go_on_is_why_the_gang_cannot() -> None:
 
 
 STEPS: dict[str, dict[str, Any]] = {
-    "distill": {"steps": 20, "batch": 6, "learning_rate": 3e-3, "patience": 3},
+    "distill": {"steps": 20, "batch": 6, "learning_rate": 3e-4, "patience": 5},
     "finetune": {"steps": 10, "batch": 5, "learning_rate": 3e-3, "method": "full"},
+    "gradual_prune": {"steps": 6, "batch": 4, "learning_rate": 3e-3, "sparsity": 0.5},
 }
+RUNS = [*(("distill", stage) for stage in STAGES), ("finetune", 0), ("finetune", 3), ("gradual_prune", 2)]
 
 
 def recovered(name: str, folder: Path, text: Path, sharing: Sharing) -> tuple[list[str], Any, list[float]]:
@@ -222,8 +224,7 @@ def recovered(name: str, folder: Path, text: Path, sharing: Sharing) -> tuple[li
 
 
 def recoveries(folder: Path, text: Path) -> Any:
-    runs = [(name, stage) for name in STEPS for stage in STAGES]
-    every = {run: recovered(run[0], folder, text, Sharing(zero_stage=run[1])) for run in runs}
+    every = {run: recovered(run[0], folder, text, Sharing(zero_stage=run[1])) for run in RUNS}
     return first_alone(every)
 
 
@@ -237,11 +238,12 @@ def test_recoveries_reach_the_loss_curve_of_one_rank_within_a_hundredth(
     expected = {name: recovered(name, tiny_llama, text_file, Sharing()) for name in STEPS}
     for (name, stage), (told, notes, said) in in_gang(recoveries, tiny_llama, text_file).items():
         curve, noted, answer = expected[name]
-        assert losses(told) == pytest.approx(losses(curve), rel=0.01), (name, stage)
+        assert losses(told) == pytest.approx(losses(curve), rel=0.01, abs=2e-4), (name, stage)
         assert notes.get("steps_taken") == noted.get("steps_taken")
         assert notes.get("held_out_losses", []) == pytest.approx(noted.get("held_out_losses", []), rel=0.01)
         assert said == pytest.approx(answer, abs=0.05), (name, stage)
-    assert losses(expected["distill"][0])[-1] < losses(expected["distill"][0])[0]
+    before, *after = expected["distill"][1]["held_out_losses"]
+    assert min(after) < before
 
 
 def test_a_stage_that_a_training_cannot_have_is_refused() -> None:

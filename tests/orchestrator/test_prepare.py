@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -10,7 +11,11 @@ from pathlib import Path
 import pytest
 
 from jobs import machine, power
+from jobs.job import Job
 from jobs.operations import Table, amounts
+from jobs.recipe import Recipe
+from jobs.techniques.distill import Distill
+from jobs.techniques.drop_layers import DropLayers
 from orchestrator.config import InvalidStudy, load
 from orchestrator.prepare import Prepared, prepare
 
@@ -45,6 +50,11 @@ def test_an_override_replaces_what_the_file_says(prepared: Callable[..., Prepare
         ("target.threads=1000", "expected 1 to"),
         ("target.runtime=abacus", "got abacus, expected one of"),
         ("cluster.slots=some", "got 'some', expected auto or a whole number from 1"),
+        ("cluster.ranks=0", "cluster.ranks: got 0, expected auto or a whole number from 1"),
+        ("cluster={slots: 2, ranks: 3}", "cluster.ranks: got 3, expected at most the 2 slots"),
+        ("cluster.micro_batch=half", "cluster.micro_batch: got 'half', expected auto or a whole number from 1"),
+        ("cluster.zero_stage=4", "cluster.zero_stage: got 4, expected auto or one of 0, 1, 2, 3"),
+        ("cluster.device_gib=0", "cluster.device_gib: got 0, expected auto or more than 0"),
         ("objectives.accuracy.goal=up", "got 'up', expected min or max"),
         ("objectives.speed.goal=max", "objectives.speed: got nothing measures 'speed' for task causal-lm"),
         ("objectives.agreement.goal=max", "objectives.agreement: got nothing measures 'agreement' for task causal-lm"),
@@ -228,3 +238,54 @@ def test_in_the_opening_all_blocks_choose_alike(study_file: Path) -> None:
     ready = prepare(load(study_file, ["search.candidates=40", "search.algorithm=surrogate"]))
     found = {str(ready.propose(choices).recipe) for choices in ready.opening()}
     assert {"rtn(bits=8, group=32)", "rtn(bits=3)"} < found
+
+
+def with_space(file: Path, space: str) -> Path:
+    """The study with this space instead of its own."""
+    text = file.read_text()
+    before, after = text.index("space:"), text.index("search:")
+    other = file.with_name("other.yaml")
+    other.write_text(f"{text[:before]}space: {{{space}}}\n{text[after:]}")
+    return other
+
+
+def test_a_stage_that_not_all_of_the_space_can_train_at_is_refused(study_file: Path) -> None:
+    def told(space: str) -> list[str]:
+        return problems(with_space(study_file, space), "cluster.zero_stage=3")
+
+    (aware,) = told("rank: {anneal_rank: {}}, sparse: {gradual_prune: {}}")
+    assert "cluster.zero_stage: got 3, expected auto or at most 2: anneal_rank, gradual_prune read" in aware
+    (sparse,) = told("sparse: {magnitude: {}}, recover: {distill: {steps: [0, 3]}}")
+    assert "at most 2: distill read" in sparse
+    dense = with_space(study_file, "depth: {drop_layers: {count: [1]}}, recover: {distill: {}}")
+    assert prepare(load(dense, ("cluster.zero_stage=3",)))
+
+
+def test_only_what_trains_is_spread_over_ranks_and_by_itself_no_further_than_it_needs(
+    study_file: Path,
+) -> None:
+    spread = with_space(study_file, "depth: {drop_layers: {count: [1]}}, recover: {distill: {}}")
+    ready = prepare(load(spread, ("cluster.slots=4",)))
+    origin = ready.plan.original.origin
+    dropped, distilled = (Recipe(origin, steps) for steps in ((DropLayers(1),), (DropLayers(1), Distill())))
+    train = Job(distilled, ("size", "text"), "materials")
+    assert ready.ranks(train, 4) == 1
+    asked = prepare(load(spread, ("cluster={slots: 4, ranks: 3}",)))
+    assert asked.ranks(train, 4) == 3
+    assert asked.ranks(Job(dropped, ("size",), "materials"), 4) == 1
+    assert asked.ranks(Job(ready.plan.original, ("size",), "materials"), 4) == 1
+    # Its model is there already.
+    assert asked.ranks(dataclasses.replace(train, fidelity=1.0, after=0.5), 4) == 1
+    # A device that holds the training but for a part of the optimizer's states.
+    alone = ready.memory_gib(train)
+    tight = prepare(load(spread, (f"cluster={{slots: 4, device_gib: {alone - 0.001}}}",)))
+    assert tight.ranks(train, 4) == 2
+    assert tight.memory_gib(train, 2) < alone
+
+
+def test_how_trainings_are_spread_makes_no_other_study(study_file: Path) -> None:
+    file = with_space(study_file, "depth: {drop_layers: {count: [1]}}, recover: {distill: {}}")
+    cluster = "cluster={slots: 2, ranks: 2, zero_stage: 3, micro_batch: 2, device_gib: 80}"
+    spread = prepare(load(file, (cluster,)))
+    assert spread.digest == prepare(load(file)).digest
+    assert (spread.sharing.zero_stage, spread.sharing.micro_batch, spread.sharing.device_gib) == (3, 2, 80)

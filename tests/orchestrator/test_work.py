@@ -13,8 +13,10 @@ from pathlib import Path
 import pytest
 from torch import Tensor
 
+from cluster.gang import run_gang
 from cluster.store import ArtifactRef, LocalStore
 from jobs import run
+from jobs.context import Interrupted
 from jobs.job import Failure, Job, Measurement, Outcome, Success
 from jobs.meters import text
 from jobs.recipe import Recipe
@@ -215,3 +217,47 @@ def test_a_full_disk_is_told_with_the_cure(
     assert failed.kind == "disk_full"
     assert f"slimfront store {place.store} --trim" in failed.message
     assert isinstance(work(Job(root, (), "materials"), place), Success)
+
+
+def test_a_gang_makes_a_model_and_what_is_gone_of_its_lineage_and_its_first_rank_alone_stores_it(
+    place: Workplace, prepared: Callable[..., Prepared]
+) -> None:
+    recipe = Recipe(prepared().plan.original.origin, (DropLayers(count=1), Finetune(steps=3, batch=2)))
+    job = Job(recipe, ("size",), "materials")
+    told = run_gang("a", work, (job, place), 2)
+    assert isinstance(told.value, Success), told
+    assert not told.value.found
+    store = LocalStore(Path(place.store))
+    assert store.record(f"artifacts/{recipe.id}") == {
+        "digest": told.value.artifact,
+        "size_bytes": told.value.size_bytes,
+    }
+    assert list(place.scratch.iterdir()) == []
+    again = run_gang("a", work, (job, place), 2).value
+    assert again == dataclasses.replace(told.value, found=True)
+
+
+def test_what_keeps_a_rank_from_its_part_comes_back_as_what_became_of_the_job(
+    place: Workplace, prepared: Callable[..., Prepared], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = Recipe(prepared().plan.original.origin, (DropLayers(count=1),))
+    monkeypatch.setenv("RANK", "1")
+    assert isinstance(work(Job(Recipe(recipe.origin), (), "materials"), place), type(None))
+    nowhere = dataclasses.replace(place, cache=place.scratch / "file")
+    told: list[Outcome | None] = []
+
+    def interrupted(*given: object, **named: object) -> None:
+        raise Interrupted("the node goes away")
+
+    def fails(*given: object, **named: object) -> None:
+        raise MemoryError("no more")
+
+    for raises in (interrupted, fails):
+        monkeypatch.setattr(run, "_compressed", raises)
+        told.append(run.attempt(Job(recipe, (), "m"), place.materials, Path(place.materials.model), None,
+                                nowhere.scratch, nowhere.cache, lambda share, what: None))  # fmt: skip
+    monkeypatch.delenv("RANK")
+    monkeypatch.setattr(run, "_compressed", interrupted)
+    told.append(run.attempt(Job(recipe, (), "m"), place.materials, Path(place.materials.model), None,
+                            nowhere.scratch, nowhere.cache, lambda share, what: None))  # fmt: skip
+    assert [one if one is None else one.kind for one in told] == [None, "out_of_memory", "preempted"]
