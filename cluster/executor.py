@@ -29,6 +29,20 @@ class Resources:
     labels: Mapping[str, str] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class NodeType:
+    """What kind of machine a node is. name: the cloud's word (g6.2xlarge) or the cluster's, empty where nobody tells;
+    region: the cloud's; spot: whether the cloud may take it back."""
+
+    name: str = ""
+    region: str = ""
+    spot: bool = False
+
+    def __str__(self) -> str:
+        place = f" in {self.region}" if self.region else ""
+        return f"{self.name or 'node'}{place}{' (spot)' if self.spot else ''}"
+
+
 class Unavailable(RuntimeError):  # noqa: N818 - it says what there is none of
     """No work can be done any more, in one line with the reason. What ended before is kept."""
 
@@ -56,6 +70,9 @@ class Executor(Protocol):
 
     def cancel(self, key: str) -> None:
         """Stop or forget this piece of work; nothing is reported for it. Unknown keys are ignored."""
+
+    def nodes(self) -> Mapping[NodeType, int]:
+        """How many nodes of which kind are up now, whoever uses them. Asks the cluster: to be called seldom."""
 
     def close(self) -> None:
         """End all workers and forget all work. Safe to call twice."""
@@ -230,6 +247,9 @@ class InlineExecutor:
         if ticket is not None:
             self._admission.end(ticket)
             del self._calls[ticket]
+
+    def nodes(self) -> Mapping[NodeType, int]:
+        return {NodeType(): 1}
 
     def close(self) -> None:
         for key in list(self._tickets):

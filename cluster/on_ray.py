@@ -20,7 +20,8 @@ from typing import Any
 
 import psutil
 
-from cluster.executor import Capacity, Resources, Unavailable, cores
+from cluster import draining
+from cluster.executor import Capacity, NodeType, Resources, Unavailable, cores
 from cluster.gang import LOOPBACK, Rank, die_with_parent, ends, free_port, run_rank
 from cluster.head import Seen, View, connect, demand, said_of
 from cluster.piece import Ended, run_piece
@@ -61,6 +62,7 @@ class Worker:
 
     def __init__(self) -> None:
         die_with_parent()  # Ray alone let busy workers write for half a minute after their node was gone
+        draining.watch()
         self._packed, self._fn = b"", _nothing
 
     def run(self, key: str, packed: bytes, args: tuple[Any, ...]) -> Ended:
@@ -246,6 +248,9 @@ class RayExecutor:
                 self._kill(piece.left)
             self._go_on()
             self._changed.notify_all()
+
+    def nodes(self) -> Mapping[NodeType, int]:
+        return Counter(node_type(node["Labels"]) for node in self._ray.nodes() if node["Alive"])
 
     def close(self) -> None:
         with self._changed:
@@ -512,6 +517,14 @@ def _processor() -> str:
     except (OSError, StopIteration):
         name = platform.processor() or platform.machine()
     return f"{os.cpu_count()} × {name}"
+
+
+def node_type(labels: Mapping[str, str]) -> NodeType:
+    """What kind of machine a node of these labels is: by those of our templates, else by those that Ray sets where the
+    cluster tells it."""
+    name = labels.get("instance") or labels.get("ray.io/node-group", "")
+    region = labels.get("region") or labels.get("ray.io/availability-region", "")
+    return NodeType(name, region, "spot" in (labels.get("market"), labels.get("ray.io/market-type")))
 
 
 def _nothing() -> None:

@@ -19,6 +19,7 @@ from typing import Any
 from cluster.s3 import AT_ONCE, ATTEMPTS, Absent, Bucket, Taken, encoded, parse
 from cluster.store import (
     ArtifactRef,
+    Damaged,
     Entry,
     Held,
     Holdings,
@@ -334,8 +335,8 @@ class S3Store:
             raise OSError(f"artifact {ref.digest} in {self.address} is not fetched: {error}") from None
         return entries
 
-    def _damaged(self, ref: ArtifactRef) -> OSError:
-        return OSError(
+    def _damaged(self, ref: ArtifactRef) -> Damaged:
+        return Damaged(
             f"artifact {ref.digest} in {self.address} is damaged; remove it, so that it is made again"
         )
 

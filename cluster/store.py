@@ -25,6 +25,10 @@ LEFTOVER_SECONDS = 24 * 3600.0
 """What a writer has not touched for so long, it left when it was killed."""
 
 
+class Damaged(OSError):  # noqa: N818 - it is said of an artifact
+    """The content of an artifact does not match its digest."""
+
+
 @dataclass(frozen=True)
 class ArtifactRef:
     """A folder in the store: the digest of its files' names and contents, and their total size."""
@@ -60,7 +64,7 @@ class ArtifactStore(Protocol):
 
     def fetch(self, ref: ArtifactRef, folder: Path) -> None:
         """Lay the artifact's files out in `folder`, which must not exist. The files must not be changed.
-        LookupError if it isn't held, OSError if its content does not match its digest."""
+        LookupError if it isn't held, Damaged if its content does not match its digest."""
 
     def has(self, ref: ArtifactRef) -> bool: ...
 
@@ -117,6 +121,14 @@ def open_store(address: str, downloads: Path | None = None) -> ArtifactStore:
     from cluster.s3_store import S3Store
 
     return S3Store(address, downloads)
+
+
+def place_of(address: str, digest: str) -> str:
+    """Where the files of an artifact lie in the store at this address, for other tools to read: a folder, or s3://…"""
+    check_digest(digest)
+    if is_remote(address):
+        return f"{address.partition('?')[0].rstrip('/')}/objects/{digest}/files"
+    return str(Path(address) / "objects" / digest[:2] / digest)
 
 
 def reach(address: str) -> None:
@@ -230,7 +242,7 @@ class LocalStore:
                 link_or_copy(held / name, staged / name)
             found = manifest(_entry(staged, name) for name in _plain_files(staged))
             if found != ref:
-                raise OSError(
+                raise Damaged(
                     f"artifact {ref.digest} in {self.root} is damaged; remove it, so that it is made again"
                 )
             staged.rename(folder)

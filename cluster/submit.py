@@ -42,6 +42,17 @@ class JobState:
         return self.status in ("STOPPED", "SUCCEEDED", "FAILED")
 
 
+@dataclass(frozen=True)
+class Node:
+    """A node that is up, as the cluster tells of it. type: what the autoscaler calls its kind, empty without one."""
+
+    type: str
+    head: bool
+    cpus: float
+    gpus: float
+    memory_gib: float
+
+
 class Jobs:
     """The jobs of one cluster, at the address of its dashboard (http://head:8265).
 
@@ -69,6 +80,18 @@ class Jobs:
         127.0.0.1 may lead through a tunnel."""
         sessions = Path(os.environ.get("RAY_TMPDIR", "/tmp")) / "ray"
         return (sessions / str(self._told("/api/version")["session_name"])).is_dir()
+
+    def nodes(self) -> list[Node]:
+        """The nodes that are up now, the head first. What more an autoscaler could start this API does not tell."""
+        told = [one["raylet"] for one in self._told("/nodes?view=summary")["data"]["summary"]]
+        return sorted(
+            (_node(one) for one in told if one["state"] == "ALIVE"),
+            key=lambda node: (not node.head, node.type),
+        )
+
+    def scaling(self) -> str:
+        """What the autoscaler says of itself, as `ray status` prints it."""
+        return str(self._told("/api/cluster_status?format=1")["data"]["clusterStatus"])
 
     def submit(self, id: str, entrypoint: str, package: Path, metadata: Mapping[str, str]) -> None:
         """Start `entrypoint` in the unpacked .zip, on the head. FileExistsError if there is a job of this id.
@@ -198,6 +221,12 @@ def _state(details: Any) -> JobState:
         details.metadata or {},
         (details.start_time or 0) / 1000,
     )
+
+
+def _node(raylet: Mapping[str, Any]) -> Node:
+    has = raylet["resourcesTotal"]
+    cpus, gpus, memory = (float(has.get(key, 0.0)) for key in ("CPU", "GPU", "memory"))
+    return Node(str(raylet.get("nodeTypeName", "")), bool(raylet["isHeadNode"]), cpus, gpus, memory / 2**30)
 
 
 def _minor(version: str) -> list[str]:

@@ -9,16 +9,19 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from jobs.context import Report
 from jobs.families import Task
 from jobs.job import Materials, Measurement, Target, standard_error
 
 if TYPE_CHECKING:
     from jobs.models import Tokenizer
     from jobs.runtimes import Runner
+    from jobs.stopwatch import Timings
     from jobs.timing import Timed
 
 Reads = Literal["evaluation", "choices", "labelled", "tasks"]
@@ -32,6 +35,7 @@ class Subject:
     workdir: where the artifact is written in the form that the target's runtime reads, if that is not its own.
     cache: where what exports share is kept.
     before: what the same meters found of the same artifact on fewer of the items, in the same environment.
+    report: called before each batch, and before each process that is timed; how much is done it is not told.
     """
 
     folder: Path
@@ -41,6 +45,7 @@ class Subject:
     workdir: Path | None = None
     cache: Path | None = None
     before: Measurement | None = None
+    report: Report = lambda share, what: None
 
     @property
     def format(self) -> str:
@@ -65,7 +70,8 @@ class Subject:
         """What is shipped, loaded by the target's runtime, on this process's threads."""
         from jobs import runtimes
 
-        return runtimes.load(self.materials.target.runtime).start(self.shipped, torch.get_num_threads())
+        started = runtimes.load(self.materials.target.runtime).start(self.shipped, torch.get_num_threads())
+        return _Reporting(started, self.report)
 
     @cached_property
     def timed(self) -> Timed:
@@ -74,7 +80,12 @@ class Subject:
         from jobs.stopwatch import time_artifact
 
         request = timing.request_of(self.materials, self.original, self.shipped)
-        return timing.time_quietly(lambda: time_artifact(request))
+
+        def once() -> Timings:
+            self.report(1.0, "timing")
+            return time_artifact(request)
+
+        return timing.time_quietly(once)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -120,6 +131,25 @@ class Subject:
         return [
             torch.cat([one[:start], more.double()]) for one, more in zip(known, observe(start), strict=True)
         ]
+
+
+@dataclass(frozen=True)
+class _Reporting:
+    """A runner that reports before it answers."""
+
+    runner: Runner
+    report: Report
+
+    def answer(self, rows: Int[np.ndarray, "batch tokens"]) -> Float[np.ndarray, "batch ..."]:
+        self.report(1.0, "measuring")
+        return self.runner.answer(rows)
+
+    def prefill(self, tokens: Int[np.ndarray, "1 tokens"]) -> Float[np.ndarray, "1 outputs width"]:
+        self.report(1.0, "measuring")
+        return self.runner.prefill(tokens)
+
+    def decode(self, token: Int[np.ndarray, "1 1"]) -> Float[np.ndarray, "1 1 vocabulary"]:
+        return self.runner.decode(token)
 
 
 def _nothing(target: Target) -> str | None:

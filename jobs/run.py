@@ -124,6 +124,7 @@ def _attempt(
         places.folder.parent,
         places.cache,
         before,
+        report,
     )
     return Made(measure(job.meters, subject), seconds, spared, built is None)
 

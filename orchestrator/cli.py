@@ -10,11 +10,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shlex
+import signal
 import sqlite3
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
@@ -24,8 +27,12 @@ from rich.markup import escape
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from cluster.doctor import Fact
+    from cluster.local import Place
     from cluster.submit import Jobs, JobState
     from orchestrator.catalogue import Entry
+    from orchestrator.diagnosis import Finding
+    from orchestrator.forecast import Forecast
     from orchestrator.prepare import Prepared
     from orchestrator.results import Results
     from orchestrator.submission import Attach, Start
@@ -125,6 +132,8 @@ def plan(study: StudyFile, overrides: Overrides = None) -> None:
         f"Saved: about {found.shared_seconds / slots / 60:.1f} minutes by shared steps, "
         f"{found.found_seconds / slots / 60:.1f} by what is in the store; statistics of shared models come on top."
     )
+    for line in _costs(prepared, found):
+        out.print(line, soft_wrap=True, markup=False, highlight=False)
 
 
 @app.command()
@@ -196,7 +205,6 @@ def stop(name: Name, address: Cluster, insecure: Insecure = False) -> None:
 def resume(folder: Folder, address: OnCluster = None, insecure: Insecure = False) -> None:
     """Go on with an interrupted study, from its folder alone, or with --address by its name on a cluster."""
     from orchestrator import submission
-    from orchestrator.ledger import Ledger
 
     if address is not None:
         with _cluster(address, insecure) as jobs:
@@ -204,9 +212,7 @@ def resume(folder: Folder, address: OnCluster = None, insecure: Insecure = False
         return
     if not (folder / "ledger.db").is_file():
         _fail(f"{folder} holds no study: there is no ledger.db in it")
-    ledger = Ledger(folder / "ledger.db", read_only=True)
-    overrides = json.loads(ledger.noted("overrides") or "[]")
-    ledger.close()
+    overrides = _overrides(folder)
     _run(_prepared(folder / "study.yaml", overrides), tuple(overrides))
 
 
@@ -231,6 +237,8 @@ def status(
     stage = "" if current.stage == "done" else f", {current.stage}"
     state = "running" if running else ("done" if current.stage == "done" else "stopped; resume goes on")
     _out().print(f"{current.study}: {state}{stage}, {ended}/{current.candidates + 1} ended, {line(current)}")
+    for one in current.bill if current.spent else ():
+        _out().print(f"  {one}", soft_wrap=True, markup=False, highlight=False)
 
 
 @app.command()
@@ -446,23 +454,71 @@ def init(
 
 
 @app.command()
+def up(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where MLflow's database lies.")] = Path(
+        "runs"
+    ),
+    dashboard_port: Annotated[int, typer.Option(help="Of Ray's dashboard, which takes studies.")] = 8265,
+    mlflow_port: Annotated[int, typer.Option(help="Of MLflow's server.")] = 5000,
+) -> None:
+    """Run a Ray head and an MLflow server for this machine alone, until Ctrl-C, to submit studies to."""
+    from cluster import local
+
+    def show(ready: Mapping[str, bool]) -> None:
+        waiting.update(", ".join(f"{name} {'answers' if ok else 'starts'}" for name, ok in ready.items()))
+
+    err = _err()
+    err.print("Starting Ray and MLflow; a new database takes MLflow up to 40 s.")
+    waiting = err.status("")
+    try:
+        with (
+            _ending_by_signals(),
+            waiting,
+            local.up(folder, local.Ports(dashboard_port, mlflow_port), show) as both,
+        ):
+            waiting.stop()
+            _tell_what_is_up(both.place)
+            both.watch()
+    except KeyboardInterrupt:
+        err.print("Ray and MLflow have ended; what MLflow holds is kept.")
+    except (OSError, ValueError) as error:
+        _fail(str(error))
+
+
+@app.command()
 def doctor(
     template: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Check this instead: a file of Ray's launcher or of KubeRay."),
     ] = None,
+    address: Annotated[
+        str | None, typer.Option(metavar="URL", help=f"Look at this cluster instead. {_CLUSTER}.")
+    ] = None,
+    store: Annotated[
+        str | None,
+        typer.Option(metavar="STORE", help="Try this store instead: a folder, or s3://bucket/prefix."),
+    ] = None,
+    insecure: Insecure = False,
 ) -> None:
-    """Tell what this machine can do, and what is missing; or what is wrong with a cluster's file."""
+    """Tell what this machine, a cluster or a store can do and what is missing, or what is wrong in a cluster's file."""
     if template is not None:
         _check_template(template)
-        return
-    from orchestrator.diagnosis import diagnose
+    if address is not None or store is not None:
+        from cluster import doctor as looking
 
+        found = looking.of_cluster(address, insecure) if address is not None else iter(())
+        _show_findings([*found, *(looking.of_store(store) if store is not None else ())])
+    elif template is None:
+        from orchestrator.diagnosis import diagnose
+
+        _show_findings(diagnose())
+
+
+def _show_findings(findings: Sequence[Finding | Fact]) -> None:
     table = Table("what", "found", "what to do")
-    findings = diagnose()
     for finding in findings:
         mark = "" if finding.ok else "[red]✗[/] "
-        table.add_row(finding.what, mark + finding.value, finding.hint)
+        table.add_row(finding.what, mark + escape(finding.value), escape(finding.hint))
     _out().print(table)
     if not all(finding.ok for finding in findings):
         raise typer.Exit(1)
@@ -482,7 +538,9 @@ def store(
     ] = None,
     sweep: Annotated[
         bool,
-        typer.Option("--sweep", help="Remove uploads and files that killed writers left over a day ago."),
+        typer.Option(
+            "--sweep", help="Remove what killed writers left over a day ago, and checkpoints as old."
+        ),
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only tell what would be removed.")] = False,
     as_json: AsJson = False,
@@ -510,7 +568,13 @@ def store(
         hint = f"; what may go is made again when needed: slimfront store {place} --trim 5GB leaves no more than that"
         if is_remote(place):
             hint = f"; slimfront store {place} --sweep removes what killed writers left over a day ago"
-        said = f"; {_size(swept)} of unfinished writes removed" if sweep else hint if limit is None else ""
+        said = (
+            f"; {_size(swept)} of unfinished writes and old checkpoints removed"
+            if sweep
+            else hint
+            if limit is None
+            else ""
+        )
         _out().print(f"{_size(left)} in all{said}", soft_wrap=True, markup=False)
     if limit is not None and not dry_run and left > limit:
         _err().print(f"{_size(left)} are left: the rest has to stay", soft_wrap=True)
@@ -518,14 +582,66 @@ def store(
 
 
 @tracking_app.command()
-def sync(folder: Folder, uri: Annotated[str | None, typer.Option(help="MLflow's address.")] = None) -> None:
+def sync(
+    folder: Folder,
+    uri: Annotated[str | None, typer.Option(help="MLflow's address; without it, that of the study.")] = None,
+) -> None:
     """Bring MLflow up to date with a study, after an outage or to another server."""
     from orchestrator.tracking import sync as drain
 
     outbox = folder / "outbox.db"
     if not outbox.is_file():
         _fail(f"{folder} has no outbox.db: the study was not tracked")
-    drain(outbox, uri or f"sqlite:///{folder.resolve().parent / 'mlflow.db'}")
+    try:
+        drain(outbox, uri or _tracked_at(folder))
+    except OSError as error:
+        _fail(str(error))
+
+
+def _overrides(folder: Path) -> list[str]:
+    """What the study in this folder was last started with."""
+    from orchestrator.ledger import Ledger
+
+    ledger = Ledger(folder / "ledger.db", read_only=True)
+    found: list[str] = json.loads(ledger.noted("overrides") or "[]")
+    ledger.close()
+    return found
+
+
+def _tracked_at(folder: Path) -> str:
+    from orchestrator.config import load
+
+    given = load(folder / "study.yaml", _overrides(folder)).config.tracking.uri
+    return given or f"sqlite:///{folder.resolve().parent / 'mlflow.db'}"
+
+
+def _tell_what_is_up(place: Place) -> None:
+    out = _out()
+    said = [f"Ray     {place.dashboard}", f"MLflow  {place.mlflow}", "", "In another terminal:"]
+    if place.token_file is not None:
+        said.append(f"  export RAY_AUTH_TOKEN_PATH={shlex.quote(str(place.token_file))}")
+    said.append(f"  slimfront submit STUDY.yaml --address {place.dashboard} tracking.uri={place.mlflow}")
+    said.append(f"  slimfront status NAME --address {place.dashboard}")
+    for line in [*said, "", "Ctrl-C ends both, and studies that run; submitted again, they go on."]:
+        out.print(line, soft_wrap=True, markup=False, highlight=False)
+
+
+@contextmanager
+def _ending_by_signals() -> Iterator[None]:
+    """Let SIGTERM and a terminal that is closed end a command as Ctrl-C does: once, since it takes a while."""
+    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+    def interrupt(signum: int, frame: FrameType | None) -> None:
+        for one in signals:
+            signal.signal(one, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    before = {one: signal.signal(one, interrupt) for one in signals}
+    try:
+        yield
+    finally:
+        for one, handler in before.items():
+            signal.signal(one, handler)
 
 
 def _check_template(file: Path) -> None:
@@ -549,6 +665,32 @@ def _check_template(file: Path) -> None:
     _out().print(f"{file} is valid, as far as can be told without asking the cloud", soft_wrap=True)
 
 
+def _costs(prepared: Prepared, found: Forecast) -> list[str]:
+    """What a study will use of nodes and money, as far as anybody can tell, and what it has used."""
+    from orchestrator.accounts import noted_bill
+    from orchestrator.budget import HOUR, Nodes, foretold, given_price, summary
+    from orchestrator.ledger import Ledger
+    from orchestrator.prepare import slots_of
+
+    config = prepared.config
+    given = config.cluster.price_per_hour
+    price = None if given is None else Nodes("", **given_price(given))
+    node_hours, unknown = None, "nothing like it has run here"
+    if found.measured and config.cluster.address:
+        unknown = f"it is about {found.seconds / HOUR:.2f} hours of slots, on nodes that the cluster chooses"
+    elif found.measured:
+        node_hours = found.seconds / slots_of(config) / HOUR
+    lines = foretold(node_hours, unknown, price, prepared.budget)
+    file = prepared.folder / "ledger.db"
+    if file.is_file():
+        ledger = Ledger(file, read_only=True)
+        bill = noted_bill(ledger)
+        ledger.close()
+        if said := summary(bill if given is None else bill.priced_at(given), prepared.budget):
+            lines.append(f"Until now: {said}.")
+    return lines
+
+
 def _run(prepared: Prepared, overrides: tuple[str, ...]) -> None:
     from cluster.executor import Unavailable
     from cluster.store import is_remote
@@ -560,8 +702,7 @@ def _run(prepared: Prepared, overrides: tuple[str, ...]) -> None:
         with Display(_err()) as display:
             results = launch(prepared, display.show, overrides)
     except KeyboardInterrupt:
-        said = f"Interrupted. What ended is kept; go on with: slimfront resume {prepared.folder}"
-        _err().print(said, soft_wrap=True)
+        _err().print(f"Interrupted. What ended is kept; go on with: {_resuming(prepared)}", soft_wrap=True)
         raise typer.Exit(130) from None
     except BlockingIOError:
         _fail(f"another process runs the study in {prepared.folder}; see slimfront status {prepared.folder}")
@@ -575,10 +716,14 @@ def _run(prepared: Prepared, overrides: tuple[str, ...]) -> None:
         freed = f" (slimfront store {prepared.folder.parent} --trim 5GB removes what can be made again)"
         _fail(
             f"The disk with {prepared.folder} is full. What ended is kept. Make room"
-            f"{'' if is_remote(prepared.config.store) else freed}, then go on with: slimfront resume {prepared.folder}"
+            f"{'' if is_remote(prepared.config.store) else freed}, then go on with: {_resuming(prepared)}"
         )
     if results.original.failure is not None:
         _err().print(f"The original could not be measured: {results.original.failure.message}", style="red")
+        raise typer.Exit(1)
+    if results.original.measurement is None:
+        _tell_what_ails(prepared.folder, results)
+        _err().print("Nothing was measured, the original neither.", style="red")
         raise typer.Exit(1)
     front(str(prepared.folder))
     _publish(prepared, results)
@@ -586,6 +731,13 @@ def _run(prepared: Prepared, overrides: tuple[str, ...]) -> None:
     _err().print(f"Report: {prepared.folder / 'report.html'}")
     if not results.members:
         raise typer.Exit(1)
+
+
+def _resuming(prepared: Prepared) -> str:
+    """The command that goes on with a study: by its name where it is a cluster's job, whose folder is the cluster's."""
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
+        return f"slimfront resume {prepared.config.name} --address URL"
+    return f"slimfront resume {prepared.folder}"
 
 
 @contextmanager
@@ -637,11 +789,14 @@ def _follow(jobs: Jobs, id: str) -> None:
 def _job_status(name: str, address: str, insecure: bool, as_json: bool) -> None:
     with _cluster(address, insecure) as jobs:
         job = _job(jobs, name)
+        written = jobs.log(job.id).rstrip().splitlines()
     if as_json:
-        _print_json(dataclasses.asdict(job))
+        _print_json({**dataclasses.asdict(job), "last_line": written[-1] if written else ""})
         return
     message = job.message.splitlines()[0] if job.message else ""
     _out().print(f"{name}: {job.status.lower()} as {job.id}. {message}", soft_wrap=True, markup=False)
+    if written:
+        _out().print(written[-1], soft_wrap=True, markup=False, highlight=False)
 
 
 def _place(name: str, address: str, insecure: bool) -> str:

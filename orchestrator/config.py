@@ -104,7 +104,8 @@ class TrackingSpec:
 class ClusterSpec:
     """slots: how many jobs run at once (`auto`: one per core; on a cluster, as many as it could have). memory_gib: what
     they may use together on this machine. address: a running Ray's; without one, Ray is started here for as long as the
-    study runs.
+    study runs. stall_seconds: a job that reports no progress for so long hangs, is ended and tried again; null: never.
+    price_per_hour: of each node, instead of what the cloud or a table says, in any currency.
 
     On a cluster, gpus: what each job holds of a GPU, or how many (`auto`: the part of one that its memory takes of
     device_gib); timing: labels of the nodes on which latency is measured (none: those like the first one that was);
@@ -118,6 +119,8 @@ class ClusterSpec:
     slots: Any = "auto"
     memory_gib: float | None = None
     address: str | None = None
+    stall_seconds: float | None = 3600.0
+    price_per_hour: float | None = None
     gpus: Any = 0
     timing: dict[str, str] = field(default_factory=dict)
     start_seconds: float = 900.0
@@ -125,6 +128,15 @@ class ClusterSpec:
     zero_stage: Any = "auto"
     micro_batch: Any = "auto"
     device_gib: Any = "auto"
+
+
+@dataclass
+class BudgetSpec:
+    """The most that a study may use, then nothing new is begun. money: in the currency of the nodes' prices; hours: by
+    the clock while it runs."""
+
+    money: float | None = None
+    hours: float | None = None
 
 
 @dataclass
@@ -142,6 +154,7 @@ class StudyConfig:
     store: str = "runs"
     tracking: TrackingSpec = field(default_factory=TrackingSpec)
     cluster: ClusterSpec = field(default_factory=ClusterSpec)
+    budget: BudgetSpec = field(default_factory=BudgetSpec)
 
 
 class InvalidStudy(ValueError):  # noqa: N818 - it is a study, and it is invalid

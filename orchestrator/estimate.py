@@ -8,6 +8,9 @@ from collections.abc import Mapping
 from jobs.job import Measurement
 from orchestrator.events import Cost, Plan
 
+TIMING_SECONDS = 11.0
+"""One exclusive latency measurement of a small model, with the starts of its processes."""
+
 _FOLLOWS = {
     "prefill_p90_ms": ("prefill_ms",),
     "decode_p90_ms": ("decode_ms",),

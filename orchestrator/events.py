@@ -42,11 +42,21 @@ class Proposed:
 
 
 @dataclass(frozen=True)
+class Granted:
+    """What the budget allows from now on, if less than before. `finishing`: no more candidates, but what those that
+    there are still need; `nothing`: what runs may end, and nothing is begun. reason: why not all."""
+
+    work: Literal["all", "finishing", "nothing"] = "all"
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
 class Began:
     """A process took the study up, new or where another left it: nothing is running. slots: how many jobs it can run
-    at once."""
+    at once; granted: what its budget allows, which may be more than was allowed before."""
 
     slots: int = 1
+    granted: Granted = field(default_factory=Granted)
 
 
 @dataclass(frozen=True)
@@ -88,7 +98,7 @@ class Stopped:
     reason: str
 
 
-Event = Began | Resized | Proposed | Started | Ended | Exhausted | Stopped
+Event = Began | Granted | Resized | Proposed | Started | Ended | Exhausted | Stopped
 
 
 @dataclass(frozen=True)

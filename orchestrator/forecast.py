@@ -10,15 +10,13 @@ from cluster.store import ArtifactStore
 from jobs import meters
 from jobs.job import Success, outcome_from_dict
 from jobs.technique import Technique
+from orchestrator.estimate import TIMING_SECONDS
 from orchestrator.events import Proposed
 from orchestrator.prepare import Prepared, table_models
 from orchestrator.search import Search
 
 ASSUMED_FLOPS = 1e11
 """Operations a second of one slot, where nothing like the job has run here yet: one core of a server CPU."""
-
-TIMING_SECONDS = 11.0
-"""One exclusive latency measurement, with the starts of its processes."""
 
 TABLE_SECONDS = 12.0
 """One model of the table of operations: written, loaded and timed beside the original."""

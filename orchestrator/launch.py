@@ -9,18 +9,21 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from types import FrameType
 
 from cluster.executor import Executor
 from cluster.on_ray import RayExecutor
-from cluster.store import is_remote
+from cluster.store import is_remote, open_store, place_of
 from jobs.measure import environment
-from orchestrator import search
+from orchestrator import checkpoints, search
+from orchestrator.accounts import Account
+from orchestrator.budget import lines, summary
 from orchestrator.candidate import Candidate
 from orchestrator.export import MATERIALS
 from orchestrator.foretelling import foretelling
 from orchestrator.front import Objective
+from orchestrator.lease import STALL_SECONDS
 from orchestrator.ledger import Ledger
 from orchestrator.lock import only_one
 from orchestrator.places import CACHE, home, note_store
@@ -71,10 +74,16 @@ def launch(
         cluster = prepared.config.cluster
         # How many a cluster has its Ray knows; this machine is only one of it.
         slots = None if cluster.address and cluster.slots == "auto" else slots_of(prepared.config)
+        leases = {} if cluster.stall_seconds is None else {STALL_SECONDS: str(cluster.stall_seconds)}
         running = executor or RayExecutor(
-            slots, cluster.memory_gib, address=cluster.address, start_seconds=cluster.start_seconds
+            slots,
+            cluster.memory_gib,
+            address=cluster.address,
+            env=leases,
+            start_seconds=cluster.start_seconds,
         )
         with closing(ledger), closing(running), _interruptible():
+            account = Account(ledger, running, prepared.budget, cluster.price_per_hour)
             prepared = foretelling(_as_begun(prepared, ledger), ledger, running)
             study = Study(prepared.plan)
             searching = search.make(
@@ -86,20 +95,35 @@ def launch(
                 prepared.opening(),
             )
             replay(study, ledger, searching)
-            watch = _Watch(prepared, study, show)
+            watch = _Watch(prepared, study, show, account)
+            work_on = do or _work(prepared)
             try:
-                Service(
-                    study, prepared, searching, running, ledger, tracker, do or _work(prepared), watch
-                ).run()
+                Service(study, prepared, searching, running, ledger, tracker, work_on, watch, account).run()
             finally:
+                account.settle()
                 watch.write(study)
         for left in (CHECKPOINTS, SCRATCH):  # of work that was given up
             shutil.rmtree(folder / left, ignore_errors=True)
+        _forget_trainings(prepared, study)
         results = _standings(prepared, study).results()
-        page = report_html(results, prepared.text, study.savings)
+        said = [*lines(account.bill, account.budget), *_ended_by_budget(study)]
+        page = report_html(results, prepared.text, study.savings, said)
         write_whole(folder / "report.html", page)
-        tracker.finish(results, page)
+        tracker.finish(results, page, account.bill.totals)
         return results
+
+
+def _ended_by_budget(study: Study) -> list[str]:
+    """What the budget kept from being done, in words."""
+    if study.granted.reason is None:
+        return []
+    short = [
+        (study.allowed - study.proposed, "candidates were not tried"),
+        (study.waiting, "of those proposed were not measured"),
+        (study.untimed, "that may be on the front were not timed"),
+    ]
+    counts = ", ".join(f"{count} {what}" for count, what in short if count)
+    return [f"It ended early: {study.granted.reason}{f'; {counts}' if counts else ''}."]
 
 
 @contextmanager
@@ -156,20 +180,32 @@ def _work(prepared: Prepared) -> Work:
     return functools.partial(work, workplace=place)
 
 
+def _forget_trainings(prepared: Prepared, study: Study) -> None:
+    """Remove the checkpoints that workers left in a store that is elsewhere: of work that was given up."""
+    if is_remote(prepared.config.store):
+        lineages = [candidate.recipe.lineage() for candidate in study.candidates.values()]
+        with suppress(OSError):
+            made = {step.id for lineage in lineages for step in lineage}
+            checkpoints.drop(made, open_store(prepared.config.store))
+
+
 def _tracker(prepared: Prepared) -> Tracker:
     uri = prepared.config.tracking.uri
     if uri == "none":
         return NoTracker()
     default = f"sqlite:///{home(prepared.config.store).resolve() / 'mlflow.db'}"
-    return MLflowTracker(uri or default, prepared.folder / "outbox.db")
+    store = prepared.config.store
+    held = store if is_remote(store) else str(home(store).resolve())
+    return MLflowTracker(uri or default, prepared.folder / "outbox.db", functools.partial(place_of, held))
 
 
 class _Watch:
     """Writes status.json and front.json and shows progress, no oftener than people can read."""
 
-    def __init__(self, prepared: Prepared, study: Study, show: Show) -> None:
+    def __init__(self, prepared: Prepared, study: Study, show: Show, account: Account) -> None:
         self._prepared = prepared
         self._show = show
+        self._account = account
         self._began = time.time()
         self._ended_before = ended_of(study)
         self._written, self._pause = 0.0, 0.0
@@ -203,7 +239,16 @@ class _Watch:
 
     def _status(self, study: Study) -> Status:
         name = self._prepared.config.name
-        return status_of(name, study, self._results, self._began, self._ended_before)
+        found = status_of(name, study, self._results, self._began, self._ended_before)
+        bill, budget = self._account.bill, self._account.budget
+        return dataclasses.replace(
+            found,
+            node_hours=bill.node_hours,
+            cost=bill.money,
+            currency=bill.currency,
+            spent=summary(bill, budget),
+            bill=lines(bill, budget),
+        )
 
 
 def _standings(prepared: Prepared, study: Study) -> Standings:

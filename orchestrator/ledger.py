@@ -13,7 +13,18 @@ from typing import Any
 
 from jobs.job import outcome_from_dict, outcome_to_dict
 from jobs.recipe import Recipe
-from orchestrator.events import Began, Cost, Ended, Event, Exhausted, Proposed, Resized, Started, Stopped
+from orchestrator.events import (
+    Began,
+    Cost,
+    Ended,
+    Event,
+    Exhausted,
+    Granted,
+    Proposed,
+    Resized,
+    Started,
+    Stopped,
+)
 
 _SCHEMA = """
 create table if not exists about (key text primary key, value text not null);
@@ -99,8 +110,10 @@ def _from_dict(kind: str, body: Mapping[str, Any]) -> Event:
         return Proposed(Recipe.from_dict(body["recipe"]), body["choices"], cost, body["refused"])
     if kind == "Ended":
         return Ended(body["job_id"], body["attempt"], outcome_from_dict(body["outcome"]))
-    simple: dict[str, type[Began] | type[Resized] | type[Started] | type[Exhausted] | type[Stopped]] = {
-        "Began": Began,
+    if kind == "Began":  # what an earlier version wrote lacks what its budget allowed
+        return Began(body.get("slots", 1), Granted(**body.get("granted", {})))
+    simple: dict[str, type[Granted] | type[Resized] | type[Started] | type[Exhausted] | type[Stopped]] = {
+        "Granted": Granted,
         "Resized": Resized,
         "Started": Started,
         "Exhausted": Exhausted,

@@ -29,7 +29,8 @@ from jobs.meters import lm_eval_tasks
 from jobs.operations import Table, predict
 from jobs.recipe import Origin, Recipe
 from jobs.sharing import WORKER_GIB, Sharing
-from orchestrator import levels, search
+from orchestrator import inputs, levels, search
+from orchestrator.budget import Budget
 from orchestrator.config import Evaluation, InvalidStudy, Loaded, StudyConfig, Tasks, Text
 from orchestrator.estimate import estimates
 from orchestrator.events import Cost, Plan, Proposed
@@ -77,8 +78,13 @@ class Prepared:
         return home(self.config.store) / self.config.name
 
     @property
+    def budget(self) -> Budget:
+        return Budget(self.config.budget.money, self.config.budget.hours)
+
+    @property
     def digest(self) -> str:
-        """The digest of all that decides a study's results, but not of how many candidates it tries or where."""
+        """The digest of all that decides a study's results, but not of how many candidates it tries, where, or for what
+        money."""
         decides = [
             self.plan.original.id,
             self.plan.materials_digest,
@@ -279,6 +285,7 @@ def prepare(loaded: Loaded) -> Prepared:
             problems.append(Problem(key, f"got {error}, expected {expected}"))
             return None
 
+    config = inputs.fetched(config, home(config.store), attempt)
     _check_values(config, check)
     task: Task = next((one for one in TASKS if one == config.task), "causal-lm")
     folder = attempt("model", lambda: models.locate(config.model), "a model folder, a hub id or package:NAME")
@@ -480,7 +487,30 @@ def _check_values(config: StudyConfig, check: Check) -> None:
     )
     start = config.cluster.start_seconds
     check("cluster.start_seconds", (start > 0, f"got {start}, expected more than 0"))
+    stall = config.cluster.stall_seconds
+    check(
+        "cluster.stall_seconds", (stall is None or stall > 0, f"got {stall}, expected more than 0, or null")
+    )
+    _check_budget(config, check)
     _check_sharing(config, check)
+
+
+def _check_budget(config: StudyConfig, check: Check) -> None:
+    for key, given in (
+        ("cluster.price_per_hour", config.cluster.price_per_hour),
+        ("budget.money", config.budget.money),
+        ("budget.hours", config.budget.hours),
+    ):
+        some = given is None or 0 < given < math.inf
+        check(key, (some, f"got {given}, expected more than 0"))
+    on_cluster = config.cluster.address or "RAY_ADDRESS" in os.environ
+    check(
+        "budget.money",
+        (
+            config.budget.money is None or config.cluster.price_per_hour is not None or bool(on_cluster),
+            f"got {config.budget.money}, expected cluster.price_per_hour with it: what an hour of this machine costs",
+        ),
+    )
 
 
 def _check_sharing(config: StudyConfig, check: Check) -> None:

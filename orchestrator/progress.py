@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -27,7 +27,9 @@ from orchestrator.study import Study
 @dataclass(frozen=True)
 class Status:
     """What `slimfront status` shows. at: seconds since 1970; seconds_left: None where nothing is known yet; exhausted:
-    why the search ended before it had tried as many candidates as it might; to_time: the timings left, at most."""
+    why the search ended before it had tried as many candidates as it might; to_time: the timings left, at most.
+    node_hours, cost: of the nodes that were up while it ran, in `currency`; spent: the same in words, where there is a
+    price or a budget; bill: with each kind of node and its price."""
 
     study: str
     stage: str
@@ -45,6 +47,11 @@ class Status:
     exhausted: str | None = None
     stopped: int = 0
     to_time: int = 0
+    node_hours: float = 0.0
+    cost: float | None = None
+    currency: str = ""
+    spent: str = ""
+    bill: Sequence[str] = ()
 
     @property
     def ended(self) -> int:
@@ -167,4 +174,6 @@ def line(status: Status) -> str:
         parts.append(f"hypervolume {status.hypervolume:.4g}")
     if status.seconds_left is not None:
         parts.append(f"about {status.seconds_left / 60:.0f} min left")
+    if status.spent:
+        parts.append(status.spent)
     return ", ".join(parts)

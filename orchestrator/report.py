@@ -55,8 +55,8 @@ pre { background: #f6f7f8; padding: 14px 16px; border-radius: 6px; overflow-x: a
 """
 
 
-def report_html(results: Results, yaml_text: str, savings: Savings) -> str:
-    """The whole page."""
+def report_html(results: Results, yaml_text: str, savings: Savings, spent: Sequence[str] = ()) -> str:
+    """The whole page. spent: what the study took, in words."""
     figure = plotly.io.to_html(
         front_figure(results), full_html=False, include_plotlyjs=True, config={"displaylogo": False}
     )
@@ -65,7 +65,7 @@ def report_html(results: Results, yaml_text: str, savings: Savings) -> str:
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}: the front</title>'
         f"<style>{STYLE}</style></head><body>\n<h1>{title}</h1>\n<p>{_summary(results)}</p>\n{figure}\n"
         f"<h2>The front, relative to the original</h2>\n{_front_table(results)}\n{_failures(results)}\n"
-        f"{_predictions(results)}\n{_race(results)}\n{_sharing(savings)}\n"
+        f"{_predictions(results)}\n{_race(results)}\n{_sharing(savings)}\n{_took(spent)}\n"
         f"<h2>Measured on</h2>\n{_environment(results)}\n<h2>Study</h2>\n"
         f"<pre>{html.escape(yaml_text)}</pre>\n</body></html>\n"
     )
@@ -354,6 +354,13 @@ def _sharing(savings: Savings) -> str:
         f"<h2>What was shared</h2>\n<p>{html.escape('; '.join(texts))}: {savings.seconds:,.1f} s of one slot's "
         f"time saved, by what the same work took where it was done.</p>"
     )
+
+
+def _took(spent: Sequence[str]) -> str:
+    """Time, nodes and money, the sum first."""
+    if not spent:
+        return ""
+    return "<h2>What it took</h2>\n" + "\n".join(f"<p>{html.escape(one)}</p>" for one in spent)
 
 
 def _environment(results: Results) -> str:

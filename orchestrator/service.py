@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -10,6 +9,8 @@ from typing import Protocol
 from cluster import executor
 from cluster.executor import Executor
 from jobs.job import Failure, Job, Outcome
+from orchestrator.accounts import Account
+from orchestrator.budget import Budget
 from orchestrator.candidate import Candidate
 from orchestrator.events import (
     Began,
@@ -18,6 +19,7 @@ from orchestrator.events import (
     Ended,
     Event,
     Exhausted,
+    Granted,
     Record,
     Resized,
     Run,
@@ -30,7 +32,7 @@ from orchestrator.prepare import Prepared
 from orchestrator.search import Search
 from orchestrator.study import Study
 from orchestrator.tracking import Tracker
-from orchestrator.work import CHECKPOINTS
+from orchestrator.work import CHECKPOINTS, forget_training
 
 WAIT_SECONDS = 1.0
 """How long the loop sleeps at most where nothing ends: how often progress is shown."""
@@ -41,6 +43,9 @@ DUPLICATES_IN_A_ROW = 200
 HOPELESS = 0.001
 """A candidate under way whose chance to add to the front is less is given up. It is asked for after every result, and
 so is below 1 in 100 at some time for too many that would have added to the front (docs/search.md)."""
+
+ALLOWED = ("nothing", "finishing", "all")
+"""What a budget may allow, the least first."""
 
 Work = Callable[[Job], Outcome | None]
 """None is what ranks but the first return."""
@@ -58,7 +63,7 @@ class Watch(Protocol):
 
 @dataclass
 class Service:
-    """What one process needs to carry a study on. `work` must pickle."""
+    """What one process needs to carry a study on. `work` must pickle. account: None where nobody counts the cost."""
 
     study: Study
     prepared: Prepared
@@ -68,11 +73,13 @@ class Service:
     tracker: Tracker
     work: Work
     watch: Watch
+    account: Account | None = None
 
     def run(self) -> None:
         """Carry the study on to its end. Interrupted anywhere, the next `run` of a new process goes on there."""
-        self._take(Began(self.executor.slots))
+        self._take(Began(self.executor.slots, self._granted()))
         while self.study.stage != "done":
+            self._mind_the_budget()
             if self.study.slots != self.executor.slots:
                 self._take(Resized(self.executor.slots))
             self._propose()
@@ -81,6 +88,20 @@ class Service:
             if news:
                 self._stop()
             self.watch.turn(self.study)
+
+    def _granted(self) -> Granted:
+        """What the budget allows now."""
+        if self.account is None or self.account.budget == Budget():
+            return Granted()
+        return self.account.granted(self.study.seconds_to_finish)
+
+    def _mind_the_budget(self) -> None:
+        """Allow less when the budget comes to its end; more only when a process takes the study up."""
+        if self.account is None or not self.account.turn():
+            return
+        now, before = self._granted(), self.study.granted
+        if ALLOWED.index(now.work) < ALLOWED.index(before.work):
+            self._take(now)
 
     def _propose(self) -> None:
         duplicates = 0
@@ -154,8 +175,7 @@ class Service:
 
     def _cancel(self, command: Cancel) -> None:
         self.executor.cancel(f"{command.job.id}#{command.attempt}")
-        left = self.prepared.folder / CHECKPOINTS / command.job.recipe.id
-        shutil.rmtree(left, ignore_errors=True)
+        forget_training(command.job.recipe, self.prepared.folder / CHECKPOINTS, self.prepared.config.store)
 
 
 def _event(ended: executor.Ended) -> Ended:

@@ -15,7 +15,7 @@ from jobs.recipe import Recipe
 from jobs.technique import Technique
 from orchestrator.candidate import Candidate, State
 from orchestrator.contenders import Rival, contenders
-from orchestrator.estimate import estimates, predictions
+from orchestrator.estimate import TIMING_SECONDS, estimates, predictions
 from orchestrator.events import (
     Began,
     Cancel,
@@ -23,6 +23,7 @@ from orchestrator.events import (
     Cost,
     Ended,
     Event,
+    Granted,
     Plan,
     Proposed,
     Record,
@@ -114,6 +115,8 @@ class Study:
         self.states: Counter[State] = Counter()
         """How many candidates are in each state."""
         self._ended_by_search: str | None = None
+        self.granted = Granted()
+        """What the budget allows."""
         self.reused = 0
         """How many steps candidates have in common with one before them."""
         self.proposed = 0
@@ -126,7 +129,7 @@ class Study:
         """How many jobs can run at once, as far as it was told."""
         self._race = Race(plan)
         self._took: dict[str, _Took] = {}
-        self._measuring = _Took()
+        self._measuring, self._timings_took = _Took(), _Took()
         # What follows from the nodes and candidates, kept beside them: it is asked for at every turn.
         self._busy: set[str] = set()
         self._open: set[str] = set()
@@ -151,6 +154,8 @@ class Study:
         came_out = self.states["measured"] - (self.original.state == "measured")
         if self._ended_by_search is None and self.states["failed"] >= ALL_FAILED and came_out == 0:
             return f"the first {self.states['failed']} candidates all failed"
+        if self.granted.work == "nothing" or self.proposed < self.allowed:
+            return self._ended_by_search or self.granted.reason
         return self._ended_by_search
 
     @property
@@ -169,6 +174,16 @@ class Study:
         return len(self._untimed()) if self.stage == "timing" else 0
 
     @property
+    def untimed(self) -> int:
+        """How many that may be on the front have no timings, though they could."""
+        return len(self._untimed()) if self.plan.timers and self._timing else 0
+
+    @property
+    def waiting(self) -> int:
+        """How many candidates are neither measured nor given up."""
+        return len(self._open)
+
+    @property
     def stage(self) -> Stage:
         if not self._timing:
             return "racing" if self._proposed_all and not self._open else "searching"
@@ -180,6 +195,33 @@ class Study:
         technique that was not tried yet nothing is known but what others took; while nothing at all was tried, each
         step counts as one, and measuring too."""
         return self._seconds([one for one in recipe.lineage()[1:] if not self._comes(one.id)])
+
+    @property
+    def seconds_to_finish(self) -> float:
+        """What the front would still take by the clock if nothing more were proposed, about: candidates under way,
+        then reading all of the evaluation with whoever may be on the front by now, on all slots, then timing these, one
+        after the other. 0 before the original was measured: there is nothing to finish."""
+        original = self.original.measurement
+        if original is None:
+            return 0.0
+        making = [
+            node.recipe
+            for node in self._nodes.values()
+            if node.open > 0 and node.artifact is None and node.parent is not None
+        ]
+        under_way = (
+            self._seconds(making) + (len(self._open) - 1) * self._measuring.mean if self._open else 0.0
+        )
+        first = self.plan.rungs[0]
+        # Reading all takes as much longer as there is more of it, at most; the original was read and timed in one go.
+        whole = min(original.seconds, self._measuring.mean / first or original.seconds)
+        known = self._timings_took.mean
+        timing = known or max(original.seconds - whole, min(original.seconds, TIMING_SECONDS))
+        measured = [one for one in self.candidates.values() if one.measurement is not None]
+        found = {*self._found_contenders(measured), self._original_id}
+        reading = sum(self.candidates[id].fidelity < 1 for id in found) * whole
+        timings = sum(not self._nodes[id].timed for id in found) * timing if self.plan.timers else 0.0
+        return (under_way + reading) / self.slots + timings
 
     def _comes(self, id: str) -> bool:
         """Whether somebody has made this model, makes it or will."""
@@ -250,12 +292,18 @@ class Study:
             commands = self._handle_ended(event)
         elif isinstance(event, Stopped):
             commands = self._handle_stopped(event)
+        elif isinstance(event, Granted):
+            self.granted = event
+            commands = []
         else:
             self._ended_by_search = event.reason
             commands = []
         return commands + self._turn()
 
     def _handle_began(self, event: Began) -> list[Command]:
+        if event.granted != self.granted:
+            self.granted = event.granted
+            self._timing, self._contenders = False, None
         for node in self._nodes.values():
             node.job = None
             if node.failure is not None and node.failure.kind == "disk_full":
@@ -391,6 +439,8 @@ class Study:
             self._took.setdefault(step.name(), _Took()).add(success.seconds, _work(step))
         if job.meters == self.plan.meters and job.fidelity == self.plan.rungs[0]:
             self._measuring.add(success.measurement.seconds)
+        if job.meters == self.plan.timers:
+            self._timings_took.add(success.measurement.seconds)
 
     def _take_account(self, node: _Node, success: Success, new: bool) -> None:
         """Note what was spared by what was there. new: the node had no artifact before."""
@@ -436,7 +486,7 @@ class Study:
 
     def _next(self, node: _Node) -> list[Command]:
         """The job that this node needs now, if it is ready for one."""
-        if node.job is not None or node.failure is not None:
+        if node.job is not None or node.failure is not None or self.granted.work == "nothing":
             return []
         if node.artifact is None and node.open == 0:
             return []  # who needed it was given up
@@ -464,7 +514,9 @@ class Study:
         if not self.plan.timers:
             return None
         if self._contenders is None:
-            self._contenders = self._found_contenders()
+            self._contenders = self._found_contenders(
+                [one for one in self.candidates.values() if one.measurement and one.fidelity >= 1]
+            )
         waiting = [id for id in self._untimed() if self._nodes[id].job is None]
         if self._original_id in waiting:
             return self._original_id
@@ -488,12 +540,9 @@ class Study:
             for metric in self.plan.timed
         }
 
-    def _found_contenders(self) -> dict[str, Rival]:
-        measured = [
-            (id, candidate.measurement)
-            for id, candidate in self.candidates.items()
-            if candidate.measurement is not None and candidate.fidelity >= 1
-        ]
+    def _found_contenders(self, candidates: Sequence[Candidate]) -> dict[str, Rival]:
+        """Those of the candidates, all of them measured, that may be on the front."""
+        measured = [(one.id, one.measurement) for one in candidates if one.measurement is not None]
         rivals = {id: Rival(one.metrics, self._cost(id)) for id, one in measured}
         found = contenders(rivals, self.plan)
         return {id: rival for id, rival in rivals.items() if id in found}
@@ -513,7 +562,10 @@ class Study:
 
     def _turn(self) -> list[Command]:
         """When there is nothing more to propose, fill slots with measurements on more of the evaluation, of those who
-        may be on the front; when there are none, go on to the timings."""
+        may be on the front; when there are none, go on to the timings. Nothing where the budget allows nothing more."""
+        if self.granted.work == "nothing":
+            self._timing = self._timing or not self.running
+            return []
         if self._timing:
             return self._timings()
         if self.original.state == "waiting" or not self._proposed_all:

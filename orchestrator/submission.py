@@ -1,8 +1,8 @@
 """Submission: a study as a job for a cluster: what is packed, how it is started, and by which name it is known.
 
 A package holds the study file as it stands, the local files that it names, and slimfront's own three packages, so that
-the cluster runs the version that is here. The job's own overrides say where the packed files lie. The rest (torch and
-what else slimfront needs) is the cluster's.
+the cluster runs the version that is here. What of the files is too large for a package goes through the study's store.
+The job's own overrides say where the files are. The rest (torch and what else slimfront needs) is the cluster's.
 """
 
 from __future__ import annotations
@@ -13,32 +13,35 @@ import re
 import shlex
 import tempfile
 import zipfile
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from cluster.store import is_remote
+from cluster.store import is_remote, open_store
 from cluster.submit import LIMIT_BYTES, Jobs, JobState
 from orchestrator.config import Loaded, StudyConfig
+from orchestrator.inputs import Stored, paths, stored
 
 OURS = ("orchestrator", "jobs", "cluster")
 NAME, DIGEST, STORE, VERSION = (f"slimfront.{key}" for key in ("study", "digest", "store", "version"))
 """The keys of a job's metadata."""
-_SMALLEST_RATIO = 10
-"""No text that we read is packed to less than a tenth: what is larger than ten packages is not even tried."""
+_OWN_BYTES = 10 * 2**20
+"""What is left for ourselves in a package."""
 _PASSWORD = re.compile(r"://[^/\s:@]+:[^/\s@]+@")
 
 
 @dataclass(frozen=True)
 class Submission:
-    """A study to be run by a cluster. files: what is packed, by its name in the package. digest: of the study and all
-    that it reads from here."""
+    """A study to be run by a cluster. files: what is packed, by its name in the package. stored: what goes through the
+    store at the address `store` instead. digest: of the study and all that it reads from here."""
 
     study: str
     digest: str
     text: str
     files: Mapping[str, Path]
+    stored: Sequence[Stored]
+    store: str
     entrypoint: str
     metadata: Mapping[str, str]
 
@@ -57,17 +60,25 @@ def submission(loaded: Loaded, overrides: Sequence[str], here: bool) -> Submissi
         )
     store = _store(config, here)
     inputs = {key: Path(path).expanduser().resolve() for key, path in _inputs(config).items()}
-    held = {place: _files(place) for place in inputs.values()}
-    _check_size([file for files in held.values() for file in files.values()])
-    packed = {place: _name(place, files) for place, files in held.items()}
-    rewritten = [f"{key}={packed[place]}" for key, place in inputs.items()]
+    held = {place: _input(place) for place in inputs.values()}
+    packed, through_store = _divided(held.values())
+    places = {one.place: one.name for one in packed} | {
+        one.place: one.stored.address for one in through_store
+    }
+    rewritten = [f"{key}={places[place]}" for key, place in inputs.items()]
     rewritten += [f"store={store}", "cluster.address=auto"]
-    files = {packed[place] + inner: file for place, found in held.items() for inner, file in found.items()}
+    files = {one.name + inner: file for one in packed for inner, file in one.files.items()}
     digest = hashlib.sha256(json.dumps([loaded.text, *overrides, *rewritten]).encode()).hexdigest()
     arguments = shlex.join(["study.yaml", *overrides, *rewritten])
-    told = {NAME: config.name, DIGEST: digest, STORE: store, VERSION: metadata.version("slimfront")}
     return Submission(
-        config.name, digest, loaded.text, files, f"python -m orchestrator search {arguments}", told
+        study=config.name,
+        digest=digest,
+        text=loaded.text,
+        files=files,
+        stored=[one.stored for one in through_store],
+        store=store,
+        entrypoint=f"python -m orchestrator search {arguments}",
+        metadata={NAME: config.name, DIGEST: digest, STORE: store, VERSION: metadata.version("slimfront")},
     )
 
 
@@ -87,7 +98,7 @@ def pack(submitted: Submission, package: Path) -> None:
                 while (piece := source.read(2**20)) and package.stat().st_size <= LIMIT_BYTES:
                     to.write(piece)
     if package.stat().st_size > LIMIT_BYTES:
-        raise ValueError(_too_large(submitted.files.values()))
+        raise ValueError(f"the package is larger than the {LIMIT_BYTES // 2**20} MiB that a cluster takes")
 
 
 def job_id(study: str, digest: str, attempt: int) -> str:
@@ -128,11 +139,13 @@ def what_to_do(study: str, digest: str, jobs: Sequence[JobState]) -> Attach | St
 
 
 def submit(submitted: Submission, jobs: Jobs) -> Attach | Start:
-    """Start a study on a cluster, unless it is there already; tells which. The package's size is checked before any of
-    it is sent. See `what_to_do` and `pack` for the reasons not to."""
+    """Start a study on a cluster, unless it is there already; tells which. What goes through the store is put there
+    before. See `what_to_do` and `pack` for the reasons not to, and ArtifactStore for what a store may raise."""
     done = what_to_do(submitted.study, submitted.digest, jobs.all())
     if isinstance(done, Attach):
         return done
+    for one in submitted.stored:
+        one.put(open_store(submitted.store))
     with tempfile.TemporaryDirectory() as folder:
         package = Path(folder) / f"{submitted.study}.zip"
         pack(submitted, package)
@@ -185,19 +198,9 @@ def _store(config: StudyConfig, here: bool) -> str:
 def _inputs(config: StudyConfig) -> dict[str, str]:
     """The files and folders of this machine that a study reads, by its key; not what the cluster finds by itself:
     `package:NAME`, a model of a hub, a whole path that is not here. ValueError where there is no such file."""
-    data = config.data
-    given = {
-        "model": config.model,
-        "data.evaluation.path": data.evaluation and data.evaluation.path,
-        "data.calibration.path": data.calibration and data.calibration.path,
-        "data.train.path": data.train and data.train.path,
-        "data.choices": data.choices,
-        "data.labelled": data.labelled,
-        "data.tasks.folder": data.tasks and data.tasks.folder,
-    }
     found = {}
-    for key, path in given.items():
-        if not path or path.startswith("package:"):
+    for key, path in paths(config).items():
+        if path.startswith("package:"):
             continue
         place = Path(path).expanduser()
         if place.exists():
@@ -218,27 +221,53 @@ def _files(place: Path) -> dict[str, Path]:
     return {f"/{path.as_posix()}": file for path, file in shown.items()}
 
 
-def _name(place: Path, files: Mapping[str, Path]) -> str:
-    """What a file or folder is called in the package: by its content, wherever it lies here."""
-    total = hashlib.sha256()
+@dataclass(frozen=True)
+class _Input:
+    """A file or folder of this machine. files: by what follows its name; sha256: of each."""
+
+    place: Path
+    files: Mapping[str, Path]
+    sha256: Mapping[str, str]
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(file.stat().st_size for file in self.files.values())
+
+    @property
+    def name(self) -> str:
+        """What it is called in the package: by its content, wherever it lies here."""
+        total = hashlib.sha256()
+        for inner, sha256 in self.sha256.items():
+            total.update(f"{inner}:{sha256}\n".encode())
+        return f"inputs/{total.hexdigest()[:12]}-{re.sub(r'[^A-Za-z0-9._-]', '_', self.place.name)}"
+
+    @property
+    def stored(self) -> Stored:
+        """As what goes through the store."""
+        if "" in self.files:
+            name = self.place.name
+            return stored({name: self.place}, {name: self.sha256[""]}, name)
+        inner = {name.removeprefix("/"): file for name, file in self.files.items()}
+        return stored(inner, {name.removeprefix("/"): digest for name, digest in self.sha256.items()}, None)
+
+
+def _input(place: Path) -> _Input:
+    files, sha256 = _files(place), {}
     for inner, file in files.items():
         with file.open("rb") as content:
-            total.update(f"{inner}:{hashlib.file_digest(content, 'sha256').hexdigest()}\n".encode())
-    return f"inputs/{total.hexdigest()[:12]}-{re.sub(r'[^A-Za-z0-9._-]', '_', place.name)}"
+            sha256[inner] = hashlib.file_digest(content, "sha256").hexdigest()
+    return _Input(place, files, sha256)
 
 
-def _check_size(files: Collection[Path]) -> None:
-    if sum(file.stat().st_size for file in files) > _SMALLEST_RATIO * LIMIT_BYTES:
-        raise ValueError(_too_large(files))
-
-
-def _too_large(files: Collection[Path]) -> str:
-    largest = max(files, key=lambda file: file.stat().st_size)
-    return (
-        f"the study's files are more than the {LIMIT_BYTES // 2**20} MiB that a cluster takes, {largest} being the "
-        f"largest ({largest.stat().st_size / 2**20:.0f} MiB): name a model by its hub id or package:NAME, or give the "
-        "whole path that it has on the cluster's machines, and not here"
-    )
+def _divided(inputs: Iterable[_Input]) -> tuple[list[_Input], list[_Input]]:
+    """What goes into the package, the smallest first as long as there is room, and what through the store."""
+    packed: list[_Input] = []
+    beyond: list[_Input] = []
+    left = LIMIT_BYTES - _OWN_BYTES
+    for one in sorted(inputs, key=lambda one: one.size_bytes):
+        left -= one.size_bytes
+        (packed if left >= 0 else beyond).append(one)
+    return packed, beyond
 
 
 def _entry(name: str) -> zipfile.ZipInfo:

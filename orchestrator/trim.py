@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,6 +18,7 @@ from typing import Any, Literal
 
 from cluster.store import LEFTOVER_SECONDS, ArtifactStore, Held, LocalStore, is_remote, open_store
 from jobs.cache import kept
+from orchestrator import checkpoints
 from orchestrator.events import Proposed
 from orchestrator.ledger import Ledger
 from orchestrator.lock import is_running, only_one
@@ -171,10 +173,14 @@ def found(place: str) -> Inventory:
     """
     if not is_remote(place):
         return inventory(Path(place))
-    held = open_store(place).holdings()
-    size_bytes = sum(one.ref.size_bytes for one in held.artifacts)
+    store = open_store(place)
+    held = store.holdings()
+    trainings = set(checkpoints.held(store).values())
+    left = [one.ref.size_bytes for one in held.artifacts if one.ref.digest in trainings]
+    models = [one.ref.size_bytes for one in held.artifacts if one.ref.digest not in trainings]
     items = [
-        Item("models", place, size_bytes, number=len(held.artifacts)),
+        Item("models", place, sum(models), number=len(models)),
+        Item("checkpoints", place, sum(left), number=len(left)),
         Item("unfinished", place, held.unfinished_bytes),
         Item("records", place, held.records_bytes, number=held.records),
     ]
@@ -182,13 +188,20 @@ def found(place: str) -> Inventory:
 
 
 def sweep(place: str) -> int:
-    """Remove what writers left unfinished and have not touched for a day; how many bytes that was."""
+    """Remove what writers left unfinished and have not touched for a day, and checkpoints that nobody used for as long;
+    how many bytes that was."""
     if not is_remote(place):
         inventory(Path(place))  # refuses what is no store
     store = open_store(place)
-    before = store.holdings().unfinished_bytes
+    trainings = checkpoints.held(store)
+    before = store.holdings()
     store.sweep(LEFTOVER_SECONDS)
-    return before - store.holdings().unfinished_bytes
+    since = time.time() - LEFTOVER_SECONDS
+    recent = {one.ref.digest for one in before.artifacts if one.used_at >= since}
+    old = {id: digest for id, digest in trainings.items() if digest not in recent}
+    checkpoints.drop(old.keys(), store)
+    swept = before.unfinished_bytes - store.holdings().unfinished_bytes
+    return swept + sum(one.ref.size_bytes for one in before.artifacts if one.ref.digest in old.values())
 
 
 def inventory(root: Path) -> Inventory:

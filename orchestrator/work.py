@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import os
 import shutil
 import socket
@@ -13,8 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cluster.preempt import noticed
 from cluster.store import ArtifactRef, ArtifactStore, is_remote, open_store
 from jobs import ranks, run
+from jobs.context import Interrupted, Report
 from jobs.job import (
     Failure,
     Job,
@@ -27,12 +31,16 @@ from jobs.job import (
 )
 from jobs.recipe import Recipe
 from jobs.sharing import Sharing
+from orchestrator import checkpoints, inputs
+from orchestrator.lease import Lease
 
 DOWNLOADS = "downloads"
 """Beside the cache: copies of artifacts, where the store is elsewhere."""
 SCRATCH = "scratch"
 CHECKPOINTS = "checkpoints"
 """In a study's folder: what jobs in progress write, and what trainings go on from."""
+LEAVING_SECONDS = 5.0
+"""So long work waits that is handed to a machine which is about to go, before it is given back."""
 _PUT_SECONDS = 0.5
 """How often a rank looks whether the first has put what both have made."""
 
@@ -60,10 +68,13 @@ def work(job: Job, workplace: Workplace) -> Outcome | None:
     Any number of attempts may run at once or after each other: the first to commit wins, all return what won. Of
     several ranks the first returns the outcome; another one returns None, or why it could not go on.
     """
+    lease = Lease()
     try:
         outcome = _work(job, workplace)
     except Exception as error:  # noqa: BLE001 - the worker boundary: failures cross it as data
         outcome = run.failure(error)
+    finally:
+        lease.end()
     if isinstance(outcome, Success):
         # For whoever measures on from here, who finds it in the store.
         return dataclasses.replace(outcome, measurement=dataclasses.replace(outcome.measurement, observed={}))
@@ -78,6 +89,7 @@ def made_again(recipe: Recipe, workplace: Workplace) -> ArtifactRef:
     held = artifact_of(recipe, store)
     if held is not None:
         return held
+    inputs.bring(workplace.materials, store, workplace.cache.parent)
     with _scratch(workplace) as scratch:
         outcome = _attempt(Job(recipe, (), ""), workplace, store, Path(scratch))
     if isinstance(outcome, Failure):
@@ -96,8 +108,16 @@ def artifact_of(recipe: Recipe, store: ArtifactStore) -> ArtifactRef | None:
 
 
 def opened(workplace: Workplace) -> ArtifactStore:
-    """The store, with copies on this machine where it is elsewhere."""
-    return open_store(workplace.store, workplace.cache.with_name(DOWNLOADS))
+    """The store, with copies on this machine where it is elsewhere. One in a bucket is kept: its client takes 0.1 s to
+    make."""
+    downloads = workplace.cache.with_name(DOWNLOADS)
+    opening = _kept_open if is_remote(workplace.store) else open_store
+    return opening(workplace.store, downloads)
+
+
+@functools.lru_cache(2)
+def _kept_open(address: str, downloads: Path | None) -> ArtifactStore:
+    return open_store(address, downloads)
 
 
 def _cure(workplace: Workplace) -> str:
@@ -113,6 +133,11 @@ def _work(job: Job, workplace: Workplace) -> Outcome | None:
     done = store.record(_result_key(job)) if ranks.here().first else None
     if done is not None:
         return _found(outcome_from_dict(done["result"]))
+    if noticed() is not None:
+        # Who hands out work learns of the notice too, a little later: until then it would come back at once.
+        time.sleep(LEAVING_SECONDS)
+        _stop_at_notice()
+    inputs.bring(workplace.materials, store, workplace.cache.parent)
     with _scratch(workplace) as scratch:
         outcome = _attempt(job, workplace, store, Path(scratch))
     if not isinstance(outcome, Success):
@@ -154,38 +179,115 @@ def _attempt(job: Job, workplace: Workplace, store: ArtifactStore, scratch: Path
         return None
     if isinstance(outcome, Success) or outcome.kind in ("invalid", "diverged"):
         # No other attempt will follow.
-        shutil.rmtree(_checkpoints(job, workplace), ignore_errors=True)
+        forget_training(job.recipe, workplace.scratch.with_name(CHECKPOINTS), workplace.store)
     return outcome
 
 
 def _done(job: Job, workplace: Workplace, store: ArtifactStore, scratch: Path) -> Outcome | None:
     scratch.mkdir(exist_ok=True)
     built = _fetched(job.recipe, store, scratch / "built") if ranks.here().first else None
-    parent = None if built is not None else _parent(job, workplace, store, scratch)
+    if built is not None:
+        return _measured(job, workplace, store, built, scratch)
+    parent = _parent(job, workplace, store, scratch)
     if isinstance(parent, Failure):
         return parent
-    made = run.attempt(
-        job,
-        workplace.materials,
-        parent=None if parent is None else parent.folder,
-        built=None if built is None else built.folder,
-        folder=scratch / "made",
-        cache=workplace.cache,
-        report=_unreported,
-        checkpoints=_checkpoints(job, workplace),
-        before=None if built is None else _before(job, built.ref, store),
-        sharing=workplace.sharing,
-    )
+    made = _made(job.recipe, workplace, parent, scratch)
     if made is None or isinstance(made, Failure):
         return made
-    if built is not None:
-        return Success(built.ref.digest, built.ref.size_bytes, made.measurement, made.seconds)
+    # Put before it is measured: an interruption of that does not undo what was made.
     ref = store.put(scratch / "made")
     if _held_by(job.recipe, ref, store) != ref:
         # Somebody else's copy of this model came first and differs in its last bits: what counts is
         # measured on the copy that counts.
         return _attempt(job, workplace, store, scratch / "again")
-    return Success(ref.digest, ref.size_bytes, made.measurement, made.seconds, made.spared_seconds)
+    success = Success(ref.digest, ref.size_bytes, made.measurement, made.seconds, made.spared_seconds)
+    if not job.meters:
+        return success
+    outcome = _measured(job, workplace, store, _Fetched(ref, scratch / "made"), scratch)
+    if not isinstance(outcome, Success):
+        return outcome
+    return dataclasses.replace(success, measurement=outcome.measurement)
+
+
+def _made(
+    recipe: Recipe, workplace: Workplace, parent: _Fetched | None, scratch: Path
+) -> run.Made | Failure | None:
+    """Make the recipe's model from its parent's, in `scratch / "made"`. A training goes on from where another attempt
+    left it, wherever that was. None on ranks that are not the first."""
+    folder = _checkpoints(recipe, workplace)
+    sending = None
+    if _travels(recipe, workplace.store) and ranks.here().first:
+        store = _kept_open(workplace.store, None)
+        checkpoints.bring(recipe.id, store, folder)
+        sending = checkpoints.Sending(recipe.id, store, folder, scratch)
+    made = run.attempt(
+        Job(recipe, (), ""),
+        workplace.materials,
+        parent=None if parent is None else parent.folder,
+        built=None,
+        folder=scratch / "made",
+        cache=workplace.cache,
+        report=_reporting(sending),
+        checkpoints=folder,
+        sharing=workplace.sharing,
+    )
+    if sending is not None:
+        if isinstance(made, Failure) and made.kind == "preempted":
+            sending.last()
+        else:
+            sending.end()
+    return made
+
+
+def _measured(
+    job: Job, workplace: Workplace, store: ArtifactStore, built: _Fetched, scratch: Path
+) -> Outcome | None:
+    made = run.attempt(
+        job,
+        workplace.materials,
+        parent=None,
+        built=built.folder,
+        folder=scratch / "measured",
+        cache=workplace.cache,
+        report=_reporting(None),
+        before=_before(job, built.ref, store),
+    )
+    if not isinstance(made, run.Made):
+        return made
+    return Success(built.ref.digest, built.ref.size_bytes, made.measurement, made.seconds)
+
+
+def _reporting(sending: checkpoints.Sending | None) -> Report:
+    """Stops the job where its machine is to be taken away, and lets checkpoints be sent meanwhile."""
+    lease = Lease()
+
+    def report(share: float, what: str) -> None:
+        lease.renew()
+        _stop_at_notice()
+        if sending is not None:
+            sending()
+
+    return report
+
+
+def _stop_at_notice() -> None:
+    notice = noticed()
+    if notice is not None:
+        raise Interrupted(f"{notice.source} takes this machine away")
+
+
+def forget_training(recipe: Recipe, folder: Path, store: str) -> None:
+    """Remove what a training that nobody goes on with would have gone on from, in the folder of a study's checkpoints
+    and in its store. What a store that is out of reach keeps goes when the study ends."""
+    shutil.rmtree(folder / recipe.id, ignore_errors=True)
+    if _travels(recipe, store):
+        with contextlib.suppress(OSError):
+            checkpoints.drop({recipe.id}, _kept_open(store, None))
+
+
+def _travels(recipe: Recipe, store: str) -> bool:
+    """Whether this recipe's checkpoints are put into the store: one in a folder is seen from where they lie anyway."""
+    return is_remote(store) and bool(recipe.steps) and "training" in recipe.steps[-1].needs
 
 
 def _before(job: Job, ref: ArtifactRef, store: ArtifactStore) -> Measurement | None:
@@ -245,8 +347,8 @@ def _held_by(recipe: Recipe, made: ArtifactRef, store: ArtifactStore) -> Artifac
     return made
 
 
-def _checkpoints(job: Job, workplace: Workplace) -> Path:
-    return workplace.scratch.with_name(CHECKPOINTS) / job.recipe.id
+def _checkpoints(recipe: Recipe, workplace: Workplace) -> Path:
+    return workplace.scratch.with_name(CHECKPOINTS) / recipe.id
 
 
 def _committed(store: ArtifactStore, key: str) -> Mapping[str, Any]:
@@ -262,7 +364,3 @@ def _result_key(job: Job) -> str:
 
 def _artifact_key(recipe: Recipe) -> str:
     return f"artifacts/{recipe.id}"
-
-
-def _unreported(share: float, what: str) -> None:
-    """Progress within a job is not shown yet."""

@@ -40,6 +40,7 @@ def check(document: Document) -> list[Problem]:
     for name, node_type in data.get("available_node_types", {}).items():
         at: Key = ("available_node_types", name)
         config, place = node_type["node_config"], (*at, "node_config")
+        problems += _labels(cloud, node_type, data["provider"], at)
         form = ec2.unfit(config, place) if cloud == "aws" else against(_gcp_instance(), config, place)[0]
         problems += form
         if all(problem.key[len(place)] not in _READ for problem in form):
@@ -76,6 +77,15 @@ def _place(provider: dict[str, Any]) -> Iterator[Problem]:
         yield Problem(
             ("provider",), "got no project_id, which must be given: Ray would look for one by itself"
         )
+
+
+def _labels(cloud: str, node_type: dict[str, Any], provider: dict[str, Any], at: Key) -> Iterator[Problem]:
+    """The labels by which a study knows what a node costs, where they say something else than what is started."""
+    started = str(node_type["node_config"].get(_TYPE_KEY[cloud], "")).rpartition("/")[2]
+    for label, there in (("instance", started), ("region", provider.get("region"))):
+        said = node_type.get("labels", {}).get(label, there)
+        if there and said != there:
+            yield Problem((*at, "labels", label), f"got {said}, expected {there}: by it the node is priced")
 
 
 def _numbers(data: dict[str, Any]) -> Iterator[Problem]:

@@ -2,7 +2,7 @@
 
     service ──append──▶ outbox (a file) ──▶ mirror (a process of its own) ──▶ MLflow
 
-The service imports no MLflow: only `mirror.py` does.
+The service imports no MLflow: only `mirror.py` and `registry.py` do.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
@@ -35,8 +35,9 @@ class Tracker(Protocol):
         """What is known of a candidate now; may come again whenever more is known."""
         ...
 
-    def finish(self, results: Results, report_html: str) -> None:
-        """The study is over. What `record` was told goes on being delivered after this returns."""
+    def finish(self, results: Results, report_html: str, totals: Mapping[str, float] | None = None) -> None:
+        """The study is over; totals: what it took in all. What `record` was told goes on being delivered after this
+        returns."""
         ...
 
 
@@ -51,7 +52,7 @@ class NoTracker:
     def record(self, candidate: Candidate) -> None:
         pass
 
-    def finish(self, results: Results, report_html: str) -> None:
+    def finish(self, results: Results, report_html: str, totals: Mapping[str, float] | None = None) -> None:
         pass
 
 
@@ -59,10 +60,12 @@ class MLflowTracker:
     """Appends to an outbox beside the study; a process of low priority carries it to MLflow.
 
     uri: `sqlite:///…`, or an MLflow server's address. The same outbox continues the same parent run.
+    place: where the store keeps an artifact, by its digest: what MLflow's models say instead of holding weights.
     """
 
-    def __init__(self, uri: str, outbox: Path) -> None:
+    def __init__(self, uri: str, outbox: Path, place: Callable[[str], str] = str) -> None:
         self._uri = uri
+        self._place = place
         self._file = outbox
         self._outbox = Outbox(outbox)
         self._mirror: subprocess.Popen[bytes] | None = None
@@ -84,8 +87,12 @@ class MLflowTracker:
     def record(self, candidate: Candidate) -> None:
         self._outbox.append("candidate", candidate_entry(candidate), candidate.id)
 
-    def finish(self, results: Results, report_html: str) -> None:
-        self._outbox.append("finish", {"front": front_json(results), "report": report_html})
+    def finish(self, results: Results, report_html: str, totals: Mapping[str, float] | None = None) -> None:
+        front = front_json(results)
+        held = {one["id"]: one["artifact"] for one in front["members"] if one["artifact"]}
+        places = {id: self._place(digest) for id, digest in held.items()}
+        told = {"front": front, "report": report_html, "places": places, "totals": dict(totals or {})}
+        self._outbox.append("finish", told)
         self._ensure_mirror()
 
     def _ensure_mirror(self) -> None:

@@ -1,4 +1,4 @@
-"""Mirror: carries an outbox to MLflow. The only file that imports mlflow; runs in a process of its own.
+"""Mirror: carries an outbox to MLflow. With registry.py the door to mlflow; runs in a process of its own.
 
 Every delivery can be repeated: runs are looked up by their tags before any is made, and what an earlier
 delivery wrote is written again with the same values. So it may be killed anywhere, and an outage costs time.
@@ -29,6 +29,7 @@ from mlflow.entities import Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
 
 from orchestrator.tracking.outbox import Delivered, Entry, Outbox
+from orchestrator.tracking.registry import CANDIDATE_TAG, OUTBOX_TAG, Registry
 
 POLL_SECONDS = 0.5
 OUTAGE_POLL_SECONDS = 5.0
@@ -45,7 +46,6 @@ STATUS = {
     "over_limit": "KILLED",
     "stopped": "KILLED",
 }
-OUTBOX_TAG, CANDIDATE_TAG = "slimfront.outbox", "slimfront.candidate"
 PARENT = "study"
 ROOM_FOR_TEXT = 4000  # of a tag's 8000 characters
 
@@ -192,11 +192,17 @@ class StudyRuns:
         values = {f"candidates_{standing}": float(count) for standing, count in front["candidates"].items()}
         if front["hypervolume"] is not None:
             values["hypervolume"] = front["hypervolume"]
+        values |= finish.get("totals", {})  # what an earlier version appended lacks them
         # By the second tag the UI finds the table among the artifacts.
         shown = json.dumps([{"path": "front_table.json", "type": "table"}])
         tags = {"state": "finished", "mlflow.loggedArtifacts": shown, "mlflow.note.content": _note(front)}
         self._log(self._parent, values, [], tags)
         self._set_status(self._parent, "FINISHED")
+        self._register(front, finish.get("places", {}))  # what an earlier version appended lacks them
+
+    def _register(self, front: Mapping[str, Any], places: Mapping[str, str]) -> None:
+        runs = {member["id"]: self._run(member["id"], member["recipe"]).id for member in front["members"]}
+        Registry(self._client, self._experiment, self._outbox_id).show(front, runs, places)
 
     def _log(
         self, run: KnownRun, values: Mapping[str, float], params: list[Param], tags: Mapping[str, str]
@@ -315,10 +321,11 @@ def _file_of(uri: str) -> Path | None:
 
 
 def _passing(error: BaseException) -> bool:
-    """Whether the same call may go well later: the server is away, busy, or the connection broke."""
+    """Whether the same call may go well later: the server is away, busy, or the connection broke, or it does not let us
+    in, which its owner or another password may change."""
     if isinstance(error, MlflowException):
         status = int(error.get_http_status_code())  # type: ignore[no-untyped-call]
-        return status >= 500 or status == 429
+        return status >= 500 or status in (401, 403, 429)
     return isinstance(error, OSError)
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
+import socket
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from cluster import doctor
+from cluster.submit import Node
 
 GIB = 2**30
 
@@ -54,3 +58,83 @@ def test_without_the_drivers_tool_there_are_no_gpus(monkeypatch: pytest.MonkeyPa
 @pytest.mark.ray
 def test_a_local_ray_starts_and_works() -> None:
     assert doctor.ray_works() == doctor.Fact("local ray", "starts and works")
+
+
+def test_a_store_that_works_is_tried_and_left_as_it_was(tmp_path: Path, s3_address: str, s3: Any) -> None:
+    for address in (str(tmp_path / "runs"), s3_address):
+        found = {fact.what: fact for fact in doctor.of_store(address)}
+        assert all(fact.ok for fact in found.values()), found
+        assert "MB/s" in found["put 8 MB"].value
+        assert "MB/s" in found["fetch them"].value
+    assert not [file for file in (tmp_path / "runs").rglob("*") if file.is_file()]
+    bucket = s3_address.removeprefix("s3://").partition("/")[0]
+    assert s3.list_objects_v2(Bucket=bucket)["KeyCount"] == 0
+
+
+def test_what_a_store_does_not_allow_is_named_and_the_rest_is_tried(s3_address: str, s3: Any) -> None:
+    bucket = s3_address.removeprefix("s3://").partition("/")[0]
+    denied = {
+        "Effect": "Deny",
+        "Principal": "*",
+        "Action": "s3:GetObject",
+        "Resource": f"arn:aws:s3:::{bucket}/*",
+    }
+    s3.put_bucket_policy(Bucket=bucket, Policy=json.dumps({"Version": "2012-10-17", "Statement": [denied]}))
+    found = {fact.what: fact for fact in doctor.of_store(s3_address)}
+    assert "may not do s3:GetObject" in found["all that a study does"].value
+    assert "may not do s3:GetObject" in found["read it"].value
+    assert not found["read it"].ok
+    assert found["list records"].ok
+    assert found["put 8 MB"].ok
+
+
+@pytest.mark.parametrize("address", ["gs://bucket/prefix", "/proc/none"])
+def test_what_is_no_store_is_one_line(address: str) -> None:
+    (found,) = doctor.of_store(address)
+    assert not found.ok
+
+
+SCALING = """\
+======== Autoscaler status: 2026-11-23 03:11:36.747975 ========
+Node status
+---------------------------------------------------------------
+Active:
+ 1 head
+Pending:
+ 10.0.0.7: gpu-spot, setting-up
+Recent failures:
+ gpu: InsufficientInstanceCapacity (latest_attempt: 03:11:01)
+
+Resources
+---------------------------------------------------------------
+Pending Demands:
+ {'GPU': 1.0}: 3+ pending tasks/actors
+"""
+
+
+def test_what_an_autoscaler_waits_for_and_could_not_get_is_told() -> None:
+    found = {fact.what: fact for fact in doctor.autoscaler(SCALING)}
+    assert found["pending"].value == "10.0.0.7: gpu-spot, setting-up"
+    assert found["pending"].ok
+    assert found["recent failures"].value.startswith("gpu: InsufficientInstanceCapacity")
+    assert not found["recent failures"].ok
+    assert found["pending demands"].value == "{'GPU': 1.0}: 3+ pending tasks/actors"
+    quiet = "Pending:\n (no pending nodes)\nRecent failures:\n (no failures)\nPending Demands:\n (no resource demands)"
+    assert not list(doctor.autoscaler(quiet))
+
+
+def test_a_cluster_that_does_not_answer_is_one_line() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as one:
+        port = one.getsockname()[1]
+    (found,) = doctor.of_cluster(f"http://127.0.0.1:{port}", insecure=False)
+    assert not found.ok
+    assert "no cluster answers" in found.value
+
+
+def test_nodes_are_counted_by_kind_and_a_head_that_works_beside_others_is_told() -> None:
+    head, worker = Node("", True, 4, 0, 16), Node("gpu-spot", False, 8, 1, 32)
+    found = {fact.what: fact.value for fact in doctor.nodes([head, worker, worker])}
+    assert found["nodes"] == "1 head (4 CPUs, 16 GiB); 2 gpu-spot (8 CPUs, 1 GPUs, 32 GiB)"
+    assert found["gpus"] == "2"
+    assert found["head"] == "takes work too"
+    assert "head" not in {fact.what for fact in doctor.nodes([head])}

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.store import LocalStore, open_store
+from cluster.store import LocalStore, open_store, place_of
 
 # Runs one operation and kills itself at its nth touch of the store's files.
 KILLED_WRITER = textwrap.dedent(
@@ -167,3 +167,11 @@ def test_a_store_is_opened_by_its_folder(tmp_path: Path) -> None:
     assert LocalStore(tmp_path / "runs").record("results/01") == {"a": 1}
     with pytest.raises(ValueError, match="no gs:// stores; give a folder or s3://bucket/prefix"):
         open_store("gs://bucket/prefix")
+
+
+def test_the_place_of_an_artifact_is_where_its_files_lie(tmp_path: Path, model: Path) -> None:
+    ref = open_store(str(tmp_path / "runs")).put(model)
+    place = Path(place_of(str(tmp_path / "runs"), ref.digest))
+    assert (place / "sub" / "weights").read_bytes() == (model / "sub" / "weights").read_bytes()
+    with pytest.raises(ValueError, match="no artifact's digest"):
+        place_of(str(tmp_path / "runs"), "../..")

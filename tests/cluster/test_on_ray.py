@@ -15,9 +15,9 @@ from typing import Any
 import psutil
 import pytest
 
-from cluster.executor import Ended, Resources
+from cluster.executor import Ended, NodeType, Resources
 from cluster.head import connect
-from cluster.on_ray import RayExecutor, lost
+from cluster.on_ray import RayExecutor, lost, node_type
 
 pytestmark = pytest.mark.ray
 
@@ -188,6 +188,21 @@ def test_a_ray_that_someone_else_started_is_left_running(one_ray: None) -> None:
     with closing(RayExecutor(slots=1)) as executor:
         executor.submit("a", abs, -1, resources=Resources())
         assert executor.wait(60) == [Ended("a", 1)]
+
+
+@pytest.mark.parametrize(
+    ("labels", "kind"),
+    [
+        ({"instance": "g6.2xlarge", "region": "us-east-1", "market": "spot", "gpu": "L4", "ray.io/node-group": "gpu"},
+         NodeType("g6.2xlarge", "us-east-1", spot=True)),
+        ({"instance": "m7i.large", "region": "us-east-1", "market": "on-demand"}, NodeType("m7i.large", "us-east-1")),
+        ({"ray.io/node-group": "gpu-workers", "ray.io/availability-region": "eu-west-1", "ray.io/market-type": "spot"},
+         NodeType("gpu-workers", "eu-west-1", spot=True)),
+        ({"ray.io/node-id": "ab12"}, NodeType()),
+    ],
+)  # fmt: skip
+def test_labels_tell_what_kind_a_node_is(labels: dict[str, str], kind: NodeType) -> None:
+    assert node_type(labels) == kind
 
 
 def test_losing_a_worker_prints_nothing(executor: RayExecutor, capfd: pytest.CaptureFixture[str]) -> None:

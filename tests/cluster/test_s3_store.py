@@ -24,7 +24,7 @@ import pytest
 
 from cluster.s3 import parse
 from cluster.s3_store import PART_BYTES, S3Store, part_size
-from cluster.store import ArtifactRef, open_store
+from cluster.store import ArtifactRef, open_store, place_of
 
 # botocore leaves it to the garbage collector to close connections whose answer was cut short.
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning")
@@ -438,6 +438,14 @@ def test_names_from_the_bucket_that_would_leave_the_folder_are_refused(
         S3Store(address).fetch(ref, tmp_path / "below" / "copy")
     assert not list(tmp_path.rglob("*evil*"))
     assert not (tmp_path / "below" / "copy").exists()
+
+
+def test_the_place_of_an_artifact_is_where_its_files_lie(address: str, s3: Any, model: Path) -> None:
+    bucket, _, key = (
+        place_of(address, open_store(address).put(model).digest).removeprefix("s3://").partition("/")
+    )
+    found = s3.get_object(Bucket=bucket, Key=f"{key}/sub/weights")["Body"].read()
+    assert found == (model / "sub" / "weights").read_bytes()
 
 
 def test_a_name_that_a_bucket_cannot_list_is_not_put(address: str, model: Path) -> None:

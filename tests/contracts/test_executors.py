@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 import cluster
-from cluster.executor import Ended, Executor, InlineExecutor, Resources
+from cluster.executor import Ended, Executor, InlineExecutor, NodeType, Resources
 from cluster.head import connect
 from cluster.on_ray import RayExecutor
 
@@ -148,6 +148,10 @@ def all_of(executor: Executor) -> list[Ended]:
     while some := executor.wait(60):
         ended += some
     return ended
+
+
+def test_the_node_that_this_runs_on_is_up_and_priced_by_nobody(executor: Executor) -> None:
+    assert dict(executor.nodes()) == {NodeType(): 1}
 
 
 def test_every_executor_is_tested_here() -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import functools
 import json
 import os
+import re
 import signal
 import sqlite3
 import subprocess
@@ -17,9 +19,13 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from cluster.executor import InlineExecutor
 from cluster.store import LocalStore, open_store
 from jobs import families
 from orchestrator import cli, launch
+from orchestrator.config import load
+from orchestrator.prepare import prepare
+from orchestrator.work import Workplace, work
 
 
 def slimfront(*args: object, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -46,6 +52,37 @@ def test_a_plan_runs_nothing(study_file: Path) -> None:
     assert "shared" in done.stdout
     assert "by shared steps" in done.stdout
     assert not list(study_file.parent.glob("runs/records/**/*.json"))
+
+
+def test_a_plan_tells_the_price_and_what_the_budget_allows_and_no_sum_that_nobody_knows(
+    study_file: Path,
+) -> None:
+    done = slimfront("plan", study_file, "cluster.price_per_hour=2", "budget.money=20", cwd=study_file.parent)
+    assert done.returncode == 0, done.stderr
+    assert "What it will cost is not known: nothing like it has run here." in done.stdout
+    assert "A node-hour costs 2.00 (cluster.price_per_hour)." in done.stdout
+    assert "The budget of 20.00 allows 10.00 node-hours." in done.stdout
+
+
+def test_a_plan_after_a_study_tells_what_it_took_and_what_more_will(study_file: Path) -> None:
+    ready = prepare(load(study_file, ("search.candidates=1",)))
+    place = Workplace(ready.materials, ready.config.store, ready.folder / "scratch", ready.folder / "cache")
+    do = functools.partial(work, workplace=place)
+    launch.launch(ready, lambda status: None, executor=InlineExecutor(), do=do)
+    found = CliRunner().invoke(cli.app, ["plan", str(study_file), "cluster.price_per_hour=3600"])
+    assert found.exit_code == 0, found.output
+    assert re.search(r"^About 0\.0\d node-hours, \d+\.\d\d\.$", found.output, re.MULTILINE)
+    assert re.search(r"^Until now: 0\.00 node-hours, \d+\.\d\d\.$", found.output, re.MULTILINE)
+
+
+def test_a_study_that_could_not_afford_the_original_says_so(
+    study_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "RayExecutor", lambda *_, **__: InlineExecutor())
+    found = CliRunner().invoke(cli.app, ["search", str(study_file), "budget.hours=1e-9"])
+    assert found.exit_code == 1
+    assert "The search ended early: the budget of 1e-09 hours is spent." in found.output
+    assert "Nothing was measured" in found.output
 
 
 def test_techniques_are_listed_for_programs(tmp_path: Path) -> None:

@@ -16,18 +16,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from cluster.executor import InlineExecutor
 from cluster.store import LocalStore, open_store
 from jobs import models, run
 from jobs.job import Failure, Job, Outcome
+from orchestrator import cli
+from orchestrator import work as working
 from orchestrator.config import load
 from orchestrator.export import export_member
 from orchestrator.foretelling import foretelling
 from orchestrator.launch import OtherStudy, launch
+from orchestrator.lease import STALL_SECONDS
 from orchestrator.ledger import Ledger
 from orchestrator.lock import only_one
 from orchestrator.prepare import Prepared, prepare
+from orchestrator.progress import Status, line
 from orchestrator.results import Results
 from orchestrator.service import Service
 from orchestrator.work import Workplace, work
@@ -107,6 +112,39 @@ def test_a_study_goes_on_with_more_candidates(prepared: Callable[..., Prepared])
     run_inline(prepared("search.candidates=2"))
     results = run_inline(prepared("search.candidates=4"))
     assert [c.state for c in results.candidates] == ["measured"] * 5
+
+
+def test_a_study_tells_what_it_took(
+    prepared: Callable[..., Prepared], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ready = prepared("search.candidates=1", "cluster.price_per_hour=3600", "budget.money=1e6")
+    run_inline(ready)
+    status = json.loads((ready.folder / "status.json").read_text())
+    assert status["cost"] == pytest.approx(3600 * status["node_hours"])
+    assert 0 < status["node_hours"] < 0.1
+    assert line(Status(**status)).endswith(f"{status['cost']:.2f} of 1000000.00")
+    told = CliRunner().invoke(cli.app, ["status", str(ready.folder)]).output
+    page = (ready.folder / "report.html").read_text()
+    for where in (told, page):
+        assert "node: 0.00 node-hours, 3600.00 each (cluster.price_per_hour)" in where
+    assert "It ended early" not in page
+
+
+def test_a_study_whose_budget_is_spent_tells_what_was_not_done_and_a_larger_one_goes_on(
+    prepared: Callable[..., Prepared],
+) -> None:
+    short = prepared("budget.hours=1e-9")
+    results = run_inline(short, lambda job: pytest.fail(f"{job.recipe} ran"))
+    assert [one.state for one in results.candidates] == ["waiting"]
+    page = (short.folder / "report.html").read_text()
+    assert "It ended early: the budget of 1e-09 hours is spent; 5 candidates were not tried" in page
+    assert (
+        json.loads((short.folder / "status.json").read_text())["exhausted"]
+        == "the budget of 1e-09 hours is spent"
+    )
+    results = run_inline(prepared("budget.hours=100"))
+    assert [one.state for one in results.candidates] == ["measured"] * 6
+    assert "It ended early" not in (short.folder / "report.html").read_text()
 
 
 def test_a_folder_that_holds_another_study_is_refused(prepared: Callable[..., Prepared]) -> None:
@@ -215,14 +253,14 @@ def _run_until(file: Path, log: Path, kill_at: int) -> None:
     torn(Service, "_carry_out")
     torn(LocalStore, "commit")
     torn(LocalStore, "put")
-    attempt = run.attempt
+    attempt = working._attempt
 
-    def counted(job: Job, *given: Any, **named: Any) -> Any:
+    def counted(job: Job, *given: Any) -> Any:
         with log.open("a") as stream:  # outside the ledger, in one write
             stream.write(f"{time.time_ns()} {job.id}\n")
-        return attempt(job, *given, **named)
+        return attempt(job, *given)
 
-    run.attempt = counted
+    working._attempt = counted  # type: ignore[assignment]
     run_inline(prepare(load(file)))
 
 
@@ -333,15 +371,22 @@ def test_on_a_cluster_there_are_as_many_slots_as_it_has_cores(
         pass
 
     def executor(
-        slots: int | None, memory_gib: float | None, address: str | None, start_seconds: float
+        slots: int | None,
+        memory_gib: float | None,
+        address: str | None,
+        env: dict[str, str],
+        start_seconds: float,
     ) -> None:
-        raise Asked(slots, address)
+        raise Asked(slots, address, env)
 
     monkeypatch.setattr("orchestrator.launch.RayExecutor", executor)
     for overrides, asked in (
-        (["cluster.address=auto"], (None, "auto")),
-        (["cluster.address=auto", "cluster.slots=3"], (3, "auto")),
-        ([], (os.cpu_count(), None)),
+        (["cluster.address=auto"], (None, "auto", {STALL_SECONDS: "3600.0"})),
+        (
+            ["cluster.address=auto", "cluster.slots=3", "cluster.stall_seconds=60"],
+            (3, "auto", {STALL_SECONDS: "60.0"}),
+        ),
+        (["cluster.stall_seconds=null"], (os.cpu_count(), None, {})),
     ):
         with pytest.raises(Asked) as found:
             launch(prepared(*overrides), lambda status: None)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import sqlite3
 from pathlib import Path
 
 import pytest
@@ -7,12 +8,14 @@ import pytest
 from jobs import techniques
 from jobs.job import Failure, Measurement, Success
 from jobs.recipe import Origin, Recipe
-from orchestrator.events import Began, Cost, Ended, Event, Exhausted, Proposed, Started, Stopped
+from orchestrator.events import Began, Cost, Ended, Event, Exhausted, Granted, Proposed, Started, Stopped
 from orchestrator.ledger import Ledger
 
 RECIPE = Recipe(Origin("m", "d", 1)).then(techniques.load("rtn")(bits=3, group=64))
 EVENTS: list[Event] = [
     Began(),
+    Began(2, Granted("nothing", "the budget of 2 hours is spent")),
+    Granted("finishing", "the budget of 2 hours is spent, but for 3 minutes"),
     Proposed(RECIPE, {"bits": "rtn", "bits.rtn.bits": 3}, Cost(10, 20, 3)),
     Proposed(RECIPE, {"bits": "skip"}, None, "it does not fit"),
     Started("job", 1),
@@ -33,6 +36,17 @@ def test_events_come_back_as_they_were_in_their_order(tmp_path: Path) -> None:
     again = Ledger(tmp_path / "ledger.db", read_only=True)
     assert [event for _, event in again.events()] == EVENTS
     assert all(at > 1e9 for at, _ in again.events())
+
+
+def test_what_an_earlier_version_wrote_of_a_beginning_is_read(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "ledger.db")
+    ledger.append(Began(3))
+    ledger.close()
+    with sqlite3.connect(tmp_path / "ledger.db") as db:
+        db.execute("""update events set body = '{"slots": 3}'""")
+    db.close()
+    again = Ledger(tmp_path / "ledger.db", read_only=True)
+    assert [event for _, event in again.events()] == [Began(3, Granted("all"))]
 
 
 def test_of_what_is_recorded_together_all_is_kept_or_nothing(tmp_path: Path) -> None:

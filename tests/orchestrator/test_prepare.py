@@ -16,6 +16,7 @@ from jobs.operations import Table, amounts
 from jobs.recipe import Recipe
 from jobs.techniques.distill import Distill
 from jobs.techniques.drop_layers import DropLayers
+from orchestrator.budget import Budget
 from orchestrator.config import InvalidStudy, load
 from orchestrator.prepare import Prepared, prepare
 
@@ -77,6 +78,12 @@ def test_an_override_replaces_what_the_file_says(prepared: Callable[..., Prepare
         ("space.width.prune_ffn.ratio=1.5", "got 1.5, expected a value in [0, 0.9]"),
         ("search.table=some", "search.table: got 'some', expected auto or a whole number from 0"),
         ("target.price_per_hour=0", "target.price_per_hour: got 0.0, expected more than 0"),
+        ("cluster.price_per_hour=-1", "cluster.price_per_hour: got -1.0, expected more than 0"),
+        ("budget.money=0", "budget.money: got 0.0, expected more than 0"),
+        ("budget.hours=.inf", "budget.hours: got inf, expected more than 0"),
+        ("budget.hours=soon", "budget.hours: got 'soon', expected a number"),
+        ("budget.money=20", "budget.money: got 20.0, expected cluster.price_per_hour with it: what an hour of this"),
+        ("budget.euros=20", "budget.euros: got euros, expected a known key"),
         ("objectives={load_share: {goal: min}}", "load_share, which tells of the machine and not of a model"),
         ("objectives={cost_per_million_tokens: {goal: min}}", "the study gives no target.price_per_hour"),
         ("space.later={distill: {steps: 3}}", "distill cannot follow rtn"),
@@ -87,6 +94,17 @@ def test_bad_input_is_told_with_its_key_what_was_got_and_what_was_expected(
 ) -> None:
     lines = problems(study_file, override)
     assert any(expected in line for line in lines), lines
+
+
+@pytest.mark.parametrize("given", ["cluster.price_per_hour=2", "cluster.address=auto"])
+def test_money_needs_a_price_of_this_machine_or_the_nodes_of_a_cluster(
+    prepared: Callable[..., Prepared], given: str
+) -> None:
+    assert prepared("budget={money: 20, hours: 2}", given).budget == Budget(20, 2)
+
+
+def test_a_larger_budget_makes_no_other_study(prepared: Callable[..., Prepared]) -> None:
+    assert prepared().digest == prepared("budget.hours=2", "cluster.price_per_hour=3").digest
 
 
 def test_every_problem_is_told_at_once_with_its_line(study_file: Path) -> None:

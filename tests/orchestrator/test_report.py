@@ -57,6 +57,17 @@ def test_the_page_tells_what_sharing_saved() -> None:
     assert "What was shared" not in report_html(results(SIZE), "", Savings())
 
 
+def test_the_page_tells_what_the_study_took() -> None:
+    page = report_html(
+        results(SIZE), "", Savings(), ["2.00 node-hours, 1.80 USD", "g6 <spot>: 2.00 node-hours"]
+    )
+    assert (
+        "<h2>What it took</h2>\n<p>2.00 node-hours, 1.80 USD</p>\n<p>g6 &lt;spot&gt;: 2.00 node-hours</p>"
+        in page
+    )
+    assert "What it took" not in report_html(results(SIZE), "", Savings())
+
+
 def test_the_page_tells_how_far_predictions_were_off() -> None:
     found = [
         candidate(n, 100, 0.7, 5.0, predicted={"decode_ms": ms}) for n, ms in ((1, 5.5), (2, 5.1), (3, 4.9))

@@ -21,6 +21,7 @@ from orchestrator.events import (
     Ended,
     Event,
     Exhausted,
+    Granted,
     Plan,
     Proposed,
     Record,
@@ -386,6 +387,122 @@ def test_a_study_that_proposals_run_out_of_ends() -> None:
     assert study.stage == "done"
 
 
+SPENT = Granted("nothing", "the budget of 2 hours is spent")
+KEPT = Granted("finishing", "the budget of 2 hours is spent, but for 5 minutes")
+
+
+def taking(seconds: float, accuracy: float = 0.4) -> Success:
+    """Measured, which took so long."""
+    measurement = dataclasses.replace(measured(accuracy).measurement, seconds=seconds)
+    return Success("artifact", 1, measurement, seconds=0.0)
+
+
+def test_when_the_budget_ends_no_more_is_proposed_and_what_may_be_on_the_front_is_timed() -> None:
+    study, original = begun(plan(candidates=5, timers=True))
+    end(study, original, measured(0.5, decode_ms=10.0))
+    running = only_run(study.handle(proposal(QUANTIZED)))
+    assert study.wants(2)
+    assert study.handle(KEPT) == []
+    assert not study.wants(2)
+    making = only_run(end(study, running, measured(0.0)))
+    timing = only_run(end(study, making, measured(0.4)))
+    assert timed_after(study, timing) == [ORIGINAL, QUANTIZED]
+    assert (study.stage, study.exhausted, study.untimed) == ("done", KEPT.reason, 0)
+
+
+def test_a_budget_that_ends_while_nothing_runs_leads_on_to_the_timings() -> None:
+    study, original = begun(plan(candidates=5, timers=True))
+    end(study, original, measured(0.5, decode_ms=10.0))
+    assert only_run(study.handle(KEPT)).job.meters == ("latency",)
+
+
+def test_when_the_budget_is_spent_nothing_begins_and_what_runs_ends() -> None:
+    study, original = begun(plan(candidates=5, timers=True))
+    end(study, original, measured(0.5, decode_ms=10.0))
+    running = only_run(study.handle(proposal(QUANTIZED)))
+    study.handle(SPENT)
+    assert study.stage != "done"
+    assert runs(end(study, running, measured(0.0))) == []
+    assert (study.stage, study.exhausted) == ("done", SPENT.reason)
+    assert (study.waiting, study.untimed) == (1, 1)
+
+
+def test_a_preempted_attempt_does_not_begin_again_when_the_budget_is_spent() -> None:
+    study, original = begun(plan(candidates=5))
+    end(study, original, measured(0.5))
+    running = only_run(study.handle(proposal(DROPPED)))
+    study.handle(SPENT)
+    assert runs(end(study, running, Failure("preempted", "the node went away"))) == []
+    assert study.stage == "done"
+
+
+def test_timings_that_did_not_fit_are_left_out() -> None:
+    study, original = begun(plan(candidates=1, timers=True))
+    end(study, original, measured(0.5, decode_ms=10.0))
+    timing = only_run(end(study, only_run(study.handle(proposal(DROPPED))), measured(0.4)))
+    study.handle(SPENT)
+    assert runs(end(study, timing, timed(10.0))) == []
+    assert (study.stage, study.untimed) == ("done", 1)
+
+
+def test_a_study_that_is_taken_up_with_more_budget_goes_on() -> None:
+    study, original = begun(plan(candidates=5, timers=True))
+    end(study, original, measured(0.5, decode_ms=10.0))
+    running = only_run(study.handle(proposal(QUANTIZED)))
+    study.handle(SPENT)
+    end(study, running, measured(0.0))
+    assert only_run(study.handle(Began(1, Granted()))).job.recipe == QUANTIZED
+    assert study.exhausted is None
+    assert study.wants(2)
+    assert (study.stage, study.untimed) == ("searching", 0)
+
+
+@pytest.mark.parametrize("granted", [SPENT, KEPT])
+def test_a_study_that_is_taken_up_with_no_more_budget_does_not_begin_candidates(granted: Granted) -> None:
+    study, original = begun(plan(candidates=5))
+    end(study, original, measured(0.5))
+    study.handle(proposal(QUANTIZED))
+    study.handle(granted)
+    found = runs(study.handle(Began(1, granted)))
+    assert [run.job.recipe for run in found] == ([] if granted is SPENT else [DROPPED])
+    assert (study.stage == "done") == (granted is SPENT)
+    assert not study.wants(2)
+
+
+def test_a_study_with_all_its_candidates_did_not_end_early() -> None:
+    study, original = begun(plan(candidates=1))
+    end(study, original, measured(0.5))
+    running = only_run(study.handle(proposal(DROPPED)))
+    study.handle(KEPT)
+    end(study, running, measured(0.4))
+    assert (study.stage, study.exhausted) == ("done", None)
+
+
+def test_what_is_left_to_finish_is_what_runs_and_the_timing_of_who_may_be_on_the_front() -> None:
+    study, original = begun(plan(candidates=5, timers=True))
+    assert study.seconds_to_finish == 0
+    both = dataclasses.replace(measured(0.5, decode_ms=10.0).measurement, seconds=50.0)
+    end(study, original, Success("artifact", 1, both, seconds=0.0))
+    # Nobody was measured without being timed yet: what timing takes is taken to be what it can be at least.
+    assert study.seconds_to_finish == pytest.approx(11.0)
+    first = only_run(study.handle(proposal(DROPPED)))
+    end(study, first, taking(20.0))
+    # The original took 50 s with its timing, which is more than measuring by 30 s. Both may be on the front.
+    assert study.seconds_to_finish == pytest.approx(2 * 30.0)
+    # A technique that was not tried yet is taken to need what is typical: here, as long as measuring.
+    study.handle(proposal(ORIGINAL.then(RTN(bits=4))))
+    assert study.seconds_to_finish == pytest.approx(2 * 30.0 + 20.0 + 20.0)
+
+
+def test_who_was_read_in_part_is_still_to_be_read_to_the_end() -> None:
+    whole = dataclasses.replace(plan(candidates=5), rungs=(0.25, 1.0))
+    study, original = begun(whole, slots=2)
+    end(study, original, taking(40.0, 0.5))
+    assert study.seconds_to_finish == 0
+    end(study, only_run(study.handle(proposal(DROPPED))), taking(8.0))
+    assert study.seconds_to_finish == pytest.approx(8.0 / 0.25 / 2)
+
+
 def test_a_failed_original_ends_the_study() -> None:
     study, original = begun(plan())
     study.handle(proposal(DROPPED))
@@ -677,7 +794,7 @@ def test_what_was_stopped_is_not_taken_to_be_there_for_others() -> None:
     assert study.seconds(QUANTIZED) == before
 
 
-HAPPENS = st.sampled_from(["propose", "propose", "end", "end", "late", "stop", "stop", "began"])
+HAPPENS = st.sampled_from(["propose", "propose", "end", "end", "late", "stop", "stop", "began", "grant"])
 
 
 @given(st.lists(st.tuples(HAPPENS, st.integers(1, 3), st.integers(2, 4)), max_size=40), st.randoms())
@@ -723,7 +840,9 @@ def test_whatever_is_stopped_when_the_study_ends_and_can_be_rebuilt(
         elif kind == "stop":
             take(Stopped(recipe.id, "hopeless"))
         elif kind == "began":
-            take(Began())
+            take(Began(1, order.choice([Granted(), KEPT, SPENT])))
+        elif kind == "grant":
+            take(order.choice([KEPT, SPENT]))
         elif kind == "end" and under_way:
             end_one()
         elif kind == "late" and gone:
@@ -732,6 +851,12 @@ def test_whatever_is_stopped_when_the_study_ends_and_can_be_rebuilt(
             take(Ended(late.job.id, late.attempt, measured(0.99)))
             assert study.candidates == known
         check()
+    take(SPENT)
+    while under_way:
+        end_one()
+        check()
+    assert study.stage == "done"
+    take(Began(1, Granted()))
     take(Exhausted("enough"))
     while under_way:
         end_one()

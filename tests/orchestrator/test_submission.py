@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -17,10 +19,17 @@ from pathlib import Path
 
 import pytest
 
+from cluster.executor import InlineExecutor
+from cluster.s3 import parse
+from cluster.store import open_store
 from cluster.submit import JobState
+from jobs.job import Job, Outcome
 from orchestrator import submission
-from orchestrator.config import load
+from orchestrator.config import InvalidStudy, load
+from orchestrator.launch import _work, launch
+from orchestrator.prepare import prepare
 from orchestrator.submission import DIGEST, NAME, STORE, Attach, Start, latest, pack, place, what_to_do
+from orchestrator.work import Workplace, work
 from tests import fake_cluster
 from tests.fake_cluster import ROOT, Head
 from tests.processes import free_ports, without_ray
@@ -105,6 +114,34 @@ def test_what_only_this_machine_has_is_refused_for_another_one(study_file: Path)
     assert len(submission.submission(load(study_file, own), own, here=False).files) == 1  # calibration
 
 
+def test_what_is_too_large_for_a_package_goes_through_the_store_and_is_fetched_by_each_machine(
+    study_file: Path, s3_address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(submission, "LIMIT_BYTES", submission._OWN_BYTES + 1000)
+    ours = [f"store={s3_address}", "search.candidates=1"]
+    submitted = submission.submission(load(study_file, ours), ours, here=False)
+    assert submitted.files == {}
+    assert len(submitted.stored) == 2  # the model, and the text that three keys name
+    overrides = shlex.split(submitted.entrypoint)[5:]
+    cluster = tmp_path / "cluster"
+    cluster.mkdir()
+    monkeypatch.chdir(cluster)
+    with pytest.raises(InvalidStudy, match="is gone from the store: submit the study again"):
+        prepare(load(study_file, overrides))
+    for one in [*submitted.stored, *submitted.stored]:
+        one.put(open_store(s3_address))
+    there = prepare(load(study_file, overrides))
+    assert there.plan.original.id == prepare(load(study_file, ours)).plan.original.id
+
+    def on_a_bare_machine(job: Job, workplace: Workplace) -> Outcome:
+        shutil.rmtree(cluster / "runs" / "inputs", ignore_errors=True)
+        return work(job, workplace)
+
+    doing = functools.partial(on_a_bare_machine, workplace=_work(there).keywords["workplace"])  # type: ignore[attr-defined]
+    results = launch(there, lambda status: None, executor=InlineExecutor(), do=doing)
+    assert [one.state for one in results.candidates] == ["measured"] * 2
+
+
 @pytest.fixture(scope="session")
 def head() -> Iterator[Head]:
     with fake_cluster.head() as found:
@@ -151,13 +188,18 @@ def test_a_study_goes_on_after_ctrl_c_until_it_is_stopped_and_is_resumed_by_its_
     assert following.returncode == 130
     assert "goes on" in told
     assert "Traceback" not in told
-    assert "long: running as long-" in head.slimfront("status", "long", cwd=tmp_path).stdout
+    shown = head.slimfront("status", "long", cwd=tmp_path).stdout
+    assert "long: running as long-" in shown
+    assert "searching" in shown.splitlines()[-1]
     other = head.slimfront("submit", *study, "search.seed=1", "--no-follow", cwd=tmp_path)
     assert other.returncode == 2
     assert "with other options or data" in other.stderr
     assert "is running already" in head.slimfront("submit", *study, "--no-follow", cwd=tmp_path).stderr
     assert ": stopped" in head.slimfront("stop", "long", cwd=tmp_path).stdout
-    assert "Interrupted. What ended is kept" in head.slimfront("logs", "long", cwd=tmp_path).stdout
+    assert (
+        "go on with: slimfront resume long --address URL"
+        in head.slimfront("logs", "long", cwd=tmp_path).stdout
+    )
     assert "to go on where long-" in head.slimfront("resume", "long", cwd=tmp_path).stderr
     stopped = head.slimfront("stop", "long", cwd=tmp_path)
     assert "-2: stopped" in stopped.stdout
@@ -168,7 +210,7 @@ def test_a_study_goes_on_after_ctrl_c_until_it_is_stopped_and_is_resumed_by_its_
 
 @pytest.mark.ray
 def test_what_can_not_be_submitted_is_one_line_and_nothing_runs(
-    head: Head, study_file: Path, tmp_path: Path
+    head: Head, study_file: Path, s3_address: str, tmp_path: Path
 ) -> None:
     def refused(*args: object, code: int, **env: str) -> str:
         done = head.slimfront("submit", study_file, "name=refused", *args, cwd=tmp_path, **env)
@@ -183,7 +225,9 @@ def test_what_can_not_be_submitted_is_one_line_and_nothing_runs(
     assert "expected s3://bucket/prefix" in elsewhere
     large = tmp_path / "large.txt"
     large.write_bytes(os.urandom(101 * 2**20))
-    assert f"{large} being the largest (101 MiB)" in refused(f"data.train.path={large}", code=2)
+    gone = s3_address.replace(parse(s3_address).bucket, "no-such-bucket")
+    told = refused(f"data.train.path={large}", f"store={gone}", code=3)
+    assert "there is no bucket no-such-bucket" in told
     assert not [one for one in head.ask("/api/jobs/") if "refused" in one["entrypoint"]]
 
 

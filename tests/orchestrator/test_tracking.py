@@ -10,8 +10,12 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +31,7 @@ from orchestrator.front import Objective
 from orchestrator.results import judge
 from orchestrator.tracking import MLflowTracker, candidate_entry, mirror, options, sync
 from orchestrator.tracking.outbox import Delivered, Outbox
+from orchestrator.tracking.registry import CANDIDATE_TAG
 
 # MLflow 3.17 still uses a loader strategy that SQLAlchemy 2.1 deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated")
@@ -149,7 +154,8 @@ def test_at_the_finish_the_front_is_tagged_and_its_pictures_are_artifacts(
     told = [measured(0, 100, 0.8), measured(1, 80, 0.7), measured(2, 90, 0.6)]
     for one in told:
         tracker.record(one)
-    tracker.finish(judge("laptop", OBJECTIVES, told[0], told), "<html>the front</html>")
+    totals = {"node_hours": 2.0, "cost": 1.8}
+    tracker.finish(judge("laptop", OBJECTIVES, told[0], told), "<html>the front</html>", totals)
     sync(outbox, uri)
     runs = runs_of(uri)
     assert {name for name, run in runs.items() if run.data.tags.get("pareto") == "true"} == {
@@ -157,6 +163,7 @@ def test_at_the_finish_the_front_is_tagged_and_its_pictures_are_artifacts(
     }  # fmt: skip
     parent = runs["laptop"]
     assert parent.info.status == "FINISHED"
+    assert {name: parent.data.metrics[name] for name in totals} == totals
     assert text_of(uri, parent, "front.html") == "<html>the front</html>"
     assert json.loads(text_of(uri, parent, "front.json"))["members"][0]["id"] == told[1].id
     table = json.loads(text_of(uri, parent, "front_table.json"))
@@ -180,6 +187,94 @@ def test_who_leaves_the_front_when_a_study_goes_on_loses_the_tag(
     tags = {name: run.data.tags.get("pareto") for name, run in runs_of(uri).items()}
     assert tags["drop_layers(count=1)"] == "false"
     assert tags["drop_layers(count=2)"] == "true"
+
+
+def finish(tracker: MLflowTracker, told: list[Candidate]) -> None:
+    for one in told:
+        tracker.record(one)
+    tracker.finish(judge("laptop", OBJECTIVES, told[0], told), "")
+
+
+def aliases_of(uri: str) -> dict[str, str]:
+    """The candidate that each alias names."""
+    client = MlflowClient(uri)
+    found = client.get_registered_model("laptop").aliases
+    return {
+        alias: client.get_model_version("laptop", number).tags[CANDIDATE_TAG]
+        for alias, number in found.items()
+    }
+
+
+def versions_of(uri: str) -> dict[str, str]:
+    """Whether each registered candidate is on the front; fails where one has two versions."""
+    found = list(MlflowClient(uri).search_model_versions("name = 'laptop'"))
+    by_candidate = {one.tags[CANDIDATE_TAG]: one.tags["pareto"] for one in found}
+    assert len(by_candidate) == len(found), "two versions of one candidate"
+    return by_candidate
+
+
+def test_front_members_alone_are_registered_and_the_aliases_name_them(
+    uri: str, outbox: Path, tracker: MLflowTracker
+) -> None:
+    told = [measured(0, 100, 0.8), measured(1, 80, 0.7), measured(2, 90, 0.6)]
+    finish(tracker, told)
+    sync(outbox, uri)
+    assert versions_of(uri) == {told[0].id: "true", told[1].id: "true"}
+    found = aliases_of(uri)
+    assert found["smallest"] == told[1].id
+    assert found["most-accurate"] == told[0].id
+    assert set(found) == {"knee", "smallest", "most-accurate"}, "no objective says which is fastest"
+
+
+def test_a_registered_model_tells_its_run_its_numbers_and_where_its_files_lie(uri: str, outbox: Path) -> None:
+    tracker = MLflowTracker(uri, outbox, lambda digest: f"s3://bucket/objects/{digest}/files")
+    tracker.start("laptop", "", {}, OBJECTIVES)
+    finish(tracker, [measured(0, 100, 0.8), measured(1, 80, 0.7)])
+    sync(outbox, uri)
+    client, run = MlflowClient(uri), runs_of(uri)["drop_layers(count=1)"]
+    version = client.get_model_version_by_alias("laptop", "smallest")
+    assert version.run_id == run.info.run_id
+    assert version.tags["stored_at"] == "s3://bucket/objects/sha-1/files"
+    models = client.search_logged_models([run.info.experiment_id])
+    (model,) = [one for one in models if one.source_run_id == run.info.run_id]
+    assert (model.status, model.params) == ("READY", {"drop_layers.count": "1"})
+    assert {one.key: one.value for one in model.metrics or []} == run.data.metrics
+    assert model.tags["stored_at"] == version.tags["stored_at"]
+    assert len(client.get_metric_history(run.info.run_id, "accuracy")) == 1, "a value told twice is no curve"
+
+
+def test_a_study_that_goes_on_or_is_delivered_again_moves_the_aliases_and_registers_nobody_twice(
+    uri: str, outbox: Path, tracker: MLflowTracker
+) -> None:
+    told = [measured(0, 100, 0.8), measured(1, 80, 0.7)]
+    finish(tracker, told)
+    sync(outbox, uri)
+    MlflowClient(uri).set_registered_model_alias("laptop", "deployed", "1")
+    told.append(measured(2, 70, 0.75))
+    tracker.start("laptop", "name: laptop\n", {}, OBJECTIVES)
+    finish(tracker, told)
+    sync(outbox, uri)
+    outbox.with_suffix(".delivered").unlink()
+    sync(outbox, uri)
+    assert versions_of(uri) == {told[0].id: "true", told[1].id: "false", told[2].id: "true"}
+    assert aliases_of(uri)["smallest"] == told[2].id
+    assert "deployed" in aliases_of(uri), "an alias that is not ours stays"
+    client = MlflowClient(uri)
+    experiment = client.get_experiment_by_name("laptop")
+    assert experiment is not None
+    assert len(client.search_logged_models([experiment.experiment_id])) == 3
+
+
+def test_a_front_that_is_empty_now_takes_the_aliases_back(
+    uri: str, outbox: Path, tracker: MLflowTracker
+) -> None:
+    told = [measured(0, 100, 0.8), measured(1, 80, 0.7)]
+    finish(tracker, told)
+    sync(outbox, uri)
+    tracker.finish(judge("laptop", [Objective("size_bytes", limit=1.0)], told[0], told), "")
+    sync(outbox, uri)
+    assert aliases_of(uri) == {}
+    assert set(versions_of(uri).values()) == {"false"}
 
 
 def test_an_interrupted_study_goes_on_in_the_same_parent_run(
@@ -310,15 +405,19 @@ def address() -> str:
 
 
 @pytest.fixture
-def serve(address: str, uri: str, tmp_path: Path) -> Iterator[Callable[[], None]]:
-    """Starts an MLflow server at the address."""
+def serve(address: str, uri: str, tmp_path: Path) -> Iterator[Callable[..., None]]:
+    """Starts an MLflow server at the address, with more options than the necessary."""
     servers: list[subprocess.Popen[bytes]] = []
 
-    def start() -> None:
+    def start(*more: str, **env: str) -> None:
         command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri, "--workers", "1"]
-        command += ["--artifacts-destination", str(tmp_path / "served"), "--port", address.rpartition(":")[2]]
+        command += ["--port", address.rpartition(":")[2], *more]
         with (tmp_path / "server.log").open("wb") as log:
-            servers.append(subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True))
+            servers.append(
+                subprocess.Popen(
+                    command, stdout=log, stderr=log, start_new_session=True, env={**os.environ, **env}
+                )
+            )
 
     yield start
     for server in servers:
@@ -326,9 +425,51 @@ def serve(address: str, uri: str, tmp_path: Path) -> Iterator[Callable[[], None]
         server.wait(20)
 
 
+@pytest.mark.cluster
+@pytest.mark.parametrize("through_the_server", [True, False])
+def test_a_teams_server_puts_files_into_a_bucket_or_lets_studies_put_them_there(
+    through_the_server: bool,
+    serve: Callable[..., None],
+    address: str,
+    outbox: Path,
+    tracker: MLflowTracker,
+    s3: Any,
+    s3_server: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    bucket = f"mlflow-{outbox.parent.parent.name.lower().replace('_', '-')[-20:]}"
+    s3.create_bucket(Bucket=bucket)
+    hosts = ["--allowed-hosts", f"mlflow.example.org,{address.removeprefix('http://')}"]
+    if through_the_server:
+        serve(*hosts, "--artifacts-destination", f"s3://{bucket}/files", MLFLOW_S3_ENDPOINT_URL=s3_server)
+        monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")  # only the server needs the bucket
+    else:
+        serve(*hosts, "--no-serve-artifacts", "--default-artifact-root", f"s3://{bucket}/files")
+        monkeypatch.setenv("MLFLOW_S3_ENDPOINT_URL", s3_server)
+    finish(tracker, [measured(0, 100, 0.8), measured(1, 80, 0.7)])
+    wait_until(lambda: _healthy(address))
+    sync(outbox, address)
+    held = [one["Key"] for one in s3.list_objects_v2(Bucket=bucket)["Contents"]]
+    assert any(key.startswith("files/") and key.endswith("/front.json") for key in held)
+    assert aliases_of(address)["smallest"] == recipe(1).id
+    stranger = urllib.request.Request(
+        f"{address}/api/2.0/mlflow/experiments/search", headers={"Host": "evil.org"}
+    )
+    with pytest.raises(urllib.error.HTTPError, match="403"):
+        urllib.request.urlopen(stranger)
+
+
+def _healthy(address: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{address}/health", timeout=5):
+            return True
+    except OSError:
+        return False
+
+
 @pytest.mark.slow
 def test_a_server_that_comes_up_late_gets_all_that_was_recorded_while_it_was_down(
-    serve: Callable[[], None], address: str, outbox: Path
+    serve: Callable[..., None], address: str, outbox: Path, tmp_path: Path
 ) -> None:
     tracker = MLflowTracker(address, outbox)
     told = [measured(0, 100, 0.8), measured(1, 80, 0.7)]
@@ -337,13 +478,14 @@ def test_a_server_that_comes_up_late_gets_all_that_was_recorded_while_it_was_dow
         tracker.record(one)
     tracker.finish(judge("laptop", OBJECTIVES, told[0], told), "<html></html>")
     wait_until(lambda: "cannot be reached" in outbox.with_suffix(".log").read_text())
-    serve()
+    serve("--artifacts-destination", str(tmp_path / "served"))
     assert tracker._mirror is not None
     assert tracker._mirror.wait(150) == 0
     assert Delivered(outbox, address).number == Outbox(outbox).last()[0]
     runs = runs_of(address)
     assert set(runs) == {"laptop", "original", "drop_layers(count=1)"}
     assert text_of(address, runs["laptop"], "front.html") == "<html></html>"
+    assert aliases_of(address)["smallest"] == told[1].id
 
 
 def test_the_sync_of_an_unreachable_server_says_so(
@@ -352,6 +494,27 @@ def test_the_sync_of_an_unreachable_server_says_so(
     monkeypatch.setattr(mirror, "SYNC_SECONDS", 1.0)
     with pytest.raises(ConnectionError, match=address):
         sync(outbox, address)
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_what_a_server_that_does_not_let_us_in_was_not_given_is_delivered_when_it_does(
+    status: int, outbox: Path, tracker: MLflowTracker, uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Refusal(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_error(status)
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    monkeypatch.setattr(mirror, "SYNC_SECONDS", 1.0)
+    with ThreadingHTTPServer(("127.0.0.1", 0), Refusal) as server:
+        threading.Thread(target=server.serve_forever).start()
+        address = f"http://127.0.0.1:{server.server_address[1]}"
+        with pytest.raises(ConnectionError, match=str(status)):
+            sync(outbox, address)
+        server.shutdown()
+    assert Delivered(outbox, address).number == 0
 
 
 def text_of(uri: str, run: Run, artifact: str) -> str:
