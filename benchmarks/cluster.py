@@ -32,7 +32,7 @@ import tempfile
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -397,33 +397,41 @@ def _work(seen: Seen) -> list[Number]:
 def _counted_once(
     services: Services, store: str, study: str, events: list[Event], candidates: int, findings: Findings
 ) -> None:
-    """Every candidate has one result in the ledger, in the store and in MLflow, and nothing else has."""
+    """Look that every candidate has one result in the ledger, in the store and in MLflow, and nothing else has."""
+    held = {key.rpartition("/")[2] for key in open_store(store).records("results/")}
+    wrong: list[str] = []
+
+    def all_is_well() -> bool:
+        wrong[:] = miscounted(events, candidates, held, Counter(_finished_runs(services.mlflow, study)))
+        return not wrong
+
+    _until(all_is_well, MIRROR_SECONDS)  # MLflow comes after the rest
+    findings.faults += wrong
+
+
+def miscounted(
+    events: Sequence[Event], candidates: int, held: Set[str], finished: Mapping[str, int]
+) -> list[str]:
+    """What of a study was lost or counted twice. held: the jobs whose results are in the store; finished: how many
+    finished runs MLflow has of each candidate."""
     proposed = {event.recipe.id for event in events if isinstance(event, Proposed) and event.refused is None}
     started = {event.job_id for event in events if isinstance(event, Started)}
     results = Counter(
         event.job_id for event in events if isinstance(event, Ended) and isinstance(event.outcome, Success)
     )
+    wrong = []
     if len(proposed) != candidates:
-        findings.faults.append(f"{len(proposed)} candidates instead of {candidates}")
-    if started != set(results):
-        findings.faults.append(f"{len(started - set(results))} jobs have no result")
+        wrong.append(f"{len(proposed)} candidates instead of {candidates}")
+    if lost := started - set(results):
+        wrong.append(f"{len(lost)} jobs have no result")
     if twice := [job for job, count in results.items() if count > 1]:
-        findings.faults.append(f"{len(twice)} jobs have several results in the ledger")
-    held = {key.rpartition("/")[2] for key in open_store(store).records("results/")}
+        wrong.append(f"{len(twice)} jobs have several results in the ledger")
     if held != set(results):
-        findings.faults.append(f"the store holds {len(held)} results, the ledger {len(results)}")
-    runs: Counter[str] = Counter()
-
-    def delivered() -> bool:
-        runs.clear()
-        runs.update(_finished_runs(services.mlflow, study))
-        return len(runs) == len(proposed) + 1
-
-    _until(delivered, MIRROR_SECONDS)
-    if len(runs) != len(proposed) + 1 or not proposed <= set(runs) or max(runs.values()) > 1:
-        findings.faults.append(
-            f"MLflow has {runs.total()} runs that are finished for {len(proposed)} candidates"
-        )
+        wrong.append(f"the store holds {len(held)} results, the ledger {len(results)}")
+    if not proposed < set(finished) or len(finished) != len(proposed) + 1 or max(finished.values()) > 1:
+        total = sum(finished.values())
+        wrong.append(f"MLflow has {total} finished runs of {len(proposed)} candidates and the original")
+    return wrong
 
 
 def _finished_runs(mlflow: str, study: str) -> list[str]:
