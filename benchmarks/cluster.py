@@ -1,6 +1,6 @@
 """Studies on a cluster that grows, shrinks and loses nodes, by the real command, each number beside its goal.
 
-python -m benchmarks.cluster [--only grow,kills,laptop,s3,ranks] [--candidates 60] [--kills 10] [--json FILE]
+python -m benchmarks.cluster [--only grow,kills,laptop,s3,ranks] [--candidates 80] [--kills 10] [--json FILE]
 
 The cluster is a real Ray on this machine (tests/fake_cluster.py): its autoscaler, version 2, adds nodes of one slot
 each, at most four, and removes those that were idle for 8 s. The store is in a bucket of a moto server, tracking on an
@@ -391,6 +391,8 @@ def _work(seen: Seen) -> list[Number]:
         Number("pieces of work", len(seen.attempts), ""),
         Number("median piece", statistics.median(done), " s"),
         Number("nodes started", len(seen.stays), ""),
+        Number("of a node up before its first piece, median", statistics.median(seen.starting), " s"),
+        Number("and after its last", statistics.median(seen.leaving), " s"),
     ]
 
 
@@ -486,7 +488,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--only", default="grow,kills,laptop,ranks,s3", help="some of these")
-    parser.add_argument("--candidates", type=int, default=60, help="of grow and kills")
+    parser.add_argument("--candidates", type=int, default=80, help="of grow and kills")
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--json", type=Path, help="write all numbers to this file")
     given = parser.parse_args()

@@ -76,6 +76,18 @@ class Seen:
         return tuple(one for one in self.attempts if ends[one.node] - one.ended < 2 * PERIOD_SECONDS)
 
     @property
+    def starting(self) -> list[float]:
+        """How long each node was up before it was at work."""
+        first = {one.node: one.began for one in sorted(self.attempts, key=lambda one: -one.began)}
+        return [first[stay.node] - stay.began for stay in self.stays if stay.node in first]
+
+    @property
+    def leaving(self) -> list[float]:
+        """How long each node was still up after its last work."""
+        last = {one.node: one.ended for one in sorted(self.attempts, key=lambda one: one.ended)}
+        return [stay.ended - last[stay.node] for stay in self.stays if stay.node in last]
+
+    @property
     def first_work(self) -> float:
         return min(attempt.began for attempt in self.attempts)
 

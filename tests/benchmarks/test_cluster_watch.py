@@ -33,6 +33,7 @@ def seen() -> Seen:
 def test_utilisation_is_the_share_of_the_time_that_nodes_were_up() -> None:
     assert seen().utilisation() == pytest.approx(100 / 150)
     assert seen().utilisation_between(0.0, 40.0) == pytest.approx(30.1 / 70)
+    assert (seen().starting, seen().leaving) == ([10.0, pytest.approx(29.9)], [10.0, pytest.approx(0.1)])
     assert (seen().first_work, seen().last_work, seen().most_nodes) == (10.0, 90.0, 2)
 
 
