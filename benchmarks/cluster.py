@@ -1,15 +1,16 @@
 """Studies on a cluster that grows, shrinks and loses nodes, by the real command, each number beside its goal.
 
-python -m benchmarks.cluster [--only grow,kills,laptop,s3] [--candidates 60] [--kills 10] [--json FILE]
+python -m benchmarks.cluster [--only grow,kills,laptop,s3,ranks] [--candidates 80] [--kills 10] [--json FILE]
 
 The cluster is a real Ray on this machine (tests/fake_cluster.py): its autoscaler, version 2, adds nodes of one slot
 each, at most four, and removes those that were idle for 8 s. The store is in a bucket of a moto server, tracking on an
-MLflow server. A candidate is a random Llama of 5.5 million parameters without some of its neurons, measured on 32,768
-tokens: some 6 s of one processor alone, 10 to 20 where four slots share two. Only slots are counted, not processors.
+MLflow server. A candidate is a random Llama of 5.5 million parameters without some of its neurons, measured on 65,536
+tokens: some 12 s of one processor alone, 15 to 25 where four slots share two. Only slots are counted, not processors.
 
     grow     a study is submitted to a cluster without nodes, and the cluster is watched until it has none again
     kills    the same, while every 20 s a node is killed
     laptop   what submitted is killed right after the job was accepted; the front is read when the cluster is gone
+    ranks    two nodes distil one model together, by ZeRO stages 1, 2 and 3, and what comes out is compared with one's
     s3       100 MB into a bucket, against plain boto3 on the same server (benchmarks/s3.py)
 
 Goals that are missed are told. A candidate that is lost or counted twice, a node or a process that stays make the exit
@@ -31,19 +32,21 @@ import tempfile
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import boto3
+import psutil
 import torch
 import transformers
 from mlflow import MlflowClient
 
 from benchmarks.cluster_watch import Seen, Watcher, folders_of
 from cluster.store import open_store
-from jobs.job import Success
+from jobs.job import Success, outcome_from_dict
+from jobs.recipe import Recipe
 from orchestrator.events import Ended, Event, Proposed, Started
 from orchestrator.ledger import Ledger
 from orchestrator.tracking.mirror import CANDIDATE_TAG, PARENT
@@ -64,13 +67,31 @@ name: {name}
 model: {folder}/model
 data:
   calibration: {{path: "package:pydoc_data.topics", samples: 8, tokens: 64, part: [0.0, 0.1]}}
-  evaluation: {{path: "package:pydoc_data.topics", tokens: 32768, window: 128, part: [0.1, 1.0]}}
+  evaluation: {{path: "package:pydoc_data.topics", tokens: 65536, window: 128, part: [0.1, 1.0]}}
 objectives: {{size_bytes: {{goal: min}}, accuracy: {{goal: max}}}}
 space:
   width: {{prune_ffn: {{ratio: {{low: 0.05, high: 0.6}}}}}}
 search: {{algorithm: random, candidates: {candidates}, rungs: []}}
 store: {store}
 tracking: {{uri: "{mlflow}"}}
+"""
+
+# With what may be skipped these are three candidates.
+RECOVERED = """
+name: {name}
+model: {folder}/model
+data:
+  calibration: {{path: "package:pydoc_data.topics", samples: 8, tokens: 64, part: [0.0, 0.1]}}
+  train: {{path: "package:pydoc_data.topics", samples: 96, tokens: 64, part: [0.1, 0.5]}}
+  evaluation: {{path: "package:pydoc_data.topics", tokens: 8192, window: 64, part: [0.5, 1.0]}}
+objectives: {{size_bytes: {{goal: min}}, perplexity: {{goal: min}}}}
+space:
+  width: {{prune_ffn: {{ratio: [0.4]}}}}
+  recover: {{distill: {{steps: [24], batch: [4], learning_rate: [0.003], hard_weight: [0.5]}}}}
+search: {{algorithm: random, candidates: 3, rungs: []}}
+store: {store}
+tracking: {{uri: none}}
+cluster: {{ranks: {ranks}, zero_stage: {stage}}}
 """
 
 
@@ -123,9 +144,16 @@ class Services:
         return f"s3://{name}/team?endpoint={self.s3}"
 
     def study(self, name: str, store: str, candidates: int) -> Path:
-        file = self.folder / f"{name}.yaml"
         told = {"folder": self.folder, "store": store, "candidates": candidates, "mlflow": self.mlflow}
-        file.write_text(STUDY.format(name=name, **told))
+        return self._written(name, STUDY.format(name=name, **told))
+
+    def recovered(self, name: str, store: str, ranks: int, stage: int) -> Path:
+        told = {"folder": self.folder, "store": store, "ranks": ranks, "stage": stage}
+        return self._written(name, RECOVERED.format(name=name, **told))
+
+    def _written(self, name: str, study: str) -> Path:
+        file = self.folder / f"{name}.yaml"
+        file.write_text(study)
         return file
 
 
@@ -234,9 +262,58 @@ def laptop(services: Services) -> Findings:
         findings.numbers.append(
             Number("models on the front, read from the store alone", len(front["members"]), "")
         )
-        if front["candidates"].get("measured") != 5:  # the original is one
-            findings.faults.append(f"of 4 candidates and the original the front knows {front['candidates']}")
+        standings = front["candidates"]
+        if set(standings) - {"front", "dominated"} or sum(standings.values()) != 5:  # the original is one
+            findings.faults.append(f"of 4 candidates and the original the front knows {standings}")
     return findings
+
+
+def ranks(services: Services) -> Findings:
+    """What two nodes train together is what one trains, with the same batches. tests/jobs/test_gangs.py compares the
+    losses step by step; here it is the perplexity in the end, of all that was trained."""
+    findings = Findings("ranks")
+    with cluster(findings) as found:
+        alone = _perplexities(services, found, "alone", 1, 0, findings)
+        for stage in (1, 2, 3):
+            together = _perplexities(services, found, f"stage{stage}", 2, stage, findings)
+            if together.keys() != alone.keys() or not alone:
+                findings.faults.append(f"ZeRO {stage} has other candidates than one rank")
+                continue
+            off = max(abs(together[id] / alone[id] - 1) for id in alone)
+            findings.numbers.append(Number(f"perplexity by ZeRO {stage} is off by", 100 * off, " %", 1))
+    return findings
+
+
+def _perplexities(
+    services: Services, found: Head, name: str, ranks: int, stage: int, findings: Findings
+) -> dict[str, float]:
+    """The perplexity of each model that a study trains, by its recipe."""
+    store = services.bucket()
+    run = _submitted(services, found, services.recovered(name, store, ranks, stage))
+    most = 0
+    while not _ended(found, name):
+        most = max(most, _nodes_of_ranks(found))
+        time.sleep(0.5)
+    _finish(found, name, run, findings)
+    if most < ranks and ranks > 1:
+        findings.faults.append(f"{name}: ranks were seen on {most} nodes at once, and not on {ranks}")
+    opened = open_store(store)
+    trained = {}
+    for record in filter(None, map(opened.record, opened.records("results/"))):
+        recipe, outcome = Recipe.from_dict(record["recipe"]), outcome_from_dict(record["result"])
+        if recipe.steps and recipe.steps[-1].trains() and isinstance(outcome, Success):
+            trained[recipe.id] = outcome.measurement.metrics["perplexity"]
+    return trained
+
+
+def _nodes_of_ranks(found: Head) -> int:
+    """On how many nodes there is a process now that is one of several ranks."""
+    count = 0
+    for node in found.nodes():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            below = psutil.Process(node.pid).children(recursive=True)
+            count += any(int(process.environ().get("WORLD_SIZE", 1)) > 1 for process in below)
+    return count
 
 
 def s3(services: Services) -> Findings:
@@ -314,39 +391,49 @@ def _work(seen: Seen) -> list[Number]:
         Number("pieces of work", len(seen.attempts), ""),
         Number("median piece", statistics.median(done), " s"),
         Number("nodes started", len(seen.stays), ""),
+        Number("of a node up before its first piece, median", statistics.median(seen.starting), " s"),
+        Number("and after its last", statistics.median(seen.leaving), " s"),
     ]
 
 
 def _counted_once(
     services: Services, store: str, study: str, events: list[Event], candidates: int, findings: Findings
 ) -> None:
-    """Every candidate has one result in the ledger, in the store and in MLflow, and nothing else has."""
+    """Look that every candidate has one result in the ledger, in the store and in MLflow, and nothing else has."""
+    held = {key.rpartition("/")[2] for key in open_store(store).records("results/")}
+    wrong: list[str] = []
+
+    def all_is_well() -> bool:
+        wrong[:] = miscounted(events, candidates, held, Counter(_finished_runs(services.mlflow, study)))
+        return not wrong
+
+    _until(all_is_well, MIRROR_SECONDS)  # MLflow comes after the rest
+    findings.faults += wrong
+
+
+def miscounted(
+    events: Sequence[Event], candidates: int, held: Set[str], finished: Mapping[str, int]
+) -> list[str]:
+    """What of a study was lost or counted twice. held: the jobs whose results are in the store; finished: how many
+    finished runs MLflow has of each candidate."""
     proposed = {event.recipe.id for event in events if isinstance(event, Proposed) and event.refused is None}
     started = {event.job_id for event in events if isinstance(event, Started)}
     results = Counter(
         event.job_id for event in events if isinstance(event, Ended) and isinstance(event.outcome, Success)
     )
+    wrong = []
     if len(proposed) != candidates:
-        findings.faults.append(f"{len(proposed)} candidates instead of {candidates}")
-    if started != set(results):
-        findings.faults.append(f"{len(started - set(results))} jobs have no result")
+        wrong.append(f"{len(proposed)} candidates instead of {candidates}")
+    if lost := started - set(results):
+        wrong.append(f"{len(lost)} jobs have no result")
     if twice := [job for job, count in results.items() if count > 1]:
-        findings.faults.append(f"{len(twice)} jobs have several results in the ledger")
-    held = {key.rpartition("/")[2] for key in open_store(store).records("results/")}
+        wrong.append(f"{len(twice)} jobs have several results in the ledger")
     if held != set(results):
-        findings.faults.append(f"the store holds {len(held)} results, the ledger {len(results)}")
-    runs: Counter[str] = Counter()
-
-    def delivered() -> bool:
-        runs.clear()
-        runs.update(_finished_runs(services.mlflow, study))
-        return len(runs) == len(proposed) + 1
-
-    _until(delivered, MIRROR_SECONDS)
-    if len(runs) != len(proposed) + 1 or not proposed <= set(runs) or max(runs.values()) > 1:
-        findings.faults.append(
-            f"MLflow has {runs.total()} runs that are finished for {len(proposed)} candidates"
-        )
+        wrong.append(f"the store holds {len(held)} results, the ledger {len(results)}")
+    if not proposed < set(finished) or len(finished) != len(proposed) + 1 or max(finished.values()) > 1:
+        total = sum(finished.values())
+        wrong.append(f"MLflow has {total} finished runs of {len(proposed)} candidates and the original")
+    return wrong
 
 
 def _finished_runs(mlflow: str, study: str) -> list[str]:
@@ -400,8 +487,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--only", default="grow,kills,laptop,s3", help="some of these")
-    parser.add_argument("--candidates", type=int, default=60, help="of grow and kills")
+    parser.add_argument("--only", default="grow,kills,laptop,ranks,s3", help="some of these")
+    parser.add_argument("--candidates", type=int, default=80, help="of grow and kills")
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--json", type=Path, help="write all numbers to this file")
     given = parser.parse_args()
@@ -412,6 +499,7 @@ def main() -> int:
             "grow": lambda: grow(services, given.candidates),
             "kills": lambda: kills(services, given.candidates, given.kills),
             "laptop": lambda: laptop(services),
+            "ranks": lambda: ranks(services),
             "s3": lambda: s3(services),
         }
         for name in given.only.split(","):

@@ -76,6 +76,18 @@ class Seen:
         return tuple(one for one in self.attempts if ends[one.node] - one.ended < 2 * PERIOD_SECONDS)
 
     @property
+    def starting(self) -> list[float]:
+        """How long each node was up before it was at work."""
+        first = {one.node: one.began for one in sorted(self.attempts, key=lambda one: -one.began)}
+        return [first[stay.node] - stay.began for stay in self.stays if stay.node in first]
+
+    @property
+    def leaving(self) -> list[float]:
+        """How long each node was still up after its last work."""
+        last = {one.node: one.ended for one in sorted(self.attempts, key=lambda one: one.ended)}
+        return [stay.ended - last[stay.node] for stay in self.stays if stay.node in last]
+
+    @property
     def first_work(self) -> float:
         return min(attempt.began for attempt in self.attempts)
 
@@ -102,13 +114,13 @@ def _shared(began: float, ended: float, other_began: float, other_ended: float) 
 class Sightings:
     """Looks at a time, one after the other, put together."""
 
-    stays: dict[tuple[str, float], Stay] = field(default_factory=dict)
+    stays: dict[str, Stay] = field(default_factory=dict)
     attempts: dict[str, Attempt] = field(default_factory=dict)
 
     def look(self, now: float, nodes: Iterable[Node], at_work: Mapping[str, str]) -> None:
         """What is seen now: the nodes, and the node of each piece of work by its name."""
         for node in nodes:
-            self.stays[node.id, node.began] = Stay(node.id, node.began, now)
+            self.stays[node.id] = Stay(node.id, node.began, now)
         for name, id in at_work.items():
             before = self.attempts.get(name)
             began = now - PERIOD_SECONDS / 2 if before is None else before.began
@@ -116,10 +128,10 @@ class Sightings:
 
     def seen(self) -> Seen:
         """Work ends with its node at the latest."""
-        stays = tuple(self.stays.values())
-        ends = {stay.node: stay.ended for stay in stays}
-        attempts = (replace(one, ended=min(one.ended, ends[one.node])) for one in self.attempts.values())
-        return Seen(stays, tuple(attempts))
+        attempts = (
+            replace(one, ended=min(one.ended, self.stays[one.node].ended)) for one in self.attempts.values()
+        )
+        return Seen(tuple(self.stays.values()), tuple(attempts))
 
 
 class Watcher:
@@ -151,8 +163,9 @@ def at_work(names: Sequence[str], nodes: Sequence[Node]) -> dict[str, str]:
     found = {}
     for name in names:
         with contextlib.suppress(psutil.NoSuchProcess):
-            above = [one.pid for one in psutil.Process(int(name.split("~")[1])).parents()]
-            found |= {name: raylets[pid] for pid in above if pid in raylets}
+            for above in psutil.Process(int(name.split("~")[1])).parents():
+                if above.pid in raylets:
+                    found[name] = raylets[above.pid]
     return found
 
 

@@ -1,0 +1,51 @@
+"""What the benchmark of clusters takes for lost or counted twice, and for met."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+
+from benchmarks.cluster import Number, miscounted
+from jobs.job import Failure, Measurement, Success
+from jobs.recipe import Origin, Recipe
+from jobs.techniques.rtn import Rtn
+from orchestrator.events import Began, Ended, Event, Proposed, Started
+
+ORIGINAL = Recipe(Origin("m", "d", 0))
+ONE, TWO = (ORIGINAL.then(Rtn(bits=bits)) for bits in (4, 8))
+DONE = Success("a" * 64, 1, Measurement({"accuracy": 0.5}), 1.0)
+LOST = Failure("preempted", "the node went away")
+EVENTS: list[Event] = [
+    Began(), Started("o", 1), Proposed(ONE, {}, None), Started("a", 1), Proposed(TWO, {}, None), Started("b", 1),
+    Ended("o", 1, DONE), Ended("a", 1, LOST), Started("a", 2), Ended("b", 1, DONE), Ended("a", 2, DONE),
+]  # fmt: skip
+HELD = {"o", "a", "b"}
+RUNS = "MLflow has {} finished runs of 2 candidates and the original"
+FINISHED = Counter([ORIGINAL.id, ONE.id, TWO.id])
+
+
+def test_what_was_tried_twice_and_came_out_once_is_counted_once() -> None:
+    assert miscounted(EVENTS, 2, HELD, FINISHED) == []
+
+
+@pytest.mark.parametrize(
+    ("told", "wrong"),
+    [
+        ((EVENTS, 3, HELD, FINISHED), ["2 candidates instead of 3"]),
+        ((EVENTS[:-1], 2, {"o", "b"}, FINISHED), ["1 jobs have no result"]),
+        (([*EVENTS, Ended("a", 1, DONE)], 2, HELD, FINISHED), ["1 jobs have several results in the ledger"]),
+        ((EVENTS, 2, {"o", "a"}, FINISHED), ["the store holds 2 results, the ledger 3"]),
+        ((EVENTS, 2, HELD, FINISHED + Counter([ONE.id])), [RUNS.format(4)]),
+        ((EVENTS, 2, HELD, FINISHED - Counter([ONE.id])), [RUNS.format(2)]),
+        ((EVENTS, 2, HELD, Counter()), [RUNS.format(0)]),
+    ],
+)  # fmt: skip
+def test_what_is_lost_or_counted_twice_is_told(told: tuple, wrong: list[str]) -> None:
+    assert miscounted(*told) == wrong
+
+
+def test_a_number_meets_its_goal_from_the_right_side() -> None:
+    assert str(Number("seconds", 31.0, " s", 30)) == "seconds 31 s (goal ≤ 30 s: missed)"
+    assert str(Number("utilisation", 92.34, " %", 90, least=True)) == "utilisation 92.3 % (goal ≥ 90 %: met)"
+    assert str(Number("kills", 10, "")) == "kills 10"
