@@ -217,8 +217,8 @@ class Workforce:
         return sorted(free, key=lambda number: free[number].node is None)
 
     def _asked(self, needs: Resources) -> Shape:
-        """The worker to ask for: as large as any piece so far that may be on the same nodes, lest each kind of piece have
-        its own, and warm none."""
+        """The worker to ask for: as large as any piece for the same nodes so far, lest each kind of piece have its own,
+        and warm none."""
         if needs.exclusive and not needs.labels and self._timing is not None and GROUP in self._timing.labels:
             return Shape(labels={GROUP: self._timing.labels[GROUP]}).joined(_shape(needs))
         return self._largest[key_of(needs.labels)]
