@@ -335,3 +335,9 @@ def test_as_many_jobs_share_a_gpu_as_its_memory_holds(
     assert ready.resources(job, False, 4).gpus == share_of_gpu(ready.memory_gib(job), 2.0) < 1
     (line,) = problems(study_file, "cluster.gpus=auto")
     assert line.endswith("cluster.gpus: got auto, expected cluster.device_gib with it")
+
+
+def test_the_head_of_a_cluster_need_not_have_the_targets_cores(study_file: Path) -> None:
+    (line,) = problems(study_file, "target.threads=4096")
+    assert "the cores of this machine" in line
+    assert prepare(load(study_file, ("target.threads=4096", "cluster.address=auto")))
