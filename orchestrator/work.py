@@ -287,7 +287,7 @@ def forget_training(recipe: Recipe, folder: Path, store: str) -> None:
 
 def _travels(recipe: Recipe, store: str) -> bool:
     """Whether this recipe's checkpoints are put into the store: one in a folder is seen from where they lie anyway."""
-    return is_remote(store) and bool(recipe.steps) and "training" in recipe.steps[-1].needs
+    return is_remote(store) and bool(recipe.steps) and recipe.steps[-1].trains()
 
 
 def _before(job: Job, ref: ArtifactRef, store: ArtifactStore) -> Measurement | None:
