@@ -72,7 +72,7 @@ Demand = tuple[frozenset[tuple[str, float]], frozenset[tuple[str, str]]]
 class Seen:
     """What a cluster told of itself. scales: whether its autoscaler reports; refused: how often it cannot place
     what is asked for, as of `seen_at`; gone, leaving: nodes that are, or soon will be; busy: whether anything runs;
-    nodes: what each has in all."""
+    nodes: what each has in all; has: all of them, in words; most: what one has had at most, empty where none was up."""
 
     scales: bool
     seen_at: float
@@ -133,7 +133,7 @@ class View:
             nodes=tuple(demand(had, node.labels) for had, node in zip(total, alive, strict=True)),
             cpus=sum(int(one.get("CPU", 0.0)) for one in total),
             has=f"{_amounts(has)} on {len(alive)} node{'s' * (len(alive) != 1)}",
-            most=f"at most {_amounts(self._most)} each",
+            most=_amounts(self._most) if self._most else "",
         )
 
 

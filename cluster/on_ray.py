@@ -486,7 +486,8 @@ class RayExecutor:
             return
         asked = f"{said_of(waiting[0])} ({len(waiting)} waiting)"
         if self._refused_since is not None and now - self._refused_since >= REFUSED_SECONDS:
-            said = f"no node that this cluster could have holds {asked}; its nodes have had {seen.most}"
+            had = f"; its nodes have had at most {seen.most} each" if seen.most else ""
+            said = f"no node that this cluster could have holds {asked}{had}"
         elif now - self._stirred >= self._start_seconds:
             said = f"no worker came within {self._start_seconds:g} s for {asked}; the cluster has {seen.has}"
         else:

@@ -709,7 +709,7 @@ def _run(prepared: Prepared, overrides: tuple[str, ...]) -> None:
     except OtherStudy as error:
         _fail(str(error))
     except Unavailable as error:
-        _fail(f"{error}. What ended is kept; go on with: slimfront resume {prepared.folder}")
+        _fail(f"{error}. What ended is kept; go on with: {_resuming(prepared)}")
     except (OSError, sqlite3.Error) as error:
         if not disk_is_full(error):
             raise
