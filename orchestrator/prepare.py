@@ -433,10 +433,9 @@ def _check_values(config: StudyConfig, check: Check) -> None:
     threads = config.target.threads
     check(
         "target.threads",
-        (threads >= 1, f"got {threads}, expected at least 1"),
         # A cluster's head does not take times: the node that does refuses what it does not have.
         (
-            config.cluster.address is not None or threads <= cores,
+            1 <= threads <= cores or (threads >= 1 and config.cluster.address is not None),
             f"got {threads}, expected 1 to {cores}, the cores of this machine",
         ),
     )
