@@ -26,6 +26,11 @@ _STOPPING_SECONDS = 15.0
 """So long at most is waited for a program to end that was told to: Ray kills it after 3 s."""
 
 
+def in_job() -> bool:
+    """Whether this process is a job that was submitted to a cluster, or descends from one."""
+    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+
+
 @dataclass(frozen=True)
 class JobState:
     """A job as the cluster tells of it. status: PENDING, RUNNING, STOPPED, SUCCEEDED or FAILED. began: seconds since

@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from cluster.submit import Jobs, JobState
     from orchestrator.catalogue import Entry
     from orchestrator.diagnosis import Finding
-    from orchestrator.forecast import Forecast
     from orchestrator.prepare import Prepared
     from orchestrator.results import Results
     from orchestrator.submission import Attach, Start
@@ -95,7 +94,7 @@ def plan(study: StudyFile, overrides: Overrides = None) -> None:
     """Show what a search would do: jobs, what they share, exact sizes, time. Runs nothing."""
     from cluster.store import open_store
     from orchestrator import search
-    from orchestrator.forecast import forecast
+    from orchestrator.forecast import costs, forecast
     from orchestrator.prepare import slots_of
 
     prepared = _prepared(study, overrides)
@@ -132,7 +131,7 @@ def plan(study: StudyFile, overrides: Overrides = None) -> None:
         f"Saved: about {found.shared_seconds / slots / 60:.1f} minutes by shared steps, "
         f"{found.found_seconds / slots / 60:.1f} by what is in the store; statistics of shared models come on top."
     )
-    for line in _costs(prepared, found):
+    for line in costs(prepared, found):
         out.print(line, soft_wrap=True, markup=False, highlight=False)
 
 
@@ -665,32 +664,6 @@ def _check_template(file: Path) -> None:
     _out().print(f"{file} is valid, as far as can be told without asking the cloud", soft_wrap=True)
 
 
-def _costs(prepared: Prepared, found: Forecast) -> list[str]:
-    """What a study will use of nodes and money, as far as anybody can tell, and what it has used."""
-    from orchestrator.accounts import noted_bill
-    from orchestrator.budget import HOUR, Nodes, foretold, given_price, summary
-    from orchestrator.ledger import Ledger
-    from orchestrator.prepare import slots_of
-
-    config = prepared.config
-    given = config.cluster.price_per_hour
-    price = None if given is None else Nodes("", **given_price(given))
-    node_hours, unknown = None, "nothing like it has run here"
-    if found.measured and config.cluster.address:
-        unknown = f"it is about {found.seconds / HOUR:.2f} hours of slots, on nodes that the cluster chooses"
-    elif found.measured:
-        node_hours = found.seconds / slots_of(config) / HOUR
-    lines = foretold(node_hours, unknown, price, prepared.budget)
-    file = prepared.folder / "ledger.db"
-    if file.is_file():
-        ledger = Ledger(file, read_only=True)
-        bill = noted_bill(ledger)
-        ledger.close()
-        if said := summary(bill if given is None else bill.priced_at(given), prepared.budget):
-            lines.append(f"Until now: {said}.")
-    return lines
-
-
 def _run(prepared: Prepared, overrides: tuple[str, ...]) -> None:
     from cluster.executor import Unavailable
     from cluster.store import is_remote
@@ -735,7 +708,9 @@ def _run(prepared: Prepared, overrides: tuple[str, ...]) -> None:
 
 def _resuming(prepared: Prepared) -> str:
     """The command that goes on with a study: by its name where it is a cluster's job, whose folder is the cluster's."""
-    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
+    from cluster.submit import in_job
+
+    if in_job():
         return f"slimfront resume {prepared.config.name} --address URL"
     return f"slimfront resume {prepared.folder}"
 

@@ -10,9 +10,12 @@ from cluster.store import ArtifactStore
 from jobs import meters
 from jobs.job import Success, outcome_from_dict
 from jobs.technique import Technique
+from orchestrator.accounts import noted_bill
+from orchestrator.budget import HOUR, Nodes, foretold, given_price, summary
 from orchestrator.estimate import TIMING_SECONDS
 from orchestrator.events import Proposed
-from orchestrator.prepare import Prepared, table_models
+from orchestrator.ledger import Ledger
+from orchestrator.prepare import Prepared, slots_of, table_models
 from orchestrator.search import Search
 
 ASSUMED_FLOPS = 1e11
@@ -71,6 +74,27 @@ def forecast(prepared: Prepared, search: Search, store: ArtifactStore) -> Foreca
         list(proposals.values()), sum(map(len, lineages)), len(distinct), len(found),
         steps + measuring + timing, unshared - sum(seconds.values()), there, bool(known),
     )  # fmt: skip
+
+
+def costs(prepared: Prepared, found: Forecast) -> list[str]:
+    """What a study will use of nodes and money, as far as anybody can tell, and what it has used."""
+    config = prepared.config
+    given = config.cluster.price_per_hour
+    price = None if given is None else Nodes("", **given_price(given))
+    node_hours, unknown = None, "nothing like it has run here"
+    if found.measured and config.cluster.address:
+        unknown = f"it is about {found.seconds / HOUR:.2f} hours of slots, on nodes that the cluster chooses"
+    elif found.measured:
+        node_hours = found.seconds / slots_of(config) / HOUR
+    lines = foretold(node_hours, unknown, price, prepared.budget)
+    file = prepared.folder / "ledger.db"
+    if file.is_file():
+        ledger = Ledger(file, read_only=True)
+        bill = noted_bill(ledger)
+        ledger.close()
+        if said := summary(bill if given is None else bill.priced_at(given), prepared.budget):
+            lines.append(f"Until now: {said}.")
+    return lines
 
 
 def seconds_by_technique(store: ArtifactStore) -> Mapping[str, float]:

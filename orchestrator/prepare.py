@@ -119,7 +119,7 @@ class Prepared:
         hold no GPU, since timers run on processors."""
         ranks = self.ranks(job, slots)
         memory_gib = self.memory_gib(job, ranks)
-        if not set(self.plan.timers).isdisjoint(job.meters):
+        if self._times(job):
             labels = self.config.cluster.timing if self.config.cluster.address else {}
             return Resources(0.0, 1.0, memory_gib, ranks, alone, labels)
         return Resources(self._gpus(memory_gib), 1.0, memory_gib, ranks, alone)
@@ -127,9 +127,14 @@ class Prepared:
     def _gpus(self, memory_gib: float) -> float:
         """The GPUs that a job, or each of its ranks, holds on a cluster."""
         cluster = self.config.cluster
-        if cluster.address is None or cluster.gpus != "auto":
-            return 0.0 if cluster.address is None else float(cluster.gpus)
+        if cluster.address is None:
+            return 0.0
+        if cluster.gpus != "auto":
+            return float(cluster.gpus)
         return share_of_gpu(memory_gib, self.sharing.device_gib or math.inf)
+
+    def _times(self, job: Job) -> bool:
+        return not set(self.plan.timers).isdisjoint(job.meters)
 
     def memory_gib(self, job: Job, ranks: int = 1) -> float:
         """About how much memory a job takes, or each of its ranks, from the original's size: what slots share is
@@ -151,7 +156,7 @@ class Prepared:
         """Over how many of the slots a job is spread: one that trains as the study says, or by itself over as few as
         hold it; any other, and one whose model was made before, runs on one."""
         step = job.recipe.steps[-1] if job.recipe.steps else None
-        made = job.before is not None or set(job.meters) & set(self.plan.timers)
+        made = job.before is not None or self._times(job)
         if step is None or not step.trains() or made:
             return 1
         asked, device_gib = self.config.cluster.ranks, self.sharing.device_gib

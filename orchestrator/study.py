@@ -171,7 +171,7 @@ class Study:
     @property
     def to_time(self) -> int:
         """How many timings are left, those under way among them, if none of them is spared by others."""
-        return len(self._untimed()) if self.stage == "timing" else 0
+        return self.untimed if self.stage == "timing" else 0
 
     @property
     def untimed(self) -> int:

@@ -144,8 +144,10 @@ def submit(submitted: Submission, jobs: Jobs) -> Attach | Start:
     done = what_to_do(submitted.study, submitted.digest, jobs.all())
     if isinstance(done, Attach):
         return done
-    for one in submitted.stored:
-        one.put(open_store(submitted.store))
+    if submitted.stored:
+        store = open_store(submitted.store)
+        for one in submitted.stored:
+            one.put(store)
     with tempfile.TemporaryDirectory() as folder:
         package = Path(folder) / f"{submitted.study}.zip"
         pack(submitted, package)
@@ -239,13 +241,18 @@ class _Input:
         total = hashlib.sha256()
         for inner, sha256 in self.sha256.items():
             total.update(f"{inner}:{sha256}\n".encode())
-        return f"inputs/{total.hexdigest()[:12]}-{re.sub(r'[^A-Za-z0-9._-]', '_', self.place.name)}"
+        return f"inputs/{total.hexdigest()[:12]}-{self._plain_name}"
+
+    @property
+    def _plain_name(self) -> str:
+        """Without what means something to a shell, to YAML or to a bucket."""
+        return re.sub(r"[^A-Za-z0-9._-]", "_", self.place.name)
 
     @property
     def stored(self) -> Stored:
         """As what goes through the store."""
         if "" in self.files:
-            name = self.place.name
+            name = self._plain_name
             return stored({name: self.place}, {name: self.sha256[""]}, name)
         inner = {name.removeprefix("/"): file for name, file in self.files.items()}
         return stored(inner, {name.removeprefix("/"): digest for name, digest in self.sha256.items()}, None)

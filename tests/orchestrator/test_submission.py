@@ -9,11 +9,9 @@ import shlex
 import shutil
 import signal
 import subprocess
-import threading
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from contextlib import AbstractContextManager
 from importlib.metadata import version
 from pathlib import Path
 
@@ -31,6 +29,7 @@ from orchestrator.prepare import prepare
 from orchestrator.submission import DIGEST, NAME, STORE, Attach, Start, latest, pack, place, what_to_do
 from orchestrator.work import Workplace, work
 from tests import fake_cluster
+from tests.cluster.clouds import served
 from tests.fake_cluster import ROOT, Head
 from tests.processes import free_ports, without_ray
 
@@ -119,9 +118,13 @@ def test_what_is_too_large_for_a_package_goes_through_the_store_and_is_fetched_b
 ) -> None:
     monkeypatch.setattr(submission, "LIMIT_BYTES", submission._OWN_BYTES + 1000)
     ours = [f"store={s3_address}", "search.candidates=1"]
+    text = load(study_file).config.data.train.path  # type: ignore[union-attr]
+    odd = tmp_path / "a text: #1.txt"
+    shutil.copy(text, odd)
+    study_file.write_text(study_file.read_text().replace(f"train: {{path: {text}", f'train: {{path: "{odd}"'))
     submitted = submission.submission(load(study_file, ours), ours, here=False)
     assert submitted.files == {}
-    assert len(submitted.stored) == 2  # the model, and the text that three keys name
+    assert len(submitted.stored) == 3  # the model, the text that two keys name, and that with another name
     overrides = shlex.split(submitted.entrypoint)[5:]
     cluster = tmp_path / "cluster"
     cluster.mkdir()
@@ -231,28 +234,11 @@ def test_what_can_not_be_submitted_is_one_line_and_nothing_runs(
     assert not [one for one in head.ask("/api/jobs/") if "refused" in one["entrypoint"]]
 
 
-@contextmanager
-def answering(answers: dict[str, object]) -> Iterator[str]:
+def answering(answers: dict[str, object]) -> AbstractContextManager[str]:
     """A server that answers as a cluster's dashboard would; its address."""
-
-    class Answer(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.send_response(200 if self.path in answers else 404)
-            self.end_headers()
-            self.wfile.write(json.dumps(answers.get(self.path)).encode())
-
-        def log_message(self, *args: object) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Answer)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_address[1]}"
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
+    return served(
+        lambda method, path, headers: (200 if path in answers else 404, json.dumps(answers.get(path)))
+    )
 
 
 def refusal(address: str, folder: Path, *args: str) -> str:
