@@ -115,6 +115,7 @@ class _Function(nn.Module):
         self._splits = (inputs, inputs + past)
         self._task = task
         self._caches = hasattr(module.config, "use_cache")
+        self._cache_name = models.cache_name(module)
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         inputs, past, values = (
@@ -125,7 +126,7 @@ class _Function(nn.Module):
             given["use_cache"] = False
         if self._task == "causal-lm":
             given |= {"position_ids": inputs[2], "use_cache": True}
-            given["past_key_values"] = models.cache_of(list(zip(past[::2], past[1::2], strict=True)))
+            given[self._cache_name] = models.cache_of(list(zip(past[::2], past[1::2], strict=True)))
         # Not by functional_call, which refuses to be traced.
         for places, value in zip(self._places, values, strict=True):
             for part, child in places:
@@ -133,7 +134,7 @@ class _Function(nn.Module):
         said = self._held[0](**given)
         if self._task == "embedding":
             return (said.last_hidden_state,)
-        present = models.cached(said.past_key_values) if self._task == "causal-lm" else []
+        present = models.cached(said[self._cache_name]) if self._task == "causal-lm" else []
         return (said.logits, *present)
 
 
@@ -206,4 +207,4 @@ def _cached_shapes(module: nn.Module, weights: dict[str, Tensor]) -> Sequence[to
     """The shape of each block's keys, which have as many heads as the values, from a run with any weights."""
     given = {"input_ids": torch.ones(_ROWS, _NEW, dtype=torch.int64), "use_cache": True}
     said = cast(Any, torch.func.functional_call(module, weights, kwargs=given))
-    return [keys.shape for keys in models.cached(said.past_key_values)[::2]]
+    return [keys.shape for keys in models.cached(said[models.cache_name(module)])[::2]]

@@ -6,6 +6,7 @@ import copy
 import hashlib
 import importlib.metadata
 import importlib.util
+import inspect
 import json
 import os
 import re
@@ -192,6 +193,14 @@ def cache_of(blocks: Sequence[tuple[Tensor, Tensor]]) -> transformers.Cache:
         layer.keys, layer.values, layer.is_initialized = keys, values, True
         cache.layers.append(layer)
     return cache
+
+
+def cache_name(module: nn.Module) -> str:
+    """Return the name of the KV cache among the arguments and outputs of this model's `forward`.
+
+    transformers 5.24 renamed `past_key_values` to `cache`; each release warns about the other name or ignores it.
+    """
+    return "cache" if "cache" in inspect.signature(module.forward).parameters else "past_key_values"
 
 
 def cached(cache: transformers.Cache) -> list[Tensor]:

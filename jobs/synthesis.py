@@ -87,9 +87,10 @@ def _continue(
     written = [first.unsqueeze(1)]
     surprise = torch.zeros(len(first))
     cache: Any = None
+    cache_name = models.cache_name(model.module)
     for _ in range(sampling.tokens - 1):
-        said = module(written[-1].to(model.device), past_key_values=cache, use_cache=True)
-        cache = said.past_key_values
+        said = module(written[-1].to(model.device), use_cache=True, **{cache_name: cache})
+        cache = said[cache_name]
         logits = said.logits[:, -1].float().cpu()
         if not bool(torch.isfinite(logits).all()):
             raise ValueError("the teacher predicts NaN or infinite logits: it cannot write")

@@ -59,6 +59,7 @@ class TorchRunner:
         self._module = cast(Any, model.module.to(device))
         self._device = device
         self._decodes = model.task == "causal-lm"
+        self._cache_name = models.cache_name(model.module)
         self._cache: Any = None
 
     @torch.inference_mode()
@@ -80,9 +81,9 @@ class TorchRunner:
 
     def _step(self, tokens: Int[np.ndarray, "1 tokens"]) -> Float[np.ndarray, "1 1 vocabulary"]:
         output = self._module(
-            self._tokens(tokens), past_key_values=self._cache, use_cache=True, logits_to_keep=1
+            self._tokens(tokens), use_cache=True, logits_to_keep=1, **{self._cache_name: self._cache}
         )
-        self._cache = output.past_key_values
+        self._cache = output[self._cache_name]
         return _array(output.logits)
 
     def _tokens(self, rows: Int[np.ndarray, "batch tokens"]) -> Int[Tensor, "batch tokens"]:

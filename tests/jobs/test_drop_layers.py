@@ -38,8 +38,9 @@ def test_the_cache_still_works_after_blocks_are_dropped(tiny_llama: Path, contex
     assert model.config.num_hidden_layers == 2
     tokens = torch.randint(3, 512, (1, 8))
     whole = model.module(tokens).logits[:, -1]
-    cache = model.module(tokens[:, :-1], use_cache=True).past_key_values
-    stepped = model.module(tokens[:, -1:], past_key_values=cache).logits[:, -1]
+    cache_name = models.cache_name(model.module)
+    cache = model.module(tokens[:, :-1], use_cache=True)[cache_name]
+    stepped = model.module(tokens[:, -1:], **{cache_name: cache}).logits[:, -1]
     assert torch.allclose(whole, stepped, atol=0.02)
 
 
