@@ -38,7 +38,7 @@ test-slow: $(VENV)/model  ## what needs the real model or minutes
 
 test-cluster: $(VENV)/installed  ## studies on a Ray that grows, shrinks and loses nodes, on this machine (about 30 minutes)
 	$(BIN)/python -m pytest -m cluster
-	$(BIN)/python -m pytest tests/orchestrator/test_submission.py tests/cluster/test_s3_store.py tests/cluster/test_templates.py
+	$(BIN)/python -m pytest tests/orchestrator/service/test_submission.py tests/cluster/storage/test_s3_store.py tests/cluster/test_templates.py
 	$(BIN)/python -m benchmarks.cluster
 
 # The wheel is tried in an environment of its own that borrows the libraries, not the sources.

@@ -44,12 +44,12 @@ import transformers
 from mlflow import MlflowClient
 
 from benchmarks.cluster_watch import PERIOD_SECONDS, Seen, Watcher, folders_of
-from cluster.store import open_store
+from cluster.storage.open import open_store
 from jobs.job import Success, outcome_from_dict
 from jobs.recipe import Recipe
-from orchestrator.events import Ended, Event, Proposed, Started
-from orchestrator.ledger import Ledger
-from orchestrator.tracking.mirror import CANDIDATE_TAG, PARENT
+from orchestrator.persistence.ledger import Ledger
+from orchestrator.study.events import AttemptEnded, AttemptStarted, CandidateProposed, Event
+from orchestrator.tracking.mlflow_mirror import CANDIDATE_TAG, PARENT
 from tests.conftest import VOCABULARY, prose, tokenizer_on
 from tests.fake_cluster import Head, NodeType, head
 from tests.processes import mlflow_server, s3_server
@@ -183,7 +183,7 @@ def grow(services: Services, candidates: int) -> Findings:
             findings.faults.append(f"{len(found.nodes())} nodes were left")
         seen = watcher.close()
         events = _events(found, "grow")
-        last = max(at for at, event in events if isinstance(event, Ended))
+        last = max(at for at, event in events if isinstance(event, AttemptEnded))
         gone = max(stay.ended for stay in seen.stays)
         findings.numbers += [
             Number("nodes at most", seen.most_nodes, "", NODES, least=True),
@@ -219,15 +219,15 @@ def kills(services: Services, candidates: int, most: int) -> Findings:
         _finish(found, "kills", run, findings)
         seen = watcher.close()
         events = [event for _, event in _events(found, "kills")]
-        repeated = sum(attempt.seconds for attempt in seen.lost) / seen.busy_seconds
+        repeated = sum(attempt.seconds for attempt in seen.error) / seen.busy_seconds
         failures = Counter(
             event.outcome.kind
             for event in events
-            if isinstance(event, Ended) and not isinstance(event.outcome, Success)
+            if isinstance(event, AttemptEnded) and not isinstance(event.outcome, Success)
         )
         findings.numbers += [
             Number("kills", killed, ""),
-            Number("attempts that were lost with their node", len(seen.lost), ""),
+            Number("attempts that were lost with their node", len(seen.error), ""),
             *(Number(f"attempts that ended as {kind}", count, "") for kind, count in failures.items()),
             Number("work done for nothing", 100 * repeated, " %", 25),
             Number("utilisation of nodes while up", 100 * seen.utilisation(), " %"),
@@ -374,7 +374,7 @@ def _events(found: Head, study: str) -> list[tuple[float, Event]]:
 
 def _first_candidate(seen: Seen, events: list[tuple[float, Event]]) -> float:
     """When the first piece of work began after that of the original, which no candidate can do without."""
-    original_ended = next(at for at, event in events if isinstance(event, Ended))
+    original_ended = next(at for at, event in events if isinstance(event, AttemptEnded))
     return min(one.began for one in seen.attempts if one.began > original_ended - PERIOD_SECONDS)
 
 
@@ -383,9 +383,9 @@ def _while_working(seen: Seen, events: list[tuple[float, Event]]) -> float:
     under_way: set[str] = set()
     enough = seen.last_work
     for at, event in events:
-        if isinstance(event, Started):
+        if isinstance(event, AttemptStarted):
             under_way.add(event.job_id)
-        elif isinstance(event, Ended):
+        elif isinstance(event, AttemptEnded):
             under_way.discard(event.job_id)
             if len(under_way) >= NODES:
                 enough = at
@@ -393,7 +393,7 @@ def _while_working(seen: Seen, events: list[tuple[float, Event]]) -> float:
 
 
 def _work(seen: Seen) -> list[Number]:
-    done = [attempt.seconds for attempt in seen.attempts if attempt not in seen.lost]
+    done = [attempt.seconds for attempt in seen.attempts if attempt not in seen.error]
     return [
         Number("pieces of work", len(seen.attempts), ""),
         Number("median piece", statistics.median(done), " s"),
@@ -423,10 +423,14 @@ def miscounted(
 ) -> list[str]:
     """What of a study was lost or counted twice. held: the jobs whose results are in the store; finished: how many
     finished runs MLflow has of each candidate."""
-    proposed = {event.recipe.id for event in events if isinstance(event, Proposed) and event.refused is None}
-    started = {event.job_id for event in events if isinstance(event, Started)}
+    proposed = {
+        event.recipe.id for event in events if isinstance(event, CandidateProposed) and event.refused is None
+    }
+    started = {event.job_id for event in events if isinstance(event, AttemptStarted)}
     results = Counter(
-        event.job_id for event in events if isinstance(event, Ended) and isinstance(event.outcome, Success)
+        event.job_id
+        for event in events
+        if isinstance(event, AttemptEnded) and isinstance(event.outcome, Success)
     )
     wrong = []
     if len(proposed) != candidates:

@@ -1,8 +1,8 @@
 """What a cluster of tests/fake_cluster.py does while a study runs on it: when each node was up, and which did work.
 
 It is seen from outside, by the operating system: nodes are the raylets that live, and a piece of work is the scratch
-folder that a worker makes when it starts one and removes when it has ended (orchestrator/work.py). The folder's name
-tells the process, and the process descends from its node. So what the cluster says of itself is not relied on; what is
+folder that a worker makes when it starts one and removes when it has ended (orchestrator/worker/work.py). The
+folder's name tells the process, and the process descends from its node. So what the cluster says of itself is not relied on; what is
 seen is late by half of `PERIOD_SECONDS`, at both ends.
 """
 
@@ -70,7 +70,7 @@ class Seen:
         return sum(attempt.seconds for attempt in self.attempts)
 
     @property
-    def lost(self) -> tuple[Attempt, ...]:
+    def error(self) -> tuple[Attempt, ...]:
         """The attempts that ended with their node: what they did was for nothing, or had to be gone on with."""
         ends = {stay.node: stay.ended for stay in self.stays}
         return tuple(one for one in self.attempts if ends[one.node] - one.ended < 2 * PERIOD_SECONDS)

@@ -8,8 +8,9 @@ from __future__ import annotations
 import time
 from contextlib import closing
 
-from cluster.executor import Executor, InlineExecutor, Resources
-from cluster.on_ray import RayExecutor
+from cluster.executors.executor import Executor, Resources
+from cluster.executors.inline import InlineExecutor
+from cluster.on_ray.executor import RayExecutor
 
 
 def all_at_once(executor: Executor, pieces: int) -> float:

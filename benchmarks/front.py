@@ -41,17 +41,18 @@ import yaml
 
 from benchmarks import genres
 from benchmarks.peer_ray_tune import Steps, Task
-from cluster.on_ray import one_thread
-from jobs.job import Job, Measurement, Success
+from cluster.on_ray.executor import one_thread
+from jobs.job import Job, Success
 from jobs.knobs import Value
 from jobs.measure import environment
+from jobs.measurement.measurement import Measurement
 from jobs.recipe import Recipe
-from orchestrator.config import load
-from orchestrator.events import Ended, Proposed
-from orchestrator.front import Objective, hypervolume, nondominated
-from orchestrator.ledger import Ledger
-from orchestrator.prepare import Prepared, prepare
-from orchestrator.work import Workplace, work
+from orchestrator.config.load import load
+from orchestrator.pareto.front import Objective, hypervolume, nondominated
+from orchestrator.persistence.ledger import Ledger
+from orchestrator.planning.prepare import Prepared, prepare
+from orchestrator.study.events import AttemptEnded, CandidateProposed
+from orchestrator.worker.work import WorkerContext, work
 
 SLOTS = 2
 QUARTERS = (0.25, 0.5, 0.75, 1.0)
@@ -129,9 +130,11 @@ def slimfront(match: Match) -> list[Point]:
     recipes: dict[str, Recipe] = {}
     found = []
     for at, event in events:
-        if isinstance(event, Proposed):
+        if isinstance(event, CandidateProposed):
             recipes[_measuring(prepared, event.recipe).id] = event.recipe
-        elif isinstance(event, Ended) and event.job_id in recipes and isinstance(event.outcome, Success):
+        elif (
+            isinstance(event, AttemptEnded) and event.job_id in recipes and isinstance(event.outcome, Success)
+        ):
             metrics = event.outcome.measurement.metrics
             recipe = str(recipes[event.job_id])
             found.append(Point(at - began, recipe, metrics["size_bytes"], metrics["accuracy"]))
@@ -219,7 +222,9 @@ def _measuring(prepared: Prepared, recipe: Recipe) -> Job:
 
 
 def measured_by_us(prepared: Prepared, recipe: Recipe, folder: Path) -> Measurement:
-    place = Workplace(prepared.materials, str(folder / "store"), folder / "scratch", folder / "statistics")
+    place = WorkerContext(
+        prepared.materials, str(folder / "store"), folder / "scratch", folder / "statistics"
+    )
     *before, last = recipe.lineage()
     for prefix in before:
         work(Job(prefix, (), ""), place)

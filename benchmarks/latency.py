@@ -3,7 +3,8 @@
 Run from the repository's root, on a machine that does nothing else:
     python -m benchmarks.latency --runtime torch --steps "prune_ffn ratio=0.5, rtn bits=4 group=64"
 The first is the original as the runtime `--beside` runs it (the same, unless another is named), the second what
-`--steps` make of it. Weights are arbitrary: time goes by shapes. They take turns (see jobs/pairing.py), so the ratio is
+`--steps` make of it. Weights are arbitrary: time goes by shapes. They take turns
+(see jobs/measurement/paired_timing.py), so the ratio is
 that of one machine at one time. The bandwidth is what as many threads reach summing a buffer much larger than
 the caches; bytes per token are the weights that one token needs, so the share says how near decoding is to the bound
 that reading them sets.
@@ -21,12 +22,14 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.shapes import DECODER, materials_for, outlined, shipped, steps_of
-from jobs import formats, machine, models, runtimes
-from jobs.job import Target
-from jobs.layout import Layout
+from jobs import formats, runtimes
+from jobs.materials import Target
 from jobs.measure import environment
-from jobs.pairing import time_pair
-from jobs.timing import request_of
+from jobs.measurement import machine
+from jobs.measurement.paired_timing import time_pair
+from jobs.measurement.timing import request_of
+from jobs.models import loading, sources
+from jobs.models.layout import Layout
 
 BUFFER_BYTES = 2**29
 
@@ -44,8 +47,8 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--pairs", type=int, default=6)
     given = parser.parse_args()
-    original = models.locate(given.model)
-    whole = models.original_layout(original)
+    original = sources.locate(given.model)
+    whole = loading.original_layout(original)
     sides = [(given.beside or given.runtime, whole), (given.runtime, outlined(whole, steps_of(given.steps)))]
     targets = [Target(name, given.threads, given.prompt_tokens, given.new_tokens) for name, _ in sides]
     print(", ".join(f"{name} {value}" for name, value in environment(targets[1]).items()))
@@ -86,7 +89,7 @@ def bandwidth(threads: int) -> float:
 
 
 def _bandwidth(threads: int) -> float:
-    machine.pin(machine.processors()[:threads])
+    machine.pin_threads(machine.processors()[:threads])
     import torch
 
     torch.set_num_threads(threads)
@@ -104,7 +107,7 @@ def bytes_per_token(layout: Layout, folder: Path, runtime: str) -> int:
     """Of the weights that one token needs: all but an embedding that is not the head as well. `torch` holds every
     weight in two bytes, the other runtimes as they are shipped."""
     looked_up = next(iter(layout.tables.values())) if len(layout.tables) > 1 else None
-    if runtimes.load(runtime).FORMAT == formats.OWN:
+    if runtimes.load(runtime).FORMAT == formats.NATIVE:
         unread = 0 if looked_up is None else looked_up.out_features * looked_up.in_features
         return 2 * (layout.parameters() - unread)
     unread = 0 if looked_up is None else sum(one.size_bytes for one in looked_up.tensors().values())

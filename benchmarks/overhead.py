@@ -45,16 +45,17 @@ from rich.table import Table
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from benchmarks import overhead
-from cluster.head import connect
-from cluster.on_ray import RayExecutor
-from cluster.store import open_store
-from jobs.job import Job, Measurement, Outcome, Success, outcome_to_dict
-from orchestrator.config import load
-from orchestrator.events import Ended, Started
-from orchestrator.launch import launch
-from orchestrator.ledger import Ledger
-from orchestrator.prepare import Prepared, prepare
-from orchestrator.progress import Status
+from cluster.on_ray.cluster_state import connect
+from cluster.on_ray.executor import RayExecutor
+from cluster.storage.open import open_store
+from jobs.job import Job, Outcome, Success, outcome_to_dict
+from jobs.measurement.measurement import Measurement
+from orchestrator.config.load import load
+from orchestrator.persistence.ledger import Ledger
+from orchestrator.planning.prepare import Prepared, prepare
+from orchestrator.service.launch import launch
+from orchestrator.service.status import Status
+from orchestrator.study.events import AttemptEnded, AttemptStarted
 
 SLOTS = 2
 BUSY_SECONDS = 200.0
@@ -203,9 +204,9 @@ def slimfront(duration: str, candidates: int, algorithm: str) -> Row:
         ledger = Ledger(prepared.folder / "ledger.db", read_only=True)
         events = list(ledger.events())
         ledger.close()
-    first = next(event.job_id for _, event in events if isinstance(event, Started))  # the original's
-    started = [at for at, event in events if isinstance(event, Started) and event.job_id != first]
-    done = [(at, event.outcome) for at, event in events if isinstance(event, Ended)][1:]
+    first = next(event.job_id for _, event in events if isinstance(event, AttemptStarted))  # the original's
+    started = [at for at, event in events if isinstance(event, AttemptStarted) and event.job_id != first]
+    done = [(at, event.outcome) for at, event in events if isinstance(event, AttemptEnded)][1:]
     ended = [(at, outcome) for at, outcome in done if isinstance(outcome, Success)]
     makespan = max(at for at, _ in ended) - min(started)
     row = _row("slimfront", duration, [outcome.seconds for _, outcome in ended], makespan)

@@ -18,12 +18,15 @@ from pathlib import Path
 from typing import Any
 
 from jobs import run
-from jobs.job import Failure, Job, Materials, Measurement
+from jobs.job import Failure, Job
 from jobs.knobs import Domain, Range
+from jobs.materials import Materials
+from jobs.measurement.measurement import Measurement
 from jobs.recipe import Recipe
-from orchestrator.config import load
-from orchestrator.prepare import Prepared, prepare, slots_of
-from orchestrator.space import SKIP, SearchSpace
+from orchestrator.config.load import load
+from orchestrator.planning.job_resources import slots_of
+from orchestrator.planning.prepare import Prepared, prepare
+from orchestrator.planning.search_space import SKIP, SearchSpace
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,7 @@ class Steps:
 
     def _attempt(
         self, recipe: Recipe, meters: tuple[str, ...], parent: Path | None, folder: Path
-    ) -> run.Made:
+    ) -> run.JobOutput:
         made = run.attempt(
             Job(recipe, meters, ""), self._task.materials, parent, None, folder, self._task.folder / "statistics",
             lambda share, what: None,
@@ -104,7 +107,7 @@ def _suggest(trial: Any, knob: str, domain: Domain) -> None:
 
 
 def search(task: Task, slots: int, seed: int, until: float, out: Path) -> None:
-    from cluster.head import connect
+    from cluster.on_ray.cluster_state import connect
 
     ray, _ = connect(None, slots, None)
     from ray import tune

@@ -22,13 +22,14 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from benchmarks.techniques import DECODER, texts
-from jobs import data, models, techniques
+from jobs import data, techniques
+from jobs.calibration.statistics import Statistics
 from jobs.context import Context
-from jobs.layers import linear_of
 from jobs.measure import measure
-from jobs.meter import Subject
-from jobs.model import DTYPE, Model
-from jobs.statistics import Statistics
+from jobs.measurement.meter import Subject
+from jobs.models import loading, sources
+from jobs.models.layers import linear_of
+from jobs.models.model import DTYPE, Model
 
 
 @dataclass(frozen=True)
@@ -62,9 +63,9 @@ CASES = (
 
 def perplexity(model: Model, tokens: int) -> float:
     """Of the model as it would be shipped: written, loaded again, measured."""
-    folder = models.locate(DECODER)
+    folder = sources.locate(DECODER)
     with tempfile.TemporaryDirectory() as scratch:
-        models.save(model, Path(scratch), {})
+        loading.save(model, Path(scratch), {})
         materials = texts(encoder=False, quick=tokens < 16384)
         return measure(["text"], Subject(Path(scratch), folder, materials)).metrics["perplexity"]
 
@@ -77,14 +78,14 @@ def ours(
         context = Context(statistics, Path(scratch), seed=0, calibration=rows)
         started = time.perf_counter()
         step = techniques.load(case.technique).of({**case.options, "sequential": sequential})
-        model = step.compress(models.load(models.locate(DECODER)), context)
+        model = step.compress(loading.load(sources.locate(DECODER)), context)
         seconds = time.perf_counter() - started
         return perplexity(model, tokens), seconds
 
 
 def theirs(peer: str, recipe: dict[str, Any], rows: Path, tokens: int) -> tuple[float, float]:
     """The perplexity and the seconds of the peer's recipe."""
-    folder = models.locate(DECODER)
+    folder = sources.locate(DECODER)
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "weights.safetensors"
         script = Path(__file__).parent / "peer_llmcompressor.py"
@@ -92,7 +93,7 @@ def theirs(peer: str, recipe: dict[str, Any], rows: Path, tokens: int) -> tuple[
             [peer, str(script), str(folder), str(rows), json.dumps(recipe), str(out)],
             check=True, cwd=scratch, capture_output=True,
         )  # fmt: skip
-        model = models.load(folder)
+        model = loading.load(folder)
         with safe_open(out, framework="pt") as held:
             seconds = float(held.metadata()["seconds"])
             for name, layer in model.linears().items():
@@ -109,12 +110,12 @@ def main() -> None:
     parser.add_argument("--only", default="", help="run the cases that contain this")
     parser.add_argument("--json", type=Path, help="write all numbers to this file as well")
     options = parser.parse_args()
-    folder = models.locate(DECODER)
+    folder = sources.locate(DECODER)
     source = texts(encoder=False, quick=False).calibration
     assert source is not None
     rows = data.windows_for(source, folder)[: options.rows]
     found: list[dict[str, Any]] = []
-    print(f"original: perplexity {perplexity(models.load(folder), options.tokens):.2f}", flush=True)
+    print(f"original: perplexity {perplexity(loading.load(folder), options.tokens):.2f}", flush=True)
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / "rows.safetensors"
         save_file({"rows": rows.contiguous()}, file)

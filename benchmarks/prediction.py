@@ -17,13 +17,14 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.shapes import DECODER, drawn, materials_for, shipped
-from jobs import models, runtimes
-from jobs.job import Target
+from jobs import runtimes
+from jobs.materials import Target
 from jobs.measure import environment
-from jobs.operations import predict
-from jobs.stopwatch import started
-from jobs.table import make_table, time_beside
-from jobs.timing import request_of
+from jobs.measurement.stopwatch import started
+from jobs.measurement.timing import request_of
+from jobs.models import loading, sources
+from jobs.prediction.latency_model import predict
+from jobs.prediction.latency_table import make_table, time_with_original
 
 MEDIAN, WORST = 0.05, 0.15
 
@@ -42,8 +43,8 @@ def main() -> int:
     given = parser.parse_args()
     materials = materials_for(given.model, Target(given.runtime, given.threads))
     print(", ".join(f"{name} {value}" for name, value in environment(materials.target).items()))
-    original = models.locate(given.model)
-    whole = models.original_layout(original)
+    original = sources.locate(given.model)
+    whole = loading.original_layout(original)
     every = drawn(whole, 200 + given.candidates, seed=0)
     pool, others = [layout for _, layout in every[:200]], every[200:]
     ratios: dict[tuple[str, str], list[float]] = {}
@@ -56,7 +57,7 @@ def main() -> int:
             for visit in range(given.visits):
                 print(f"visit {visit + 1} of {given.visits}", flush=True)
                 for text, layout in others:
-                    found = time_beside(first, materials, original, layout, Path(scratch))
+                    found = time_with_original(first, materials, original, layout, Path(scratch))
                     for metric, (beside, ms) in found.items():
                         ratios.setdefault((text, metric), []).append(ms / beside)
     layouts = dict(others)

@@ -43,19 +43,31 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from benchmarks.techniques import texts
-from jobs import data, models, techniques
+from jobs import data, techniques
+from jobs.calibration.statistics import Statistics
 from jobs.context import Context
-from jobs.job import Materials, Measurement, Success, TextSource
-from jobs.meter import measured
+from jobs.job import Success
+from jobs.materials import Materials, TextSource
+from jobs.measurement.measurement import Measurement
+from jobs.measurement.meter import run_meter
 from jobs.meters import agreement, text
+from jobs.models import loading, sources
 from jobs.recipe import Origin, Recipe
 from jobs.runtimes.on_torch import TorchRunner, unpacked
-from jobs.statistics import Statistics
-from orchestrator.config import StudyConfig
-from orchestrator.events import Began, Command, Cost, Ended, Plan, Proposed, Run, Started
-from orchestrator.front import Metrics, Objective, ParetoFront
-from orchestrator.prepare import rungs_of
-from orchestrator.study import Study
+from orchestrator.config.schema import StudyConfig
+from orchestrator.pareto.front import Metrics, Objective, ParetoFront
+from orchestrator.planning.prepare import rungs_of
+from orchestrator.study.events import (
+    AttemptEnded,
+    AttemptStarted,
+    CandidateProposed,
+    Command,
+    Cost,
+    Run,
+    ServiceStarted,
+    StudyPlan,
+)
+from orchestrator.study.study import Study
 
 SLOTS = 2
 CLAIM_READ, CLAIM_LOST = 1 / 8, 0.005
@@ -116,7 +128,7 @@ class Raced:
     front: int
     full: int
     read: float
-    lost: float
+    error: float
     lost_tight: float
     seconds: float
 
@@ -128,7 +140,7 @@ def raced(problem: Problem, rungs: Sequence[float], seed: int = 0) -> Raced:
     }
     rows = {recipe.id: row for row, recipe in enumerate(problem.recipes)}
     study = Study(
-        Plan(
+        StudyPlan(
             original=original, original_cost=costs[original.id], objectives=problem.objectives,
             candidates=len(rows) - 1, meters=("text",), timers=(), timed=frozenset(), materials_digest="all",
             rungs=tuple(rungs),
@@ -145,13 +157,13 @@ def raced(problem: Problem, rungs: Sequence[float], seed: int = 0) -> Raced:
         for command in commands:
             if isinstance(command, Run):
                 queue.append(command)
-                take(Started(command.job.id, command.attempt))
+                take(AttemptStarted(command.job.id, command.attempt))
 
-    take(Began(SLOTS))
+    take(ServiceStarted(SLOTS))
     while queue or waiting:
         while waiting and study.wants(SLOTS):
             recipe = waiting.pop()
-            take(Proposed(recipe, {"recipe": recipe.id}, costs[recipe.id]))
+            take(CandidateProposed(recipe, {"recipe": recipe.id}, costs[recipe.id]))
         run = queue.pop(0)
         count, known = (math.ceil(share * windows) for share in (run.job.fidelity, run.job.after))
         read += count - known if run.job.meters and run.job.recipe != original else 0
@@ -160,7 +172,7 @@ def raced(problem: Problem, rungs: Sequence[float], seed: int = 0) -> Raced:
             if run.job.meters
             else Measurement({})
         )
-        take(Ended(run.job.id, run.attempt, Success("artifact", 1, found, 1.0)))
+        take(AttemptEnded(run.job.id, run.attempt, Success("artifact", 1, found, 1.0)))
     full = [id for id, one in study.candidates.items() if one.fidelity == 1]
     lost = {
         name: 1 - problem.front(full).hypervolume(bound) / problem.front().hypervolume(bound)
@@ -176,7 +188,7 @@ def raced(problem: Problem, rungs: Sequence[float], seed: int = 0) -> Raced:
 
 
 def mean_loss(items: NDArray[np.float64]) -> Measurement:
-    return measured({"loss": torch.from_numpy(items)})
+    return run_meter({"loss": torch.from_numpy(items)})
 
 
 SHAPES: Mapping[str, Callable[[NDArray[np.float64]], NDArray[np.float64]]] = {
@@ -215,11 +227,11 @@ def made_up(shape: str, candidates: int, seed: int, count: int) -> Problem:
 
 def perplexity(items: NDArray[np.float64]) -> Measurement:
     loss = torch.from_numpy(items)
-    return measured({"perplexity": loss.mean().exp() * (1 + loss - loss.mean())})
+    return run_meter({"perplexity": loss.mean().exp() * (1 + loss - loss.mean())})
 
 
 def mean_agreement(items: NDArray[np.float64]) -> Measurement:
-    return measured({"agreement": torch.from_numpy(items)})
+    return run_meter({"agreement": torch.from_numpy(items)})
 
 
 @dataclass(frozen=True)
@@ -265,19 +277,19 @@ def real(name: str, kept: Path | None) -> Problem:
     materials = texts(encoder, True)
     assert materials.evaluation is not None
     assert materials.calibration is not None
-    folder = models.locate(materials.model)
+    folder = sources.locate(materials.model)
     evaluation = dataclasses.replace(materials.evaluation, samples=wanted.windows, tokens=wanted.tokens)
     rows = data.windows_for(evaluation, folder)
     calibration = data.windows_for(materials.calibration, folder)
-    layout = models.original_layout(folder)
-    original = Recipe(Origin(models.digest(folder), "brown", 0))
+    layout = loading.original_layout(folder)
+    original = Recipe(Origin(loading.digest(folder), "brown", 0))
     recipes = [*chains(original.origin, encoder), original]
     scores: dict[str, list[float]] = json.loads(kept.read_text()) if kept and kept.is_file() else {}
     with tempfile.TemporaryDirectory() as scratch:
         for recipe in recipes:
             if recipe.id in scores:
                 continue
-            began, model = time.perf_counter(), models.load(folder)
+            began, model = time.perf_counter(), loading.load(folder)
             for step, parent in zip(recipe.steps, recipe.lineage(), strict=False):
                 context = Context(
                     Statistics(Path(scratch), parent.id), Path(scratch), 0, calibration=calibration
@@ -354,7 +366,7 @@ def main() -> None:
             for seed in range(given.seeds)
         ]
     print(table(found))
-    within = sum(one.read <= CLAIM_READ and one.lost <= CLAIM_LOST for one in found)
+    within = sum(one.read <= CLAIM_READ and one.error <= CLAIM_LOST for one in found)
     print(f"\nread at most {CLAIM_READ:g} and lost at most {CLAIM_LOST:.1%}: {within} of {len(found)} races")
     if given.json:
         given.json.write_text(json.dumps({"rungs": rungs, "races": [asdict(one) for one in found]}, indent=1))

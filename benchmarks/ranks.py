@@ -16,10 +16,11 @@ from pathlib import Path
 from torch import nn
 
 from benchmarks.techniques import DECODER, context_for, texts
-from jobs import models, techniques
+from jobs import techniques
+from jobs.calibration.statistics import Statistics
 from jobs.context import Context
-from jobs.model import Model
-from jobs.statistics import Statistics
+from jobs.models import loading, sources
+from jobs.models.model import Model
 
 TECHNIQUES = ("svd", "asvd", "svd_llm", "fw_svd")
 CLAIM = 0.02
@@ -30,16 +31,16 @@ def main() -> int:
     parser.add_argument("--blocks", type=int, default=30, help="of the model's; the rest are left out")
     parser.add_argument("--only", choices=TECHNIQUES)
     given = parser.parse_args()
-    folder, materials = models.locate(DECODER), texts(False, True)
+    folder, materials = sources.locate(DECODER), texts(False, True)
     print("| technique | first, s | second, s | share |\n|---|---|---|---|")
     held = True
     for name in (given.only,) if given.only else TECHNIQUES:
         with tempfile.TemporaryDirectory() as scratch:
             context = context_for(materials, folder, Statistics(Path(scratch), "parent"), Path(scratch))
-            first = seconds(name, 0.8, shortened(models.load(folder), given.blocks), context)
+            first = seconds(name, 0.8, shortened(loading.load(folder), given.blocks), context)
             # Statistics anew, as another worker has them: from the files.
             context = context_for(materials, folder, Statistics(Path(scratch), "parent"), Path(scratch))
-            second = seconds(name, 0.6, shortened(models.load(folder), given.blocks), context)
+            second = seconds(name, 0.6, shortened(loading.load(folder), given.blocks), context)
         held &= second < CLAIM * first
         print(f"| {name} | {first:.1f} | {second:.2f} | {second / first:.2%} |", flush=True)
     print(f"another rank costs under {CLAIM:.0%}: {held}")

@@ -18,12 +18,13 @@ import numpy as np
 import torch
 
 from benchmarks.shapes import DECODER, drawn, materials_for, shipped
-from jobs import models, runtimes
-from jobs.job import Target
+from jobs import runtimes
+from jobs.materials import Target
 from jobs.measure import environment
+from jobs.measurement.stopwatch import Request, time_artifact
+from jobs.measurement.timing import request_of, time_quietly
 from jobs.meters.latency import summary
-from jobs.stopwatch import Request, time_artifact
-from jobs.timing import request_of, time_quietly
+from jobs.models import loading, sources
 
 CLAIM = 0.03
 
@@ -40,8 +41,8 @@ def main() -> int:
     given = parser.parse_args()
     target = Target(given.runtime, given.threads)
     print(", ".join(f"{name} {value}" for name, value in environment(target).items()))
-    original = models.locate(DECODER)
-    shapes = drawn(models.original_layout(original), given.artifacts, seed=0)
+    original = sources.locate(DECODER)
+    shapes = drawn(loading.original_layout(original), given.artifacts, seed=0)
     with tempfile.TemporaryDirectory() as scratch:
         requests = [
             request_of(

@@ -4,7 +4,8 @@ python -m benchmarks.reuse [--quick] [--sample N] [--json FILE]
 
 5 shares of neurons pruned (prune_ffn) × 4 ranks (svd_llm) × 5 sorts of integers (gptq), one step after the other in the
 order in which examples/minilm.yaml has them, on the encoder: 100 candidates, 25 models between them and the original.
-Needs what benchmarks.techniques needs. Every job is done by the product's own `orchestrator.work.work`, on one thread:
+Needs what benchmarks.techniques needs. Every job is done by the product's own
+`orchestrator.worker.work.work`, on one thread:
 
     full     as a study does it: one store, one folder of statistics, one worker that keeps what it has read
     prefix   one store, so that a shared prefix is made once; each job has an empty folder of statistics, and a worker
@@ -40,11 +41,13 @@ from typing import Literal
 import torch
 
 from benchmarks.techniques import texts
-from jobs import data, memory, models, techniques
-from jobs.job import Job, Materials, Success
+from jobs import data, techniques
+from jobs.job import Job, Success
+from jobs.materials import Materials
 from jobs.measure import environment
+from jobs.models import loading, memory, sources
 from jobs.recipe import Origin, Recipe
-from orchestrator.work import Workplace, work
+from orchestrator.worker.work import WorkerContext, work
 
 Mode = Literal["full", "prefix", "none"]
 MODES: tuple[Mode, ...] = ("full", "prefix", "none")
@@ -97,9 +100,9 @@ class Grid:
 
 
 def grid(materials: Materials, quick: bool, sample: int) -> Grid:
-    original = models.locate(materials.model)
+    original = sources.locate(materials.model)
     assert materials.calibration is not None
-    root = Recipe(Origin(models.digest(original), data.digest(materials.calibration), seed=0))
+    root = Recipe(Origin(loading.digest(original), data.digest(materials.calibration), seed=0))
     ratios, keeps, packings = RATIOS, KEEPS, PACKINGS
     if quick:
         ratios, keeps, packings = RATIOS[1:3], KEEPS[1:3], PACKINGS[2:4]
@@ -126,7 +129,7 @@ def do(mode: Mode, job: Job, materials: Materials, folder: Path) -> Done:
     with tempfile.TemporaryDirectory(dir=folder) as fresh:
         shared = Path(fresh) if mode == "none" else folder / mode
         cache = folder / mode / "cache" if mode == "full" else Path(fresh) / "cache"
-        place = Workplace(materials, str(shared / "store"), shared / "scratch", cache)
+        place = WorkerContext(materials, str(shared / "store"), shared / "scratch", cache)
         started, worked = time.perf_counter(), time.process_time()
         outcome = work(job, place)
         seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - worked
@@ -232,11 +235,11 @@ def main() -> int:
     given = parser.parse_args()
     torch.set_num_threads(1)  # as a worker has, and forks need
     materials = texts(True, given.quick)
-    original = models.locate(materials.model)
+    original = sources.locate(materials.model)
     for source in (materials.calibration, materials.evaluation):
         assert source is not None
         data.windows_for(source, original)
-    models.load(original)
+    loading.load(original)
     memory.settle()
     shape = grid(materials, given.quick, given.sample)
     with tempfile.TemporaryDirectory() as folder:

@@ -27,7 +27,7 @@ import boto3
 from rich.console import Console
 from rich.table import Table
 
-from cluster.s3_store import S3Store
+from cluster.storage.s3_store import S3Store
 
 BUCKET = "slimfront-benchmark"
 

@@ -41,16 +41,20 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.overhead import accuracy_of, empty_study, lognormal, unseen
-from cluster.executor import Admission, Capacity, Ended, InlineExecutor, Resources, run_piece
-from jobs.job import Job, Measurement, Outcome, Success
+from cluster.executors.admission import Admission
+from cluster.executors.executor import Capacity, Resources
+from cluster.executors.inline import InlineExecutor
+from cluster.executors.task import TaskResult, run_task
+from jobs.job import Job, Outcome, Success
+from jobs.measurement.measurement import Measurement
 from orchestrator import search
-from orchestrator.launch import launch
-from orchestrator.ledger import Ledger
-from orchestrator.prepare import Prepared
-from orchestrator.progress import Status
-from orchestrator.results import Standings
-from orchestrator.service import replay
-from orchestrator.study import Study
+from orchestrator.persistence.ledger import Ledger
+from orchestrator.planning.prepare import Prepared
+from orchestrator.service.launch import launch
+from orchestrator.service.loop import replay
+from orchestrator.service.status import Status
+from orchestrator.study.results import Standings
+from orchestrator.study.study import Study
 
 JOB_SECONDS = 30.0
 SIGMA = 0.5
@@ -163,8 +167,8 @@ class SimulatedExecutor:
         self._began = time.perf_counter()
         self._admission = Admission(Capacity(slots))
         self._waiting: dict[int, tuple[str, Callable[..., Any], tuple[Any, ...]]] = {}
-        self._running: list[tuple[float, int, Ended]] = []
-        self._ended: list[Ended] = []
+        self._running: list[tuple[float, int, TaskResult]] = []
+        self._ended: list[TaskResult] = []
         self._submitted = 0
 
     @property
@@ -178,7 +182,7 @@ class SimulatedExecutor:
         self._submitted += 1
         self._start(self.now)
 
-    def wait(self, timeout: float | None = None) -> list[Ended]:
+    def wait(self, timeout: float | None = None) -> list[TaskResult]:
         self._settle()
         if not self._ended and self._running:
             idle = max(0.0, self._running[0][0] - self.now)
@@ -206,7 +210,7 @@ class SimulatedExecutor:
             key, fn, args = self._waiting.pop(ticket)
             end = at + self._seconds(key)
             self.spans.append((at, end))
-            heapq.heappush(self._running, (end, ticket, run_piece(key, fn, args)))
+            heapq.heappush(self._running, (end, ticket, run_task(key, fn, args)))
 
 
 def cluster(slots: int, candidates: int) -> dict[str, float]:

@@ -26,8 +26,8 @@ from benchmarks import search_peers
 from benchmarks.search_problems import Problem, names, problem
 from jobs.knobs import Value
 from orchestrator import search
-from orchestrator.front import Metrics
-from orchestrator.search import Search, nothing_known
+from orchestrator.pareto.front import Metrics
+from orchestrator.search.search import Search, nothing_known
 
 MARKS = (25, 50, 100, 200)
 NSGA2 = ("nsga2", "optuna-nsga2", "pymoo-nsga2")

@@ -17,7 +17,7 @@ import optuna
 
 from benchmarks.search_problems import Problem
 from jobs.knobs import Choice, Domain, Value
-from orchestrator.front import Metrics, losses
+from orchestrator.pareto.front import Metrics, losses
 
 CURE = "pip install 'slimfront[bench]'"
 

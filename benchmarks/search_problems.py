@@ -25,8 +25,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jobs.knobs import Choice, Domain, Range, Value
-from orchestrator.front import Metrics, Objective, losses
-from orchestrator.search import Choices, Known, nothing_known
+from orchestrator.pareto.front import Metrics, Objective, losses
+from orchestrator.search.search import Choices, Known, nothing_known
 
 DATA = Path(__file__).parent / "data"
 TABLES = {

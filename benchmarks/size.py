@@ -15,10 +15,11 @@ from pathlib import Path
 
 import torch
 
-from jobs import formats, models, techniques
+from jobs import formats, techniques
+from jobs.calibration.statistics import Statistics
 from jobs.context import Context
-from jobs.layout import Layout
-from jobs.statistics import Statistics
+from jobs.models import loading
+from jobs.models.layout import Layout
 from jobs.technique import Technique
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gpt2", "bert")
@@ -67,17 +68,17 @@ def random_steps(chance: random.Random) -> list[Technique]:
 
 def compress(original: Path, steps: list[Technique], folder: Path) -> Path | None:
     """Write the artifact of these steps into `folder`; None where one of them does not do this model."""
-    model = models.load(original)
+    model = loading.load(original)
     tokens = torch.randint(3, 512, (8, 32), generator=torch.Generator().manual_seed(0))
     for at, step in enumerate(steps):
         try:
-            step.outline(model.layout())
+            step.output_layout(model.layout())
         except ValueError:
             return None
         # Each step has a parent of its own, whose statistics nobody else may take for theirs.
         statistics = Statistics(folder.with_name(f"{folder.name}-{at}"), "parent")
         model = step.compress(model, Context(statistics, folder.parent, seed=0, calibration=tokens))
-    models.save(model, folder, {})
+    loading.save(model, folder, {})
     return folder
 
 

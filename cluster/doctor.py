@@ -19,11 +19,13 @@ from typing import NamedTuple
 
 import psutil
 
-from cluster.executor import Resources, cores
-from cluster.head import OBJECT_STORE_BYTES
-from cluster.on_ray import RayExecutor
-from cluster.store import ArtifactRef, ArtifactStore, is_remote, open_store, reach
-from cluster.submit import Jobs, JobState, Node
+from cluster.executors.executor import Resources, cores
+from cluster.on_ray.cluster_state import OBJECT_STORE_BYTES
+from cluster.on_ray.executor import RayExecutor
+from cluster.on_ray.jobs_api import Jobs, JobState, Node
+from cluster.storage.manifest import ArtifactRef
+from cluster.storage.open import check_store, is_remote, open_store
+from cluster.storage.store import ArtifactStore
 
 PROBE_BYTES = 8 * 10**6
 """What is put into a store and fetched, to see how fast that goes."""
@@ -105,7 +107,7 @@ def ray_works() -> Fact:
         )
     if [one.value for one in ended] == [platform.python_version()]:
         return Fact("local ray", "starts and works")
-    lost = ended[0].lost if ended else "no worker answered within a minute"
+    lost = ended[0].error if ended else "no worker answered within a minute"
     return Fact("local ray", str(lost), False, f"workers must import this package with {sys.executable}")
 
 
@@ -163,7 +165,7 @@ def of_store(address: str) -> Iterator[Fact]:
     """What can be done in the store at this address, and how fast, tried with a record and an artifact of our own that
     are removed again. A folder that is not there is made."""
     try:
-        reach(address)
+        check_store(address)
         allowed = Fact("all that a study does", "works")
     except (OSError, ValueError) as error:
         if not (isinstance(error, PermissionError) and is_remote(address)):

@@ -10,23 +10,12 @@ from typing import TYPE_CHECKING, Any
 from jaxtyping import Int
 from torch import Tensor
 
-from jobs.sharing import Sharing
+from jobs.parallel import Sharing
+from jobs.progress import Report
 
 if TYPE_CHECKING:
-    from jobs.model import Model
-    from jobs.statistics import Statistics
-
-Report = Callable[[float, str], None]
-"""Called with the share done (0 to 1) and what is being done; each call renews the attempt's lease. It may raise
-Interrupted."""
-
-
-class Interrupted(Exception):  # noqa: N818 - nothing is wrong with the work
-    """The work is to stop here and go on elsewhere: its machine goes away. together: every rank stops for it."""
-
-    def __init__(self, why: str = "", together: bool = False) -> None:
-        super().__init__(why)
-        self.together = together
+    from jobs.calibration.statistics import Statistics
+    from jobs.models.model import Model
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from jobs import models
-from jobs.job import TextSource
+from jobs.materials import TextSource
+from jobs.models import tokenizers
 
 
 @dataclass(frozen=True)
@@ -61,10 +61,10 @@ def windows_for(source: TextSource, model_folder: Path) -> Int[Tensor, "samples 
 
     The tensor is shared: it must not be changed.
     """
-    return _read(_Reading(digest(source), models.tokenizer_digest(model_folder), source, model_folder))
+    return _read(_Reading(digest(source), tokenizers.tokenizer_digest(model_folder), source, model_folder))
 
 
-def windows(source: TextSource, tokenizer: models.Tokenizer) -> Int[Tensor, "samples tokens"]:
+def windows(source: TextSource, tokenizer: tokenizers.Tokenizer) -> Int[Tensor, "samples tokens"]:
     """The source's documents in a row, an end-of-text token between two, cut into windows.
 
     For an encoder's tokenizer each window is framed as the tokenizer frames a text ([CLS] … [SEP]), and
@@ -160,7 +160,7 @@ def labelled(path: str | Path) -> list[Labelled]:
 
 @lru_cache(maxsize=8)
 def _read(reading: _Reading) -> Int[Tensor, "samples tokens"]:
-    return windows(reading.source, models.tokenizer(reading.folder))
+    return windows(reading.source, tokenizers.tokenizer(reading.folder))
 
 
 def _narrowed(source: TextSource) -> str:

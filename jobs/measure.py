@@ -13,8 +13,9 @@ from pathlib import Path
 import torch
 
 from jobs import meters, runtimes
-from jobs.job import Measurement, Target
-from jobs.meter import Subject
+from jobs.materials import Target
+from jobs.measurement.measurement import Measurement
+from jobs.measurement.meter import Subject
 
 
 def measure(names: Sequence[str], subject: Subject) -> Measurement:

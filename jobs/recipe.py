@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jobs import techniques
-from jobs.layout import Layout
+from jobs.models.layout import Layout
 from jobs.technique import Technique
 
 
@@ -32,7 +32,7 @@ class Recipe:
 
     def then(self, step: Technique) -> Recipe:
         """This recipe and one step more; a step that changes nothing is left out."""
-        return self if step.identity else Recipe(self.origin, (*self.steps, step))
+        return self if step.is_noop else Recipe(self.origin, (*self.steps, step))
 
     @property
     def parent(self) -> Recipe | None:
@@ -50,7 +50,7 @@ class Recipe:
         """The layout of the model that this recipe makes of the original's; ValueError where a step can't apply."""
         layout = original
         for step in self.steps:
-            layout = step.outline(layout)
+            layout = step.output_layout(layout)
         return layout
 
     @functools.cached_property

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import errno
 import functools
 import time
-import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,34 +11,40 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jobs import data, memory, models, ranks, residency
-from jobs.context import Context, Interrupted, Report
-from jobs.job import Failure, FailureKind, Job, Materials, Measurement, TextSource
+from jobs import data
+from jobs.calibration.statistics import Statistics
+from jobs.context import Context
+from jobs.failures import failure
+from jobs.job import Failure, Job
+from jobs.materials import Materials, TextSource
 from jobs.measure import environment, measure
-from jobs.meter import Subject
-from jobs.model import Model
+from jobs.measurement.measurement import Measurement
+from jobs.measurement.meter import Subject
+from jobs.models import loading, memory, placement, sources
+from jobs.models.model import Model
+from jobs.parallel import Sharing
+from jobs.progress import JobInterruptedError, Report
 from jobs.recipe import Recipe
-from jobs.sharing import Sharing
-from jobs.statistics import Statistics
 from jobs.technique import Technique
+from jobs.training import ranks
 
 _HEADER_BYTES = 4096
 """By so much may the header of a file be longer than foretold, where the data decide what each layer gets."""
 
 
 @dataclass(frozen=True)
-class Made:
+class JobOutput:
     """A job that went well. built: whether the artifact was made now, and lies in the job's folder;
     seconds: how long making it took; spared_seconds: and would have taken more without statistics that were there."""
 
     measurement: Measurement
     seconds: float
-    spared_seconds: float
+    saved_seconds: float
     built: bool
 
 
 @dataclass(frozen=True)
-class Places:
+class JobDirs:
     """The folders that a job may write in, and how it is shared out: as `attempt` was told."""
 
     folder: Path
@@ -60,7 +64,7 @@ def attempt(
     checkpoints: Path | None = None,
     before: Measurement | None = None,
     sharing: Sharing | None = None,
-) -> Made | Failure | None:
+) -> JobOutput | Failure | None:
     """Make the artifact of `job.recipe` in `folder` (new or empty) and measure it.
 
     parent: the folder of the parent's artifact; None for the original, which has no parent.
@@ -72,10 +76,10 @@ def attempt(
     sharing: how a training is spread over the ranks that make this attempt together.
     Never raises: what goes wrong comes back as a Failure.
 
-    Of several ranks (`jobs.ranks`) all make the model; the first alone writes and measures it. The others return None
-    when their part is done, or all were interrupted together: the first tells.
+    Of several ranks (`jobs.training.ranks`) all make the model; the first alone writes and measures it. The
+    others return None when their part is done, or all were interrupted together: the first tells.
     """
-    places = Places(folder, cache, checkpoints, sharing or Sharing())
+    places = JobDirs(folder, cache, checkpoints, sharing or Sharing())
     try:
         ranks.take_device()
         _prepare_process(materials.model)
@@ -85,7 +89,7 @@ def attempt(
             return None
         return _attempt(job, materials, parent, built, places, report, before)
     except Exception as error:  # noqa: BLE001 - the worker boundary: failures cross it as data
-        if isinstance(error, Interrupted) and error.together and not ranks.here().first:
+        if isinstance(error, JobInterruptedError) and error.together and not ranks.here().first:
             return None
         return failure(error)
     finally:
@@ -96,7 +100,7 @@ def attempt(
 def _prepare_process(model: str) -> None:
     """Import what the original's family needs before all that is imported is set aside: else each collection walks
     that again, 0.1 s."""
-    models.original_layout(models.locate(model))
+    loading.original_layout(sources.locate(model))
     memory.settle()
 
 
@@ -105,15 +109,15 @@ def _attempt(
     materials: Materials,
     parent: Path | None,
     built: Path | None,
-    places: Places,
+    places: JobDirs,
     report: Report,
     before: Measurement | None,
-) -> Made:
+) -> JobOutput:
     started = time.perf_counter()
     spared = _make(job, materials, parent, places, report) if built is None else 0.0
     seconds = time.perf_counter() - started
     report(1.0, "measuring")
-    original = models.locate(materials.model)
+    original = sources.locate(materials.model)
     if before is not None and before.environment != environment(materials.target):
         before = None
     subject = Subject(
@@ -126,83 +130,41 @@ def _attempt(
         before,
         report,
     )
-    return Made(measure(job.meters, subject), seconds, spared, built is None)
+    return JobOutput(measure(job.meters, subject), seconds, spared, built is None)
 
 
-def failure(error: BaseException) -> Failure:
-    """The failure that an exception means: whether trying again can help follows from its kind."""
-    trace = "".join(traceback.format_exception(error))
-    return Failure(_kind(error), f"{type(error).__name__}: {error}", trace)
-
-
-def _kind(error: BaseException) -> FailureKind:
-    if isinstance(error, Interrupted):
-        return "preempted"
-    if isinstance(error, FloatingPointError):
-        return "diverged"
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or _allocation_failed(error):
-        return "out_of_memory"
-    if disk_is_full(error):
-        return "disk_full"
-    return "invalid" if isinstance(error, ValueError) else "bug"
-
-
-def _allocation_failed(error: BaseException) -> bool:
-    # So the CPU's allocator and CUDA's libraries report it, as a RuntimeError.
-    told = ("can't allocate memory", "_STATUS_ALLOC_FAILED")
-    return isinstance(error, RuntimeError) and any(text in str(error) for text in told)
-
-
-def disk_is_full(error: BaseException | None) -> bool:
-    """Whether an error came of a full disk: libraries raise their own, and what cleans up may raise another."""
-    told = (
-        "database or disk is full",
-        "No space left on device",
-        "Disk quota exceeded",
-        "PytorchStreamWriter failed writing",
-        "unexpected pos ",
-    )
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return True
-        if any(text in str(error) for text in told):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
-
-
-def _make(job: Job, materials: Materials, parent: Path | None, places: Places, report: Report) -> float:
+def _make(job: Job, materials: Materials, parent: Path | None, places: JobDirs, report: Report) -> float:
     """Write the artifact of a job's recipe, the original's or one step from its parent's, into its folder; the seconds
     that statistics spared it."""
     model, notes, spared = _made(job, materials, parent, places, report)
     about = {"recipe": job.recipe.to_dict(), "text": str(job.recipe), "notes": notes}
-    models.save(model, places.folder, about)
+    loading.save(model, places.folder, about)
     return spared
 
 
 def _made(
-    job: Job, materials: Materials, parent: Path | None, places: Places, report: Report
+    job: Job, materials: Materials, parent: Path | None, places: JobDirs, report: Report
 ) -> tuple[Model, list[dict[str, Any]], float]:
     """The model of a job's recipe, what is noted of its making, and the seconds that statistics spared it."""
     recipe = job.recipe
     if recipe.parent is None:
         report(0.0, "writing the original")
-        return models.load(models.locate(materials.model)), [], 0.0
+        return loading.load(sources.locate(materials.model)), [], 0.0
     if parent is None:
         raise LookupError(f"the artifact of {recipe.parent} is needed to make {recipe}, and was not given")
     step = recipe.steps[-1]
     report(0.0, str(step))
     context = context_of(recipe, materials, places, report)
-    model = _compressed(models.load(parent, device()), step, context)
-    notes = models.about(parent).get("notes", [])
+    model = _compressed(loading.load(parent, device()), step, context)
+    notes = loading.about(parent).get("notes", [])
     if context.notes:
         notes = [*notes, {"step": str(step), **context.notes}]
-    return model, notes, context.statistics.spared_seconds
+    return model, notes, context.statistics.saved_seconds
 
 
 def _compressed(model: Model, step: Technique, context: Context) -> Model:
     """The model after `step`; refuses one that is not what the step's outline foretold, or not finite."""
-    expected = step.outline(model.layout())
+    expected = step.output_layout(model.layout())
     model = step.compress(model, context)
     left = model.layout()
     if step.exact and left != expected:
@@ -217,10 +179,10 @@ def _compressed(model: Model, step: Technique, context: Context) -> Model:
     return model
 
 
-def context_of(recipe: Recipe, materials: Materials, places: Places, report: Report) -> Context:
+def context_of(recipe: Recipe, materials: Materials, places: JobDirs, report: Report) -> Context:
     """The context of the recipe's last step, with what it needs and no more: reading text that nobody asks for costs
     seconds."""
-    original = models.locate(materials.model)
+    original = sources.locate(materials.model)
     step, parent = recipe.steps[-1], recipe.lineage()[-2]
 
     def rows(source: TextSource | None) -> Tensor | None:
@@ -232,7 +194,7 @@ def context_of(recipe: Recipe, materials: Materials, places: Places, report: Rep
         seed=recipe.origin.seed,
         calibration=rows(materials.calibration) if step.needs & {"calibration", "gradients"} else None,
         training=rows(materials.training) if "training" in step.needs else None,
-        teacher=lambda: residency.whole(models.load(original, device())),
+        teacher=lambda: placement.move_all(loading.load(original, device())),
         teacher_statistics=Statistics(places.cache, recipe.lineage()[0].id),
         checkpoints=places.checkpoints,
         sharing=places.sharing,

@@ -9,19 +9,17 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 from jobs.knobs import Domain, Value, profile, profile_values
-from jobs.sharing import HIGHEST_STAGE
+from jobs.models.layout import Form
+from jobs.parallel import HIGHEST_STAGE
 
 if TYPE_CHECKING:
     from jobs.context import Context
-    from jobs.families import Family, Task
-    from jobs.layout import Layout
-    from jobs.model import Model
+    from jobs.models.families import Family, Task
+    from jobs.models.layout import Layout
+    from jobs.models.model import Model
 
 Kind = Literal["depth", "width", "sparsity", "rank", "bits", "recovery"]
 Need = Literal["calibration", "teacher", "gradients", "training"]
-Form = Literal["dense", "factored", "packed", "sparse"]
-"""How a linear layer holds its weights: one float matrix, two thin ones, packed integers with scales, or the
-places and values of those that are not zero."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +30,7 @@ class Technique(ABC):
     `accepts` are the forms of linears that it can work on, `leaves` the forms that it brings in. From
     these alone follows which technique may come after which. `by_block` are the options that may differ by
     block, `by_linear` by linear as well: their value may be a text of several numbers (`jobs.knobs.profile`).
-    `highest_stage`: of ZeRO (`jobs.engine.Training`), where it trains.
+    `highest_stage`: of ZeRO (`jobs.training.engine.Training`), where it trains.
     """
 
     kind: ClassVar[Kind]
@@ -40,7 +38,7 @@ class Technique(ABC):
     version: ClassVar[int] = 1
     needs: ClassVar[frozenset[Need]] = frozenset()
     accepts: ClassVar[frozenset[Form]] = frozenset({"dense"})
-    leaves: ClassVar[frozenset[Form]] = frozenset()
+    produces: ClassVar[frozenset[Form]] = frozenset()
     by_block: ClassVar[frozenset[str]] = frozenset()
     by_linear: ClassVar[frozenset[str]] = frozenset()
     highest_stage: ClassVar[int] = HIGHEST_STAGE
@@ -48,7 +46,7 @@ class Technique(ABC):
     def __post_init__(self) -> None:
         for name, domain in self.domains().items():
             object.__setattr__(self, name, self._valid(name, domain))
-        for name, value in self.idle().items():
+        for name, value in self.ignored_options().items():
             object.__setattr__(self, name, value)
 
     @classmethod
@@ -66,7 +64,7 @@ class Technique(ABC):
         """The technique with these options; TypeError for unknown ones, ValueError for values out of range."""
         return cls(**options)
 
-    def idle(self) -> dict[str, Value]:
+    def ignored_options(self) -> dict[str, Value]:
         """The options that have no effect beside the others, with the value that they are then given: settings
         that do the same must not make two recipes."""
         return {}
@@ -110,12 +108,12 @@ class Technique(ABC):
         return int(getattr(self, "steps", 0))
 
     @property
-    def identity(self) -> bool:
+    def is_noop(self) -> bool:
         """Whether these options change nothing (a ratio of 0, no steps): such a step is left out of a recipe."""
         return False
 
     @abstractmethod
-    def outline(self, layout: Layout) -> Layout:
+    def output_layout(self, layout: Layout) -> Layout:
         """The layout of the model after this step, from shapes alone (see `exact`).
 
         Raises ValueError where the step cannot be applied to a model of this layout, naming technique,
@@ -199,6 +197,6 @@ def check_order(steps: Sequence[type[Technique]]) -> None:
                 f"{step.name()} cannot come first: it recovers what earlier steps lost, and nothing is lost "
                 f"yet; put it after a step that prunes or factorizes"
             )
-        for form in step.leaves:
+        for form in step.produces:
             forms.add(form)
             brought_by.setdefault(form, step.name())

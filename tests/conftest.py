@@ -16,8 +16,8 @@ import transformers
 import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from jobs import families
-from jobs.families import Task
+from jobs.models import families
+from jobs.models.families import Task
 from tests import processes
 
 VOCABULARY = 512

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from cluster.head import launcher_schema
+from cluster.on_ray.cluster_state import launcher_schema
 from cluster.templates import ec2
 from cluster.templates.instances import Instance, table
 from cluster.templates.placed import Document, Key, Problem

@@ -11,13 +11,13 @@ import tempfile
 from pathlib import Path
 from typing import Protocol, cast
 
-from jobs.layout import Layout
-from jobs.lookup import module_of
+from jobs.models.layout import Layout
+from jobs.plugins import module_of
 
-OWN = "slimfront"
+NATIVE = "slimfront"
 """The form that artifacts lie in the store in, which only our own code reads."""
 
-MARK = "export.json"
+EXPORT_MANIFEST = "export.json"
 """Beside every export: which format it is in."""
 
 _PREFIX = "to_"
@@ -86,13 +86,13 @@ def write(name: str, artifact: Path, out: Path, cache: Path | None = None) -> No
         made = Path(scratch) / "made"
         made.mkdir()
         kind.write(artifact, made, cache)
-        (made / MARK).write_text(json.dumps({"format": name, "task": layout.task}))
+        (made / EXPORT_MANIFEST).write_text(json.dumps({"format": name, "task": layout.task}))
         os.replace(made, out)
 
 
-def shipped(name: str, artifact: Path, out: Path, cache: Path | None = None) -> Path:
+def export_or_native(name: str, artifact: Path, out: Path, cache: Path | None = None) -> Path:
     """The folder that is shipped: the artifact itself in our own form, else `out`, which it is written to."""
-    if name == OWN:
+    if name == NATIVE:
         return artifact
     write(name, artifact, out, cache)
     return out
@@ -102,7 +102,7 @@ def checksums(folder: Path) -> dict[str, str]:
     """The SHA-256 of every file of an export but the mark itself."""
     found = {}
     for file in sorted(folder.rglob("*")):
-        if file.is_file() and file != folder / MARK:
+        if file.is_file() and file != folder / EXPORT_MANIFEST:
             with file.open("rb") as stream:
                 digest = hashlib.file_digest(stream, "sha256").hexdigest()
             found[str(file.relative_to(folder))] = digest
@@ -111,9 +111,9 @@ def checksums(folder: Path) -> dict[str, str]:
 
 def format_of(folder: Path) -> str:
     """The format that an exported folder is in."""
-    file = folder / MARK
+    file = folder / EXPORT_MANIFEST
     if not file.is_file():
-        raise ValueError(f"{folder} is no export of slimfront: it has no {MARK}")
+        raise ValueError(f"{folder} is no export of slimfront: it has no {EXPORT_MANIFEST}")
     return str(json.loads(file.read_text())["format"])
 
 

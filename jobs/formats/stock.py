@@ -13,10 +13,10 @@ from jaxtyping import Float
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from jobs import models
-from jobs.layers import PackedLinear, SparseLinear
-from jobs.layout import Layout, LinearSpec
-from jobs.model import DTYPE
+from jobs.models import loading, tokenizers
+from jobs.models.layers import PackedLinear, SparseLinear
+from jobs.models.layout import Layout, LinearSpec
+from jobs.models.model import DTYPE
 
 _QKVO = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 _GATED = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
@@ -105,7 +105,7 @@ def write_folder(
     """
     layout = Layout.read(artifact)
     with_biases = sparse_unpacked(layout).linears
-    tensors = load_file(artifact / models.WEIGHTS)
+    tensors = load_file(artifact / loading.WEIGHTS)
     for name, spec in layout.matrices.items():
         held = {part: tensors.pop(f"{name}.{part}") for part in spec.tensors()}
         made = weight_of(name, spec, held)
@@ -114,10 +114,10 @@ def write_folder(
         elif name in with_biases and with_biases[name].bias:
             made["bias"] = torch.zeros(spec.out_features, dtype=DTYPE)
         tensors |= {f"{name}.{part}": tensor for part, tensor in made.items()}
-    save_file(tensors, out / models.WEIGHTS, metadata={"format": "pt"})
+    save_file(tensors, out / loading.WEIGHTS, metadata={"format": "pt"})
     told = {**config(artifact, layout), **settings}
     (out / "config.json").write_text(json.dumps(told, indent=2, sort_keys=True) + "\n")
-    models.copy_words(artifact, out)
+    tokenizers.copy_tokenizer(artifact, out)
 
 
 def dense_weight(spec: LinearSpec, held: Mapping[str, Tensor]) -> Float[Tensor, "out in"]:

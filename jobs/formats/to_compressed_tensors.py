@@ -20,8 +20,8 @@ from jaxtyping import Int
 from torch import Tensor
 
 from jobs.formats import stock
-from jobs.layers import pack
-from jobs.layout import Layout, LinearSpec, Packing, TensorSpec, file_bytes
+from jobs.models.bit_packing import pack
+from jobs.models.layout import Layout, LinearSpec, Packing, TensorSpec, file_bytes
 
 WEIGHTS = "*.safetensors"
 

@@ -32,10 +32,10 @@ from jaxtyping import Float, Int, UInt8
 from safetensors import safe_open
 from torch import Tensor
 
-from jobs import models
-from jobs.formats import stock, words
-from jobs.layers import unpack
-from jobs.layout import Layout, LinearSpec, Packing
+from jobs.formats import gguf_tokenizer, stock
+from jobs.models import loading, tokenizers
+from jobs.models.bit_packing import unpack
+from jobs.models.layout import Layout, LinearSpec, Packing
 
 WEIGHTS = "*.gguf"
 
@@ -123,7 +123,7 @@ def write(artifact: Path, out: Path, cache: Path | None) -> None:
     writer = gguf.GGUFWriter(out / FILE, _ARCHITECTURES[layout.family.name])
     _describe(writer, layout, artifact, plan)
     _add_words(writer, artifact, _rows(layout))
-    with safe_open(artifact / models.WEIGHTS, framework="pt") as stored:
+    with safe_open(artifact / loading.WEIGHTS, framework="pt") as stored:
         for planned in plan:
             writer.add_tensor(
                 planned.name,
@@ -134,7 +134,7 @@ def write(artifact: Path, out: Path, cache: Path | None) -> None:
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
     writer.close()
-    models.copy_words(artifact, out)
+    tokenizers.copy_tokenizer(artifact, out)
 
 
 def _cannot(spec: LinearSpec, packing: Packing) -> str | None:
@@ -274,7 +274,7 @@ def _describe(writer: Any, layout: Layout, folder: Path, plan: list[Planned]) ->
     """Add what llama.cpp must know of the model: `folder`'s config, and the layout's shapes."""
     import gguf
 
-    config = models.config(folder)
+    config = loading.config(folder)
     attention = layout.family.attention
     first = {
         path: layout.linears[layout.name(0, path)]
@@ -319,7 +319,7 @@ def _add_words(writer: Any, folder: Path, rows: int) -> None:
     """Add the tokenizer of a folder."""
     import gguf
 
-    found = words.read(folder, rows)
+    found = gguf_tokenizer.read(folder, rows)
     writer.add_tokenizer_model(found.kind)
     writer.add_tokenizer_pre(found.split)
     writer.add_token_list(found.tokens)
@@ -330,7 +330,7 @@ def _add_words(writer: Any, folder: Path, rows: int) -> None:
         writer.add_add_space_prefix(found.space_first)
     special = gguf.SpecialVocab(folder, load_merges=found.kind == "gpt2", n_vocab=rows)
     # A config that transformers wrote leaves out what is the family's default: both must give one file.
-    config = models.config(folder)
+    config = loading.config(folder)
     for kind in special.special_token_types:
         number = getattr(config, f"{kind}_token_id", None)
         if isinstance(number, int) and number < rows:

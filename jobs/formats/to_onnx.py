@@ -4,7 +4,7 @@ Inputs and outputs are those that Optimum and ONNX Runtime's generation expect: 
 model's position_ids and past_key_values.N.key/value too, and present.N.key/value beside its logits.
 
 Dense weights are bf16, which the graph turns into fp32 when it is loaded. Packed ones are multiplied as they are
-(`jobs.formats.blocks`), by ONNX Runtime's own operators, which other programs do not know.
+(`jobs.formats.onnx_blocks`), by ONNX Runtime's own operators, which other programs do not know.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from typing import Any
 
 import torch
 
-from jobs import graph, models
-from jobs.formats import blocks, shapes
-from jobs.formats.filling import OWN_BYTES, Filling, aligned
-from jobs.layers import PackedEmbedding, PackedLinear, SparseLinear
-from jobs.layout import Layout, LinearSpec
-from jobs.model import distinct_tensors
+from jobs.formats import graph, onnx_blocks, onnx_shapes
+from jobs.formats.onnx_weights import OWN_BYTES, OnnxWeightWriter, aligned
+from jobs.models import loading, tokenizers
+from jobs.models.layers import PackedEmbedding, PackedLinear, SparseLinear
+from jobs.models.layout import Layout, LinearSpec
+from jobs.models.model import distinct_tensors
 from jobs.runtimes.on_onnxruntime import GRAPH, missing
 
 __all__ = ["missing"]
@@ -42,7 +42,7 @@ def refusal(layout: Layout) -> str | None:
             continue
         if known.activation_bits != 16 and known.activation_bits > 8:
             return f"{name} rounds its activations to {known.activation_bits} bits, and ONNX multiplies integers of 8"
-        if blocks.fitting(spec) is None:
+        if onnx_blocks.fitting(spec) is None:
             return f"groups of {known.group} in {name}, and ONNX Runtime's are multiples of 16"
         if name in layout.tables and known.real_zeros:
             return f"zero points of the table {name} that are not whole"
@@ -51,8 +51,8 @@ def refusal(layout: Layout) -> str | None:
 
 def size_bytes(layout: Layout, original: Path) -> int:
     sizes = [size for spec in layout.matrices.values() for size in _bytes_of(spec)]
-    sizes += [tensor.size_bytes for tensor in graph.others(layout).values()]
-    return sum(map(aligned, sizes)) + _room(models.computed_bytes(original))
+    sizes += [tensor.size_bytes for tensor in graph.other_tensors(layout).values()]
+    return sum(map(aligned, sizes)) + _room(loading.computed_bytes(original))
 
 
 def _room(computed: Sequence[int]) -> int:
@@ -65,7 +65,7 @@ def _bytes_of(spec: LinearSpec) -> Iterator[int]:
     if spec.packing is None:
         yield 2 * spec.out_features * spec.in_features
     else:
-        yield from blocks.parts_bytes(spec)
+        yield from onnx_blocks.parts_bytes(spec)
         if spec.packing.input_scales:
             yield 2 * spec.in_features
     if spec.bias:
@@ -74,8 +74,8 @@ def _bytes_of(spec: LinearSpec) -> Iterator[int]:
 
 def write(artifact: Path, out: Path, cache: Path | None) -> None:
     network = _skeleton(artifact, cache)
-    filled = Filling(network)
-    model = models.load(artifact)
+    filled = OnnxWeightWriter(network)
+    model = loading.load(artifact)
     packed = {
         f"{name}.weight": layer
         for name, layer in (*model.linears().items(), *model.tables().items())
@@ -88,9 +88,9 @@ def write(artifact: Path, out: Path, cache: Path | None) -> None:
             filled.put_packed(name, layer)
         else:
             filled.put_dense(name, layer.weight() if layer is not None else held[name])
-    filled.finish(out / WEIGHTS, _room(models.computed_in(model.module)))
+    filled.finish(out / WEIGHTS, _room(loading.computed_in(model.module)))
     (out / GRAPH).write_bytes(network.SerializeToString(deterministic=True))
-    models.copy_words(artifact, out)
+    tokenizers.copy_tokenizer(artifact, out)
     shutil.copyfile(artifact / "config.json", out / "config.json")
 
 
@@ -133,4 +133,4 @@ def _traced(function: graph.Function) -> Any:
     sizes = {"batch": ("input_ids", 0), "tokens": ("input_ids", 1)}
     if function.past:
         sizes |= {every: ("attention_mask", 1), "past_tokens": (next(iter(function.past)), 2)}
-    return shapes.settle(traced, sizes)
+    return onnx_shapes.settle(traced, sizes)

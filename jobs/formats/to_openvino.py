@@ -21,10 +21,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from jobs import graph, models
-from jobs.layers import PackedEmbedding, PackedLinear, SparseLinear, pack, unpack
-from jobs.layout import Layout, LinearSpec, Packing
-from jobs.model import Model, distinct_tensors, written_dtype
+from jobs.formats import graph
+from jobs.models import loading, tokenizers
+from jobs.models.bit_packing import pack, unpack
+from jobs.models.layers import PackedEmbedding, PackedLinear, SparseLinear
+from jobs.models.layout import Layout, LinearSpec, Packing
+from jobs.models.model import Model, distinct_tensors, written_dtype
 from jobs.runtimes.on_openvino import GRAPH, missing
 
 __all__ = ["missing"]
@@ -49,8 +51,8 @@ def refusal(layout: Layout) -> str | None:
 
 def size_bytes(layout: Layout, original: Path) -> int:
     sizes = [size for spec in layout.matrices.values() for size in _bytes_of(spec)]
-    sizes += [tensor.size_bytes for tensor in graph.others(layout).values()]
-    return _aligned(sum(sizes)) + _structure_bytes(models.computed_bytes(original))
+    sizes += [tensor.size_bytes for tensor in graph.other_tensors(layout).values()]
+    return _aligned(sum(sizes)) + _structure_bytes(loading.computed_bytes(original))
 
 
 def _structure_bytes(computed: Sequence[int]) -> int:
@@ -61,15 +63,15 @@ def _structure_bytes(computed: Sequence[int]) -> int:
 def write(artifact: Path, out: Path, cache: Path | None) -> None:
     import openvino
 
-    model = models.load(artifact)
+    model = loading.load(artifact)
     network = _skeleton(artifact, cache)
     _fill(network, _held(model))
     if model.task == "causal-lm":
         network = _stateful(network)
     with tempfile.TemporaryDirectory(dir=out) as scratch:
         openvino.serialize(network, Path(scratch) / GRAPH)
-        _lay_out(Path(scratch), out, _structure_bytes(models.computed_in(model.module)))
-    models.copy_words(artifact, out)
+        _lay_out(Path(scratch), out, _structure_bytes(loading.computed_in(model.module)))
+    tokenizers.copy_tokenizer(artifact, out)
     shutil.copyfile(artifact / "config.json", out / "config.json")
 
 
@@ -124,7 +126,7 @@ def _name(node: Any, name: str) -> None:
     node.output(0).get_tensor().set_names({name})
 
 
-def _fill(network: Any, held: Mapping[str, _Held]) -> None:
+def _fill(network: Any, held: Mapping[str, _StoredTensor]) -> None:
     """Put an artifact's tensors in the places of the parameters that stand for them."""
     from openvino import opset13 as op
 
@@ -156,7 +158,7 @@ def _readers(node: Any) -> list[Any]:
     )
 
 
-def _beside(places: Mapping[str, Any], held: Mapping[str, _Held]) -> list[list[str]]:
+def _beside(places: Mapping[str, Any], held: Mapping[str, _StoredTensor]) -> list[list[str]]:
     """The linears that read the same and are held alike, so that their rows can be those of one."""
     found: dict[Any, list[str]] = {}
     for name, node in places.items():
@@ -173,15 +175,15 @@ def _beside(places: Mapping[str, Any], held: Mapping[str, _Held]) -> list[list[s
     return [sorted(names) for names in found.values() if len(names) > 1]
 
 
-_Piece = tuple[np.ndarray[Any, Any], str, tuple[int, ...]]
+_Constant = tuple[np.ndarray[Any, Any], str, tuple[int, ...]]
 """Bytes, OpenVINO's name of their type, and a shape."""
 
 
 @dataclass(frozen=True)
-class _Held:
+class _StoredTensor:
     """A tensor of this shape as it is written: `weight`, or `packed` integers with `scales` and maybe `zeros`."""
 
-    parts: Mapping[str, _Piece]
+    parts: Mapping[str, _Constant]
     shape: tuple[int, ...]
 
     @property
@@ -216,17 +218,17 @@ class _Held:
         return op.convert(value, "f32")
 
 
-def _joined(held: Sequence[_Held]) -> _Held:
+def _joined(held: Sequence[_StoredTensor]) -> _StoredTensor:
     """The rows of all, one after the other."""
     parts = {}
     for part, (_, kind, shape) in held[0].parts.items():
         pieces = [one.parts[part] for one in held]
         rows = sum(piece[2][0] for piece in pieces)
         parts[part] = (np.concatenate([piece[0].reshape(-1) for piece in pieces]), kind, (rows, *shape[1:]))
-    return _Held(parts, (sum(one.shape[0] for one in held), *held[0].shape[1:]))
+    return _StoredTensor(parts, (sum(one.shape[0] for one in held), *held[0].shape[1:]))
 
 
-def _held(model: Model) -> dict[str, _Held]:
+def _held(model: Model) -> dict[str, _StoredTensor]:
     """All tensors of an artifact, by the names that the graph's parameters have for them."""
     found = {}
     for name, tensor in distinct_tensors(model.module).items():
@@ -236,16 +238,16 @@ def _held(model: Model) -> dict[str, _Held]:
             found[f"{name}.weight"] = _dense(layer.weight())
         elif isinstance(layer, (PackedLinear, PackedEmbedding)):
             shape = (layer.spec.out_features, layer.spec.in_features)
-            found[f"{name}.weight"] = _Held(_pieces(layer), shape)
+            found[f"{name}.weight"] = _StoredTensor(_pieces(layer), shape)
     return found
 
 
-def _dense(tensor: Tensor) -> _Held:
+def _dense(tensor: Tensor) -> _StoredTensor:
     written = tensor.detach().to(written_dtype(tensor)).contiguous()
     kinds = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32",
              torch.int64: "i64", torch.int32: "i32", torch.uint8: "u8"}  # fmt: skip
     raw = written.reshape(-1).view(torch.uint8).numpy()
-    return _Held({"weight": (raw, kinds[written.dtype], tuple(tensor.shape))}, tuple(tensor.shape))
+    return _StoredTensor({"weight": (raw, kinds[written.dtype], tuple(tensor.shape))}, tuple(tensor.shape))
 
 
 def _constant(name: str, array: np.ndarray[Any, Any], kind: str, shape: tuple[int, ...]) -> Any:
@@ -257,7 +259,7 @@ def _constant(name: str, array: np.ndarray[Any, Any], kind: str, shape: tuple[in
     return constant
 
 
-def _pieces(layer: PackedLinear | PackedEmbedding) -> dict[str, _Piece]:
+def _pieces(layer: PackedLinear | PackedEmbedding) -> dict[str, _Constant]:
     """The constants of a packed layer."""
     spec, known = layer.spec, layer.packing
     bits, group = _bits(known), _group(spec)
@@ -274,7 +276,7 @@ def _pieces(layer: PackedLinear | PackedEmbedding) -> dict[str, _Piece]:
         return wide.contiguous()
 
     integers = unpack(layer.packed, known.bits, spec.in_features)
-    found: dict[str, _Piece] = {}
+    found: dict[str, _Constant] = {}
     if known.symmetric:
         signed = integers.to(torch.int16) - 2 ** (known.bits - 1)
         found["packed"] = (_packed(signed, bits), f"i{bits}", grouped)

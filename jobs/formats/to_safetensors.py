@@ -13,7 +13,7 @@ from pathlib import Path
 from torch import Tensor
 
 from jobs.formats import stock
-from jobs.layout import Layout, LinearSpec, file_bytes
+from jobs.models.layout import Layout, LinearSpec, file_bytes
 
 WEIGHTS = "*.safetensors"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from jobs.layout import Layout
+from jobs.models.layout import Layout
 
 WEIGHTS = "*.safetensors"
 

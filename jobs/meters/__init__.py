@@ -5,8 +5,8 @@ from __future__ import annotations
 import importlib
 import pkgutil
 
-from jobs.families import Task
-from jobs.meter import Meter
+from jobs.measurement.meter import Meter
+from jobs.models.families import Task
 
 
 def names() -> list[str]:
@@ -22,13 +22,13 @@ def load(name: str) -> Meter:
     return meter
 
 
-def producing(metric: str, task: Task) -> str:
+def meter_of(metric: str, task: Task) -> str:
     """The name of the meter that produces `metric` for `task`; LookupError lists what can be measured."""
     known: list[str] = []
     for name in names():
         meter = load(name)
         if task in meter.tasks:
-            if metric in (*meter.metrics, *meter.beside):
+            if metric in (*meter.metrics, *meter.diagnostics):
                 return name
             known += meter.metrics
     raise LookupError(f"nothing measures {metric!r} for task {task} (there are: {', '.join(sorted(known))})")

@@ -11,9 +11,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from jobs import models
-from jobs.job import Measurement
-from jobs.meter import Meter, Subject, measured
+from jobs.measurement.measurement import Measurement
+from jobs.measurement.meter import Meter, Subject, run_meter
+from jobs.models import loading
 from jobs.runtimes import Runner, on_torch
 
 _TOKENS_AT_ONCE = 1024
@@ -32,14 +32,14 @@ def measure(subject: Subject) -> Measurement:
         return [nn.functional.cosine_similarity(vectors(subject.runner, left), theirs)]
 
     (cosines,) = subject.observed(("agreement",), len(rows), observe, at_once)
-    return measured({"agreement": cosines})
+    return run_meter({"agreement": cosines})
 
 
 @dataclass(frozen=True)
 class _Asked:
     """Equal where the vectors are: for the same files, windows and threads, by which sums are rounded otherwise."""
 
-    files: tuple[models.FileState, ...]
+    files: tuple[loading.FileState, ...]
     windows: str
     threads: int
     original: Path = field(compare=False)
@@ -52,7 +52,7 @@ def original_vectors(original: Path, rows: Int[Tensor, "windows tokens"]) -> Flo
     The tensor is shared: it must not be changed.
     """
     digest = hashlib.sha256(rows.numpy().tobytes()).hexdigest()
-    return _said(_Asked(models.state_of(original), digest, torch.get_num_threads(), original, rows))
+    return _said(_Asked(loading.state_of(original), digest, torch.get_num_threads(), original, rows))
 
 
 @lru_cache(maxsize=8)

@@ -8,11 +8,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from jobs import data, likelihood
+from jobs import data
 from jobs.data import Question
-from jobs.job import Measurement
-from jobs.meter import Meter, Subject, measured
-from jobs.models import Tokenizer
+from jobs.measurement import likelihood
+from jobs.measurement.measurement import Measurement
+from jobs.measurement.meter import Meter, Subject, run_meter
+from jobs.models.tokenizers import Tokenizer
 from jobs.runtimes import Runner
 
 
@@ -38,7 +39,7 @@ def measure(subject: Subject) -> Measurement:
         return [torch.tensor(one) for one in zip(*found, strict=True)]
 
     names = ("choice_accuracy", "choice_accuracy_norm")
-    return measured(dict(zip(names, subject.observed(names, len(questions), observe), strict=True)))
+    return run_meter(dict(zip(names, subject.observed(names, len(questions), observe), strict=True)))
 
 
 def _right(subject: Subject, question: Question) -> tuple[bool, bool]:

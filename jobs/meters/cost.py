@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from jobs.families import TASKS
-from jobs.job import Measurement, Target
-from jobs.meter import Meter, Subject
+from jobs.materials import Target
+from jobs.measurement.measurement import Measurement
+from jobs.measurement.meter import Meter, Subject
 from jobs.meters.latency import summary
+from jobs.models.families import TASKS
 
 
 def measure(subject: Subject) -> Measurement:

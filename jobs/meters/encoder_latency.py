@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from jobs.job import Measurement
-from jobs.meter import Meter, Subject
+from jobs.measurement.measurement import Measurement
+from jobs.measurement.meter import Meter, Subject
 from jobs.meters.latency import MACHINE, metrics_of, summary
 
 
@@ -14,7 +14,7 @@ def measure(subject: Subject) -> Measurement:
 
 METER = Meter(
     metrics=metrics_of(["prefill"]),
-    beside=MACHINE,
+    diagnostics=MACHINE,
     tasks=("embedding", "classification"),
     measure=measure,
     exclusive=True,

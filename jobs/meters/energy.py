@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import statistics
 
-from jobs import power
-from jobs.families import TASKS
-from jobs.job import Measurement, Target
-from jobs.meter import Meter, Subject
-from jobs.timing import Part
+from jobs.materials import Target
+from jobs.measurement import energy_counters
+from jobs.measurement.measurement import Measurement
+from jobs.measurement.meter import Meter, Subject
+from jobs.measurement.timing import Part
+from jobs.models.families import TASKS
 
 
 def measure(subject: Subject) -> Measurement:
@@ -25,7 +26,7 @@ def measure(subject: Subject) -> Measurement:
 
 
 def missing(target: Target) -> str | None:
-    return power.missing()
+    return energy_counters.missing()
 
 
 METER = Meter(metrics=("token_joules",), tasks=TASKS, measure=measure, exclusive=True, missing=missing)

@@ -8,10 +8,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from jobs import data, models
+from jobs import data
 from jobs.data import Labelled
-from jobs.job import Measurement
-from jobs.meter import Meter, Subject, measured
+from jobs.measurement.measurement import Measurement
+from jobs.measurement.meter import Meter, Subject, run_meter
+from jobs.models import loading
 
 
 @torch.inference_mode()
@@ -23,7 +24,7 @@ def measure(subject: Subject) -> Measurement:
         raise ValueError("accuracy needs texts with labels; give the study data.labelled")
     texts = data.labelled(subject.materials.labelled)
     texts = texts[: subject.items_of(len(texts))]
-    config: Any = models.config(subject.original)
+    config: Any = loading.config(subject.original)
     longest = int(getattr(config, "max_position_embeddings", 512)) - 2  # RoBERTa keeps two places for itself
     right = torch.tensor([class_of(one, config) for one in texts])
 
@@ -31,7 +32,7 @@ def measure(subject: Subject) -> Measurement:
         return [torch.tensor([_answer(subject, one, longest) for one in texts[start:]])]
 
     (said,) = subject.observed(("answers",), len(texts), observe)
-    return measured({"accuracy": said == right, "f1": f1_items(said.long(), right)}, {"answers": said})
+    return run_meter({"accuracy": said == right, "f1": f1_items(said.long(), right)}, {"answers": said})
 
 
 def _answer(subject: Subject, one: Labelled, longest: int) -> int:

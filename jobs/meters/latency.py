@@ -6,9 +6,9 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from jobs.job import Measurement
-from jobs.meter import Meter, Subject
-from jobs.timing import PARTS, Timed, median_ms, milliseconds, spread
+from jobs.measurement.measurement import Measurement
+from jobs.measurement.meter import Meter, Subject
+from jobs.measurement.timing import PARTS, Timed, median_ms, milliseconds, spread
 
 
 def measure(subject: Subject) -> Measurement:
@@ -60,7 +60,7 @@ def _machine(timed: Timed) -> dict[str, float]:
 
 METER = Meter(
     metrics=metrics_of(["prefill", "decode"]),
-    beside=MACHINE,
+    diagnostics=MACHINE,
     tasks=("causal-lm",),
     measure=measure,
     exclusive=True,

@@ -16,11 +16,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from jobs import likelihood, models
-from jobs.generation import continued
-from jobs.job import Measurement, Target, TaskSource
-from jobs.meter import Meter, Subject, measured
-from jobs.models import Tokenizer
+from jobs.materials import Target, TaskSource
+from jobs.measurement import likelihood
+from jobs.measurement.generation import continued
+from jobs.measurement.measurement import Measurement
+from jobs.measurement.meter import Meter, Subject, run_meter
+from jobs.models import loading
+from jobs.models.tokenizers import Tokenizer
 from jobs.runtimes import Runner
 
 if TYPE_CHECKING:
@@ -48,7 +50,7 @@ def measure(subject: Subject) -> Measurement:
     from lm_eval import simple_evaluate
 
     names, asked = zip(*(_split(name) for name in source.names), strict=True)
-    longest = int(getattr(models.config(subject.original), "max_position_embeddings", 2048))
+    longest = int(getattr(loading.config(subject.original), "max_position_embeddings", 2048))
     found: Any = simple_evaluate(
         _adapter(subject.runner, subject.tokenizer, longest),
         tasks=list(dict.fromkeys(names)),
@@ -65,7 +67,7 @@ def measure(subject: Subject) -> Measurement:
         {leaf: _items(found, leaf, metric) for leaf in _leaves(found, name)}
         for name, metric in zip(names, asked, strict=True)
     ]
-    return measured({"task_score": torch.tensor(weighted(items), dtype=torch.float64)})
+    return run_meter({"task_score": torch.tensor(weighted(items), dtype=torch.float64)})
 
 
 def weighted(names: Sequence[Mapping[str, Sequence[float]]]) -> list[float]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from jobs import machine
-from jobs.families import TASKS
-from jobs.job import Measurement, Target
-from jobs.meter import Meter, Subject
+from jobs.materials import Target
+from jobs.measurement import machine
+from jobs.measurement.measurement import Measurement
+from jobs.measurement.meter import Meter, Subject
+from jobs.models.families import TASKS
 
 
 def measure(subject: Subject) -> Measurement:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from jobs import formats
-from jobs.families import TASKS
-from jobs.job import Measurement
-from jobs.meter import Meter, Subject
+from jobs.measurement.measurement import Measurement
+from jobs.measurement.meter import Meter, Subject
+from jobs.models.families import TASKS
 
 
 def measure(subject: Subject) -> Measurement:

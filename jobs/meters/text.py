@@ -6,8 +6,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from jobs.job import Measurement
-from jobs.meter import Meter, Subject, measured
+from jobs.measurement.measurement import Measurement
+from jobs.measurement.meter import Meter, Subject, run_meter
 from jobs.runtimes import Runner
 
 _TOKENS_AT_ONCE = 512
@@ -27,7 +27,7 @@ def measure(subject: Subject) -> Measurement:
     loss, hits = subject.observed(("losses", "accuracy"), len(rows), observe, at_once)
     # The delta method: d exp(x) = exp(x) dx.
     perplexity = loss.mean().exp() * (1 + loss - loss.mean())
-    return measured({"perplexity": perplexity, "accuracy": hits}, {"losses": loss})
+    return run_meter({"perplexity": perplexity, "accuracy": hits}, {"losses": loss})
 
 
 @torch.inference_mode()

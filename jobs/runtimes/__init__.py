@@ -10,7 +10,7 @@ from typing import Protocol, cast
 import numpy as np
 from jaxtyping import Float, Int
 
-from jobs.lookup import module_of
+from jobs.plugins import module_of
 
 _PREFIX = "on_"
 
@@ -60,7 +60,7 @@ def load(name: str) -> Runtime:
     return cast(Runtime, module_of("runtime", name, names(), f"{__name__}.{_PREFIX}{name}"))
 
 
-def reading(format: str) -> str:
+def runtime_for(format: str) -> str:
     """The first installed runtime that runs a format; LookupError with what to install, or that there is none."""
     able = [name for name in names() if format in load(name).READS]
     lacking = [reason for name in able if (reason := load(name).missing()) is not None]

@@ -14,9 +14,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from jobs import models
-from jobs.layers import PackedEmbedding, PackedLinear, SparseLinear
-from jobs.model import DTYPE, Model
+from jobs.models import loading
+from jobs.models.layers import PackedEmbedding, PackedLinear, SparseLinear
+from jobs.models.model import DTYPE, Model
 
 LIBRARY = "torch"
 FORMAT = "slimfront"
@@ -32,7 +32,7 @@ def load(folder: Path) -> Model:
 
     A linear that rounds its activations still does.
     """
-    return unpacked(models.load(folder))
+    return unpacked(loading.load(folder))
 
 
 def unpacked(model: Model) -> Model:
@@ -59,7 +59,7 @@ class TorchRunner:
         self._module = cast(Any, model.module.to(device))
         self._device = device
         self._decodes = model.task == "causal-lm"
-        self._cache_name = models.cache_name(model.module)
+        self._cache_name = loading.cache_name(model.module)
         self._cache: Any = None
 
     @torch.inference_mode()

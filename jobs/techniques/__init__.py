@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import pkgutil
 
-from jobs.lookup import module_of
+from jobs.plugins import module_of
 from jobs.technique import Technique
 
 

@@ -10,16 +10,18 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from jobs import aware_training, gradients, lowrank
-from jobs.aware_training import Ramp
+from jobs.compression import importance as importance_module
+from jobs.compression import low_rank
+from jobs.compression.low_rank import root_of
 from jobs.context import Context
 from jobs.knobs import knob
-from jobs.layers import check_finite, linear_of
-from jobs.layout import Layout
-from jobs.lowrank import root_of
-from jobs.model import DTYPE, Model
-from jobs.residency import resident
-from jobs.technique import Form, Kind, Need, Technique
+from jobs.models.layers import check_finite, linear_of
+from jobs.models.layout import Form, Layout
+from jobs.models.model import DTYPE, Model
+from jobs.models.placement import on_device
+from jobs.technique import Kind, Need, Technique
+from jobs.training import schedule
+from jobs.training.schedule import Ramp
 
 
 @dataclass(frozen=True)
@@ -45,45 +47,45 @@ class AnnealRank(Technique):
         "arXiv:0810.3286"
     )
     needs: ClassVar[frozenset[Need]] = frozenset({"calibration", "teacher", "training"})
-    highest_stage: ClassVar[int] = aware_training.HIGHEST_STAGE
-    leaves: ClassVar[frozenset[Form]] = frozenset({"factored"})
+    highest_stage: ClassVar[int] = schedule.HIGHEST_STAGE
+    produces: ClassVar[frozenset[Form]] = frozenset({"factored"})
 
-    keep: float = knob(0.8, lowrank.KEEP, lowrank.KEEP_HELP)
-    allocation: str = knob("uniform", lowrank.ALLOCATION, lowrank.ALLOCATION_HELP)
-    ramp: float = aware_training.ramp_knob()
-    learning_rate: float = aware_training.learning_rate_knob(3e-4)
-    steps: int = aware_training.steps_knob()
-    batch: int = aware_training.batch_knob()
-    temperature: float = aware_training.temperature_knob()
-    hard_weight: float = aware_training.hard_weight_knob()
+    keep: float = knob(0.8, low_rank.KEEP, low_rank.KEEP_HELP)
+    allocation: str = knob("uniform", low_rank.ALLOCATION, low_rank.ALLOCATION_HELP)
+    ramp: float = schedule.ramp_knob()
+    learning_rate: float = schedule.learning_rate_knob(3e-4)
+    steps: int = schedule.steps_knob()
+    batch: int = schedule.batch_knob()
+    temperature: float = schedule.temperature_knob()
+    hard_weight: float = schedule.hard_weight_knob()
 
     @property
-    def identity(self) -> bool:
+    def is_noop(self) -> bool:
         return self.keep == 1
 
     @property
     def exact(self) -> bool:
-        return self.identity or self.allocation == "uniform"
+        return self.is_noop or self.allocation == "uniform"
 
-    def outline(self, layout: Layout) -> Layout:
+    def output_layout(self, layout: Layout) -> Layout:
         self.check_forms(layout)
-        return lowrank.outline(layout, self.keep, self.allocation)
+        return low_rank.output_layout(layout, self.keep, self.allocation)
 
     def compress(self, model: Model, context: Context) -> Model:
         layout = model.layout()
-        self.outline(layout)
-        if self.identity:
+        self.output_layout(layout)
+        if self.is_noop:
             return model
-        aware_training.check_given(self, context)
-        with resident(model, ""):
+        schedule.check_given(self, context)
+        with on_device(model, ""):
             self._learn(model, layout, context)
         return model
 
     def _learn(self, model: Model, layout: Layout, context: Context) -> None:
-        importance = gradients.sensitivities(model, context) if self.allocation == "global" else None
+        importance = importance_module.sensitivities(model, context) if self.allocation == "global" else None
         gated = factorize(model, context, self.name())
         spectra = {f"{name}.values": layer.values for name, layer in gated.items()}
-        ranks = lowrank.ranks_of(layout.linears, self.keep, spectra, importance)
+        ranks = low_rank.ranks_of(layout.linears, self.keep, spectra, importance)
         ramp = Ramp.of(self.ramp, self.steps)
 
         def close(done: int) -> None:
@@ -91,7 +93,7 @@ class AnnealRank(Technique):
                 layer.close(ranks[name], ramp.reached(done))
 
         close(0)
-        aware_training.learn(model, self, context, close)
+        schedule.learn(model, self, context, close)
         truncate(model, gated, ranks)
 
 
@@ -105,7 +107,7 @@ def factorize(model: Model, context: Context, technique: str) -> dict[str, Gated
         context.report(done / len(linears), f"decomposing {name}")
         dense = cast(nn.Linear, layer)
         weight = check_finite(dense.weight.detach(), technique, name).float()
-        u, v, values = lowrank.terms_of(weight, root_of(grams.gram(name).to(weight.device)).float())
+        u, v, values = low_rank.terms_of(weight, root_of(grams.gram(name).to(weight.device)).float())
         first = linear_of(v.to(DTYPE).contiguous(), None)
         found[name] = GatedLinear(first, linear_of(u.to(DTYPE).contiguous(), dense.bias), values)
         model.replace(name, found[name])
@@ -116,7 +118,7 @@ def truncate(model: Model, gated: Mapping[str, GatedLinear], ranks: Mapping[str,
     """Put a factored linear of its rank in the place of each gated one, whose other gates are closed."""
     for name, layer in gated.items():
         # The bias is u's.
-        model.replace(name, lowrank.factored(layer.u, layer.u.weight, layer.v.weight, ranks[name], name))
+        model.replace(name, low_rank.factored(layer.u, layer.u.weight, layer.v.weight, ranks[name], name))
 
 
 class GatedLinear(nn.Module):

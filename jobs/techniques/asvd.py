@@ -8,12 +8,13 @@ from typing import ClassVar
 from jaxtyping import Float
 from torch import Tensor
 
-from jobs import gradients, lowrank
+from jobs.compression import importance as importance_module
+from jobs.compression import low_rank
 from jobs.context import Context
 from jobs.knobs import Range, knob
-from jobs.layout import Layout
-from jobs.model import Model
-from jobs.technique import Form, Kind, Need, Technique
+from jobs.models.layout import Form, Layout
+from jobs.models.model import Model
+from jobs.technique import Kind, Need, Technique
 
 
 @dataclass(frozen=True)
@@ -30,38 +31,38 @@ class Asvd(Technique):
     version: ClassVar[int] = 3
     paper: ClassVar[str] = "Yuan et al. 2023, ASVD, arXiv:2312.05821"
     needs: ClassVar[frozenset[Need]] = frozenset({"calibration"})
-    leaves: ClassVar[frozenset[Form]] = frozenset({"factored"})
+    produces: ClassVar[frozenset[Form]] = frozenset({"factored"})
 
-    keep: float = knob(0.8, lowrank.KEEP, lowrank.KEEP_HELP)
-    allocation: str = knob("uniform", lowrank.ALLOCATION, lowrank.ALLOCATION_HELP)
+    keep: float = knob(0.8, low_rank.KEEP, low_rank.KEEP_HELP)
+    allocation: str = knob("uniform", low_rank.ALLOCATION, low_rank.ALLOCATION_HELP)
     alpha: float = knob(0.5, Range(0.0, 2.0), "how much more strong inputs count; 0 is svd")
 
     @property
-    def identity(self) -> bool:
+    def is_noop(self) -> bool:
         return self.keep == 1
 
     @property
     def exact(self) -> bool:
-        return self.identity or self.allocation == "uniform"
+        return self.is_noop or self.allocation == "uniform"
 
-    def outline(self, layout: Layout) -> Layout:
+    def output_layout(self, layout: Layout) -> Layout:
         self.check_forms(layout)
-        return lowrank.outline(layout, self.keep, self.allocation)
+        return low_rank.output_layout(layout, self.keep, self.allocation)
 
     def compress(self, model: Model, context: Context) -> Model:
         layout = model.layout()
-        self.outline(layout)
-        if self.identity:
+        self.output_layout(layout)
+        if self.is_noop:
             return model
         # Every alpha has a decomposition of its own.
         kind = f"svd-scaled-{self.alpha!r}"
-        terms = lowrank.decomposed(model, context, self.name(), kind, lambda: self._rooting(model, context))
-        importance = gradients.sensitivities(model, context) if self.allocation == "global" else None
-        ranks = lowrank.ranks_of(layout.linears, self.keep, terms, importance)
-        lowrank.factorize(model, context, terms, ranks)
+        terms = low_rank.decomposed(model, context, self.name(), kind, lambda: self._rooting(model, context))
+        importance = importance_module.sensitivities(model, context) if self.allocation == "global" else None
+        ranks = low_rank.ranks_of(layout.linears, self.keep, terms, importance)
+        low_rank.factorize(model, context, terms, ranks)
         return model
 
-    def _rooting(self, model: Model, context: Context) -> lowrank.Root:
+    def _rooting(self, model: Model, context: Context) -> low_rank.Root:
         assert context.calibration is not None
         grams = context.statistics.grams(model, context.calibration, context.report)
         return lambda name, weight: scales(grams.gram(name).diagonal(), self.alpha).to(weight.device)

@@ -11,14 +11,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from jobs import grids, packing
+from jobs.compression import grids, packing
 from jobs.context import Context
 from jobs.knobs import Choice, Range, knob
-from jobs.layers import check_finite
-from jobs.layout import Layout, Packing
-from jobs.model import Model
-from jobs.residency import resident
-from jobs.technique import Form, Kind, Need, Technique
+from jobs.models.layers import check_finite
+from jobs.models.layout import Form, Layout, Packing
+from jobs.models.model import Model
+from jobs.models.placement import on_device
+from jobs.technique import Kind, Need, Technique
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Awq(Technique):
     paper: ClassVar[str] = "Lin et al. 2023, AWQ, arXiv:2306.00978"
     needs: ClassVar[frozenset[Need]] = frozenset({"calibration"})
     accepts: ClassVar[frozenset[Form]] = frozenset({"dense", "factored"})
-    leaves: ClassVar[frozenset[Form]] = frozenset({"packed"})
+    produces: ClassVar[frozenset[Form]] = frozenset({"packed"})
     by_block: ClassVar[frozenset[str]] = packing.BY_LINEAR
     by_linear: ClassVar[frozenset[str]] = packing.BY_LINEAR
 
@@ -58,17 +58,17 @@ class Awq(Technique):
     def packing(self) -> Packing:
         return Packing(int(self.bits), self.group, self.symmetric, input_scales=True)
 
-    def outline(self, layout: Layout) -> Layout:
-        return packing.outline(self, layout)
+    def output_layout(self, layout: Layout) -> Layout:
+        return packing.output_layout(self, layout)
 
     def compress(self, model: Model, context: Context) -> Model:
-        self.outline(model.layout())
+        self.output_layout(model.layout())
         assert context.calibration is not None
         grams = context.statistics.grams(model, context.calibration, context.report)
         linears, steps = model.linears(), self.for_linears(model.layout())
         for done, names in enumerate(grams.sharing.values()):
             context.report(done / len(grams.sharing), names[0])
-            with resident(model, *names):
+            with on_device(model, *names):
                 layers = {name: cast(nn.Linear, linears[name]) for name in names}
                 gram = grams.gram(names[0]).to(model.device)
                 for step in dict.fromkeys(steps[name] for name in names):

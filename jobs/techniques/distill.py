@@ -10,16 +10,17 @@ from typing import ClassVar, cast
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from jobs import masks, recovery, states
+from jobs.compression import masks
 from jobs.context import Context
 from jobs.knobs import Choice, Range, knob
-from jobs.layout import Layout
-from jobs.losses import Aim, Divergence, distillation_loss
-from jobs.model import Model
-from jobs.recovery import Ids, LossOf, Plan, Rows
-from jobs.states import States
-from jobs.teacher import CachedTeacher, matching
-from jobs.technique import Form, Kind, Need, Technique
+from jobs.models.layout import Form, Layout
+from jobs.models.model import Model
+from jobs.technique import Kind, Need, Technique
+from jobs.training import hidden_states, trainer
+from jobs.training.hidden_states import States
+from jobs.training.losses import DistillationObjective, Divergence, distillation_loss
+from jobs.training.teacher import CachedTeacher, matching
+from jobs.training.trainer import Ids, LossOf, Rows, TrainingPlan
 
 
 @dataclass(frozen=True)
@@ -27,13 +28,13 @@ class Distill(Technique):
     """Hinton et al. 2015: match the teacher's softened predictions, and partly the text itself.
 
     The loss per token is (1 − hard_weight) · T² · D(teacher_T, student_T) + hard_weight · CE(text), D one of
-    the divergences of `jobs.losses`. A classifier matches the logits of its classes, of each row, without
+    the divergences of `jobs.training.losses`. A classifier matches the logits of its classes, of each row, without
     the second term. An encoder without a head matches the teacher's last hidden states instead, each
     normalised over its width, by mean squared error; temperature, divergence and hard_weight are then
     without effect, and top_k is for both.
 
     hidden_weight adds the distance of the hidden states that the blocks leave, and attention_weight that of
-    the last block's attention (`jobs.states`); both need the teacher beside the student.
+    the last block's attention (`jobs.training.hidden_states`); both need the teacher beside the student.
 
     The blocks and the norms are trained, in bf16 with fp32 master weights, without dropout (a short recovery
     has nothing to overfit). Embeddings and head stay the original's: no technique has touched them, and
@@ -68,18 +69,18 @@ class Distill(Technique):
     )
 
     @property
-    def identity(self) -> bool:
+    def is_noop(self) -> bool:
         return self.steps == 0
 
     @property
-    def plan(self) -> Plan:
-        return Plan(self.learning_rate, self.steps, self.batch, self.patience)
+    def plan(self) -> TrainingPlan:
+        return TrainingPlan(self.learning_rate, self.steps, self.batch, self.patience)
 
     @property
-    def aim(self) -> Aim:
-        return Aim(cast(Divergence, self.divergence), self.temperature, self.hard_weight)
+    def aim(self) -> DistillationObjective:
+        return DistillationObjective(cast(Divergence, self.divergence), self.temperature, self.hard_weight)
 
-    def outline(self, layout: Layout) -> Layout:
+    def output_layout(self, layout: Layout) -> Layout:
         self.check_forms(layout)
         for name in ("hidden_weight", "attention_weight"):
             if self.top_k and getattr(self, name):
@@ -90,40 +91,42 @@ class Distill(Technique):
         return layout
 
     def compress(self, model: Model, context: Context) -> Model:
-        self.outline(model.layout())
+        self.output_layout(model.layout())
         if context.teacher is None or context.training is None:
             raise ValueError("distill needs the teacher and training text; give the study data.training")
         with masks.trainable(model) as held:
-            recovery.require_gradients(model)
+            trainer.require_gradients(model)
             plan = dataclasses.replace(self.plan, highest_stage=masks.highest_stage(sparse=bool(held)))
             self._learn(model, context.training, plan, context)
         return model
 
-    def _learn(self, model: Model, rows: Rows, plan: Plan, context: Context) -> None:
+    def _learn(self, model: Model, rows: Rows, plan: TrainingPlan, context: Context) -> None:
         if self.top_k and model.task == "causal-lm":
             met = plan.met(rows, context.seed)
             cached = CachedTeacher(context, self.top_k, self.temperature, met)
-            recovery.check_vocabularies(self.name(), model, cached.vocabulary)
-            recovery.train(model, rows, self._cached_loss(rows, cached, model.device), plan, context)
+            trainer.check_vocabularies(self.name(), model, cached.vocabulary)
+            trainer.train(model, rows, self._cached_loss(rows, cached, model.device), plan, context)
             return
         assert context.teacher is not None
         teacher = context.teacher()
-        recovery.check_vocabularies(self.name(), model, recovery.vocabulary(teacher))
+        trainer.check_vocabularies(self.name(), model, trainer.vocabulary(teacher))
         with ExitStack() as reading:
             own, others = (
                 reading.enter_context(
-                    states.read(one, hidden=self.hidden_weight > 0, attention=self.attention_weight > 0)
+                    hidden_states.read(
+                        one, hidden=self.hidden_weight > 0, attention=self.attention_weight > 0
+                    )
                 )
                 for one in (model, teacher)
             )
             loss_of = self._loss(rows, teacher, own, others)
-            recovery.train(model, rows, loss_of, plan, context)
+            trainer.train(model, rows, loss_of, plan, context)
 
     def _cached_loss(self, rows: Rows, cached: CachedTeacher, device: str) -> LossOf:
         def loss_of(student: nn.Module, ids: Ids) -> Float[Tensor, ""]:
             batch = rows[ids].to(device)
-            said = recovery.predictions(student, batch)
-            return distillation_loss(said, cached.top(ids, device), recovery.targets(batch), self.aim)
+            said = trainer.predictions(student, batch)
+            return distillation_loss(said, cached.top(ids, device), trainer.targets(batch), self.aim)
 
         return loss_of
 
@@ -134,9 +137,9 @@ class Distill(Technique):
         def loss_of(student: nn.Module, ids: Ids) -> Float[Tensor, ""]:
             loss = said(student, ids)
             if self.hidden_weight:
-                loss = loss + self.hidden_weight * states.hidden_distance(own, others)
+                loss = loss + self.hidden_weight * hidden_states.hidden_distance(own, others)
             if self.attention_weight:
-                loss = loss + self.attention_weight * states.attention_distance(own, others)
+                loss = loss + self.attention_weight * hidden_states.attention_distance(own, others)
             own.forget()
             others.forget()
             return loss

@@ -11,9 +11,9 @@ from torch import nn
 
 from jobs.context import Context
 from jobs.knobs import Range, knob
-from jobs.layout import Layout
-from jobs.model import Model
-from jobs.technique import Form, Kind, Need, Technique
+from jobs.models.layout import Form, Layout
+from jobs.models.model import Model
+from jobs.technique import Kind, Need, Technique
 
 
 @dataclass(frozen=True)
@@ -31,10 +31,10 @@ class DropLayers(Technique):
     count: int = knob(2, Range(0, 256, integer=True), "how many blocks to remove")
 
     @property
-    def identity(self) -> bool:
+    def is_noop(self) -> bool:
         return self.count == 0
 
-    def outline(self, layout: Layout) -> Layout:
+    def output_layout(self, layout: Layout) -> Layout:
         depth = layout.depth
         if self.count >= depth:
             raise ValueError(
@@ -57,7 +57,7 @@ class DropLayers(Technique):
         )
 
     def compress(self, model: Model, context: Context) -> Model:
-        self.outline(model.layout())
+        self.output_layout(model.layout())
         assert context.calibration is not None
         influence = context.statistics.block_influence(model, context.calibration, context.report)
         dropped = set(torch.argsort(influence, stable=True)[: self.count].tolist())

@@ -8,15 +8,16 @@ from typing import ClassVar
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from jobs import lora, masks, recovery
+from jobs.compression import masks
 from jobs.context import Context
-from jobs.families import Family, Task
 from jobs.knobs import Choice, Range, Value, knob
-from jobs.layout import Layout
-from jobs.losses import cross_entropy
-from jobs.model import Model
-from jobs.recovery import Ids, Plan
-from jobs.technique import Form, Kind, Need, Technique
+from jobs.models.families import Family, Task
+from jobs.models.layout import Form, Layout
+from jobs.models.model import Model
+from jobs.technique import Kind, Need, Technique
+from jobs.training import lora, trainer
+from jobs.training.losses import cross_entropy
+from jobs.training.trainer import Ids, TrainingPlan
 
 
 @dataclass(frozen=True)
@@ -56,13 +57,13 @@ class Finetune(Technique):
         return None
 
     @property
-    def identity(self) -> bool:
+    def is_noop(self) -> bool:
         return self.steps == 0
 
-    def idle(self) -> dict[str, Value]:
+    def ignored_options(self) -> dict[str, Value]:
         return {"rank": 8} if self.method == "full" else {}
 
-    def outline(self, layout: Layout) -> Layout:
+    def output_layout(self, layout: Layout) -> Layout:
         self.check_forms(layout)
         if self.method == "lora" and "sparse" in layout.forms():
             raise ValueError("finetune.method=lora would fill what pruning has emptied; take full")
@@ -74,22 +75,22 @@ class Finetune(Technique):
         return layout
 
     def compress(self, model: Model, context: Context) -> Model:
-        self.outline(model.layout())
+        self.output_layout(model.layout())
         if context.training is None:
             raise ValueError("finetune needs training text; give the study data.training")
         rows, device = context.training, model.device
 
         def loss_of(student: nn.Module, ids: Ids) -> Float[Tensor, ""]:
             batch = rows[ids].to(device)
-            return cross_entropy(recovery.predictions(student, batch), recovery.targets(batch))
+            return cross_entropy(trainer.predictions(student, batch), trainer.targets(batch))
 
         with masks.trainable(model) as held:
             if self.method == "lora":
                 lora.add(model, self.rank, context.seed)
             else:
-                recovery.require_gradients(model)
+                trainer.require_gradients(model)
             stage = masks.highest_stage(sparse=bool(held))
-            plan = Plan(self.learning_rate, self.steps, self.batch, self.patience, stage)
-            recovery.train(model, rows, loss_of, plan, context)
+            plan = TrainingPlan(self.learning_rate, self.steps, self.batch, self.patience, stage)
+            trainer.train(model, rows, loss_of, plan, context)
             lora.merge(model)
         return model

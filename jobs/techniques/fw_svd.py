@@ -8,12 +8,13 @@ from typing import ClassVar
 from jaxtyping import Float
 from torch import Tensor
 
-from jobs import gradients, lowrank
+from jobs.compression import importance as importance_module
+from jobs.compression import low_rank
 from jobs.context import Context
 from jobs.knobs import knob
-from jobs.layout import Layout
-from jobs.model import Model
-from jobs.technique import Form, Kind, Need, Technique
+from jobs.models.layout import Form, Layout
+from jobs.models.model import Model
+from jobs.technique import Kind, Need, Technique
 
 
 @dataclass(frozen=True)
@@ -31,37 +32,37 @@ class FwSvd(Technique):
         "Hsu et al. 2022, Language model compression with weighted low-rank, arXiv:2207.00112"
     )
     needs: ClassVar[frozenset[Need]] = frozenset({"calibration", "gradients"})
-    leaves: ClassVar[frozenset[Form]] = frozenset({"factored"})
+    produces: ClassVar[frozenset[Form]] = frozenset({"factored"})
 
-    keep: float = knob(0.8, lowrank.KEEP, lowrank.KEEP_HELP)
-    allocation: str = knob("uniform", lowrank.ALLOCATION, lowrank.ALLOCATION_HELP)
+    keep: float = knob(0.8, low_rank.KEEP, low_rank.KEEP_HELP)
+    allocation: str = knob("uniform", low_rank.ALLOCATION, low_rank.ALLOCATION_HELP)
 
     @property
-    def identity(self) -> bool:
+    def is_noop(self) -> bool:
         return self.keep == 1
 
     @property
     def exact(self) -> bool:
-        return self.identity or self.allocation == "uniform"
+        return self.is_noop or self.allocation == "uniform"
 
-    def outline(self, layout: Layout) -> Layout:
+    def output_layout(self, layout: Layout) -> Layout:
         self.check_forms(layout)
-        return lowrank.outline(layout, self.keep, self.allocation)
+        return low_rank.output_layout(layout, self.keep, self.allocation)
 
     def compress(self, model: Model, context: Context) -> Model:
         layout = model.layout()
-        self.outline(layout)
-        if self.identity:
+        self.output_layout(layout)
+        if self.is_noop:
             return model
-        terms = lowrank.decomposed(
+        terms = low_rank.decomposed(
             model, context, self.name(), "svd-fisher", lambda: _rooting(model, context)
         )
         importance = None
         if self.allocation == "global":
             # The norm is in units of the loss already, but that each input has the sum over all outputs.
             importance = {name: 1 / spec.out_features for name, spec in layout.linears.items()}
-        ranks = lowrank.ranks_of(layout.linears, self.keep, terms, importance)
-        lowrank.factorize(model, context, terms, ranks)
+        ranks = low_rank.ranks_of(layout.linears, self.keep, terms, importance)
+        low_rank.factorize(model, context, terms, ranks)
         return model
 
 
@@ -70,6 +71,6 @@ def scales(fisher: Float[Tensor, "out in"]) -> Float[Tensor, " in"]:
     return fisher.float().sum(dim=0).sqrt()
 
 
-def _rooting(model: Model, context: Context) -> lowrank.Root:
-    fisher = gradients.fisher(model, context)
+def _rooting(model: Model, context: Context) -> low_rank.Root:
+    fisher = importance_module.fisher(model, context)
     return lambda name, weight: scales(fisher[name]).to(weight.device)

@@ -14,16 +14,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from jobs import grids, packing
-from jobs.cache import Part
+from jobs.calibration.cache import Part
+from jobs.calibration.hessian import inverse_factor
+from jobs.compression import grids, packing
 from jobs.context import Context
-from jobs.hessian import inverse_factor
 from jobs.knobs import Choice, Range, knob, sequential_knob
-from jobs.layers import PackedLinear, check_finite
-from jobs.layout import Layout, Packing
-from jobs.model import Model
-from jobs.residency import resident
-from jobs.technique import Form, Kind, Need, Technique
+from jobs.models.layers import PackedLinear, check_finite
+from jobs.models.layout import Form, Layout, Packing
+from jobs.models.model import Model
+from jobs.models.placement import on_device
+from jobs.technique import Kind, Need, Technique
 
 _BLOCK = 32
 """Inputs treated between two updates of all later ones. It divides every group size, so that a group's
@@ -44,7 +44,7 @@ class Gptq(Technique):
     paper: ClassVar[str] = "Frantar et al. 2022, GPTQ, arXiv:2210.17323"
     needs: ClassVar[frozenset[Need]] = frozenset({"calibration"})
     accepts: ClassVar[frozenset[Form]] = frozenset({"dense", "factored"})
-    leaves: ClassVar[frozenset[Form]] = frozenset({"packed"})
+    produces: ClassVar[frozenset[Form]] = frozenset({"packed"})
     by_block: ClassVar[frozenset[str]] = packing.BY_LINEAR
     by_linear: ClassVar[frozenset[str]] = packing.BY_LINEAR
 
@@ -68,11 +68,11 @@ class Gptq(Technique):
     def packing(self) -> Packing:
         return Packing(int(self.bits), self.group, self.symmetric)
 
-    def outline(self, layout: Layout) -> Layout:
-        return packing.outline(self, layout)
+    def output_layout(self, layout: Layout) -> Layout:
+        return packing.output_layout(self, layout)
 
     def compress(self, model: Model, context: Context) -> Model:
-        self.outline(model.layout())
+        self.output_layout(model.layout())
         steps = self.for_linears(model.layout())
         if self.sequential:
             for names, gram in _inputs(model, context, sequential=True):
@@ -109,10 +109,10 @@ def _assemble(model: Model, context: Context, steps: Mapping[str, Gptq]) -> None
     assert context.calibration is not None
     for name, step in steps.items():
         weight = _weights(model, [name])[name]
-        packing.put(model, name, levels[step.level], step.packing)
+        packing.replace_packed(model, name, levels[step.level], step.packing)
         if step.correction_rank:
             grams = context.statistics.grams(model, context.calibration, context.report)
-            with resident(model, name):
+            with on_device(model, name):
                 gram = grams.gram(name).to(model.device)
                 packing.correct(model, name, weight.to(model.device).float(), gram, step)
 

@@ -10,15 +10,16 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from jobs import aware_training, masks
-from jobs.aware_training import Ramp
+from jobs.compression import masks
+from jobs.compression.sparsity import PATTERNS, Sparsity, dense_weight, highest
 from jobs.context import Context
 from jobs.knobs import Choice, Range, knob
-from jobs.layout import Layout, LinearSpec
-from jobs.model import Model
-from jobs.residency import resident
-from jobs.sparsity import PATTERNS, Sparsity, dense_weight, highest
-from jobs.technique import Form, Kind, Need, Technique
+from jobs.models.layout import Form, Layout, LinearSpec
+from jobs.models.model import Model
+from jobs.models.placement import on_device
+from jobs.technique import Kind, Need, Technique
+from jobs.training import schedule
+from jobs.training.schedule import Ramp
 
 
 @dataclass(frozen=True)
@@ -36,36 +37,36 @@ class GradualPrune(Technique):
     paper: ClassVar[str] = "Zhu and Gupta 2017, To prune, or not to prune, arXiv:1710.01878"
     version: ClassVar[int] = 2
     needs: ClassVar[frozenset[Need]] = frozenset({"teacher", "training"})
-    highest_stage: ClassVar[int] = aware_training.HIGHEST_STAGE
+    highest_stage: ClassVar[int] = schedule.HIGHEST_STAGE
     accepts: ClassVar[frozenset[Form]] = frozenset({"dense", "factored"})
-    leaves: ClassVar[frozenset[Form]] = frozenset({"sparse"})
+    produces: ClassVar[frozenset[Form]] = frozenset({"sparse"})
 
     sparsity: float = knob(0.5, Range(0.0, 0.95), "share of the weights to remove; half where pattern is n:m")
     pattern: str = knob("unstructured", Choice(PATTERNS), "where weights may go; n:m keeps n of m neighbours")
-    ramp: float = aware_training.ramp_knob()
-    learning_rate: float = aware_training.learning_rate_knob(3e-4)
-    steps: int = aware_training.steps_knob()
-    batch: int = aware_training.batch_knob()
-    temperature: float = aware_training.temperature_knob()
-    hard_weight: float = aware_training.hard_weight_knob()
+    ramp: float = schedule.ramp_knob()
+    learning_rate: float = schedule.learning_rate_knob(3e-4)
+    steps: int = schedule.steps_knob()
+    batch: int = schedule.batch_knob()
+    temperature: float = schedule.temperature_knob()
+    hard_weight: float = schedule.hard_weight_knob()
 
     @property
     def target(self) -> Sparsity:
         return Sparsity(self.sparsity, self.pattern)
 
     @property
-    def identity(self) -> bool:
-        return self.target.identity
+    def is_noop(self) -> bool:
+        return self.target.is_noop
 
-    def outline(self, layout: Layout) -> Layout:
-        return self.target.outline(layout, self)
+    def output_layout(self, layout: Layout) -> Layout:
+        return self.target.output_layout(layout, self)
 
     def compress(self, model: Model, context: Context) -> Model:
-        expected = self.outline(model.layout()).linears
-        if self.identity:
+        expected = self.output_layout(model.layout()).linears
+        if self.is_noop:
             return model
-        aware_training.check_given(self, context)
-        with resident(model, ""):  # the masks that are changed must be those that are computed with
+        schedule.check_given(self, context)
+        with on_device(model, ""):  # the masks that are changed must be those that are computed with
             self._learn(model, expected, context)
         return model
 
@@ -85,7 +86,7 @@ class GradualPrune(Technique):
                     mask.copy_(kept_at(ramp.reached(done), weight.detach().float().abs(), self.target))
 
         choose(0)
-        aware_training.learn(model, self, context, choose)
+        schedule.learn(model, self, context, choose)
         masks.sparsify(model, kept)
 
 

@@ -10,14 +10,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from jobs import grids, packing
+from jobs.compression import grids, packing
 from jobs.context import Context
 from jobs.knobs import Range, knob
-from jobs.layers import check_finite
-from jobs.layout import Layout, Packing
-from jobs.model import Model
-from jobs.residency import resident
-from jobs.technique import Form, Kind, Technique
+from jobs.models.layers import check_finite
+from jobs.models.layout import Form, Layout, Packing
+from jobs.models.model import Model
+from jobs.models.placement import on_device
+from jobs.technique import Kind, Technique
 
 _PENALTY = 10.0
 _PENALTY_GROWTH = 1.01
@@ -39,7 +39,7 @@ class Hqq(Technique):
     version: ClassVar[int] = 2
     paper: ClassVar[str] = "Badri & Shaji 2023, Half-Quadratic Quantization, mobiusml.github.io/hqq_blog"
     accepts: ClassVar[frozenset[Form]] = frozenset({"dense", "factored"})
-    leaves: ClassVar[frozenset[Form]] = frozenset({"packed"})
+    produces: ClassVar[frozenset[Form]] = frozenset({"packed"})
     by_block: ClassVar[frozenset[str]] = packing.BY_LINEAR
     by_linear: ClassVar[frozenset[str]] = packing.BY_LINEAR
 
@@ -54,15 +54,15 @@ class Hqq(Technique):
     def packing(self) -> Packing:
         return Packing(int(self.bits), self.group, symmetric=False, real_zeros=True)
 
-    def outline(self, layout: Layout) -> Layout:
-        return packing.outline(self, layout)
+    def output_layout(self, layout: Layout) -> Layout:
+        return packing.output_layout(self, layout)
 
     def compress(self, model: Model, context: Context) -> Model:
-        self.outline(model.layout())
+        self.output_layout(model.layout())
         linears, steps = model.linears(), self.for_linears(model.layout())
         for done, (name, layer) in enumerate(linears.items()):
             context.report(done / len(linears), name)
-            with resident(model, name):
+            with on_device(model, name):
                 weight = check_finite(cast(nn.Linear, layer).weight.detach().float(), self.name(), name)
                 step = steps[name]
                 grouped = grids.grouped(weight, step.packing)

@@ -11,16 +11,16 @@ from typing import ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from jobs import grids, packing
+from jobs.compression import grids, packing
+from jobs.compression.importance import sensitivities
+from jobs.compression.knapsack import least_error
 from jobs.context import Context
-from jobs.gradients import sensitivities
-from jobs.knapsack import least_error
 from jobs.knobs import Choice, Range, knob
-from jobs.layers import check_finite
-from jobs.layout import Layout, LinearSpec, Packing
-from jobs.model import Model
-from jobs.residency import resident
-from jobs.technique import Form, Kind, Need, Technique
+from jobs.models.layers import check_finite
+from jobs.models.layout import Form, Layout, LinearSpec, Packing
+from jobs.models.model import Model
+from jobs.models.placement import on_device
+from jobs.technique import Kind, Need, Technique
 from jobs.techniques.gptq import Gptq, quantize
 
 _BITS = (2, 3, 4, 8)
@@ -33,7 +33,7 @@ class Mixed(Technique):
 
     Rounding a linear raises the loss by about ½ s tr(E G Eᵀ): E is what rounding to nearest on clipped grids
     takes from its weights, G the Gram matrix of its inputs, so that the trace is the outputs' squared error,
-    and s what the loss makes of a unit of it (`jobs.gradients.sensitivities`). HAWQ-V2 weighs the
+    and s what the loss makes of a unit of it (`jobs.compression.importance.sensitivities`). HAWQ-V2 weighs the
     weights' squared errors by the mean trace of the loss's Hessian instead and picks from a Pareto front; here
     the sum is minimized exactly, as a knapsack. Then each linear is rounded with gptq's error feedback.
     The average counts the bits of the integers; scales and zero points come on top, alike for all choices.
@@ -44,7 +44,7 @@ class Mixed(Technique):
     paper: ClassVar[str] = "Dong et al. 2019, HAWQ-V2, arXiv:1911.03852"
     needs: ClassVar[frozenset[Need]] = frozenset({"calibration", "gradients"})
     accepts: ClassVar[frozenset[Form]] = frozenset({"dense", "factored"})
-    leaves: ClassVar[frozenset[Form]] = frozenset({"packed"})
+    produces: ClassVar[frozenset[Form]] = frozenset({"packed"})
 
     average_bits: float = knob(3.5, Range(2.25, 8.0), "bits per weight, on average over the blocks' linears")
     widths: str = knob(
@@ -60,7 +60,7 @@ class Mixed(Technique):
     def exact(self) -> bool:
         return False
 
-    def outline(self, layout: Layout) -> Layout:
+    def output_layout(self, layout: Layout) -> Layout:
         """One linear after the other is given the next more bits than the average, the others the next
         fewer, until as many bytes are spent as any assignment may."""
         self.check_forms(layout)
@@ -85,7 +85,7 @@ class Mixed(Technique):
 
     def compress(self, model: Model, context: Context) -> Model:
         layout = model.layout()
-        self.outline(layout)
+        self.output_layout(layout)
         assert context.calibration is not None
         errors = context.statistics.stored(
             f"rounding-{self.group}-{'symmetric' if self.symmetric else 'asymmetric'}",
@@ -97,7 +97,7 @@ class Mixed(Technique):
         for done, (name, bits) in enumerate(chosen.items()):
             context.report(done / len(chosen), name)
             rounding = Gptq(bits=bits, group=self.group, symmetric=self.symmetric)
-            with resident(model, name):
+            with on_device(model, name):
                 layer = cast(nn.Linear, linears[name])
                 weight = check_finite(layer.weight.detach().float(), self.name(), name)
                 integers, grid = quantize(weight, grams.gram(name).to(model.device), rounding)
@@ -137,7 +137,7 @@ class Mixed(Technique):
         found = {}
         for done, (name, layer) in enumerate(linears.items()):
             context.report(done / len(linears), f"rounding errors of {name}")
-            with resident(model, name):
+            with on_device(model, name):
                 weight = check_finite(cast(nn.Linear, layer).weight.detach().float(), self.name(), name)
                 gram = grams.gram(name).to(model.device)
                 found[name] = torch.tensor([_error(weight, gram, self._packing(bits)) for bits in _BITS])

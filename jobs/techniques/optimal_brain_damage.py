@@ -11,14 +11,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from jobs.compression.importance import fisher
+from jobs.compression.sparsity import Sparsity, cut, dense_weight, keep
 from jobs.context import Context
-from jobs.gradients import fisher
 from jobs.knobs import Choice, Range, knob
-from jobs.layout import Layout
-from jobs.model import Model
-from jobs.residency import resident
-from jobs.sparsity import Sparsity, cut, dense_weight, keep
-from jobs.technique import Form, Kind, Need, Technique
+from jobs.models.layout import Form, Layout
+from jobs.models.model import Model
+from jobs.models.placement import on_device
+from jobs.technique import Kind, Need, Technique
 
 _DAMPING = 0.3
 """Of 0.03, 0.1, 0.3 and 1, what lost least on MiniLM, and the best of 0, 0.1 and 0.3 on SmolLM2."""
@@ -28,7 +28,7 @@ _DAMPING = 0.3
 class OptimalBrainDamage(Technique):
     """Removes the weights of least saliency ½ h w², and stores the rest sparse.
 
-    h is the diagonal of the loss's Hessian, for which the Fisher information stands (`jobs.gradients`): so
+    h is the diagonal of the loss's Hessian, for which the Fisher information stands (`jobs.compression.importance`): so
     ½ h w² is about what the loss rises by where w alone goes. Where we depart: h is damped (`damped`). scope:
         layer  removes the same share of every linear.
         model  compares the weights of all linears with each other and removes as many of all: how many each
@@ -40,7 +40,7 @@ class OptimalBrainDamage(Technique):
     paper: ClassVar[str] = "LeCun, Denker & Solla 1989, Optimal Brain Damage, NIPS 2"
     needs: ClassVar[frozenset[Need]] = frozenset({"gradients"})
     accepts: ClassVar[frozenset[Form]] = frozenset({"dense", "factored"})
-    leaves: ClassVar[frozenset[Form]] = frozenset({"sparse"})
+    produces: ClassVar[frozenset[Form]] = frozenset({"sparse"})
 
     sparsity: float = knob(0.5, Range(0.0, 0.95), "share of the weights to remove")
     scope: str = knob("layer", Choice(("layer", "model")), "which weights are compared with each other")
@@ -50,17 +50,17 @@ class OptimalBrainDamage(Technique):
         return Sparsity(self.sparsity)
 
     @property
-    def identity(self) -> bool:
-        return self.target.identity
+    def is_noop(self) -> bool:
+        return self.target.is_noop
 
     @property
     def exact(self) -> bool:
         return self.scope == "layer"
 
-    def outline(self, layout: Layout) -> Layout:
+    def output_layout(self, layout: Layout) -> Layout:
         """Of scope `model`: as many weights of all together as will be kept, shared evenly."""
-        outline = self.target.outline(layout, self)
-        if self.exact or self.identity:
+        outline = self.target.output_layout(layout, self)
+        if self.exact or self.is_noop:
             return outline
         return outline.with_linears(
             {
@@ -71,8 +71,8 @@ class OptimalBrainDamage(Technique):
         )
 
     def compress(self, model: Model, context: Context) -> Model:
-        outline = self.outline(model.layout())
-        if self.identity:
+        outline = self.output_layout(model.layout())
+        if self.is_noop:
             return model
         found = fisher(model, context)
         if self.exact:
@@ -88,7 +88,7 @@ class OptimalBrainDamage(Technique):
             if outline.linears[name].kept is None:
                 continue
             context.report(outline.block_of(name) / outline.depth, name)
-            with resident(model, name):
+            with on_device(model, name):
                 weight = self._weight(model, name)
                 keep(model, name, weight, self.target.of_whole(saliency(weight, damped(found[name]))))
 
@@ -97,13 +97,13 @@ class OptimalBrainDamage(Technique):
     ) -> None:
         def saliencies() -> Iterator[Float[Tensor, "out in"]]:
             for name in outline.linears:
-                with resident(model, name):
+                with on_device(model, name):
                     yield _with_one_a_row(saliency(self._weight(model, name), damped(found[name])))
 
         remaining = cut(saliencies, sum(spec.kept or 0 for spec in outline.linears.values()))
         for name in outline.linears:
             context.report(outline.block_of(name) / outline.depth, name)
-            with resident(model, name):
+            with on_device(model, name):
                 weight = self._weight(model, name)
                 kept, remaining = remaining.of(_with_one_a_row(saliency(weight, damped(found[name]))))
                 keep(model, name, weight, kept)

@@ -9,15 +9,15 @@ from typing import ClassVar, cast
 import torch
 from torch import nn
 
+from jobs.calibration.statistics import Grams
+from jobs.compression.refit import refit
 from jobs.context import Context
-from jobs.families import FeedForward
 from jobs.knobs import Choice, Range, knob
-from jobs.layers import check_finite, linear_of
-from jobs.layout import Layout
-from jobs.model import DTYPE, Model
-from jobs.refit import refit
-from jobs.residency import resident
-from jobs.statistics import Grams
+from jobs.models.families import FeedForward
+from jobs.models.layers import check_finite, linear_of
+from jobs.models.layout import Layout
+from jobs.models.model import DTYPE, Model
+from jobs.models.placement import on_device
 from jobs.technique import Kind, Need, Technique
 
 
@@ -46,10 +46,10 @@ class PruneFfn(Technique):
     )
 
     @property
-    def identity(self) -> bool:
+    def is_noop(self) -> bool:
         return self.ratio == 0
 
-    def outline(self, layout: Layout) -> Layout:
+    def output_layout(self, layout: Layout) -> Layout:
         self.check_forms(layout)
         changed, steps = {}, self.for_blocks(layout)
         for block, one in layout.feed_forwards():
@@ -67,7 +67,7 @@ class PruneFfn(Technique):
 
     def compress(self, model: Model, context: Context) -> Model:
         layout = model.layout()
-        expected = self.outline(layout)
+        expected = self.output_layout(layout)
         if expected == layout:
             return model
         assert context.calibration is not None
@@ -77,7 +77,7 @@ class PruneFfn(Technique):
             name = layout.name(block, one.out)
             context.report(block / layout.depth, name)
             width = expected.linears[name].in_features
-            with resident(model, name, *(layout.name(block, path) for path in one.into)):
+            with on_device(model, name, *(layout.name(block, path) for path in one.into)):
                 self._prune(model, block, one, width, grams)
             widths.add(width)
         if len(widths) == 1:

@@ -10,14 +10,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from jobs.calibration.statistics import Grams
+from jobs.compression.refit import refit
 from jobs.context import Context
 from jobs.knobs import Choice, Range, knob
-from jobs.layers import check_finite, linear_of
-from jobs.layout import Layout
-from jobs.model import DTYPE, Model, fit_heads
-from jobs.refit import refit
-from jobs.residency import resident
-from jobs.statistics import Grams
+from jobs.models.layers import check_finite, linear_of
+from jobs.models.layout import Layout
+from jobs.models.model import DTYPE, Model, fit_heads
+from jobs.models.placement import on_device
 from jobs.technique import Kind, Need, Technique
 
 
@@ -42,15 +42,15 @@ class PruneHeads(Technique):
     )
 
     @property
-    def identity(self) -> bool:
+    def is_noop(self) -> bool:
         return self.ratio == 0
 
-    def outline(self, layout: Layout) -> Layout:
+    def output_layout(self, layout: Layout) -> Layout:
         self.check_forms(layout)
         changed = {}
         for block in range(layout.depth):
             kept = kept_groups(groups_of(layout, block), self.ratio)
-            places = Places(layout, block)
+            places = HeadSlices(layout, block)
             for name, rows in places.rows(range(kept)).items():
                 changed[name] = dataclasses.replace(layout.linears[name], out_features=len(rows))
             out = places.out
@@ -61,19 +61,19 @@ class PruneHeads(Technique):
 
     def compress(self, model: Model, context: Context) -> Model:
         layout = model.layout()
-        if self.outline(layout) == layout:
+        if self.output_layout(layout) == layout:
             return model
         assert context.calibration is not None
         grams = context.statistics.grams(model, context.calibration, context.report)
         for block in range(layout.depth):
-            places = Places(layout, block)
+            places = HeadSlices(layout, block)
             context.report(block / layout.depth, places.out)
-            with resident(model, places.out, *places.makers):
+            with on_device(model, places.out, *places.makers):
                 self._prune(model, places, grams)
         fit_heads(model)
         return model
 
-    def _prune(self, model: Model, places: Places, grams: Grams) -> None:
+    def _prune(self, model: Model, places: HeadSlices, grams: Grams) -> None:
         groups = groups_of(places.layout, places.block)
         layer = cast(nn.Linear, model.module.get_submodule(places.out))
         weight = check_finite(layer.weight.detach().float(), self.name(), places.out)
@@ -112,7 +112,7 @@ def worths(
 
 
 @dataclass(frozen=True)
-class Places:
+class HeadSlices:
     """Where the key-value groups of one block lie in its linears."""
 
     layout: Layout

@@ -12,12 +12,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from jobs.context import Context
-from jobs.families import Family, Task
 from jobs.knobs import Range, knob
-from jobs.layers import check_finite, linear_of
-from jobs.layout import Layout, LinearSpec, TensorSpec
-from jobs.model import DTYPE, Model
-from jobs.residency import resident
+from jobs.models.families import Family, Task
+from jobs.models.layers import check_finite, linear_of
+from jobs.models.layout import Layout, LinearSpec, TensorSpec
+from jobs.models.model import DTYPE, Model
+from jobs.models.placement import on_device
 from jobs.technique import Kind, Need, Technique
 from jobs.techniques.prune_ffn import kept_width
 
@@ -51,10 +51,10 @@ class PruneHidden(Technique):
         return None
 
     @property
-    def identity(self) -> bool:
+    def is_noop(self) -> bool:
         return self.ratio == 0
 
-    def outline(self, layout: Layout) -> Layout:
+    def output_layout(self, layout: Layout) -> Layout:
         self.check_forms(layout)
         parts = Parts(layout)
         width = kept_width(parts.width, self.ratio)
@@ -87,7 +87,7 @@ class PruneHidden(Technique):
 
     def compress(self, model: Model, context: Context) -> Model:
         layout = model.layout()
-        if self.outline(layout) == layout:
+        if self.output_layout(layout) == layout:
             return model
         assert context.calibration is not None
         parts = Parts(layout)
@@ -172,12 +172,12 @@ def rotate(model: Model, parts: Parts, basis: Float[Tensor, "width kept"]) -> No
     # A tied head is the embedding's own tensor, which is replaced below.
     head_weight = head.weight.detach()
     for name in parts.tables:
-        with resident(model, name, parts.head):
+        with on_device(model, name, parts.head):
             table: Any = module.get_submodule(name)
             table.weight = _parameter(table.weight.detach().double() @ basis)
             table.embedding_dim = kept
     for writer in parts.writers:
-        with resident(model, writer):
+        with on_device(model, writer):
             layer = cast(nn.Linear, module.get_submodule(writer))
             bias = None if layer.bias is None else basis.T @ layer.bias.double()
             model.replace(writer, _linear(basis.T @ layer.weight.double(), bias))
@@ -186,7 +186,7 @@ def rotate(model: Model, parts: Parts, basis: Float[Tensor, "width kept"]) -> No
     held = torch.full((kept,), wider, dtype=DTYPE, device=basis.device)
     left = wider / held[0].item()
     for norm, readers in parts.norms.items():
-        with resident(model, norm, *readers):
+        with on_device(model, norm, *readers):
             part: Any = module.get_submodule(norm)
             scale = part.weight.detach().double()
             shift = part.bias.detach().double() if getattr(part, "bias", None) is not None else None

@@ -11,14 +11,15 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from jobs import aware_training, grids, packing
+from jobs.compression import grids, packing
+from jobs.compression.grids import Grid
 from jobs.context import Context
-from jobs.grids import Grid
-from jobs.layers import check_finite
-from jobs.layout import Layout, Packing
-from jobs.model import DTYPE, Model
-from jobs.residency import resident
-from jobs.technique import Form, Kind, Need, Technique
+from jobs.models.layers import check_finite
+from jobs.models.layout import Form, Layout, Packing
+from jobs.models.model import DTYPE, Model
+from jobs.models.placement import on_device
+from jobs.technique import Kind, Need, Technique
+from jobs.training import schedule
 
 _TINY = 2.0**-24  # the smallest fp16
 
@@ -45,19 +46,19 @@ class Qat(Technique):
         "Liu et al. 2023, LLM-QAT, arXiv:2305.17888; Esser et al. 2019, LSQ, arXiv:1902.08153"
     )
     needs: ClassVar[frozenset[Need]] = frozenset({"teacher", "training"})
-    highest_stage: ClassVar[int] = aware_training.HIGHEST_STAGE
+    highest_stage: ClassVar[int] = schedule.HIGHEST_STAGE
     accepts: ClassVar[frozenset[Form]] = frozenset({"dense", "factored"})
-    leaves: ClassVar[frozenset[Form]] = frozenset({"packed"})
+    produces: ClassVar[frozenset[Form]] = frozenset({"packed"})
 
     bits: int = packing.bits_knob(4)
     group: int = packing.group_knob()
     symmetric: bool = packing.symmetric_knob()
     embedding_bits: int = packing.embedding_bits_knob()
-    learning_rate: float = aware_training.learning_rate_knob(1e-4)
-    steps: int = aware_training.steps_knob()
-    batch: int = aware_training.batch_knob()
-    temperature: float = aware_training.temperature_knob()
-    hard_weight: float = aware_training.hard_weight_knob()
+    learning_rate: float = schedule.learning_rate_knob(1e-4)
+    steps: int = schedule.steps_knob()
+    batch: int = schedule.batch_knob()
+    temperature: float = schedule.temperature_knob()
+    hard_weight: float = schedule.hard_weight_knob()
 
     @functools.cached_property
     def packing(self) -> Packing:
@@ -68,15 +69,15 @@ class Qat(Technique):
         """None: training does what a correction would."""
         return 0
 
-    def outline(self, layout: Layout) -> Layout:
-        return packing.outline(self, layout)
+    def output_layout(self, layout: Layout) -> Layout:
+        return packing.output_layout(self, layout)
 
     def compress(self, model: Model, context: Context) -> Model:
-        self.outline(model.layout())
-        aware_training.check_given(self, context)
-        with resident(model, ""):
+        self.output_layout(model.layout())
+        schedule.check_given(self, context)
+        with on_device(model, ""):
             round_in_forward(model, self.packing, self.name())
-            aware_training.learn(model, self, context)
+            schedule.learn(model, self, context)
             pack(model, self.packing)
         packing.pack_tables(model, self)
         return model

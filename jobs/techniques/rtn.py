@@ -8,13 +8,13 @@ from typing import ClassVar, cast
 
 from torch import nn
 
-from jobs import packing
+from jobs.compression import packing
 from jobs.context import Context
-from jobs.layers import check_finite
-from jobs.layout import Layout, Packing
-from jobs.model import Model
-from jobs.residency import resident
-from jobs.technique import Form, Kind, Technique
+from jobs.models.layers import check_finite
+from jobs.models.layout import Form, Layout, Packing
+from jobs.models.model import Model
+from jobs.models.placement import on_device
+from jobs.technique import Kind, Technique
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Rtn(Technique):
     version: ClassVar[int] = 2
     paper: ClassVar[str] = "Nagel et al. 2021, A White Paper on Neural Network Quantization, arXiv:2106.08295"
     accepts: ClassVar[frozenset[Form]] = frozenset({"dense", "factored"})
-    leaves: ClassVar[frozenset[Form]] = frozenset({"packed"})
+    produces: ClassVar[frozenset[Form]] = frozenset({"packed"})
     by_block: ClassVar[frozenset[str]] = packing.BY_LINEAR
     by_linear: ClassVar[frozenset[str]] = packing.BY_LINEAR
 
@@ -43,15 +43,15 @@ class Rtn(Technique):
     def packing(self) -> Packing:
         return Packing(int(self.bits), self.group, self.symmetric)
 
-    def outline(self, layout: Layout) -> Layout:
-        return packing.outline(self, layout)
+    def output_layout(self, layout: Layout) -> Layout:
+        return packing.output_layout(self, layout)
 
     def compress(self, model: Model, context: Context) -> Model:
-        self.outline(model.layout())
+        self.output_layout(model.layout())
         linears, steps = model.linears(), self.for_linears(model.layout())
         for done, (name, layer) in enumerate(linears.items()):
             context.report(done / len(linears), name)
-            with resident(model, name):
+            with on_device(model, name):
                 weight = check_finite(cast(nn.Linear, layer).weight.detach().float(), self.name(), name)
                 integers, grid = packing.round_to_nearest(weight, steps[name].packing)
                 packing.pack_linear(model, name, integers, grid, steps[name].packing)

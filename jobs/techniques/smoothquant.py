@@ -10,14 +10,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from jobs import packing
+from jobs.compression import packing
 from jobs.context import Context
 from jobs.knobs import Range, knob
-from jobs.layers import check_finite
-from jobs.layout import Layout, Packing
-from jobs.model import Model
-from jobs.residency import resident
-from jobs.technique import Form, Kind, Need, Technique
+from jobs.models.layers import check_finite
+from jobs.models.layout import Form, Layout, Packing
+from jobs.models.model import Model
+from jobs.models.placement import on_device
+from jobs.technique import Kind, Need, Technique
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Smoothquant(Technique):
     paper: ClassVar[str] = "Xiao et al. 2022, SmoothQuant, arXiv:2211.10438"
     needs: ClassVar[frozenset[Need]] = frozenset({"calibration"})
     accepts: ClassVar[frozenset[Form]] = frozenset({"dense", "factored"})
-    leaves: ClassVar[frozenset[Form]] = frozenset({"packed"})
+    produces: ClassVar[frozenset[Form]] = frozenset({"packed"})
 
     alpha: float = knob(0.5, Range(0.0, 1.0), "how much of the difficulty moves from activations to weights")
 
@@ -43,18 +43,18 @@ class Smoothquant(Technique):
     def packing(self) -> Packing:
         return Packing(8, 0, symmetric=True, input_scales=True, activation_bits=8)
 
-    def outline(self, layout: Layout) -> Layout:
+    def output_layout(self, layout: Layout) -> Layout:
         self.check_forms(layout)
         return layout.packed(self.packing)
 
     def compress(self, model: Model, context: Context) -> Model:
-        self.outline(model.layout())
+        self.output_layout(model.layout())
         assert context.calibration is not None
         grams = context.statistics.grams(model, context.calibration, context.report)
         linears = model.linears()
         for done, names in enumerate(grams.sharing.values()):
             context.report(done / len(grams.sharing), names[0])
-            with resident(model, *names):
+            with on_device(model, *names):
                 layers = {name: cast(nn.Linear, linears[name]) for name in names}
                 self._round(model, layers, grams.peak(names[0]).to(model.device))
         return model

@@ -9,13 +9,13 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from jobs.calibration.hessian import inverse_factor
+from jobs.compression.sparsity import PATTERNS, Sparsity, dense_weight, highest, keep
 from jobs.context import Context
-from jobs.hessian import inverse_factor
 from jobs.knobs import Choice, Range, Value, knob, sequential_knob
-from jobs.layout import Layout
-from jobs.model import Model
-from jobs.sparsity import PATTERNS, Sparsity, dense_weight, highest, keep
-from jobs.technique import Form, Kind, Need, Technique
+from jobs.models.layout import Form, Layout
+from jobs.models.model import Model
+from jobs.technique import Kind, Need, Technique
 
 _BLOCK = 128
 """Inputs whose weights are chosen together, and treated between two updates of all later ones (the paper's
@@ -34,7 +34,7 @@ class SparseGpt(Technique):
     paper: ClassVar[str] = "Frantar & Alistarh 2023, SparseGPT, arXiv:2301.00774"
     needs: ClassVar[frozenset[Need]] = frozenset({"calibration"})
     accepts: ClassVar[frozenset[Form]] = frozenset({"dense", "factored"})
-    leaves: ClassVar[frozenset[Form]] = frozenset({"sparse"})
+    produces: ClassVar[frozenset[Form]] = frozenset({"sparse"})
 
     sparsity: float = knob(0.5, Range(0.0, 0.95), "share of the weights to remove; half where pattern is n:m")
     pattern: str = knob("unstructured", Choice(PATTERNS), "where weights may go; n:m keeps n of m neighbours")
@@ -43,7 +43,7 @@ class SparseGpt(Technique):
     )
     sequential: bool = sequential_knob()
 
-    def idle(self) -> dict[str, Value]:
+    def ignored_options(self) -> dict[str, Value]:
         return {} if self.target.group is None else {"sparsity": 0.5}
 
     @property
@@ -51,15 +51,15 @@ class SparseGpt(Technique):
         return Sparsity(self.sparsity, self.pattern)
 
     @property
-    def identity(self) -> bool:
-        return self.target.identity
+    def is_noop(self) -> bool:
+        return self.target.is_noop
 
-    def outline(self, layout: Layout) -> Layout:
-        return self.target.outline(layout, self)
+    def output_layout(self, layout: Layout) -> Layout:
+        return self.target.output_layout(layout, self)
 
     def compress(self, model: Model, context: Context) -> Model:
-        expected = self.outline(model.layout()).linears
-        if self.identity:
+        expected = self.output_layout(model.layout()).linears
+        if self.is_noop:
             return model
         assert context.calibration is not None
         linears = model.linears()

@@ -9,12 +9,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from jobs import lowrank
+from jobs.compression import low_rank
 from jobs.context import Context
 from jobs.knobs import knob
-from jobs.layout import Layout
-from jobs.model import Model
-from jobs.technique import Form, Kind, Technique
+from jobs.models.layout import Form, Layout
+from jobs.models.model import Model
+from jobs.technique import Kind, Technique
 
 
 @dataclass(frozen=True)
@@ -28,33 +28,33 @@ class Svd(Technique):
     kind: ClassVar[Kind] = "rank"
     version: ClassVar[int] = 2
     paper: ClassVar[str] = "Eckart and Young 1936, The approximation of one matrix by another of lower rank"
-    leaves: ClassVar[frozenset[Form]] = frozenset({"factored"})
+    produces: ClassVar[frozenset[Form]] = frozenset({"factored"})
 
-    keep: float = knob(0.8, lowrank.KEEP, lowrank.KEEP_HELP)
-    allocation: str = knob("uniform", lowrank.ALLOCATION, lowrank.ALLOCATION_HELP)
+    keep: float = knob(0.8, low_rank.KEEP, low_rank.KEEP_HELP)
+    allocation: str = knob("uniform", low_rank.ALLOCATION, low_rank.ALLOCATION_HELP)
 
     @property
-    def identity(self) -> bool:
+    def is_noop(self) -> bool:
         return self.keep == 1
 
     @property
     def exact(self) -> bool:
-        return self.identity or self.allocation == "uniform"
+        return self.is_noop or self.allocation == "uniform"
 
-    def outline(self, layout: Layout) -> Layout:
+    def output_layout(self, layout: Layout) -> Layout:
         self.check_forms(layout)
-        return lowrank.outline(layout, self.keep, self.allocation)
+        return low_rank.output_layout(layout, self.keep, self.allocation)
 
     def compress(self, model: Model, context: Context) -> Model:
         layout = model.layout()
-        self.outline(layout)
-        if self.identity:
+        self.output_layout(layout)
+        if self.is_noop:
             return model
-        terms = lowrank.decomposed(model, context, self.name(), "svd-plain", lambda: _ones)
+        terms = low_rank.decomposed(model, context, self.name(), "svd-plain", lambda: _ones)
         # Squared changes of weights, summed over the whole model: what this decomposition makes least.
         importance = dict.fromkeys(layout.linears, 1.0) if self.allocation == "global" else None
-        ranks = lowrank.ranks_of(layout.linears, self.keep, terms, importance)
-        lowrank.factorize(model, context, terms, ranks)
+        ranks = low_rank.ranks_of(layout.linears, self.keep, terms, importance)
+        low_rank.factorize(model, context, terms, ranks)
         return model
 
 

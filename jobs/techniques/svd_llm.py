@@ -10,16 +10,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from jobs import gradients, lowrank
+from jobs.calibration.block_stream import stream
+from jobs.calibration.hessian import cholesky
+from jobs.calibration.statistics import Inputs
+from jobs.compression import importance as importance_module
+from jobs.compression import low_rank
 from jobs.context import Context
-from jobs.hessian import cholesky
 from jobs.knobs import Choice, knob
-from jobs.layers import LowRankLinear
-from jobs.layout import Layout
-from jobs.model import DTYPE, Model
-from jobs.statistics import Inputs
-from jobs.streaming import stream
-from jobs.technique import Form, Kind, Need, Technique
+from jobs.models.layers import LowRankLinear
+from jobs.models.layout import Form, Layout
+from jobs.models.model import DTYPE, Model
+from jobs.technique import Kind, Need, Technique
 
 
 @dataclass(frozen=True)
@@ -36,47 +37,47 @@ class SvdLlm(Technique):
     paper: ClassVar[str] = "Wang et al. 2024, SVD-LLM, arXiv:2403.07378"
     version: ClassVar[int] = 4
     needs: ClassVar[frozenset[Need]] = frozenset({"calibration"})
-    leaves: ClassVar[frozenset[Form]] = frozenset({"factored"})
+    produces: ClassVar[frozenset[Form]] = frozenset({"factored"})
 
-    keep: float = knob(0.8, lowrank.KEEP, lowrank.KEEP_HELP)
-    allocation: str = knob("uniform", lowrank.ALLOCATION, lowrank.ALLOCATION_HELP)
+    keep: float = knob(0.8, low_rank.KEEP, low_rank.KEEP_HELP)
+    allocation: str = knob("uniform", low_rank.ALLOCATION, low_rank.ALLOCATION_HELP)
     update: str = knob(
         "none", Choice(("none", "sequential")), "whether to fit u to what compressed predecessors give"
     )
 
     @property
-    def identity(self) -> bool:
+    def is_noop(self) -> bool:
         return self.keep == 1
 
     @property
     def exact(self) -> bool:
-        return self.identity or self.allocation == "uniform"
+        return self.is_noop or self.allocation == "uniform"
 
-    def outline(self, layout: Layout) -> Layout:
+    def output_layout(self, layout: Layout) -> Layout:
         self.check_forms(layout)
-        return lowrank.outline(layout, self.keep, self.allocation)
+        return low_rank.output_layout(layout, self.keep, self.allocation)
 
     def compress(self, model: Model, context: Context) -> Model:
         layout = model.layout()
-        self.outline(layout)
-        if self.identity:
+        self.output_layout(layout)
+        if self.is_noop:
             return model
-        terms = lowrank.decomposed(
+        terms = low_rank.decomposed(
             model, context, self.name(), "svd-whitened", lambda: _rooting(model, context)
         )
-        importance = gradients.sensitivities(model, context) if self.allocation == "global" else None
-        ranks = lowrank.ranks_of(layout.linears, self.keep, terms, importance)
+        importance = importance_module.sensitivities(model, context) if self.allocation == "global" else None
+        ranks = low_rank.ranks_of(layout.linears, self.keep, terms, importance)
         if self.update == "none":
-            lowrank.factorize(model, context, terms, ranks)
+            low_rank.factorize(model, context, terms, ranks)
         else:
             _factorize_in_sequence(model, context, terms, ranks)
         return model
 
 
-def _rooting(model: Model, context: Context) -> lowrank.Root:
+def _rooting(model: Model, context: Context) -> low_rank.Root:
     assert context.calibration is not None
     grams = context.statistics.grams(model, context.calibration, context.report)
-    return lambda name, weight: lowrank.root_of(grams.gram(name).to(weight.device)).float()
+    return lambda name, weight: low_rank.root_of(grams.gram(name).to(weight.device)).float()
 
 
 def updated(
@@ -121,7 +122,7 @@ def _factorize_in_sequence(
         }
         thin: dict[str, LowRankLinear] = {}
         for name, dense in block.items():
-            thin[name] = lowrank.factored(dense, terms[f"{name}.u"], terms[f"{name}.v"], ranks[name], name)
+            thin[name] = low_rank.factored(dense, terms[f"{name}.u"], terms[f"{name}.v"], ranks[name], name)
             model.replace(name, thin[name])
         inputs = Inputs.of(visit.block, thin, visit.run)
         for owner, names in inputs.sharing().items():

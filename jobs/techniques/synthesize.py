@@ -9,17 +9,18 @@ from typing import ClassVar, cast
 
 from torch import Tensor
 
-from jobs import models, recovery, synthesis
-from jobs.cache import Stored
+from jobs.calibration.cache import Stored
 from jobs.context import Context
-from jobs.families import Family, Task
 from jobs.knobs import Choice, Range, knob
-from jobs.layout import Layout
-from jobs.losses import Aim, Divergence
-from jobs.model import Model
-from jobs.recovery import Plan
-from jobs.teacher import matching
-from jobs.technique import Form, Kind, Need, Technique
+from jobs.models import loading
+from jobs.models.families import Family, Task
+from jobs.models.layout import Form, Layout
+from jobs.models.model import Model
+from jobs.technique import Kind, Need, Technique
+from jobs.training import synthesis, trainer
+from jobs.training.losses import DistillationObjective, Divergence
+from jobs.training.teacher import matching
+from jobs.training.trainer import TrainingPlan
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Synthesize(Technique):
     (arXiv:2305.17888), from what the teacher predicts at each of their tokens.
 
     The teacher writes `samples` rows once for all students of a study; those that repeat others or themselves
-    are dropped, and of the rest both tails of the teacher's own perplexity (`jobs.synthesis.choose`). The loss
+    are dropped, and of the rest both tails of the teacher's own perplexity (`jobs.training.synthesis.choose`). The loss
     per token is that of distill at temperature 1: with hard_weight 1 it is Kim & Rush's, with 0 LLM-QAT's.
     Who wrote what, and how much was dropped, is noted beside the artifact.
     """
@@ -59,28 +60,28 @@ class Synthesize(Technique):
         return None if task == "causal-lm" else "only a model that predicts next tokens can write"
 
     @property
-    def identity(self) -> bool:
+    def is_noop(self) -> bool:
         return self.steps == 0
 
-    def outline(self, layout: Layout) -> Layout:
+    def output_layout(self, layout: Layout) -> Layout:
         self.check_forms(layout)
         return layout
 
     def compress(self, model: Model, context: Context) -> Model:
-        self.outline(model.layout())
+        self.output_layout(model.layout())
         if context.teacher is None or context.teacher_statistics is None:
             raise ValueError("synthesize needs the teacher and somewhere to keep what it writes")
         teacher = context.teacher()
-        recovery.check_vocabularies(self.name(), model, recovery.vocabulary(teacher))
+        trainer.check_vocabularies(self.name(), model, trainer.vocabulary(teacher))
         stored = context.teacher_statistics.stored(
             f"written-{self.samples}x{self.tokens}-at{self.sampling_temperature!r}-top{self.top_p!r}",
             lambda: self._write(teacher, context),
         )
         rows = self._choose(stored, context)
-        aim = Aim(cast(Divergence, self.divergence), hard_weight=self.hard_weight)
-        recovery.require_gradients(model)
-        plan = Plan(self.learning_rate, self.steps, self.batch)
-        recovery.train(model, rows, matching(teacher, rows, aim), plan, context)
+        aim = DistillationObjective(cast(Divergence, self.divergence), hard_weight=self.hard_weight)
+        trainer.require_gradients(model)
+        plan = TrainingPlan(self.learning_rate, self.steps, self.batch)
+        trainer.train(model, rows, matching(teacher, rows, aim), plan, context)
         return model
 
     def _write(self, teacher: Model, context: Context) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -92,15 +93,15 @@ class Synthesize(Technique):
         sampling = synthesis.Sampling(self.samples, self.tokens, self.sampling_temperature, self.top_p)
         written = synthesis.write(teacher, sampling, context.seed, context.report)
         origin = {
-            "teacher": models.digest(teacher.folder),
+            "teacher": loading.digest(teacher.folder),
             "seed": context.seed,
             **dataclasses.asdict(sampling),
         }
         return dataclasses.asdict(written), {"origin": json.dumps(origin)}
 
-    def _choose(self, stored: Stored, context: Context) -> recovery.Rows:
+    def _choose(self, stored: Stored, context: Context) -> trainer.Rows:
         """The rows to learn from; notes down where they come from."""
-        chosen = synthesis.choose(synthesis.Written(stored["rows"], stored["surprise"]), self.keep)
+        chosen = synthesis.choose(synthesis.GeneratedRows(stored["rows"], stored["surprise"]), self.keep)
         context.notes["written"] = {
             **json.loads(stored.about["origin"]),
             "kept": len(chosen.rows),

@@ -8,54 +8,16 @@ from __future__ import annotations
 
 import pkgutil
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
-from jobs.job import Failure
-from jobs.knobs import Choice, Domain, Range, Value
-from jobs.lookup import module_of
-from orchestrator.front import Objective
-
-Choices = Mapping[str, Value]
-Result = tuple[Choices, Mapping[str, float] | Failure | None]
-Known = Callable[[Choices], Mapping[str, float]]
-Space = Mapping[str, Domain]
+from jobs.knobs import Choice, Domain, Range
+from jobs.plugins import module_of
+from orchestrator.pareto.front import Objective
+from orchestrator.search.initial_points import InitialPoints
+from orchestrator.search.proposals import Proposals
+from orchestrator.search.search import Choices, Known, Search, Space, nothing_known
 
 SUFFIX = "_search"
-SECONDS = "seconds"
-"""What `known` may give beside metrics: how long evaluating a choice would take, as far as that is known now."""
-
-
-class Search(Protocol):
-    """Asked for choices, told what came of them; in any order, with any number of asks outstanding.
-
-    The same seed and the same calls in the same order give the same choices.
-    """
-
-    def ask(self, n: int) -> list[dict[str, Value]]:
-        """Up to n choices that were neither asked nor told before; fewer where no new ones are found.
-
-        None of them breaks a limit by its known values. Raises LookupError where every choice does.
-        """
-        ...
-
-    def tell(self, results: Sequence[Result]) -> None:
-        """Learn from results, asked for or not, in any order; each choice's result counts once.
-
-        NaN and infinite metrics count as failures. A result without some objective waits for one that
-        has them all, and a success takes the place of an earlier failure. None: what was asked is given up, from which
-        nothing is learned.
-        """
-        ...
-
-    def chances(self, awaited: Sequence[Choices]) -> list[float]:
-        """Of choices that are under way, how likely each is to add to the front of what was told, by what is believed
-        now; 1 where nothing is believed."""
-        ...
-
-
-def nothing_known(choices: Choices) -> Mapping[str, float]:
-    """The `known` of a study in which everything has to be measured."""
-    return {}
 
 
 def names() -> list[str]:
@@ -90,10 +52,8 @@ def make(
     search: Search = algorithm(domains, tuple(objectives), known, seed)
     if not first:
         return search
-    from orchestrator.search.opening import Opening
-    from orchestrator.search.proposals import Proposals
 
-    return Opening(search, first, Proposals(objectives, known))
+    return InitialPoints(search, first, Proposals(objectives, known))
 
 
 def _algorithm(name: str) -> Callable[[Space, tuple[Objective, ...], Known, int], Search]:

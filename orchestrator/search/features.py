@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float
 from numpy.typing import NDArray
 
-from orchestrator.search.places import Active, Axis, Points
+from orchestrator.search.encoding import Active, Axis, Points
 
 LEVELS = 9
 """A knob with more values than that is told apart at so many places along its range, straight lines between."""

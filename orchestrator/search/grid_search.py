@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from jobs.knobs import Choice, Domain, Value
-from orchestrator.front import Objective
-from orchestrator.search import Choices, Known, Result, Space
+from orchestrator.pareto.front import Objective
 from orchestrator.search.proposals import Proposals
+from orchestrator.search.search import Choices, Known, Result, Space
 
 VALUES = 9
 """How many values stand for a range that has more: evenly spaced, both ends among them, by ratio on a log scale."""
@@ -46,7 +46,7 @@ class GridSearch:
     def tell(self, results: Sequence[Result]) -> None:
         self._proposals.news(results)
 
-    def chances(self, awaited: Sequence[Choices]) -> list[float]:
+    def probability_of_improvement(self, awaited: Sequence[Choices]) -> list[float]:
         return [1.0] * len(awaited)
 
     def _next(self) -> dict[str, Value]:

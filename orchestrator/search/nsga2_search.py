@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from orchestrator.front import Objective
-from orchestrator.search import Known, Space
+from orchestrator.pareto.front import Objective
 from orchestrator.search.on_optuna import Draws, OptunaSearch, nsga2
+from orchestrator.search.search import Known, Space
 
 POPULATION = 20
 """Small against the usual 50 to 100: an evaluation costs minutes, and a study has some hundred of them."""

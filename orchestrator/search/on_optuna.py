@@ -19,9 +19,9 @@ from optuna.samplers import BaseGASampler, BaseSampler, GPSampler, NSGAIISampler
 from optuna.trial import TrialState, create_trial
 
 from jobs.knobs import Choice, Domain, Value
-from orchestrator.front import Metrics, Objective
-from orchestrator.search import Choices, Known, Result, Space
+from orchestrator.pareto.front import Metrics, Objective
 from orchestrator.search.proposals import Proposals, key, uniform
+from orchestrator.search.search import Choices, Known, Result, Space
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class OptunaSearch:
                 if metrics is not None and self._inside(choices):
                     self._count(choices, metrics)
 
-    def chances(self, awaited: Sequence[Choices]) -> list[float]:
+    def probability_of_improvement(self, awaited: Sequence[Choices]) -> list[float]:
         return [1.0] * len(awaited)
 
     def _end(self, choices: Choices) -> None:

@@ -9,8 +9,8 @@ import numpy as np
 
 from jobs.job import Failure
 from jobs.knobs import Choice, Domain, Value
-from orchestrator.front import Metrics, Objective
-from orchestrator.search import Choices, Known, Result, Space
+from orchestrator.pareto.front import Metrics, Objective
+from orchestrator.search.search import Choices, Known, Result, Space
 
 TRIES = 2000
 """How many draws one proposal may take. `known` is quick (shapes only), a wasted evaluation is not."""

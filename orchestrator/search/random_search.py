@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from jobs.knobs import Value
-from orchestrator.front import Objective
-from orchestrator.search import Choices, Known, Result, Space
+from orchestrator.pareto.front import Objective
 from orchestrator.search.proposals import Proposals, uniform
+from orchestrator.search.search import Choices, Known, Result, Space
 
 
 class RandomSearch:
@@ -24,5 +24,5 @@ class RandomSearch:
     def tell(self, results: Sequence[Result]) -> None:
         self._proposals.news(results)
 
-    def chances(self, awaited: Sequence[Choices]) -> list[float]:
+    def probability_of_improvement(self, awaited: Sequence[Choices]) -> list[float]:
         return [1.0] * len(awaited)

@@ -10,14 +10,14 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 
 from jobs.knobs import Value
-from orchestrator.front import Metrics, Objective, nondominated
-from orchestrator.search import Choices, Known, Result, Space
-from orchestrator.search.belief import Belief, LossBelief
+from orchestrator.pareto.expected_improvement import Expected, chance_to_add, expected_improvement
+from orchestrator.pareto.front import Metrics, Objective, nondominated
+from orchestrator.search.candidate_pool import CandidateEvaluator, Losses, Pool
+from orchestrator.search.encoding import Points, SpaceEncoder
 from orchestrator.search.features import Rows
-from orchestrator.search.improvement import Expected, chance_to_add, expected_improvement
-from orchestrator.search.places import Places, Points
+from orchestrator.search.gaussian_process import GaussianProcess, ObjectiveModel
 from orchestrator.search.proposals import Proposals
-from orchestrator.search.survey import Losses, Pool, Survey
+from orchestrator.search.search import Choices, Known, Result, Space
 
 _START = 6
 """So many choices are asked, as different as can be, before anything is believed."""
@@ -30,14 +30,14 @@ _BEST = 20
 _KEPT = 150
 _BELIEVED = 600
 """So many results are learned from, about."""
-_MEMBERS = {1: 1, 2: 400, 3: 60, 4: 16}
+_MAX_FRONT_POINTS = {1: 1, 2: 400, 3: 60, 4: 16}
 """So many points of a front count at most, by the number of objectives: boxes grow with their power."""
-_NOTHING = 1e-9
-_TURNS = (None, 0.5, None, 0.9)
-_KNOWN_SHARE = 0.8
+_NO_IMPROVEMENT = 1e-9
+_REFERENCE_QUANTILES = (None, 0.5, None, 0.9)
+_UNIFORM_SHARE = 0.8
 """Shares of the space within the bounds of a volume, by what is believed and by what is known of it. None: bounds by
 the front."""
-_BOLD = (1.0, 3.0)
+_EXPLORATION_FACTORS = (1.0, 3.0)
 """What deviations are taken times, one after the other, until something is expected to add to the front."""
 
 Point = Float[NDArray[np.float64], " knobs"]
@@ -56,8 +56,8 @@ class SurrogateSearch:
         self._objectives = tuple(objectives)
         self._proposals = Proposals(objectives, known)
         self._generator = np.random.default_rng(seed)
-        self._places = Places(space)
-        self._survey = Survey(self._places, objectives, known, self._generator)
+        self._places = SpaceEncoder(space)
+        self._survey = CandidateEvaluator(self._places, objectives, known, self._generator)
         self._told: dict[bytes, tuple[Point, Metrics | None]] = {}
         self._asked: dict[bytes, Point] = {}
         self._given_up: set[bytes] = set()
@@ -88,7 +88,7 @@ class SurrogateSearch:
                 self._told[_mark(point)] = point, metrics
                 self._stale = True
 
-    def chances(self, awaited: Sequence[Choices]) -> list[float]:
+    def probability_of_improvement(self, awaited: Sequence[Choices]) -> list[float]:
         points, losses = self._measured()
         asked = self._points(awaited)
         if len(losses) < _JUDGED_BY or len(asked) < len(awaited):
@@ -120,8 +120,8 @@ class SurrogateSearch:
 
     def _forget(self) -> None:
         """Begin with no beliefs."""
-        self._beliefs: dict[int, LossBelief] = {}
-        self._failing: Belief | None = None
+        self._beliefs: dict[int, ObjectiveModel] = {}
+        self._failing: GaussianProcess | None = None
         self._stale = True
 
     def _next(self) -> dict[str, Value] | None:
@@ -191,12 +191,12 @@ class SurrogateSearch:
             some = np.union1d(np.flatnonzero(self._best(losses)), some)
         rows = self._survey.rows(points[some])
         for column in np.flatnonzero(~self._survey.foreknown):
-            belief = self._beliefs.setdefault(int(column), LossBelief(self._survey.features))
+            belief = self._beliefs.setdefault(int(column), ObjectiveModel(self._survey.features))
             belief.fit(rows, losses[some, column], self._survey.everywhere.rows)
         latest = list(self._told.values())[-_BELIEVED:]
         failed = np.array([metrics is None for _, metrics in latest], dtype=np.float64)
         if failed.any():
-            self._failing = self._failing or Belief(self._survey.features)
+            self._failing = self._failing or GaussianProcess(self._survey.features)
             self._failing.fit(self._survey.rows(np.array([point for point, _ in latest])), failed)
         self._stale = False
 
@@ -220,9 +220,11 @@ class SurrogateSearch:
             [one.scale.seen(column) for one, column in zip(foretold, losses.T, strict=True)]
         )
         front, reference = self._bounded(losses, foretold)
-        for boldness in _BOLD:
+        for boldness in _EXPLORATION_FACTORS:
             gain = expected_improvement(front, reference, foretold, boldness)
-            if gain.max() > _NOTHING * float(np.prod(np.maximum(np.ptp(losses, axis=0), _NOTHING))):
+            if gain.max() > _NO_IMPROVEMENT * float(
+                np.prod(np.maximum(np.ptp(losses, axis=0), _NO_IMPROVEMENT))
+            ):
                 return np.asarray(gain * self._works(pool) / pool.seconds)
         return self._novelty(pool)
 
@@ -232,12 +234,12 @@ class SurrogateSearch:
         by results would keep the search where it is."""
         front = losses[self._best(losses)]
         ideal, worst = front.min(axis=0), front.max(axis=0)
-        share = _TURNS[len(losses) % len(_TURNS)]
+        share = _REFERENCE_QUANTILES[len(losses) % len(_REFERENCE_QUANTILES)]
         if share is None:
             reference = worst + 0.1 * np.maximum(worst - ideal, 1e-3 * np.ptp(losses, axis=0))
         else:
             usual = self._usual()
-            shares = np.where(self._survey.foreknown, _KNOWN_SHARE, share)
+            shares = np.where(self._survey.foreknown, _UNIFORM_SHARE, share)
             reference = np.nanquantile(usual, shares, axis=0).diagonal()
             reference = np.maximum(reference, ideal + 0.1 * np.ptp(losses, axis=0))
         for column, (objective, one) in enumerate(zip(self._objectives, foretold, strict=True)):
@@ -245,7 +247,7 @@ class SurrogateSearch:
                 reference[column] = one.scale.seen(np.array([objective.loss(objective.limit)]))[0]
         extent = np.where(reference > ideal, reference - ideal, 1.0)
         nearest = np.argsort((front / extent).sum(axis=1), kind="stable")
-        return front[nearest[: _MEMBERS.get(losses.shape[1], 8)]], reference
+        return front[nearest[: _MAX_FRONT_POINTS.get(losses.shape[1], 8)]], reference
 
     def _usual(self) -> Losses:
         """What is known of choices of the whole space, or is believed of them as its scale sees it."""

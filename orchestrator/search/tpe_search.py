@@ -5,9 +5,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from orchestrator.front import Objective
-from orchestrator.search import Known, Space
+from orchestrator.pareto.front import Objective
 from orchestrator.search.on_optuna import Draws, OptunaSearch, tpe
+from orchestrator.search.search import Known, Space
 
 FIRST = 10
 """Results before the densities of good and bad choices are told apart; Optuna's own number."""

@@ -16,9 +16,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
-from orchestrator.candidate import Candidate
-from orchestrator.front import Objective
-from orchestrator.results import Results, errors, front_json, metrics, prediction_errors
+from orchestrator.pareto.front import Objective
+from orchestrator.study.candidate import Candidate
+from orchestrator.study.results import Results, errors, front_json, metrics, prediction_errors
 from orchestrator.tracking.outbox import Outbox
 
 
@@ -146,6 +146,6 @@ def options(candidate: Candidate) -> dict[str, str]:
 
 def sync(outbox: Path, uri: str) -> None:
     """Deliver all that the outbox holds, now. Returns once MLflow has it; an outage raises after a while."""
-    from orchestrator.tracking.mirror import deliver_all  # this alone takes MLflow's seconds to import
+    from orchestrator.tracking.mlflow_mirror import deliver_all  # this alone takes MLflow's seconds to import
 
     deliver_all(outbox, uri)

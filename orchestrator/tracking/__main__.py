@@ -7,7 +7,7 @@ import os
 import sys
 from pathlib import Path
 
-from orchestrator.tracking.mirror import follow
+from orchestrator.tracking.mlflow_mirror import follow
 
 if __name__ == "__main__":
     os.nice(10)  # what it delivers can wait, measurements on the same machine cannot

@@ -12,7 +12,7 @@ from mlflow import MlflowClient
 from mlflow.entities import LoggedModel
 from mlflow.entities.model_registry import ModelVersion
 
-from orchestrator.front import PICKS
+from orchestrator.pareto.front import PICKS
 
 OUTBOX_TAG, CANDIDATE_TAG = "slimfront.outbox", "slimfront.candidate"
 _NO_NAME = str.maketrans(dict.fromkeys("/:.%\"'", "_"))

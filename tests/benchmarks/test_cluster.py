@@ -7,19 +7,29 @@ from collections import Counter
 import pytest
 
 from benchmarks.cluster import Number, miscounted
-from jobs.job import Failure, Measurement, Success
+from jobs.job import Failure, Success
+from jobs.measurement.measurement import Measurement
 from jobs.recipe import Origin, Recipe
 from jobs.techniques.rtn import Rtn
-from orchestrator.events import Began, Ended, Event, Proposed, Started
+from orchestrator.study.events import AttemptEnded, AttemptStarted, CandidateProposed, Event, ServiceStarted
 
 ORIGINAL = Recipe(Origin("m", "d", 0))
 ONE, TWO = (ORIGINAL.then(Rtn(bits=bits)) for bits in (4, 8))
 DONE = Success("a" * 64, 1, Measurement({"accuracy": 0.5}), 1.0)
 LOST = Failure("preempted", "the node went away")
 EVENTS: list[Event] = [
-    Began(), Started("o", 1), Proposed(ONE, {}, None), Started("a", 1), Proposed(TWO, {}, None), Started("b", 1),
-    Ended("o", 1, DONE), Ended("a", 1, LOST), Started("a", 2), Ended("b", 1, DONE), Ended("a", 2, DONE),
-]  # fmt: skip
+    ServiceStarted(),
+    AttemptStarted("o", 1),
+    CandidateProposed(ONE, {}, None),
+    AttemptStarted("a", 1),
+    CandidateProposed(TWO, {}, None),
+    AttemptStarted("b", 1),
+    AttemptEnded("o", 1, DONE),
+    AttemptEnded("a", 1, LOST),
+    AttemptStarted("a", 2),
+    AttemptEnded("b", 1, DONE),
+    AttemptEnded("a", 2, DONE),
+]
 HELD = {"o", "a", "b"}
 RUNS = "MLflow has {} finished runs of 2 candidates and the original"
 FINISHED = Counter([ORIGINAL.id, ONE.id, TWO.id])
@@ -34,7 +44,7 @@ def test_what_was_tried_twice_and_came_out_once_is_counted_once() -> None:
     [
         ((EVENTS, 3, HELD, FINISHED), ["2 candidates instead of 3"]),
         ((EVENTS[:-1], 2, {"o", "b"}, FINISHED), ["1 jobs have no result"]),
-        (([*EVENTS, Ended("a", 1, DONE)], 2, HELD, FINISHED), ["1 jobs have several results in the ledger"]),
+        (([*EVENTS, AttemptEnded("a", 1, DONE)], 2, HELD, FINISHED), ["1 jobs have several results in the ledger"]),
         ((EVENTS, 2, {"o", "a"}, FINISHED), ["the store holds 2 results, the ledger 3"]),
         ((EVENTS, 2, HELD, FINISHED + Counter([ONE.id])), [RUNS.format(4)]),
         ((EVENTS, 2, HELD, FINISHED - Counter([ONE.id])), [RUNS.format(2)]),

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from cluster import doctor
-from cluster.submit import Node
+from cluster.on_ray.jobs_api import Node
 
 GIB = 2**30
 

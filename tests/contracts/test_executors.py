@@ -17,10 +17,12 @@ from typing import Any
 import psutil
 import pytest
 
-import cluster
-from cluster.executor import Ended, Executor, InlineExecutor, NodeType, Resources
-from cluster.head import connect
-from cluster.on_ray import RayExecutor
+from cluster import executors, on_ray
+from cluster.executors.executor import Executor, NodeType, Resources
+from cluster.executors.inline import InlineExecutor
+from cluster.executors.task import TaskResult
+from cluster.on_ray.cluster_state import connect
+from cluster.on_ray.executor import RayExecutor
 
 # Two slots and 8 GiB each, whatever the machine has.
 FACTORIES: dict[str, Callable[[], Executor]] = {
@@ -33,7 +35,9 @@ IN_PROCESSES = {"RayExecutor"}
 def implementations() -> dict[str, type]:
     methods = [name for name, member in vars(Executor).items() if callable(member) and name[0] != "_"]
     modules = [
-        importlib.import_module(f"cluster.{module.name}") for module in pkgutil.iter_modules(cluster.__path__)
+        importlib.import_module(f"{package.__name__}.{module.name}")
+        for package in (executors, on_ray)
+        for module in pkgutil.iter_modules(package.__path__)
     ]
     return {
         name: found
@@ -142,9 +146,9 @@ def most_at_once(spans: dict[str, tuple[float, float]]) -> int:
     return max(sum(start <= moment < end for start, end in spans.values()) for moment, _ in spans.values())
 
 
-def all_of(executor: Executor) -> list[Ended]:
+def all_of(executor: Executor) -> list[TaskResult]:
     """Everything that ends, until nothing is under way."""
-    ended: list[Ended] = []
+    ended: list[TaskResult] = []
     while some := executor.wait(60):
         ended += some
     return ended
@@ -164,7 +168,7 @@ def test_every_piece_ends_exactly_once_with_its_value(executor: Executor) -> Non
     ended = all_of(executor)
     assert sorted(one.key for one in ended) == sorted(f"piece-{number}" for number in range(10))
     assert {one.key: one.value for one in ended} == {f"piece-{n}": n**2 for n in range(10)}
-    assert not any(one.lost for one in ended)
+    assert not any(one.error for one in ended)
 
 
 def test_nothing_under_way_means_nothing_to_wait_for(executor: Executor) -> None:
@@ -174,9 +178,9 @@ def test_nothing_under_way_means_nothing_to_wait_for(executor: Executor) -> None
 def test_an_exception_that_escapes_comes_back_as_lost(executor: Executor) -> None:
     executor.submit("a", fail, resources=Resources())
     (ended,) = all_of(executor)
-    assert ended.lost is not None
-    assert ended.lost.splitlines()[0] == "ValueError: boom"
-    assert "in fail" in ended.lost
+    assert ended.error is not None
+    assert ended.error.splitlines()[0] == "ValueError: boom"
+    assert "in fail" in ended.error
     assert not ended.preempted
     assert ended.value is None
 
@@ -184,9 +188,9 @@ def test_an_exception_that_escapes_comes_back_as_lost(executor: Executor) -> Non
 def test_work_that_exits_comes_back_as_lost_and_the_executor_goes_on(executor: Executor) -> None:
     executor.submit("a", sys.exit, 3, resources=Resources())
     (ended,) = all_of(executor)
-    assert ended.lost is not None
+    assert ended.error is not None
     executor.submit("b", abs, -1, resources=Resources())
-    assert all_of(executor) == [Ended("b", 1)]
+    assert all_of(executor) == [TaskResult("b", 1)]
 
 
 def test_at_most_as_many_pieces_as_slots_run_at_once(executor: Executor, tmp_path: Path) -> None:
@@ -231,39 +235,39 @@ def test_what_can_never_be_had_is_refused_and_leaves_no_trace(executor: Executor
             executor.submit("a", abs, -1, resources=resources)
     assert executor.wait() == []
     executor.submit("a", abs, -1, resources=Resources())
-    assert all_of(executor) == [Ended("a", 1)]
+    assert all_of(executor) == [TaskResult("a", 1)]
 
 
 def test_a_gang_runs_at_once_and_its_first_rank_tells_the_value(executor: Executor, tmp_path: Path) -> None:
     executor.submit("gang", meet, tmp_path, resources=Resources(ranks=2))
     executor.submit("a", abs, -1, resources=Resources())
     ended = {one.key: one for one in all_of(executor)}
-    assert ended == {"gang": Ended("gang", ["0 of 2", "1 of 2"]), "a": Ended("a", 1)}
+    assert ended == {"gang": TaskResult("gang", ["0 of 2", "1 of 2"]), "a": TaskResult("a", 1)}
 
 
 def test_gangs_that_could_each_take_half_of_the_slots_both_run(executor: Executor, tmp_path: Path) -> None:
     for name in "abc":
         (tmp_path / name).mkdir()
         executor.submit(name, meet, tmp_path / name, resources=Resources(ranks=2))
-    assert [one.lost or one.value for one in all_of(executor)] == [["0 of 2", "1 of 2"]] * 3
+    assert [one.error or one.value for one in all_of(executor)] == [["0 of 2", "1 of 2"]] * 3
 
 
 def test_a_gang_that_loses_a_rank_is_lost_once_with_all_its_ranks(executor: Executor, tmp_path: Path) -> None:
     executor.submit("gang", lose_the_last, tmp_path, resources=Resources(ranks=2))
     (ended,) = all_of(executor)
-    assert ended.lost
+    assert ended.error
     until_gone(int((tmp_path / "0").read_text()))
     executor.submit("a", abs, -1, resources=Resources())
-    assert all_of(executor) == [Ended("a", 1)]
+    assert all_of(executor) == [TaskResult("a", 1)]
 
 
 def test_a_key_is_refused_while_it_is_under_way_and_free_again_after(executor: Executor) -> None:
     executor.submit("a", abs, -1, resources=Resources())
     with pytest.raises(ValueError, match="a is under way"):
         executor.submit("a", abs, -2, resources=Resources())
-    assert all_of(executor) == [Ended("a", 1)]
+    assert all_of(executor) == [TaskResult("a", 1)]
     executor.submit("a", abs, -3, resources=Resources())
-    assert all_of(executor) == [Ended("a", 3)]
+    assert all_of(executor) == [TaskResult("a", 3)]
 
 
 def test_cancelled_work_is_not_reported_and_its_key_is_free_at_once(
@@ -296,8 +300,8 @@ def test_a_killed_worker_loses_its_piece_only(executor: Executor) -> None:
     for name in "abcd":
         executor.submit(name, *((die,) if name == "b" else (abs, -1)), resources=Resources())
     ended = {one.key: one for one in all_of(executor)}
-    assert ended.pop("b").lost
-    assert ended == {name: Ended(name, 1) for name in "acd"}
+    assert ended.pop("b").error
+    assert ended == {name: TaskResult(name, 1) for name in "acd"}
 
 
 @pytest.mark.usefixtures("in_processes")
@@ -306,8 +310,8 @@ def test_what_does_not_pickle_is_lost_and_the_executor_goes_on(executor: Executo
     executor.submit("argument", id, sys._getframe(), resources=Resources())
     executor.submit("fine", abs, -1, resources=Resources())
     ended = {one.key: one for one in all_of(executor)}
-    assert ended["result"].lost
-    assert ended["argument"].lost
+    assert ended["result"].error
+    assert ended["argument"].error
     assert ended["fine"].value == 1
 
 
@@ -315,4 +319,4 @@ def test_what_does_not_pickle_is_lost_and_the_executor_goes_on(executor: Executo
 def test_waiting_ends_with_its_time_and_loses_nothing(executor: Executor) -> None:
     executor.submit("a", time.sleep, 1.0, resources=Resources())
     assert executor.wait(0.05) == []
-    assert all_of(executor) == [Ended("a")]
+    assert all_of(executor) == [TaskResult("a")]

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from benchmarks import size
-from jobs import families, formats, techniques
-from jobs.layout import Layout
+from jobs import formats, techniques
+from jobs.models import families
+from jobs.models.layout import Layout
 from jobs.technique import Technique
 
 Steps = tuple[tuple[str, dict[str, object]], ...]
@@ -100,14 +101,14 @@ def test_it_writes_what_it_foretells_or_says_why_not(
             ValueError, match=re.escape(f"{name} cannot hold this model: {reason}")
         ) as refused:
             formats.write(name, artifact, out)
-        assert formats.OWN in str(refused.value)  # a format that can
+        assert formats.NATIVE in str(refused.value)  # a format that can
         assert not out.exists()
         return
     foretold = formats.load(name).size_bytes(layout, tiny(family))
     formats.write(name, artifact, out)
     assert formats.size_of(out, name) == foretold
     assert formats.format_of(out) == name
-    assert json.loads((out / formats.MARK).read_text())["task"] == layout.task
+    assert json.loads((out / formats.EXPORT_MANIFEST).read_text())["task"] == layout.task
 
 
 @pytest.mark.parametrize("kind", ["as it is", "chain", "packed embedding"])

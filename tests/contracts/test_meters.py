@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from jobs import meters, timing
-from jobs.families import TASKS, Task
-from jobs.job import Materials, Target, TaskSource, TextSource, standard_error
-from jobs.meter import Subject
+from jobs import meters
+from jobs.materials import Materials, Target, TaskSource, TextSource
+from jobs.measurement import timing
+from jobs.measurement.measurement import standard_error
+from jobs.measurement.meter import Subject
+from jobs.models.families import TASKS, Task
 
 TARGET = Target(prompt_tokens=8, new_tokens=4, price_per_hour=0.5)
 CASES = [(name, task) for name in meters.names() for task in meters.load(name).tasks]
@@ -60,7 +62,7 @@ def test_a_meter_measures_exactly_the_metrics_it_names(
             meter.measure(subject)
         return
     found = meter.measure(subject)
-    assert {*meter.metrics} <= {*found.metrics} <= {*meter.metrics, *meter.beside}
+    assert {*meter.metrics} <= {*found.metrics} <= {*meter.metrics, *meter.diagnostics}
     assert {*found.errors} <= {*found.metrics}
     assert {*found.unreliable} <= {*found.metrics}
     assert all(error >= 0 for error in found.errors.values())
@@ -76,12 +78,12 @@ def test_a_meter_measures_exactly_the_metrics_it_names(
 def test_every_metric_of_a_task_has_one_meter(task: Task) -> None:
     found = [meters.load(name) for name, of in CASES if of == task]
     produced = [metric for meter in found for metric in meter.metrics]
-    every = produced + [metric for meter in found for metric in meter.beside]
+    every = produced + [metric for meter in found for metric in meter.diagnostics]
     assert len(every) == len(set(every))
     for metric in produced:
-        assert metric in meters.load(meters.producing(metric, task)).metrics
+        assert metric in meters.load(meters.meter_of(metric, task)).metrics
 
 
 def test_a_metric_that_nothing_measures_is_refused_with_what_there_is() -> None:
     with pytest.raises(LookupError, match="decode_ms"):
-        meters.producing("warmth", "causal-lm")
+        meters.meter_of("warmth", "causal-lm")

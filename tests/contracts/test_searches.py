@@ -13,7 +13,7 @@ import pytest
 from jobs.job import Failure
 from jobs.knobs import Choice, Range, Value
 from orchestrator import search
-from orchestrator.front import Objective
+from orchestrator.pareto.front import Objective
 
 SPACE = {
     "depth": Range(0, 6, integer=True),
@@ -176,8 +176,8 @@ def test_what_is_given_up_is_forgotten_and_not_proposed_again(name: str) -> None
 def test_nothing_is_said_of_chances_before_anything_is_told(name: str) -> None:
     trying = search.make(name, SPACE, OBJECTIVES, size, 0, FIRST)
     asked = trying.ask(4)
-    assert trying.chances(asked) == [1.0] * 4
-    assert trying.chances([]) == []
+    assert trying.probability_of_improvement(asked) == [1.0] * 4
+    assert trying.probability_of_improvement([]) == []
 
 
 FIRST = [

@@ -13,8 +13,10 @@ from pathlib import Path
 
 import pytest
 
-import cluster
-from cluster.store import ArtifactRef, ArtifactStore, Holdings, open_store
+from cluster import storage
+from cluster.storage.manifest import ArtifactRef
+from cluster.storage.open import open_store
+from cluster.storage.store import ArtifactStore, Holdings
 
 # The address of an empty store of each kind.
 ADDRESSES: dict[str, Callable[[pytest.FixtureRequest, Path], str]] = {
@@ -28,7 +30,9 @@ def implementations() -> dict[str, type]:
         name for name, member in vars(ArtifactStore).items() if callable(member) and not name.startswith("_")
     ]
     modules = [
-        importlib.import_module(f"cluster.{module.name}") for module in pkgutil.iter_modules(cluster.__path__)
+        importlib.import_module(f"{package.__name__}.{module.name}")
+        for package in (storage,)
+        for module in pkgutil.iter_modules(package.__path__)
     ]
     return {
         name: found

@@ -10,11 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from jobs import families, layers, models, residency, techniques
+from jobs import techniques
+from jobs.calibration.statistics import Statistics
 from jobs.context import Context
-from jobs.families import Family
-from jobs.model import Model
-from jobs.statistics import Statistics
+from jobs.models import families, layers, loading, placement
+from jobs.models.families import Family
+from jobs.models.model import Model
 from jobs.technique import Technique
 
 GENTLE = {
@@ -49,7 +50,7 @@ def context_for(original: Path, workdir: Path, device: str = "cpu") -> Context:
         seed=0,
         calibration=tokens,
         training=tokens,
-        teacher=lambda: residency.whole(models.load(original, device)),
+        teacher=lambda: placement.move_all(loading.load(original, device)),
         teacher_statistics=Statistics(workdir / "statistics", "original"),
     )
 
@@ -78,16 +79,16 @@ def test_it_works_on_every_family_or_says_why_not(
 ) -> None:
     step = step_of(technique)
     folder = tiny(family.name)
-    original = models.original_layout(folder)
+    original = loading.original_layout(folder)
     reason = technique.refusal(family, family.tasks[0])
     if reason is not None:
         told = rf"{technique.name()} does not do {family.name} \({family.tasks[0]}\): "
         with pytest.raises(ValueError, match=told) as refused:
-            step.outline(original)
+            step.output_layout(original)
         assert str(refused.value).endswith(reason)
         return
-    expected = step.outline(original)
-    made = step.compress(model := models.load(folder, device), context_for(folder, tmp_path, device))
+    expected = step.output_layout(original)
+    made = step.compress(model := loading.load(folder, device), context_for(folder, tmp_path, device))
     assert made is model
     assert {tensor.device.type for tensor in made.module.state_dict().values()} == {"cpu"}
     if step.exact:
@@ -99,9 +100,9 @@ def test_it_works_on_every_family_or_says_why_not(
         assert expected == original
     else:
         assert expected.size_bytes() < original.size_bytes()
-    models.save(made, tmp_path / "made", {})
-    assert (tmp_path / "made" / models.WEIGHTS).stat().st_size == made.layout().size_bytes()
-    again = models.load(tmp_path / "made")
+    loading.save(made, tmp_path / "made", {})
+    assert (tmp_path / "made" / loading.WEIGHTS).stat().st_size == made.layout().size_bytes()
+    again = loading.load(tmp_path / "made")
     assert again.layout() == made.layout()
     assert torch.isfinite(outputs(made)).all()
     assert torch.equal(outputs(made), outputs(again))
@@ -113,19 +114,19 @@ def test_it_works_on_a_classifier_or_says_why_not(
 ) -> None:
     for name in TYPICAL:
         family, folder = families.family(name), tiny(name, "classification")
-        layout = models.original_layout(folder)
+        layout = loading.original_layout(folder)
         if technique.refusal(family, "classification") is not None:
             with pytest.raises(
                 ValueError, match=rf"{technique.name()} does not do {name} \(classification\)"
             ):
-                step_of(technique).outline(layout)
+                step_of(technique).output_layout(layout)
             continue
         context = context_for(folder, tmp_path / name, device)
-        made = step_of(technique).compress(models.load(folder, device), context)
-        models.save(made, tmp_path / name / "made", {})
+        made = step_of(technique).compress(loading.load(folder, device), context)
+        loading.save(made, tmp_path / name / "made", {})
         with torch.no_grad():
             rows = torch.arange(3, 19).unsqueeze(0)
-            assert torch.equal(made.answer(rows), models.load(tmp_path / name / "made").answer(rows))
+            assert torch.equal(made.answer(rows), loading.load(tmp_path / name / "made").answer(rows))
 
 
 def test_it_declares_what_it_is(technique: type[Technique]) -> None:
@@ -139,7 +140,7 @@ def test_it_declares_what_it_is(technique: type[Technique]) -> None:
 
 def test_its_defaults_are_valid_and_every_option_is_explained(technique: type[Technique]) -> None:
     step = technique()
-    assert not step.identity
+    assert not step.is_noop
     for field in dataclasses.fields(technique):
         assert getattr(step, field.name) in field.metadata["domain"]
         assert field.metadata["help"]
@@ -156,7 +157,9 @@ def test_the_same_seed_gives_the_same_weights(
 ) -> None:
     folder = tiny(done_by(technique, *TYPICAL)[0].name)
     one, two = (
-        step_of(technique).compress(models.load(folder, device), context_for(folder, tmp_path / name, device))
+        step_of(technique).compress(
+            loading.load(folder, device), context_for(folder, tmp_path / name, device)
+        )
         for name in ("one", "two")
     )
     if device == "cuda" and technique.needs & {"gradients", "teacher", "training"}:
@@ -170,14 +173,14 @@ def test_the_same_seed_gives_the_same_weights(
 
 def test_an_identity_changes_nothing(technique: type[Technique], tiny: Tiny, tmp_path: Path) -> None:
     folder = tiny(done_by(technique, *TYPICAL)[0].name)
-    layout = models.original_layout(folder)
-    before = outputs(models.load(folder))
+    layout = loading.original_layout(folder)
+    before = outputs(loading.load(folder))
     for name, domain in technique.domains().items():
         for value in (getattr(domain, "low", None), getattr(domain, "high", None)):
-            if value is None or not (step := technique.of({name: value})).identity:
+            if value is None or not (step := technique.of({name: value})).is_noop:
                 continue
-            assert step.outline(layout) == layout
-            left = step.compress(models.load(folder), context_for(folder, tmp_path))
+            assert step.output_layout(layout) == layout
+            left = step.compress(loading.load(folder), context_for(folder, tmp_path))
             assert torch.equal(outputs(left), before)
 
 
@@ -188,7 +191,7 @@ def test_weights_that_are_not_finite_are_refused(
         pytest.skip("its training notices a loss that is not finite")
     for family in done_by(technique, *TYPICAL):
         folder = tiny(family.name)
-        model = models.load(folder, device)
+        model = loading.load(folder, device)
         for layer in model.linears().values():
             torch.nn.init.constant_(layer.get_parameter("weight"), float("nan"))
         with pytest.raises((ValueError, FloatingPointError), match=r"NaN|nan"):
@@ -200,8 +203,8 @@ def test_linears_of_a_form_it_does_not_accept_are_refused_before_it_starts(
 ) -> None:
     if "packed" in technique.accepts:
         pytest.skip("it accepts packed linears")
-    packed = models.original_layout(tiny(done_by(technique, *TYPICAL)[0].name)).packed(
+    packed = loading.original_layout(tiny(done_by(technique, *TYPICAL)[0].name)).packed(
         layers.Packing(4, 32, False)
     )
     with pytest.raises(ValueError, match=f"{technique.name()}.*packed"):
-        step_of(technique).outline(packed)
+        step_of(technique).output_layout(packed)

@@ -11,12 +11,13 @@ from pathlib import Path
 import pytest
 
 from jobs import techniques
-from jobs.job import Failure, Measurement
+from jobs.job import Failure
+from jobs.measurement.measurement import Measurement
 from jobs.recipe import Origin, Recipe
 from orchestrator import tracking
-from orchestrator.candidate import Candidate
-from orchestrator.front import Objective
-from orchestrator.results import judge
+from orchestrator.pareto.front import Objective
+from orchestrator.study.candidate import Candidate
+from orchestrator.study.results import judge
 from orchestrator.tracking import MLflowTracker, NoTracker, Tracker
 
 OBJECTIVES = [Objective("size_bytes"), Objective("accuracy", "max")]

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import transformers
 
-from jobs import data, models
-from jobs.job import TextSource
+from jobs import data
+from jobs.materials import TextSource
+from jobs.models import loading
 
 
 def jsonl(file: Path, *records: object) -> str:
@@ -98,7 +99,7 @@ def test_the_digest_follows_content_and_options_and_not_the_place(tmp_path: Path
 def test_windows_are_tokenized_once_for_all_artifacts_of_a_model(
     text_file: Path, tiny_llama: Path, tmp_path: Path
 ) -> None:
-    models.save(models.load(tiny_llama), tmp_path / "copy", {})
+    loading.save(loading.load(tiny_llama), tmp_path / "copy", {})
     source = TextSource(str(text_file), 3, 7)
     first = data.windows_for(source, tiny_llama)
     assert data.windows_for(source, tmp_path / "copy") is first

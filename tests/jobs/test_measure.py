@@ -3,9 +3,9 @@
 import importlib.metadata
 from pathlib import Path
 
-from jobs.job import Materials, Target, TextSource
+from jobs.materials import Materials, Target, TextSource
 from jobs.measure import environment, measure
-from jobs.meter import Subject
+from jobs.measurement.meter import Subject
 
 
 def test_all_meters_are_joined_with_environment_and_seconds(tiny_llama: Path, text_file: Path) -> None:

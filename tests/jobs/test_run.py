@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from jobs import models
-from jobs.job import Failure, Job, Materials, TextSource
-from jobs.model import Model
+from jobs.failures import failure
+from jobs.job import Failure, Job
+from jobs.materials import Materials, TextSource
+from jobs.models import loading
+from jobs.models.model import Model
 from jobs.recipe import Origin, Recipe
-from jobs.run import Made, attempt, failure
+from jobs.run import JobOutput, attempt
 from jobs.techniques.distill import Distill
 from jobs.techniques.drop_layers import DropLayers
 from jobs.techniques.synthesize import Synthesize
@@ -35,7 +37,7 @@ def run(
     *,
     parent: Path | None = None,
     built: Path | None = None,
-) -> Made | Failure:
+) -> JobOutput | Failure:
     job = Job(recipe, ("text", "size"), "materials")
     return attempt(
         job, materials, parent, built, place / "artifact", place / "cache", lambda share, what: None
@@ -46,13 +48,13 @@ def run(
 def root(materials: Materials, tmp_path: Path) -> Path:
     """The original's artifact."""
     made = run(ROOT, materials, tmp_path / "root")
-    assert isinstance(made, Made)
+    assert isinstance(made, JobOutput)
     assert made.built
     return tmp_path / "root" / "artifact"
 
 
 def test_the_originals_artifact_is_the_original_in_bf16(root: Path, tiny_llama: Path) -> None:
-    held, original = models.load(root), models.load(tiny_llama)
+    held, original = loading.load(root), loading.load(tiny_llama)
     for name, tensor in original.module.state_dict().items():
         assert torch.equal(held.module.state_dict()[name], tensor), name
     assert (root / "model.safetensors").stat().st_size == original.layout().size_bytes()
@@ -63,23 +65,23 @@ def test_a_step_is_made_from_its_parent_and_says_how(
 ) -> None:
     recipe = ROOT.then(DropLayers(count=1))
     made = run(recipe, materials, tmp_path, parent=root)
-    assert isinstance(made, Made), made
+    assert isinstance(made, JobOutput), made
     assert made.built
-    assert len(models.load(tmp_path / "artifact").blocks) == 3
-    about = json.loads((tmp_path / "artifact" / models.LAYOUT).read_text())
+    assert len(loading.load(tmp_path / "artifact").blocks) == 3
+    about = json.loads((tmp_path / "artifact" / loading.LAYOUT).read_text())
     assert Recipe.from_dict(about["recipe"]) == recipe
     assert about["text"] == "drop_layers(count=1)"
-    weights = tmp_path / "artifact" / models.WEIGHTS
+    weights = tmp_path / "artifact" / loading.WEIGHTS
     assert made.measurement.metrics["size_bytes"] == weights.stat().st_size
 
 
 def test_a_recovery_reads_teacher_and_training_text(root: Path, materials: Materials, tmp_path: Path) -> None:
     smaller = run(ROOT.then(DropLayers(count=1)), materials, tmp_path / "a", parent=root)
-    assert isinstance(smaller, Made)
+    assert isinstance(smaller, JobOutput)
     step = Distill(steps=8, batch=2, learning_rate=3e-3)
     recipe = ROOT.then(DropLayers(count=1)).then(step)
     made = run(recipe, materials, tmp_path / "b", parent=tmp_path / "a" / "artifact")
-    assert isinstance(made, Made), made
+    assert isinstance(made, JobOutput), made
     assert made.measurement.metrics["perplexity"] != smaller.measurement.metrics["perplexity"]
 
 
@@ -92,9 +94,9 @@ def test_what_a_step_notes_down_stands_beside_its_artifact_and_all_made_from_it(
     parent, told = root, []
     for recipe in (damaged, written, last):
         made = run(recipe, materials, tmp_path / recipe.id, parent=parent)
-        assert isinstance(made, Made), made
+        assert isinstance(made, JobOutput), made
         parent = tmp_path / recipe.id / "artifact"
-        told.append(models.about(parent)["notes"])
+        told.append(loading.about(parent)["notes"])
     assert told[0] == []
     (note,) = told[1]
     assert note["step"] == str(written.steps[-1])
@@ -109,7 +111,7 @@ def test_a_training_cut_off_goes_on_in_the_next_attempt(
     recipe = ROOT.then(Distill(steps=60, learning_rate=3e-3))
     seen: list[list[str]] = []
 
-    def attempted(name: str, checkpoints: Path, until: int) -> Made | Failure:
+    def attempted(name: str, checkpoints: Path, until: int) -> JobOutput | Failure:
         told: list[str] = []
         seen.append(told)
 
@@ -123,18 +125,18 @@ def test_a_training_cut_off_goes_on_in_the_next_attempt(
         job = Job(recipe, ("size",), "materials")
         return attempt(job, materials, root, None, place / "artifact", place / "cache", report, checkpoints)
 
-    assert isinstance(attempted("whole", tmp_path / "unused", 1000), Made)
+    assert isinstance(attempted("whole", tmp_path / "unused", 1000), JobOutput)
     assert isinstance(attempted("first", tmp_path / "kept", 55), Failure)
-    assert isinstance(attempted("second", tmp_path / "kept", 1000), Made)
+    assert isinstance(attempted("second", tmp_path / "kept", 1000), JobOutput)
     assert seen[1] + seen[2][5:] == seen[0]
-    whole, again = (models.load(tmp_path / name / "artifact") for name in ("whole", "second"))
+    whole, again = (loading.load(tmp_path / name / "artifact") for name in ("whole", "second"))
     for name, tensor in whole.module.state_dict().items():
         torch.testing.assert_close(again.module.state_dict()[name], tensor, rtol=1e-6, atol=0)
 
 
 def test_what_was_built_is_only_measured(root: Path, materials: Materials, tmp_path: Path) -> None:
     made = run(ROOT, materials, tmp_path, built=root)
-    assert isinstance(made, Made)
+    assert isinstance(made, JobOutput)
     assert not made.built
     assert not (tmp_path / "artifact").exists()
 
@@ -154,7 +156,7 @@ def test_a_step_that_leaves_nan_diverged(
         return model
 
     monkeypatch.setattr(DropLayers, "compress", spoil)
-    monkeypatch.setattr(DropLayers, "outline", lambda self, layout: layout)
+    monkeypatch.setattr(DropLayers, "output_layout", lambda self, layout: layout)
     failed = run(ROOT.then(DropLayers(count=1)), materials, tmp_path, parent=root)
     assert isinstance(failed, Failure)
     assert failed.kind == "diverged"
@@ -163,7 +165,7 @@ def test_a_step_that_leaves_nan_diverged(
 def test_a_step_that_leaves_what_its_outline_did_not_say_is_a_bug(
     root: Path, materials: Materials, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(DropLayers, "outline", lambda self, layout: layout)
+    monkeypatch.setattr(DropLayers, "output_layout", lambda self, layout: layout)
     failed = run(ROOT.then(DropLayers(count=1)), materials, tmp_path, parent=root)
     assert isinstance(failed, Failure)
     assert failed.kind == "bug"

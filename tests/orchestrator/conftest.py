@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.config import load
-from orchestrator.prepare import Prepared, prepare
+from orchestrator.config.load import load
+from orchestrator.planning.prepare import Prepared, prepare
 
 STUDY = """\
 name: tiny

@@ -1,0 +1,1 @@
+"""The mathematics that techniques share: grids, packing, masks, low rank, budgets."""

@@ -1,0 +1,1 @@
+"""Measure a model: what meters share, and the fresh process that times it."""

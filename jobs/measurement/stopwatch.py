@@ -1,0 +1,212 @@
+"""Time one artifact in a process of its own, on pinned threads: `python -m jobs.measurement.stopwatch REQUEST`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, TYPE_CHECKING
+
+from jobs.measurement import energy_counters, machine
+from jobs.measurement.machine import LoadMonitor
+
+if TYPE_CHECKING:
+    import numpy as np
+    from jaxtyping import Int
+
+    from jobs.runtimes import Runner
+
+_TIMEOUT_S = 900.0
+_WARM_PREFILLS, _WARM_DECODES = 2, 4
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to time. new_tokens 0 times prefill alone. vocabulary: token ids are drawn below it."""
+
+    folder: str
+    runtime: str
+    threads: int
+    prompt_tokens: int
+    new_tokens: int
+    vocabulary: int
+
+
+@dataclass(frozen=True)
+class Turn:
+    """How long to time: at least so many prefills and decode steps, and at least so many seconds on each."""
+
+    repeats: int = 10
+    seconds: float = 0.5
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Milliseconds of every prefill and every decode step; others, mhz, throttled: see `machine.Seen`.
+
+    token_joules: energy per decoded token, without new tokens per token of the prompt. peak_bytes: the most memory
+    that the process held, from its start. None where the machine cannot tell.
+    """
+
+    prefill_ms: list[float]
+    decode_ms: list[float]
+    others: float
+    mhz: list[float] = dataclasses.field(default_factory=list)
+    throttled: int = 0
+    token_joules: float | None = None
+    peak_bytes: int | None = None
+
+
+class Stopwatch:
+    """A new process that has loaded an artifact, and computes only while it has its turn."""
+
+    def __init__(self, process: subprocess.Popen[str], errors: IO[str]) -> None:
+        self._process = process
+        self._errors = errors
+        self._reply()  # it has loaded the artifact
+
+    def time(self, turn: Turn) -> Timings:
+        """Let the process warm up and time; returns when it has. Raises as `started` does."""
+        self._say(json.dumps(dataclasses.asdict(turn)))
+        return Timings(**json.loads(self._reply()))
+
+    def _say(self, line: str) -> None:
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(line + "\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            pass  # it has ended: reading its reply tells why
+
+    def _reply(self) -> str:
+        assert self._process.stdout is not None
+        patience = threading.Timer(_TIMEOUT_S, self._process.kill)
+        patience.start()
+        try:
+            line = self._process.stdout.readline()
+        finally:
+            patience.cancel()
+        if line:
+            return line
+        code = self._process.wait()
+        if code < 0:
+            raise MemoryError(f"the timing process was killed by signal {-code}")
+        self._errors.seek(0)
+        raise RuntimeError(f"the timing process failed:\n{self._errors.read()[-2000:]}")
+
+
+@contextmanager
+def started(request: Request) -> Iterator[Stopwatch]:
+    """A stopwatch for an artifact; its process ends with the context.
+
+    Raises ValueError where the machine lends fewer processors than `threads`, MemoryError where the
+    process was killed, RuntimeError with what it wrote where it failed.
+    """
+    lent = len(machine.processors())
+    if request.threads > lent:
+        raise ValueError(f"target.threads={request.threads}, but this machine lends {lent} processors")
+    root = str(Path(__file__).parent.parent)
+    threads = str(request.threads)
+    environment = {
+        **os.environ,
+        # A worker's own setting, often 1, would bind the new process too.
+        "OMP_NUM_THREADS": threads,
+        "MKL_NUM_THREADS": threads,
+        "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")])),
+    }
+    command = [sys.executable, "-m", "jobs.measurement.stopwatch", json.dumps(dataclasses.asdict(request))]
+    with (
+        tempfile.TemporaryFile("w+") as errors,
+        subprocess.Popen(
+            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True
+        ) as process,
+    ):
+        try:
+            yield Stopwatch(process, errors)
+        except BaseException:
+            process.kill()
+            raise
+        # Leaving the context of the process closes its input, at which it ends.
+
+
+def time_artifact(request: Request, turn: Turn = Turn()) -> Timings:
+    """Time an artifact in a new process that has computed nothing before. Raises as `started` does."""
+    with started(request) as stopwatch:
+        return stopwatch.time(turn)
+
+
+def main(request: Request, orders: IO[str], replies: IO[str]) -> None:
+    """Load the artifact in this process, which must be a new one, then time at every order; one line each."""
+    pinned = machine.processors()[: request.threads]
+    machine.pin_threads(pinned)
+    import numpy as np  # after pinning: a library's threads start with the affinity of the one that starts them
+
+    from jobs import runtimes
+
+    runner = runtimes.load(request.runtime).start(Path(request.folder), request.threads)
+    generator = np.random.default_rng(0)
+    prompt = generator.integers(request.vocabulary, size=(1, request.prompt_tokens))
+    tokens = generator.integers(request.vocabulary, size=(request.new_tokens, 1, 1))
+    replies.write("ready\n")
+    replies.flush()
+    for order in orders:
+        timings = _timings(runner, prompt, tokens, pinned, Turn(**json.loads(order)))
+        replies.write(json.dumps(dataclasses.asdict(timings)) + "\n")
+        replies.flush()
+
+
+def _timings(
+    runner: Runner,
+    prompt: Int[np.ndarray, "1 tokens"],
+    tokens: Int[np.ndarray, "steps 1 1"],
+    pinned: list[int],
+    turn: Turn,
+) -> Timings:
+    for _ in range(_WARM_PREFILLS):
+        runner.prefill(prompt)
+    for token in tokens[:_WARM_DECODES]:
+        runner.decode(token)
+    watch, counters = LoadMonitor(pinned), energy_counters.counters()
+    joules, prefills, decodes = 0.0, list[float](), list[float]()
+    tally = energy_counters.Tally(counters)
+    while len(prefills) < turn.repeats or sum(prefills) < turn.seconds:
+        prefills.append(_seconds(runner.prefill, prompt))
+    watch.look()
+    if not len(tokens):
+        joules = tally.joules()
+    while len(tokens) and (len(decodes) < turn.repeats or sum(decodes) < turn.seconds):
+        runner.prefill(prompt)
+        tally = energy_counters.Tally(counters)
+        decodes += [_seconds(runner.decode, token) for token in tokens]
+        joules += tally.joules()
+        watch.look()
+    seen = watch.seen()
+    count = len(decodes) or len(prefills) * prompt.shape[1]
+    return Timings(
+        [1000 * one for one in prefills], [1000 * one for one in decodes], seen.others, seen.mhz, seen.throttled,
+        joules / count if counters else None, machine.peak_memory_bytes(),
+    )  # fmt: skip
+
+
+def _seconds(
+    work: Callable[[Int[np.ndarray, "1 tokens"]], object], tokens: Int[np.ndarray, "1 tokens"]
+) -> float:
+    started = time.perf_counter()
+    work(tokens)
+    return time.perf_counter() - started
+
+
+if __name__ == "__main__":
+    # What libraries print goes to stderr: on stdout stand the replies alone.
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    main(Request(**json.loads(sys.argv[1])), sys.stdin, answers)

@@ -1,0 +1,1 @@
+"""Find, load, describe and write models: families, layouts, layers, tokenizers."""

@@ -1,0 +1,1 @@
+"""Predict before measuring: layer sensitivity, and latency from a measured table."""

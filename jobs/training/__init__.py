@@ -1,0 +1,1 @@
+"""Train a model: the DeepSpeed engine, losses, teachers, schedules, checkpoints."""

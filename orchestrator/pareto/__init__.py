@@ -1,0 +1,1 @@
+"""Pareto fronts, and the improvement that a candidate is expected to bring."""

@@ -1,0 +1,1 @@
+"""Check a study and prepare it: search space, costs, resources, initial design."""

@@ -1,0 +1,1 @@
+"""Show and ship what a study found: reports, exports, verification, comparison."""

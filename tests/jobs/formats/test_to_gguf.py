@@ -1,0 +1,175 @@
+"""What `gguf` writes is read by the library gguf, to the very integers and scales, and by stock transformers."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from jobs.formats import gguf_tokenizer, to_gguf
+from jobs.models import loading
+from jobs.models.layers import PackedEmbedding, PackedLinear, SparseLinear
+from jobs.models.layout import Layout, LinearSpec, Packing
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("gguf") is None, reason="needs pip install gguf")
+Steps = tuple[tuple[str, dict[str, object]], ...]
+FOUR: Steps = (("rtn", {"bits": 4, "group": 32, "symmetric": True}),)
+
+CASES: dict[str, tuple[str, Steps]] = {
+    **{f"{family}, as it is": (family, ()) for family in ("llama", "mistral", "qwen2", "qwen3")},
+    **{f"{family}, 4 bits": (family, FOUR) for family in ("llama", "mistral", "qwen2", "qwen3")},
+    "4 bits, zeros": ("llama", (("gptq", {"bits": 4, "group": 64}),)),
+    "4 bits, real zeros": ("llama", (("hqq", {"bits": 4, "group": 32}),)),
+    "4 bits, uneven groups": ("llama", (("rtn", {"bits": 4, "group": 128, "symmetric": True}),)),
+    "3 bits, zeros": ("qwen2", (("gptq", {"bits": 3, "group": 32}),)),
+    "2 bits, rows": ("llama", (("rtn", {"bits": 2, "group": 0, "symmetric": True}),)),
+    "8 bits": ("llama", (("rtn", {"bits": 8, "group": 64, "symmetric": True, "embedding_bits": 4}),)),
+    "packed embedding": ("llama", (("rtn", {"bits": 4, "group": 32, "embedding_bits": 8}),)),
+    "sparse": ("llama", (("magnitude", {"sparsity": 0.5}),)),
+    "chain": ("mistral", (("drop_layers", {"count": 1}), ("prune_ffn", {"ratio": 0.4}), *FOUR)),
+    "narrower": ("llama", (("prune_heads", {"ratio": 0.5}), ("prune_hidden", {"ratio": 0.5}), *FOUR)),
+}
+READ = [name for name, (family, _) in CASES.items() if family != "qwen3"]
+"""What transformers reads: of a qwen3 it takes heads to be 128 wide, whatever the file says."""
+EXACT, ROUNDED = 1e-5, 0.004
+"""Of logits, which spread by 0.2, both sides computing in fp32. Zero points of 4-bit integers become fp16 minima,
+and an 8-bit embedding with zero points is written in bf16."""
+
+
+@pytest.fixture(scope="module")
+def everything(artifact, hear) -> Any:
+    made = {name: artifact(family, steps) for name, (family, steps) in CASES.items()}
+    return hear(
+        "gguf", made, {name: {"class": "AutoModelForCausalLM", "gguf": to_gguf.FILE} for name in READ}
+    )
+
+
+def rounded(name: str) -> bool:
+    return ("zeros" in name and "3 bits" not in name) or name == "packed embedding"
+
+
+def weight_of(layer: nn.Module) -> Tensor:
+    if isinstance(layer, (PackedLinear, SparseLinear)):
+        return layer.weight().float()
+    return layer.get_parameter("weight").float()
+
+
+@pytest.mark.parametrize("name", READ)
+def test_stock_transformers_says_what_ours_says(name: str, everything: Any) -> None:
+    tolerance = ROUNDED if rounded(name) else EXACT
+    torch.testing.assert_close(everything.heard[name], everything.said[name], rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_library_reads_our_very_weights(name: str, everything: Any) -> None:
+    import gguf
+
+    file = gguf.GGUFReader(everything.written[name] / to_gguf.FILE)
+    held = {tensor.name: tensor for tensor in file.tensors}
+    model = loading.load(everything.made[name])
+    layout = model.layout()
+    called = {"o_proj": "attn_output", "v_proj": "attn_v", "down_proj": "ffn_down", "up_proj": "ffn_up"}
+    compared = 0
+    for full, layer in model.linears().items():
+        short = called.get(full.rpartition(".")[2])
+        if short is None:
+            continue  # queries and keys lie in another order, which the logits prove
+        tensor = held[f"blk.{layout.block_of(full)}.{short}.weight"]
+        read = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type))
+        ours = weight_of(layer)
+        if rounded(name):
+            # A minimum is off by at most half of its last of 11 digits: 15 steps of 2**-12 each.
+            steps = layer.scales.float().amax() if isinstance(layer, PackedLinear) else torch.tensor(0.0)
+            assert (read - ours).abs().max() <= 15 * 2**-11 * steps
+        else:
+            assert torch.equal(read, ours)
+        compared += 1
+    assert compared == 4 * layout.depth
+
+
+def test_integers_stand_in_the_blocks_as_they_do_in_a_row() -> None:
+    """By hand: one row of 32, scale 0.5, q = 0 … 15 twice; the low halves of the bytes are the first 16."""
+    packing = Packing(4, 32, True)
+    integers = torch.arange(32).remainder(16).unsqueeze(0)
+    layer = PackedLinear.of(integers, torch.tensor([[0.5]]), None, packing, None)
+    held = {"packed": layer.packed, "scales": layer.scales}
+    found = to_gguf._blocks(to_gguf.Q4_0, LinearSpec(1, 32, False, packing), held, torch.tensor([0]))
+    half = list(torch.tensor([0.5], dtype=torch.float16).view(torch.uint8))
+    assert found.flatten().tolist() == [*half, *(value | value << 4 for value in range(16))]
+
+
+def test_an_embedding_is_packed_where_its_zero_points_have_a_place(everything: Any) -> None:
+    import gguf
+
+    kinds = {}
+    for name in ("8 bits", "packed embedding"):
+        file = gguf.GGUFReader(everything.written[name] / to_gguf.FILE)
+        kinds[name] = next(t.tensor_type.name for t in file.tensors if t.name == "token_embd.weight")
+        table = next(iter(loading.load(everything.made[name]).tables().values()))
+        assert isinstance(table, PackedEmbedding)
+    assert kinds == {"8 bits": "Q4_0", "packed embedding": "BF16"}
+
+
+@pytest.mark.parametrize(
+    ("family", "steps", "reason"),
+    [
+        ("gpt2", (), "a gpt2 is not among the families"),
+        ("bert", (), "a bert is not among the families"),
+        ("llama", (("rtn", {"bits": 8, "group": 32}),), "8-bit integers with zero points"),
+        ("llama", (("awq", {"bits": 4, "group": 32}),), "a scale per input"),
+        ("llama", (("svd", {"keep": 0.5}),), "thin linears"),
+        ("qwen2", (("prune_heads", {"ratio": 0.5}),), "the heads of a qwen2"),
+        ("llama", (("prune_ffn", {"ratio": 0.1}), *FOUR), "rows of 144, which are no whole blocks"),
+    ],
+)
+def test_what_the_format_cannot_hold_is_refused(
+    family: str, steps: Steps, reason: str, artifact: Callable[..., Path]
+) -> None:
+    assert reason in (to_gguf.refusal(Layout.read(artifact(family, steps))) or "")
+
+
+def tokenizer_file(folder: Path, **parts: object) -> Path:
+    plain = {
+        "model": {"type": "BPE", "vocab": {"a": 0, "b": 1}, "merges": []},
+        "added_tokens": [{"id": 2, "content": "<s>", "special": True}],
+        "pre_tokenizer": {"type": "ByteLevel", "use_regex": True},
+    }
+    (folder / "tokenizer.json").write_text(json.dumps({**plain, **parts}))
+    return folder
+
+
+def test_every_row_of_the_embedding_has_a_token(tmp_path: Path) -> None:
+    found = gguf_tokenizer.read(tokenizer_file(tmp_path), 5)
+    assert found.tokens == ["a", "b", "<s>", "[PAD3]", "[PAD4]"]
+    assert found.types == [
+        gguf_tokenizer.NORMAL,
+        gguf_tokenizer.NORMAL,
+        gguf_tokenizer.CONTROL,
+        gguf_tokenizer.UNUSED,
+        gguf_tokenizer.UNUSED,
+    ]
+    assert (found.kind, found.split) == ("gpt2", "gpt-2")
+
+
+def test_pieces_get_scores_in_the_order_of_ids(tmp_path: Path) -> None:
+    model = {"type": "BPE", "byte_fallback": True, "unk_token": "<unk>",
+             "vocab": {"<unk>": 0, "<0x0A>": 1, "▁a": 2}, "merges": []}  # fmt: skip
+    found = gguf_tokenizer.read(
+        tokenizer_file(tmp_path, model=model, added_tokens=[], normalizer={"type": "Prepend"}), 3
+    )
+    assert found.types == [gguf_tokenizer.UNKNOWN, gguf_tokenizer.BYTE, gguf_tokenizer.NORMAL]
+    assert found.scores == [0.0, -1.0, -2.0]
+    assert (found.kind, found.space_first) == ("llama", True)
+
+
+def test_a_tokenizer_unlike_any_of_llama_cpp_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="splits text in a way"):
+        gguf_tokenizer.read(tokenizer_file(tmp_path, pre_tokenizer={"type": "Whitespace"}), 5)
+    with pytest.raises(ValueError, match="the embedding has 2 rows"):
+        gguf_tokenizer.read(tokenizer_file(tmp_path), 2)

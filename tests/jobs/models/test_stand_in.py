@@ -1,0 +1,57 @@
+"""A stand-in has every shape of the model that it stands for, and runs."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jobs import techniques
+from jobs.models import loading, stand_in
+from jobs.models.layout import Layout
+from jobs.runtimes import on_torch
+from jobs.technique import Technique
+
+
+def step(name: str, **options: object) -> Technique:
+    return techniques.load(name).of(options)  # type: ignore[arg-type]
+
+
+CASES = [
+    ("llama", []),
+    ("llama", [step("drop_layers", count=1)]),
+    ("llama", [step("prune_ffn", ratio=0.25), step("prune_heads", ratio=0.5)]),
+    ("llama", [step("prune_hidden", ratio=0.25)]),
+    ("llama", [step("svd", keep=0.5), step("rtn", bits=4, group=32, symmetric=False)]),
+    ("llama", [step("rtn", bits=3, group=32, embedding_bits=8)]),
+    ("llama", [step("hqq", bits=2, group=32)]),
+    ("llama", [step("magnitude", sparsity=0.6)]),
+    ("llama", [step("smoothquant")]),
+    ("gpt_neo", [step("drop_layers", count=1)]),
+    ("gemma3_text", [step("drop_layers", count=2), step("prune_heads", ratio=0.5)]),
+    ("bert", [step("prune_ffn", ratio=0.25), step("rtn", bits=4, group=32, embedding_bits=8)]),
+]
+
+
+def outlined(steps: list[Technique], layout: Layout) -> Layout:
+    for one in steps:
+        layout = one.output_layout(layout)
+    return layout
+
+
+@pytest.mark.parametrize(
+    ("family", "steps"),
+    CASES,
+    ids=lambda value: value if isinstance(value, str) else " ".join(map(str, value)),
+)
+def test_a_stand_in_has_the_layout_it_was_asked_for_and_answers(
+    family: str, steps: list[Technique], tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    original = tiny(family)
+    layout = outlined(steps, loading.original_layout(original))
+    stand_in.save_stand_in(layout, original, tmp_path / "made")
+    assert Layout.read(tmp_path / "made") == layout
+    rows = np.arange(8)[None]
+    answer = on_torch.start(tmp_path / "made", 1).answer(rows)
+    assert np.isfinite(answer).all()
+    assert (tmp_path / "made" / "model.safetensors").stat().st_size == layout.size_bytes()

@@ -1,0 +1,91 @@
+"""Predictions are sums over what a model does, by what each operation took in the models that were timed."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jobs.materials import Materials, Target
+from jobs.models import loading
+from jobs.models.layout import Layout, Packing
+from jobs.prediction import latency_model, latency_table
+from jobs.prediction.latency_model import Sample, Table, amounts, fit, predict, telling
+
+
+@pytest.fixture
+def layout(tiny_llama: Path) -> Layout:
+    return loading.original_layout(tiny_llama)
+
+
+def packed(layout: Layout, bits: int) -> Layout:
+    return layout.packed(Packing(bits, 32, True))
+
+
+def test_what_a_model_does_is_counted_by_kind(layout: Layout) -> None:
+    # Width 64, 4 blocks: queries and outputs 64×64, keys and values 32×64, three of 160×64; a tied head of 512.
+    weights = 4 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 160 * 64) / 1e6
+    assert amounts(layout) == pytest.approx(
+        {"model": 1, "block": 4, "vectors": 4 * 2 * 64 / 1e6, "attention": 4 * 64 / 1e6, "linear dense": 28,
+         "weights dense": weights, "head dense": 512 * 64 / 1e6}
+    )  # fmt: skip
+    found = amounts(packed(layout, 4))
+    assert found["linear packed 4"] == 28
+    assert found["weights packed 4 group 32"] == pytest.approx(weights)
+
+
+def test_a_prediction_is_the_sum_over_what_the_model_does(layout: Layout) -> None:
+    units = {"model": 1.0, "block": 0.5, "vectors": 0.0, "attention": 0.0, "linear dense": 0.1,
+             "weights dense": 10.0, "head dense": 100.0}  # fmt: skip
+    weights = 4 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 160 * 64) / 1e6
+    expected = 1.0 + 4 * 0.5 + 28 * 0.1 + 10 * weights + 100 * 512 * 64 / 1e6
+    assert predict(layout, Table({"decode_ms": units}, {})) == {"decode_ms": pytest.approx(expected)}
+
+
+def test_an_operation_that_was_never_timed_is_not_guessed(layout: Layout) -> None:
+    known = fit([Sample(amounts(layout), {"decode_ms": 1.0})])
+    with pytest.raises(LookupError, match="holds nothing of linear packed 4, weights packed 4 group 32"):
+        predict(packed(layout, 4), known)
+
+
+def test_times_that_are_sums_are_found_again() -> None:
+    generator = np.random.default_rng(0)
+    true = {"model": 2.0, "block": 0.3, "weights dense": 0.05}
+    pool = [
+        {"model": 1.0, "block": float(generator.integers(4, 30)), "weights dense": float(generator.uniform(20, 100))}
+        for _ in range(12)
+    ]  # fmt: skip
+    samples = [Sample(one, {"decode_ms": latency_model.predicted_ms(one, true)}) for one in pool]
+    found = fit(samples)
+    for one in pool:
+        assert latency_model.predicted_ms(one, found.unit_ms["decode_ms"]) == pytest.approx(
+            latency_model.predicted_ms(one, true), rel=0.01
+        )
+    assert found.errors["decode_ms"] < 0.02
+
+
+def test_no_operation_takes_negative_time() -> None:
+    rows = [({"a": 1.0, "b": 1.0}, 1.0), ({"a": 2.0, "b": 1.0}, 0.5), ({"a": 3.0, "b": 1.0}, 0.2)]
+    found = fit([Sample(does, {"decode_ms": ms}) for does, ms in rows])
+    assert min(found.unit_ms["decode_ms"].values()) >= 0
+
+
+def test_the_most_telling_models_are_those_that_differ() -> None:
+    pool = [{"a": 1.0, "b": 1.0}, {"a": 1.01, "b": 1.0}, {"a": 0.1, "b": 1.0}, {"a": 1.0, "c": 1.0}]
+    assert set(telling(pool, [], 3)) == {1, 2, 3}
+    assert telling(pool, [{"a": 1.0, "c": 1.0}], 2)[0] in (1, 2)
+    assert telling(pool, [], 9).__len__() == 4
+
+
+@pytest.mark.slow
+def test_a_table_is_made_of_timed_models_and_kept(tiny_llama: Path, tmp_path: Path, layout: Layout) -> None:
+    materials = Materials(str(tiny_llama), "causal-lm", target=Target(prompt_tokens=8, new_tokens=4))
+    pool = [packed(layout, bits) for bits in (4, 8)]
+    made = latency_table.make_table(materials, pool, tmp_path, most=2)
+    assert set(made.unit_ms) == {"prefill_ms", "decode_ms"}
+    for one in (layout, *pool):
+        assert predict(one, made)["decode_ms"] > 0
+    (file,) = (tmp_path / "tables").iterdir()
+    before = file.read_text()
+    assert latency_table.make_table(materials, pool, tmp_path, most=0) == Table(**dataclasses.asdict(made))
+    assert file.read_text() == before

@@ -1,0 +1,88 @@
+"""How a training is spread over ranks, and what they share out, follows from its size and the memory of a device."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from jobs import parallel
+from jobs.calibration.statistics import Statistics
+from jobs.context import Context
+from jobs.models import loading
+from jobs.parallel import WORKER_GIB, Sharing, ranks_for, row_bytes, rows_at_once, training_gib
+from jobs.techniques.finetune import Finetune
+from jobs.training import engine
+from jobs.training.ranks import Ranks
+
+BILLION = 10**9
+
+
+def test_the_bytes_of_a_weight_are_those_of_the_paper() -> None:
+    """Figure 1, of 7.5 billion weights over 64 ranks: 120, 31.4, 16.6 and 1.9 GB."""
+    model = [parallel.bytes_per_weight(stage, 64) - 4 for stage in range(4)]
+    assert [round(7.5 * each, 1) for each in model] == [120.0, 31.4, 16.6, 1.9]
+    # As before there were ranks: weights, gradients, masters, two moments, a teacher and as much again.
+    assert training_gib(2**30, 0, 1) == pytest.approx(WORKER_GIB + 20)
+
+
+def test_as_few_ranks_as_hold_a_training_and_as_little_shared_out_as_fits() -> None:
+    assert ranks_for(BILLION, 24.0, most=8) == 1
+    needed = ranks_for(10 * BILLION, 80.0, most=8)
+    assert needed == 4
+    assert training_gib(10 * BILLION, 3, needed) <= 80 < training_gib(10 * BILLION, 3, needed - 1)
+    assert ranks_for(10 * BILLION, 80.0, most=3) == 3  # it is tried with what there is
+    assert ranks_for(10 * BILLION, 80.0, most=8, highest=2) > needed
+    stages = [Sharing().stage(BILLION, 4, device_gib) for device_gib in (20.0, 11.0, 9.5, 9.0, 1.0)]
+    assert stages == [0, 1, 2, 3, 3]
+    assert Sharing().stage(BILLION, 1, 1.0) == 0  # nobody to share with
+    assert Sharing().stage(BILLION, 4, 1.0, highest=2) == 2
+    assert Sharing(zero_stage=1).stage(BILLION, 4, 1000.0) == 1
+
+
+def test_rows_at_once_fit_and_divide_what_each_rank_gets() -> None:
+    def rows(batch: int, ranks: int, fit: float = 100, asked: int | None = None, kind: str = "cuda") -> int:
+        return rows_at_once(batch, ranks, 128, kind, 1.0, 2 * fit, asked)
+
+    assert rows(8, 1) == 8
+    assert rows(8, 1, kind="cpu") == 4  # 512 tokens
+    assert rows(8, 1, fit=3) == 2
+    assert rows(8, 1, fit=0) == rows(8, 1, fit=-5) == 1
+    assert rows(8, 1, fit=0, asked=8) == 8
+    assert rows(8, 2) == 4
+    assert rows(12, 2, fit=5) == 3  # twice each: with 4 at once one rank would wait
+    assert rows(5, 2) == rows(1, 4) == 1
+    assert rows(8, 2, asked=3) == 2
+
+
+def test_activations_of_a_gpt_block_are_nearly_those_of_the_paper() -> None:
+    """Korthikanti et al. 2022, eq. 2, of the part that is linear in the tokens: 34 bytes a token and unit of width."""
+    width, tokens = 64, 10
+    widths = (width + 3 * width) + 2 * width + 2 * (width + 4 * width)
+    assert row_bytes(tokens, widths, 0) == pytest.approx(34 * tokens * width, rel=0.06)
+
+
+def test_each_rank_is_dealt_its_own_and_who_has_none_computes_with_the_rest() -> None:
+    dealt = [list(Ranks(rank, 2).deal("abc")) for rank in range(2)]
+    assert dealt == [[("a", 2), ("c", 1)], [("b", 2), ("c", 1)]]
+    assert list(Ranks().deal("ab")) == [("a", 1), ("b", 1)]
+
+
+def test_what_a_study_asks_for_is_how_it_is_trained(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[int, int, int]] = []
+
+    def watched(
+        module: Any, batches: Any, loss_of: Any, training: engine.Training, *_: Any, **__: Any
+    ) -> None:
+        seen.append((training.zero_stage, training.accumulate, len(next(iter(batches)))))
+
+    monkeypatch.setattr(engine, "train", watched)
+    for asked in (Sharing(), Sharing(zero_stage=2, micro_batch=3)):
+        rows = torch.randint(3, 512, (8, 16))
+        given = Context(Statistics(None, "key"), tmp_path, 0, training=rows, sharing=asked)
+        Finetune(steps=1, batch=6, method="full").compress(loading.load(tiny_llama), given)
+    assert seen == [(0, 1, 6), (2, 2, 3)]

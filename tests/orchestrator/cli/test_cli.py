@@ -1,0 +1,287 @@
+"""The command as a person runs it: processes, exit codes, and a study on a real local Ray."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import functools
+import json
+import os
+import re
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from cluster.executors.inline import InlineExecutor
+from cluster.storage.local_store import LocalStore
+from cluster.storage.open import open_store
+from jobs.models import families
+from orchestrator.cli import app
+from orchestrator.config.load import load
+from orchestrator.planning.prepare import prepare
+from orchestrator.service import launch
+from orchestrator.worker.work import WorkerContext, work
+
+
+def slimfront(*args: object, cwd: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "orchestrator", *map(str, args)]
+    root = str(Path(__file__).parents[3])
+    return subprocess.run(
+        command, capture_output=True, text=True, cwd=cwd, env={**os.environ, "PYTHONPATH": root}, check=False
+    )
+
+
+def test_a_wrong_study_exits_2_with_every_problem_and_no_traceback(study_file: Path) -> None:
+    done = slimfront("validate", study_file, "search.candidats=3", "target.threads=0", cwd=study_file.parent)
+    assert done.returncode == 2
+    assert "command line search.candidats: got candidats" in done.stderr
+    assert "command line target.threads: got 0, expected 1 to" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (study_file.parent / "runs").exists()
+
+
+def test_a_plan_runs_nothing(study_file: Path) -> None:
+    done = slimfront("plan", study_file, cwd=study_file.parent)
+    assert done.returncode == 0, done.stderr
+    assert "5 candidates" in done.stdout
+    assert "shared" in done.stdout
+    assert "by shared steps" in done.stdout
+    assert not list(study_file.parent.glob("runs/records/**/*.json"))
+
+
+def test_a_plan_tells_the_price_and_what_the_budget_allows_and_no_sum_that_nobody_knows(
+    study_file: Path,
+) -> None:
+    done = slimfront("plan", study_file, "cluster.price_per_hour=2", "budget.money=20", cwd=study_file.parent)
+    assert done.returncode == 0, done.stderr
+    assert "What it will cost is not known: nothing like it has run here." in done.stdout
+    assert "A node-hour costs 2.00 (cluster.price_per_hour)." in done.stdout
+    assert "The budget of 20.00 allows 10.00 node-hours." in done.stdout
+
+
+def test_a_plan_after_a_study_tells_what_it_took_and_what_more_will(study_file: Path) -> None:
+    ready = prepare(load(study_file, ("search.candidates=1",)))
+    place = WorkerContext(
+        ready.materials, ready.config.store, ready.folder / "scratch", ready.folder / "cache"
+    )
+    do = functools.partial(work, workplace=place)
+    launch.launch(ready, lambda status: None, executor=InlineExecutor(), do=do)
+    found = CliRunner().invoke(app.app, ["plan", str(study_file), "cluster.price_per_hour=3600"])
+    assert found.exit_code == 0, found.output
+    assert re.search(r"^About 0\.0\d node-hours, \d+\.\d{2,4}\.$", found.output, re.MULTILINE)
+    assert re.search(r"^Until now: 0\.00 node-hours, \d+\.\d{2,4}\.$", found.output, re.MULTILINE)
+
+
+def test_a_study_that_could_not_afford_the_original_says_so(
+    study_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "RayExecutor", lambda *_, **__: InlineExecutor())
+    found = CliRunner().invoke(app.app, ["search", str(study_file), "budget.hours=1e-9"])
+    assert found.exit_code == 1
+    assert "The search ended early: the budget of 1e-09 hours is spent." in found.output
+    assert "Nothing was measured" in found.output
+
+
+def test_techniques_are_listed_for_programs(tmp_path: Path) -> None:
+    done = slimfront("techniques", "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    listed = {row["name"]: row for row in json.loads(done.stdout)}
+    assert {"drop_layers", "prune_ffn", "svd_llm", "rtn", "gptq", "distill"} <= set(listed)
+    assert listed["gptq"]["needs"] == ["calibration"]
+    assert listed["gptq"]["families"] == families.names()
+    assert "2210.17323" in listed["gptq"]["paper"]
+
+
+def test_one_technique_is_shown_with_its_options_and_what_it_refuses(tmp_path: Path) -> None:
+    done = slimfront("techniques", "prune_hidden", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "share of the hidden width to remove" in done.stdout
+    assert "Refuses gemma3_text: its norms after each layer" in done.stdout.replace("\n", " ")
+    wrong = slimfront("techniques", "prune_hiden", cwd=tmp_path)
+    assert wrong.returncode == 3
+    assert "did you mean prune_hidden?" in wrong.stderr
+
+
+@pytest.mark.parametrize("command", ["status", "front", "report", "resume"])
+def test_a_folder_without_a_study_exits_3(tmp_path: Path, command: str) -> None:
+    done = slimfront(command, tmp_path, cwd=tmp_path)
+    assert done.returncode == 3
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, "No space left"), sqlite3.OperationalError("database or disk is full")]
+)
+def test_a_disk_that_is_full_for_the_study_itself_is_told_with_its_cure(
+    study_file: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def full(*_: object) -> None:
+        raise error
+
+    monkeypatch.chdir(study_file.parent)
+    monkeypatch.setattr(launch, "launch", full)
+    done = CliRunner().invoke(app.app, ["search", str(study_file)])
+    assert done.exit_code == 3
+    assert "is full" in done.stderr
+    assert "--trim" in done.stderr
+    assert f"slimfront resume {study_file.parent}" in done.stderr
+
+
+def test_another_error_of_the_study_itself_is_no_full_disk(
+    study_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise OSError(errno.EIO, "the disk is broken")
+
+    monkeypatch.chdir(study_file.parent)
+    monkeypatch.setattr(launch, "launch", broken)
+    assert isinstance(CliRunner().invoke(app.app, ["search", str(study_file)]).exception, OSError)
+
+
+def test_a_store_is_shown_and_trimmed(tmp_path: Path) -> None:
+    kept = LocalStore(tmp_path / "runs")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "weights").write_bytes(b"x" * 5000)
+    ref = kept.put(tmp_path / "model")
+    kept.commit("artifacts/01", dataclasses.asdict(ref))
+    shown = slimfront("store", "runs", cwd=tmp_path)
+    assert shown.returncode == 0, shown.stderr
+    assert "intermediate models" in shown.stdout
+    assert "5.0 kB" in shown.stdout
+    tried = slimfront("store", "runs", "--trim", "1kB", "--dry-run", "--json", cwd=tmp_path)
+    assert json.loads(tried.stdout)["kinds"]["intermediates"]["removed_bytes"] == 5000
+    assert kept.has(ref)
+    trimmed = slimfront("store", "runs", "--trim", "1kB", cwd=tmp_path)
+    assert trimmed.returncode == 0, trimmed.stderr
+    assert not kept.has(ref)
+    assert list(kept.records("")) == []
+    kept.commit("results/01", {"recipe": {"steps": []}, "meters": [], "result": {"artifact": "a"}})
+    assert slimfront("store", "runs", "--trim", "0", cwd=tmp_path).returncode == 1
+    wrong = slimfront("store", "runs", "--trim", "lots", cwd=tmp_path)
+    assert wrong.returncode == 3
+    assert "give one like 5GB" in wrong.stderr
+    missing = slimfront("store", "elsewhere", cwd=tmp_path)
+    assert missing.returncode == 3
+    assert "holds no store" in missing.stderr
+
+
+def test_a_bucket_is_shown_and_swept_and_not_trimmed(tmp_path: Path, s3: Any, s3_address: str) -> None:
+    kept = open_store(s3_address)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "weights").write_bytes(b"x" * 5000)
+    kept.put(tmp_path / "model")
+    kept.commit("results/01", {})
+    bucket = s3_address.split("/")[2]
+    upload = s3.create_multipart_upload(Bucket=bucket, Key="of/a/team/objects/0/files/half")["UploadId"]
+    part = {"Bucket": bucket, "Key": "of/a/team/objects/0/files/half", "UploadId": upload, "PartNumber": 1}
+    s3.upload_part(**part, Body=b"x" * 3000)
+    shown = slimfront("store", s3_address, "--sweep", "--json", cwd=tmp_path)
+    assert shown.returncode == 0, shown.stderr
+    found = json.loads(shown.stdout)
+    assert found["kinds"]["models"]["size_bytes"] == 5000
+    assert found["kinds"]["records"]["number"] == 1
+    assert found["kinds"]["unfinished"]["size_bytes"] == 3000  # it may still go on
+    assert found["swept_bytes"] == 0
+    # moto says of uploads without parts that they are years old.
+    s3.create_multipart_upload(Bucket=bucket, Key="of/a/team/objects/0/files/old")
+    assert slimfront("store", s3_address, "--sweep", cwd=tmp_path).returncode == 0
+    (left,) = s3.list_multipart_uploads(Bucket=bucket)["Uploads"]
+    assert left["UploadId"] == upload
+    refused = slimfront("store", s3_address, "--trim", "0", cwd=tmp_path)
+    assert refused.returncode == 3
+    assert "--sweep" in refused.stderr
+    missing = slimfront("store", s3_address.replace(bucket, "no-such-bucket"), cwd=tmp_path)
+    assert missing.returncode == 3
+    assert "there is no bucket no-such-bucket" in missing.stderr
+    assert "Traceback" not in missing.stderr
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(240)
+def test_a_study_on_ray_is_interrupted_killed_resumed_looked_at_and_exported(
+    study_file: Path, tmp_path: Path
+) -> None:
+    runs = tmp_path / "runs" / "tiny"
+    command = [sys.executable, "-m", "orchestrator", "search", str(study_file)]
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])}
+
+    def started_until(committed: int) -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            command, env=env, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        while len(list(tmp_path.glob("runs/records/results/*.json"))) < committed:
+            assert process.poll() is None, process.communicate()[1]
+            time.sleep(0.05)
+        return process
+
+    stopped = started_until(1)
+    stopped.send_signal(signal.SIGTERM)
+    _, said = stopped.communicate(timeout=60)
+    assert stopped.returncode == 130, said
+    assert f"slimfront resume {runs}" in said
+    assert "Traceback" not in said
+    assert "stopped; resume goes on" in slimfront("status", runs, cwd=tmp_path).stdout
+
+    killed = started_until(3)
+    killed.kill()
+    killed.wait()  # its pipes stay open for as long as Ray's idle agents, a minute
+    for pipe in (killed.stdout, killed.stderr):
+        assert pipe is not None
+        pipe.close()
+    before = {file: file.stat().st_mtime_ns for file in tmp_path.glob("runs/records/results/*.json")}
+
+    done = slimfront("resume", runs, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "Pareto front of tiny" in done.stdout
+    assert "done" in slimfront("status", runs, cwd=tmp_path).stdout
+    assert all(file.stat().st_mtime_ns == at for file, at in before.items())
+
+    shown = json.loads(slimfront("front", runs, "--json", cwd=tmp_path).stdout)
+    assert shown["study"] == "tiny"
+    assert {"size_bytes", "accuracy"} <= set(shown["original"]["metrics"])
+    assert (runs / "report.html").is_file()
+    picked = shown["members"][0]["id"]
+    exported = slimfront("export", runs, tmp_path / "out", "--pick", picked[:10], cwd=tmp_path)
+    assert exported.returncode == 0, exported.stderr
+    size = (tmp_path / "out" / "model.safetensors").stat().st_size
+    assert size == shown["members"][0]["metrics"]["size_bytes"]
+
+
+def test_a_clusters_files_are_written_and_checked(tmp_path: Path) -> None:
+    done = slimfront("init", "--template", "aws", "--gpu", "A10G", "here", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert sorted(path.name for path in (tmp_path / "here").iterdir()) == [
+        "Dockerfile",
+        "aws.yaml",
+        "constraints.txt",
+    ]
+    file = tmp_path / "here" / "aws.yaml"
+    assert slimfront("doctor", "--template", file, cwd=tmp_path).returncode == 0
+    file.write_text(
+        file.read_text().replace("GPU: 1}", "GPU: 9}").replace("min_workers: 0", "min_worker: 0", 1)
+    )
+    wrong = slimfront("doctor", "--template", file, cwd=tmp_path)
+    assert wrong.returncode == 2
+    assert [line.partition(" ")[2] for line in wrong.stderr.splitlines()] == [
+        "available_node_types.gpu-spot.min_worker: got min_worker, expected min_workers",
+        "available_node_types.gpu-spot.resources.GPU: got 9, but a g5.2xlarge has 1 (no type has more than 8: "
+        "g5.48xlarge)",
+        "available_node_types.gpu.resources.GPU: got 9, but a g5.2xlarge has 1 (no type has more than 8: g5.48xlarge)",
+    ]
+
+
+def test_wrong_choices_of_a_cluster_exit_2_and_write_nothing(tmp_path: Path) -> None:
+    done = slimfront("init", "--template", "gcp", "--gpu", "L5", "here", cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == [
+        "gpu: got L5, expected one of A100, H100, L4, T4",
+        "project: got nothing, expected the id of a project of Google Cloud",
+    ]
+    assert not (tmp_path / "here").exists()

@@ -1,0 +1,113 @@
+"""A whole study whose store is a bucket."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.executors.inline import InlineExecutor
+from cluster.storage.open import open_store
+from cluster.storage.s3 import parse
+from jobs import run
+from orchestrator.config.problems import InvalidStudyError
+from orchestrator.persistence.study_folder import publish, published, published_report, store_of
+from orchestrator.planning.prepare import Prepared
+from orchestrator.publishing.export import export_member
+from orchestrator.service.launch import launch
+from orchestrator.study.results import Results
+
+
+def run_inline(prepared: Prepared) -> Results:
+    return launch(prepared, lambda status: None, executor=InlineExecutor())
+
+
+def written(folder: Path) -> Iterator[bytes]:
+    yield from (file.read_bytes() for file in folder.rglob("*") if file.is_file())
+
+
+def in_bucket(s3: Any, bucket: str) -> Iterator[bytes]:
+    for page in s3.get_paginator("list_objects_v2").paginate(Bucket=bucket):
+        for item in page.get("Contents", []):
+            yield s3.get_object(Bucket=bucket, Key=item["Key"])["Body"].read()
+
+
+def test_a_study_keeps_models_and_results_in_a_bucket_and_its_own_files_here(
+    prepared: Callable[..., Prepared],
+    s3: Any,
+    s3_address: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    ready = prepared(f"store={s3_address}")
+    results = run_inline(ready)
+    assert [candidate.state for candidate in results.candidates] == ["measured"] * 6
+    study = tmp_path / "runs" / "tiny"
+    found = json.loads((study / "front.json").read_text())
+    store = open_store(s3_address)
+    for member in found["members"]:
+        assert store.record(f"artifacts/{member['id']}") is not None
+    assert not (tmp_path / "runs" / "objects").exists()
+    assert store_of(study) == s3_address
+
+    # What another study made is found, and not made again.
+    made = []
+    attempt = run.attempt
+    monkeypatch.setattr(
+        run, "attempt", lambda job, *rest, **more: made.append(job) or attempt(job, *rest, **more)
+    )
+    run_inline(prepared(f"store={s3_address}", "name=other"))
+    assert made == []
+
+    # A model is exported from the bucket, and made again where it was removed there.
+    export_member(study, "smallest", tmp_path / "first")
+    for held in store.holdings().artifacts:
+        store.remove(held.ref)
+    export_member(study, "smallest", tmp_path / "second")
+    assert made
+    same = "model.safetensors"
+    assert (tmp_path / "first" / same).read_bytes() == (tmp_path / "second" / same).read_bytes()
+
+    secret = b"secret-of-the-tests"
+    assert not any(secret in content for content in written(tmp_path / "runs"))
+    assert not any(secret in content for content in in_bucket(s3, parse(s3_address).bucket))
+    with sqlite3.connect(study / "ledger.db") as ledger:
+        assert not any(secret.decode() in line for line in ledger.iterdump())
+
+
+def test_a_front_in_a_bucket_is_seen_from_elsewhere(s3_address: str, tmp_path: Path) -> None:
+    bucket, mark, options = s3_address.partition("?")
+    publish(s3_address, "tiny", {"members": ["a"]}, "<p>a")
+    publish(s3_address, "tiny", {"members": ["a", "b"]}, "<p>a, b")
+    assert published(f"{bucket}/tiny{mark}{options}") == {"members": ["a", "b"]}
+    assert published_report(f"{bucket}/tiny{mark}{options}") == "<p>a, b"
+    with pytest.raises(LookupError, match="holds no front of other"):
+        published(f"{bucket}/other{mark}{options}")
+    publish(str(tmp_path / "runs"), "tiny", {"members": []}, "")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_bucket_that_is_not_there_is_one_line_and_nothing_starts(
+    prepared: Callable[..., Prepared], s3_address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    gone = s3_address.replace(parse(s3_address).bucket, "no-such-bucket")
+    with pytest.raises(InvalidStudyError) as told:
+        prepared(f"store={gone}")
+    (line,) = told.value.lines
+    assert line.startswith("command line store: got there is no bucket no-such-bucket at http://")
+    assert line.endswith(", expected a bucket to read and write, as s3://bucket/prefix")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_an_address_that_holds_credentials_is_refused_without_repeating_them(
+    prepared: Callable[..., Prepared],
+) -> None:
+    with pytest.raises(InvalidStudyError, match="credentials") as told:
+        prepared("store=s3://me:hidden@bucket/runs")
+    assert "hidden" not in str(told.value)

@@ -1,0 +1,95 @@
+"""Options that a study searches block by block: knobs, recipes, and what validate says of senseless ones."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from jobs.knobs import Choice
+from jobs.recipe import Origin
+from orchestrator.planning.search_space import Depth, parse
+from orchestrator.search.encoding import SpaceEncoder
+from orchestrator.search.proposals import uniform
+
+ORIGIN = Origin("model", "data", 0)
+EACH = {"choices": [2, 4, 8], "each": "layer"}
+
+
+def space_of(options: Any, technique: str = "rtn", blocks: int = 4) -> Any:
+    space, problems = parse({"bits": {technique: options}}, depth=Depth(blocks, 7 * blocks))
+    assert not problems
+    return space
+
+
+def test_each_layer_makes_a_knob_for_every_block_and_groups_one_for_every_run() -> None:
+    each = {f"bits.rtn.bits.{block}": Choice((2, 4, 8)) for block in range(4)}
+    assert space_of({"bits": EACH}).knobs() == {"bits": Choice(("skip", "rtn")), **each}
+    assert len(space_of({"bits": {**EACH, "groups": 2}}).knobs()) == 1 + 2
+    assert len(space_of({"bits": {**EACH, "each": "linear"}}).knobs()) == 1 + 28
+    assert space_of({"bits": EACH}).size() == 1 + 3**4
+    whole = space_of({"correction_rank": {"low": 0, "high": 8, "each": "layer"}})
+    assert whole.knobs()["bits.rtn.correction_rank.0"].integer
+
+
+def test_the_values_of_the_blocks_become_one_option_and_equal_ones_the_uniform_recipe() -> None:
+    space, fixed = space_of({"bits": EACH}), space_of({"bits": [2, 4, 8]})
+    names = [f"bits.rtn.bits.{block}" for block in range(4)]
+    mixed = space.recipe(ORIGIN, {"bits": "rtn", **dict(zip(names, (8, 4, 2, 2), strict=True))})
+    assert mixed.steps[0].options()["bits"] == "8 4 2 2"
+    alike = space.recipe(ORIGIN, {"bits": "rtn", **dict.fromkeys(names, 4)})
+    assert alike.id == fixed.recipe(ORIGIN, {"bits": "rtn", "bits.rtn.bits": 4}).id
+
+
+def test_knobs_of_blocks_do_nothing_where_their_technique_is_skipped() -> None:
+    knobs = space_of({"bits": EACH}).knobs()
+    places = SpaceEncoder(knobs)
+    drawn = uniform(knobs, np.random.default_rng(0))
+    skipped, other = (places.point({**drawn, "bits": "skip", "bits.rtn.bits.3": bits}) for bits in (2, 8))
+    assert (skipped == other).all()
+    used, changed = (places.point({**drawn, "bits": "rtn", "bits.rtn.bits.3": bits}) for bits in (2, 8))
+    assert (used != changed).any()
+
+
+@pytest.mark.parametrize(
+    ("given", "key", "told"),
+    [
+        ({"group": {"choices": [32], "each": "layer"}}, "group", "only bits and correction_rank may differ"),
+        ({"bits": {"choices": [2, 4], "each": "head"}}, "bits", "expected each: layer or each: linear"),
+        ({"bits": {**EACH, "groups": 5}}, "bits", "expected a whole number from 1 to 4"),
+        (
+            {"bits": {"choices": [2, 5], "each": "layer"}},
+            "bits",
+            r"got 5, expected a value in \{2, 3, 4, 8\}",
+        ),
+        ({"bits": {"choices": 4, "each": "layer"}}, "bits", "expected a list"),
+        ({"bits": {**EACH, "each": "linear", "groups": 29}}, "bits", "expected a whole number from 1 to 28"),
+        ({"bits": {"each": "layer"}}, "bits", "got a range, expected"),
+    ],
+)
+def test_what_cannot_differ_by_block_is_told(given: Any, key: str, told: str) -> None:
+    _, problems = parse({"bits": {"rtn": given}}, depth=Depth(4, 28))
+    assert [problem.key for problem in problems] == [f"space.bits.rtn.{key}"]
+    with pytest.raises(ValueError, match=told):
+        raise ValueError(problems[0].message)
+
+
+def test_a_technique_whose_options_are_for_all_blocks_says_so() -> None:
+    _, problems = parse(
+        {"bits": {"mixed": {"average_bits": {"low": 3, "high": 4, "each": "layer"}}}}, depth=Depth(4, 28)
+    )
+    assert "no option of mixed may differ by layer" in problems[0].message
+
+
+def test_a_knob_for_every_block_cannot_follow_what_drops_blocks_but_runs_of_them_can() -> None:
+    depth = {"drop_layers": {"count": [0, 1]}}
+    _, problems = parse({"depth": depth, "bits": {"rtn": {"bits": EACH}}}, depth=Depth(4, 28))
+    assert [problem.key for problem in problems] == ["space.bits.rtn.bits"]
+    assert "each after drop_layers" in problems[0].message
+    assert not parse({"depth": depth, "bits": {"rtn": {"bits": {**EACH, "groups": 2}}}}, depth=Depth(4, 28))[
+        1
+    ]
+    assert not parse({"bits": {"rtn": {"bits": EACH}}, "depth": depth}, depth=Depth(4, 28))[1]
+    anyhow, _ = parse({"depth": depth, "bits": {"rtn": {"bits": EACH}}}, any_order=True, depth=Depth(4, 28))
+    assert anyhow.orders == (("bits", "depth"),)

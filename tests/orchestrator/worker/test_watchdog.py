@@ -1,0 +1,79 @@
+"""Work that hangs is ended, wherever it hangs; work that reports is not."""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from jobs.job import Job, Success
+from jobs.meters import text
+from orchestrator.planning.prepare import Prepared
+from orchestrator.worker.watchdog import STALL_SECONDS, Lease
+from orchestrator.worker.work import WorkerContext, work
+
+# It reports for longer than its lease is good for, and then hangs without letting go of Python.
+PROGRAM = """
+import re
+import time
+from orchestrator.worker.watchdog import Lease
+
+lease = Lease()
+began = time.monotonic()
+while time.monotonic() - began < 3:
+    lease.renew()
+    time.sleep(0.05)
+print("hangs", flush=True)
+
+def hang():
+    re.match("(a+)+$", "a" * 60 + "b")
+
+hang()
+"""
+
+
+def test_what_hangs_is_ended_and_says_where(tmp_path: Path) -> None:
+    told = {**os.environ, STALL_SECONDS: "1.5"}
+    ended = subprocess.run(
+        [sys.executable, "-c", PROGRAM], env=told, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert ended.stdout == "hangs\n"
+    assert ended.returncode == 1
+    assert "in hang" in ended.stderr
+
+
+def test_a_job_renews_its_lease_at_each_report_and_has_none_when_it_is_done(
+    prepared: Callable[..., Prepared], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(text, "_TOKENS_AT_ONCE", 64)  # eight batches
+    renewed, cancelled = list[float](), list[int]()
+    monkeypatch.setattr(faulthandler, "dump_traceback_later", lambda seconds, **more: renewed.append(seconds))
+    monkeypatch.setattr(faulthandler, "cancel_dump_traceback_later", lambda: cancelled.append(len(renewed)))
+    ready = prepared()
+    place = WorkerContext(ready.materials, ready.config.store, tmp_path / "scratch", tmp_path / "cache")
+    assert isinstance(work(Job(ready.plan.original, (), "materials"), place), Success)
+    assert renewed == cancelled == []  # not asked for
+    monkeypatch.setenv(STALL_SECONDS, "1e-6")
+    assert isinstance(work(Job(ready.plan.original, ("text",), "materials"), place), Success)
+    assert len(renewed) > 8
+    assert cancelled == [len(renewed)]
+
+
+def test_reports_that_follow_soon_cost_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    renewed: list[float] = []
+    monkeypatch.setattr(faulthandler, "dump_traceback_later", lambda seconds, **more: renewed.append(seconds))
+    monkeypatch.setenv(STALL_SECONDS, "3600")
+    lease = Lease()
+    for _ in range(100):
+        lease.renew()
+    assert renewed == [3600]
+    later = time.monotonic() + 400
+    monkeypatch.setattr(time, "monotonic", lambda: later)
+    lease.renew()
+    assert renewed == [3600, 3600]
