@@ -31,7 +31,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -40,8 +40,8 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.overhead import accuracy_of, empty_study, lognormal, unseen
-from cluster.executor import Admission, Capacity, Ended, InlineExecutor, Resources, run_piece
+from benchmarks.overhead import accuracy_of, digest_of, empty_study, lognormal, unseen
+from cluster.executor import Admission, Capacity, Ended, InlineExecutor, NodeType, Resources, run_piece
 from jobs.job import Job, Measurement, Outcome, Success
 from orchestrator import search
 from orchestrator.launch import launch
@@ -58,14 +58,14 @@ ITEMS = 512
 
 
 def nothing(job: Job) -> Outcome:
-    return Success("none", 0, Measurement({"accuracy": accuracy_of(job)}), 0.0)
+    return Success(digest_of(job), 0, Measurement({"accuracy": accuracy_of(job)}), 0.0)
 
 
 def evaluated(job: Job) -> Outcome:
     """As `nothing`, with what each item adds to the metric."""
     accuracy = accuracy_of(job)
     items = tuple(accuracy + number / ITEMS for number in range(ITEMS))
-    return Success("none", 0, Measurement({"accuracy": accuracy}, items={"accuracy": items}), 0.0)
+    return Success(digest_of(job), 0, Measurement({"accuracy": accuracy}, items={"accuracy": items}), 0.0)
 
 
 def many_candidates(candidates: int) -> dict[str, float]:
@@ -189,6 +189,9 @@ class SimulatedExecutor:
 
     def cancel(self, key: str) -> None:
         raise NotImplementedError("nothing is cancelled here")
+
+    def nodes(self) -> Mapping[NodeType, int]:
+        return {NodeType(): self.slots}
 
     def close(self) -> None:
         pass
