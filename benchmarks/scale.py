@@ -31,7 +31,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -40,9 +40,9 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.overhead import accuracy_of, empty_study, lognormal, unseen
+from benchmarks.overhead import accuracy_of, digest_of, empty_study, lognormal, unseen
 from cluster.executors.admission import Admission
-from cluster.executors.executor import Capacity, Resources
+from cluster.executors.executor import Capacity, NodeType, Resources
 from cluster.executors.inline import InlineExecutor
 from cluster.executors.task import TaskResult, run_task
 from jobs.job import Job, Outcome, Success
@@ -62,14 +62,14 @@ ITEMS = 512
 
 
 def nothing(job: Job) -> Outcome:
-    return Success("none", 0, Measurement({"accuracy": accuracy_of(job)}), 0.0)
+    return Success(digest_of(job), 0, Measurement({"accuracy": accuracy_of(job)}), 0.0)
 
 
 def evaluated(job: Job) -> Outcome:
     """As `nothing`, with what each item adds to the metric."""
     accuracy = accuracy_of(job)
     items = tuple(accuracy + number / ITEMS for number in range(ITEMS))
-    return Success("none", 0, Measurement({"accuracy": accuracy}, items={"accuracy": items}), 0.0)
+    return Success(digest_of(job), 0, Measurement({"accuracy": accuracy}, items={"accuracy": items}), 0.0)
 
 
 def many_candidates(candidates: int) -> dict[str, float]:
@@ -193,6 +193,9 @@ class SimulatedExecutor:
 
     def cancel(self, key: str) -> None:
         raise NotImplementedError("nothing is cancelled here")
+
+    def nodes(self) -> Mapping[NodeType, int]:
+        return {NodeType(): self.slots}
 
     def close(self) -> None:
         pass
