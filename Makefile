@@ -28,6 +28,7 @@ check: $(VENV)/installed  ## the fast checks: style, types, walls between the ro
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
+	$(BIN)/python tools/language_check.py
 
 test: $(VENV)/installed  ## the tests, and the built wheel installed elsewhere
 	$(BIN)/python -m pytest -m "not slow and not cluster"
