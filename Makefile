@@ -38,6 +38,7 @@ check: $(INSTALLED)  ## the fast checks: style, types, walls between the rooms
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
+	$(BIN)/python tools/language_check.py
 
 test: $(INSTALLED)  ## the tests, and the built wheel installed elsewhere
 	$(BIN)/python -m pytest -m "not slow and not cluster"
