@@ -2,8 +2,8 @@
 
 It is seen from outside, by the operating system: nodes are the raylets that live, and a piece of work is the scratch
 folder that a worker makes when it starts one and removes when it has ended (orchestrator/worker/work.py). The
-folder's name tells the process, and the process descends from its node. So what the cluster says of itself is not relied on;
-what is seen is late by half of `PERIOD_SECONDS`, at both ends.
+folder's name tells the process, and the process descends from its node. The cluster's own
+reports are not used. Observed times are late by half of `PERIOD_SECONDS`, at both ends.
 """
 
 from __future__ import annotations
