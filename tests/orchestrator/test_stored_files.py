@@ -1,0 +1,232 @@
+"""What commit 4683a6e stored must still open: its studies, stores and exports, and every name that it wrote.
+
+tests/stored/README.md tells how the files were made. They are copied for each test, since commands write next to them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sqlite3
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow import MlflowClient
+
+STORED = Path(__file__).parents[1] / "stored" / "4683a6e"
+EXPECTED = json.loads((STORED / "expected.json").read_text())
+FORMATS = ("compressed-tensors", "gguf", "onnx", "openvino", "safetensors", "slimfront")
+STUDIES = ("finished", "interrupted", "every-name")
+WORK_FOLDER = "/somewhere/studies"
+"""Stands in the outbox for the folder in which the studies ran; no other stored file holds an absolute path."""
+RENAMED = {"elsewhere": "other_environment", "outrun": "eliminated"}
+"""Standings that later versions may print by another name."""
+TIMES = ("_ms", "_gib", "load_share")
+"""What a machine decides; any other metric must come out as it was recorded."""
+
+
+@pytest.fixture
+def studies(tmp_path: Path) -> Path:
+    """A copy of the folder that holds the studies, under a path with a space."""
+    copy = Path(shutil.copytree(STORED, tmp_path / "moved here"))
+    for store in copy.glob("* store"):
+        (store / "tmp").mkdir(exist_ok=True)  # git keeps no empty folders
+    return copy
+
+
+def slimfront(*words: object, cwd: Path, codes: tuple[int, ...] = (0,)) -> str:
+    """The output of the command, run in the folder that the studies' paths are relative to."""
+    process = subprocess.run(
+        [sys.executable, "-m", "orchestrator", *map(str, words)],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        check=False,
+    )
+    assert process.returncode in codes, process.stderr
+    return process.stdout
+
+
+def renamed(front: dict[str, Any]) -> dict[str, Any]:
+    """A front whose standings have the later names."""
+    counts = {RENAMED.get(standing, standing): count for standing, count in front["candidates"].items()}
+    return {**front, "candidates": counts}
+
+
+def member_ids(folder: Path) -> list[str]:
+    return [member["id"] for member in json.loads((folder / "front.json").read_text())["members"]]
+
+
+def events(ledger: Path) -> Iterator[dict[str, Any]]:
+    """The bodies of a ledger's events, whatever their kinds are called."""
+    with sqlite3.connect(ledger) as database:
+        for (body,) in database.execute("select body from events order by number"):
+            yield json.loads(body)
+    database.close()
+
+
+def started(ledger: Path) -> Counter[str]:
+    """How often an attempt at each job was started."""
+    return Counter(body["job_id"] for body in events(ledger) if "attempt" in body and "outcome" not in body)
+
+
+def ended(ledger: Path) -> dict[str, str]:
+    """The outcome of each job's last attempt."""
+    return {body["job_id"]: body["outcome"]["outcome"] for body in events(ledger) if "outcome" in body}
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_status_front_and_store_are_printed_as_the_old_commit_printed_them(studies: Path, name: str) -> None:
+    folder = f"{name} store/{name}"
+    status = json.loads(slimfront("status", folder, "--json", cwd=studies))
+    assert EXPECTED[name]["status"].items() <= status.items()
+    front = json.loads(slimfront("front", folder, "--json", cwd=studies))
+    assert renamed(front) == renamed(EXPECTED[name]["front"])
+    store = json.loads(slimfront("store", f"{name} store", "--json", cwd=studies))
+    assert store == EXPECTED[name]["store"]
+
+
+def test_status_front_and_report_of_a_finished_study_are_shown_to_people(studies: Path) -> None:
+    assert "done" in slimfront("status", "finished store/finished", cwd=studies)
+    shown = slimfront("front", "finished store/finished", cwd=studies)
+    assert all(id[:8] in shown for id in member_ids(studies / "finished store/finished"))
+    page = slimfront("report", "finished store/finished", cwd=studies).strip()
+    assert (studies / page).is_file()
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_member_is_exported_to_the_same_weights(studies: Path, format: str) -> None:
+    folder, pick = "finished store/finished", EXPECTED["exports"][format]
+    slimfront("export", folder, "again", "--pick", pick, "--format", format, cwd=studies)
+    old, new = studies / "exports" / format, studies / "again"
+    for name in ("recipe.json", "measurement.json"):
+        assert json.loads((new / name).read_text()) == json.loads((old / name).read_text())
+    mark, again = (json.loads((out / "export.json").read_text()) for out in (old, new))
+    assert {**again, "checksums": {}} == {**mark, "checksums": {}}
+    assert again["checksums"].keys() == mark["checksums"].keys()
+    for file in sorted(mark["checksums"]):
+        # Graphs state the version of the library that wrote them; their weights do not.
+        if file.endswith((".safetensors", ".gguf", ".bin", ".data")):
+            assert again["checksums"][file] == mark["checksums"][file], file
+
+
+@pytest.mark.parametrize("format", sorted(EXPECTED["verify"]))
+def test_an_old_export_is_verified_with_the_recorded_quality(studies: Path, format: str) -> None:
+    rows = json.loads(slimfront("verify", f"exports/{format}", "--json", cwd=studies, codes=(0, 1)))
+    checked = {row["metric"]: row for row in rows}
+    before = {row["metric"]: row for row in EXPECTED["verify"][format]}
+    assert checked.keys() == before.keys()
+    for metric, row in checked.items():
+        assert row["recorded"] == before[metric]["recorded"]
+        if not metric.endswith(TIMES):
+            assert row["ok"]
+            assert row["measured"] == pytest.approx(before[metric]["measured"], rel=0.01)
+
+
+def test_an_old_export_that_was_changed_is_refused(studies: Path) -> None:
+    config = studies / "exports/slimfront/config.json"
+    config.write_text(config.read_text() + "\n")
+    slimfront("verify", "exports/slimfront", cwd=studies, codes=(3,))
+
+
+def test_two_old_exports_are_compared(studies: Path) -> None:
+    words = ("compare", "exports/openvino", "exports/onnx", "--json", "--pairs", 1)
+    rows = {row["metric"]: row for row in json.loads(slimfront(*words, cwd=studies))}
+    before = {row["metric"]: row for row in EXPECTED["compare"]}
+    assert rows.keys() == before.keys()
+    for metric, row in rows.items():
+        if not metric.endswith(TIMES):
+            for key in ("first", "second"):
+                assert row[key] == pytest.approx(before[metric][key], rel=0.01)
+
+
+def test_a_model_that_was_trimmed_is_made_again_by_the_old_ledger(studies: Path) -> None:
+    pick = EXPECTED["exports"]["slimfront"]
+    record = json.loads((studies / f"finished store/records/artifacts/{pick}.json").read_text())
+    digest = record["digest"]
+    shutil.rmtree(studies / "finished store/objects" / digest[:2] / digest)
+    words = ("export", "finished store/finished", "again", "--pick", pick, "--format", "slimfront")
+    slimfront(*words, cwd=studies)
+    old, new = (
+        json.loads((studies / out / "recipe.json").read_text()) for out in ("exports/slimfront", "again")
+    )
+    assert new == old
+
+
+@pytest.mark.ray
+def test_an_interrupted_study_is_finished_and_no_committed_candidate_runs_again(studies: Path) -> None:
+    store = studies / "interrupted store"
+    ledger = store / "interrupted/ledger.db"
+    began, results = started(ledger), sorted((store / "records/results").iterdir())
+    done = {job for job, outcome in ended(ledger).items() if outcome == "success"}
+    assert done
+    assert began.keys() - done, "nothing ran when the study was killed"
+    committed = {file: file.read_bytes() for file in results}
+    slimfront("resume", "interrupted store/interrupted", cwd=studies)
+    assert {job: started(ledger)[job] for job in done} == {job: began[job] for job in done}
+    assert ended(ledger).keys() == started(ledger).keys()
+    assert {file: file.read_bytes() for file in results} == committed
+    status = json.loads(slimfront("status", "interrupted store/interrupted", "--json", cwd=studies))
+    assert status["stage"] == "done"
+    assert status["candidates"] == EXPECTED["interrupted"]["status"]["candidates"] == 8
+    assert status["measured"] == 9
+    assert member_ids(store / "interrupted")
+
+
+@pytest.mark.ray
+def test_a_finished_study_is_resumed_without_a_new_attempt_or_another_front(studies: Path) -> None:
+    folder = studies / "finished store/finished"
+    before = started(folder / "ledger.db")
+    (studies / "finished.yaml").unlink()
+    for file in ("front.json", "status.json", "report.html", "outbox.db"):
+        (folder / file).unlink()
+    study = folder / "study.yaml"
+    study.write_text(study.read_text().replace('uri: "http://127.0.0.1:9"', "uri: none"))
+    slimfront("resume", "finished store/finished", cwd=studies)
+    assert started(folder / "ledger.db") == before
+    front = json.loads((folder / "front.json").read_text())
+    assert renamed(front) == renamed(EXPECTED["finished"]["front"])
+
+
+@pytest.mark.ray
+def test_every_event_in_the_old_spelling_is_replayed(studies: Path) -> None:
+    """The ledger holds an event of each class, with Granted("finishing") and Granted("nothing"), and a prediction of
+    "foretold_divergence". The candidate that it gave up stays so, and its search stays exhausted."""
+    folder = studies / "every-name store/every-name"
+    with sqlite3.connect(folder / "ledger.db") as database:
+        kinds = {kind for (kind,) in database.execute("select kind from events")}
+        text = " ".join(body for (body,) in database.execute("select body from events"))
+    database.close()
+    names = ("Began", "Proposed", "Started", "Ended", "Resized", "Stopped", "Exhausted", "Granted")
+    assert kinds == set(names)
+    for word in ('"finishing"', '"nothing"', '"foretold_divergence"', '"spared_seconds"'):
+        assert word in text
+    before = started(folder / "ledger.db")
+    slimfront("resume", "every-name store/every-name", cwd=studies)
+    assert started(folder / "ledger.db") == before
+    status = json.loads(slimfront("status", "every-name store/every-name", "--json", cwd=studies))
+    assert status["stage"] == "done"
+    assert (status["measured"], status["stopped"], status["failed"]) == (3, 1, 0)
+    assert status["exhausted"] == "there are no more choices"
+
+
+@pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated")
+def test_an_old_outbox_is_delivered_to_mlflow(studies: Path, tmp_path: Path) -> None:
+    folder, uri = studies / "finished store/finished", f"sqlite:///{tmp_path / 'mlflow.db'}"
+    # The outbox tells MLflow where the store is, by an absolute path.
+    slimfront("tracking", "sync", folder, "--uri", uri, cwd=studies)
+    client = MlflowClient(uri)
+    experiment = client.get_experiment_by_name("finished")
+    assert experiment is not None
+    runs = client.search_runs([experiment.experiment_id])
+    status = EXPECTED["finished"]["status"]
+    assert len(runs) == 1 + status["measured"] + status["failed"] + status["stopped"] + status["over_limit"]
+    front = {run.data.tags["slimfront.candidate"] for run in runs if run.data.tags.get("pareto") == "true"}
+    assert front == set(member_ids(folder))
