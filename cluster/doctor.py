@@ -20,7 +20,7 @@ from typing import NamedTuple
 import psutil
 
 from cluster.executors.executor import Resources, cores
-from cluster.on_ray.cluster_state import OBJECT_STORE_BYTES
+from cluster.on_ray.connection import OBJECT_STORE_BYTES
 from cluster.on_ray.executor import RayExecutor
 from cluster.on_ray.jobs_api import Jobs, JobState, Node
 from cluster.storage.manifest import ArtifactRef

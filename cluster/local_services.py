@@ -30,7 +30,7 @@ from pathlib import Path
 import psutil
 
 from cluster.on_ray import auth
-from cluster.on_ray.cluster_state import OBJECT_STORE_BYTES
+from cluster.on_ray.connection import OBJECT_STORE_BYTES
 
 LOOPBACK = "127.0.0.1"
 START_SECONDS = 180.0

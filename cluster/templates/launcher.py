@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import copy
 import functools
+import json
 import re
 from collections.abc import Iterator, Set
+from importlib import metadata
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 import yaml
 
-from cluster.on_ray.cluster_state import launcher_schema
 from cluster.templates import ec2
 from cluster.templates.instances import Instance, table
 from cluster.templates.placed import Document, Key, Problem
@@ -48,6 +50,13 @@ def check(document: Document) -> list[Problem]:
             if not form or _TYPE_KEY[cloud] in config:
                 problems += _machine(cloud, node_type, at)
     return problems
+
+
+def launcher_schema() -> dict[str, Any]:
+    """Return Ray's JSON schema of launcher files, read from Ray's installation; Ray is not imported."""
+    file = Path(str(metadata.distribution("ray").locate_file("ray/autoscaler/ray-schema.json")))
+    schema: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return schema
 
 
 def closed(schema: dict[str, Any]) -> dict[str, Any]:
