@@ -41,7 +41,7 @@ def until(wanted, seconds=60):
 ray, _ = connect("local", 1, 0)
 monitor = ClusterMonitor(ray)
 address = ray.get_runtime_context().gcs_address
-start = [str(Path(sys.executable).with_name("ray")), "start", f"--address={address}", "--num-cpus=1", "--block",
+start = [sys.executable, "-m", "ray.scripts.scripts", "start", f"--address={address}", "--num-cpus=1", "--block",
          "--object-store-memory=80000000"]
 quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
 nodes = {}

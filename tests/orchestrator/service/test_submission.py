@@ -20,7 +20,7 @@ import pytest
 from cluster.executors.inline import InlineExecutor
 from cluster.on_ray.jobs_api import JobState
 from cluster.storage.open import open_store
-from cluster.storage.s3 import parse
+from cluster.storage.s3_address import parse
 from jobs.job import Job, Outcome
 from orchestrator.config.load import load
 from orchestrator.config.problems import InvalidStudyError
