@@ -41,8 +41,8 @@ from orchestrator.study.trie import RecipeNode, RecipeTrie
 MAX_INITIAL_FAILURES = 20
 """Stop proposing after this many failures if no candidate has succeeded."""
 MAX_ATTEMPTS: Mapping[FailureKind, int] = {"out_of_memory": 2, "bug": 3, "timeout": 3, "disk_full": 3}
-"""Attempts per job by the kind of its failure; 1 for other kinds, which every attempt would repeat. The second attempt after
-`out_of_memory` has its node for itself. Preempted attempts are always repeated."""
+"""Attempts per job by the kind of its failure; 1 for other kinds, which every attempt would repeat. The second attempt
+after `out_of_memory` has its node for itself. Preempted attempts are always repeated."""
 WORTH_STOPPING_SECONDS = 20.0
 """Do not stop running candidates whose remaining work takes less slot time than this: half of it is done on average,
 and a killed worker takes some seconds to restart."""
