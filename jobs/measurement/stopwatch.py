@@ -114,7 +114,7 @@ def started(request: Request) -> Iterator[Stopwatch]:
     lent = len(machine.processors())
     if request.threads > lent:
         raise ValueError(f"target.threads={request.threads}, but this machine lends {lent} processors")
-    root = str(Path(__file__).parent.parent)
+    root = str(Path(__file__).parents[2])
     threads = str(request.threads)
     environment = {
         **os.environ,

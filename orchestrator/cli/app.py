@@ -8,12 +8,10 @@ already running, missing); 130 interrupted, `slimfront resume` goes on.
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
 
 import typer
 
-if TYPE_CHECKING:
-    pass
+from orchestrator.cli import clusters, exports, stores, studies
 
 app = typer.Typer(
     help="Find the Pareto front of smaller language models, measured on the files you would ship.",
@@ -23,6 +21,30 @@ app = typer.Typer(
 )
 tracking_app = typer.Typer(help="The mirror of studies in MLflow.", no_args_is_help=True)
 app.add_typer(tracking_app, name="tracking")
+tracking_app.command()(stores.sync)
+
+for command in (
+    studies.validate,
+    studies.plan,
+    studies.search,
+    clusters.submit,
+    clusters.logs,
+    clusters.stop,
+    studies.resume,
+    studies.status,
+    studies.front,
+    studies.report,
+    exports.export,
+    exports.verify,
+    exports.compare,
+    exports.chat,
+    stores.techniques,
+    clusters.init,
+    clusters.up,
+    clusters.doctor,
+    stores.store,
+):
+    app.command()(command)
 
 
 def main() -> None:

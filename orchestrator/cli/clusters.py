@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from orchestrator.cli.app import app
 from orchestrator.cli.console import (
     CLUSTER_HELP,
     Cluster,
@@ -33,7 +32,6 @@ if TYPE_CHECKING:
     from cluster.local_services import ServiceUrls
 
 
-@app.command()
 def submit(
     study: StudyFile,
     address: Cluster,
@@ -65,7 +63,6 @@ def submit(
             follow_job(jobs, id)
 
 
-@app.command()
 def logs(
     name: Name,
     address: Cluster,
@@ -83,7 +80,6 @@ def logs(
             typer.echo(jobs.log(job.id), nl=False)
 
 
-@app.command()
 def stop(name: Name, address: Cluster, insecure: Insecure = False) -> None:
     """Stop a study on a cluster. What ended is kept; submitted again, it goes on."""
     with connect_cluster(address, insecure) as jobs:
@@ -93,7 +89,6 @@ def stop(name: Name, address: Cluster, insecure: Insecure = False) -> None:
             fail(f"{job.id} was told to stop and has not yet; look again with slimfront status {name}")
 
 
-@app.command()
 def init(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where to write them; made if need be.")],
     template: Annotated[str, typer.Option(help="aws, gcp or kuberay.")],
@@ -124,7 +119,6 @@ def init(
     stdout_console().print("The head of each file says what to do before its first use.")
 
 
-@app.command()
 def up(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where MLflow's database lies.")] = Path(
         "runs"
@@ -156,7 +150,6 @@ def up(
         fail(str(error))
 
 
-@app.command()
 def doctor(
     template: Annotated[
         Path | None,

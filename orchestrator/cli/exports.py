@@ -11,12 +11,10 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from orchestrator.cli.app import app
 from orchestrator.cli.console import AsJson, Folder, error_message, fail, stderr_console, stdout_console
 from orchestrator.cli.tables import print_json
 
 
-@app.command()
 def export(
     folder: Folder,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write, new or empty.")],
@@ -40,7 +38,6 @@ def export(
 Exported = Annotated[Path, typer.Argument(metavar="FOLDER", help="What `slimfront export` wrote.")]
 
 
-@app.command()
 def verify(folder: Exported, as_json: AsJson = False) -> None:
     """Measure an export again, beside what was recorded; exit code 1 where they differ by more than the errors."""
     from orchestrator.publishing.verify import verify as measured_again
@@ -64,7 +61,6 @@ def verify(folder: Exported, as_json: AsJson = False) -> None:
         raise typer.Exit(1)
 
 
-@app.command()
 def compare(
     first: Annotated[Path, typer.Argument(metavar="FIRST", help="What `slimfront export` wrote.")],
     second: Annotated[Path, typer.Argument(metavar="SECOND", help="Another export, of any form.")],
@@ -92,7 +88,6 @@ def compare(
     stdout_console().print(table)
 
 
-@app.command()
 def chat(
     folder: Exported,
     prompt: Annotated[

@@ -9,7 +9,6 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from orchestrator.cli.app import app, tracking_app
 from orchestrator.cli.console import (
     AsJson,
     Folder,
@@ -22,7 +21,6 @@ from orchestrator.cli.console import (
 from orchestrator.cli.tables import print_json, show_store, show_technique, size_text
 
 
-@app.command()
 def techniques(
     name: Annotated[str | None, typer.Argument(help="One of them, to see all there is to it.")] = None,
     as_json: AsJson = False,
@@ -52,7 +50,6 @@ def techniques(
         show_technique(entries[0])
 
 
-@app.command()
 def store(
     place: Annotated[
         str,
@@ -109,7 +106,6 @@ def store(
         raise typer.Exit(1)
 
 
-@tracking_app.command()
 def sync(
     folder: Folder,
     uri: Annotated[str | None, typer.Option(help="MLflow's address; without it, that of the study.")] = None,

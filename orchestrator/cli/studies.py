@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from orchestrator.cli.app import app
 from orchestrator.cli.console import (
     AsJson,
     Folder,
@@ -34,7 +33,6 @@ if TYPE_CHECKING:
     from orchestrator.study.results import Results
 
 
-@app.command()
 def validate(study: StudyFile, overrides: Overrides = None) -> None:
     """Check a study and report all that is wrong with it. Starts nothing."""
     prepared = prepared_study(study, overrides)
@@ -44,7 +42,6 @@ def validate(study: StudyFile, overrides: Overrides = None) -> None:
     )
 
 
-@app.command()
 def plan(study: StudyFile, overrides: Overrides = None) -> None:
     """Show what a search would do: jobs, what they share, exact sizes, time. Runs nothing."""
     from cluster.storage.open import open_store
@@ -90,13 +87,11 @@ def plan(study: StudyFile, overrides: Overrides = None) -> None:
         out.print(line, soft_wrap=True, markup=False, highlight=False)
 
 
-@app.command()
 def search(study: StudyFile, overrides: Overrides = None) -> None:
     """Run a study. Run again, it goes on where it was left; nothing that ended is done twice."""
     _run(prepared_study(study, overrides), tuple(overrides or ()))
 
 
-@app.command()
 def resume(folder: Folder, address: OnCluster = None, insecure: Insecure = False) -> None:
     """Go on with an interrupted study, from its folder alone, or with --address by its name on a cluster."""
     from orchestrator.service import submission
@@ -111,7 +106,6 @@ def resume(folder: Folder, address: OnCluster = None, insecure: Insecure = False
     _run(prepared_study(folder / "study.yaml", overrides), tuple(overrides))
 
 
-@app.command()
 def status(
     folder: Folder, as_json: AsJson = False, address: OnCluster = None, insecure: Insecure = False
 ) -> None:
@@ -138,7 +132,6 @@ def status(
         stdout_console().print(f"  {one}", soft_wrap=True, markup=False, highlight=False)
 
 
-@app.command()
 def front(
     folder: FolderOrPlace,
     as_json: AsJson = False,
@@ -165,7 +158,6 @@ def front(
     stdout_console().print(table)
 
 
-@app.command()
 def report(
     folder: FolderOrPlace,
     open_it: Annotated[bool, typer.Option("--open")] = False,

@@ -28,7 +28,7 @@ from cluster.on_ray.worker import Worker
 from cluster.cloud.preemption import latest_notice
 
 def sources():
-    notice = noticed()
+    notice = latest_notice()
     return None if notice is None else (notice.source, notice.seconds_left)
 
 def until(wanted, seconds=60):
@@ -38,7 +38,7 @@ def until(wanted, seconds=60):
     return found
 
 ray, _ = connect("local", 1, 0)
-view = View(ray)
+view = ClusterMonitor(ray)
 address = ray.get_runtime_context().gcs_address
 start = [str(Path(sys.executable).with_name("ray")), "start", f"--address={address}", "--num-cpus=1", "--block",
          "--object-store-memory=80000000"]

@@ -53,7 +53,7 @@ def meet():
             time.sleep(0.05)
 
 def told(ended):
-    return [[one.key, one.value, one.lost, one.preempted] for one in ended]
+    return [[one.key, one.value, one.error, one.preempted] for one in ended]
 
 def all_of(executor):
     ended = []
@@ -164,7 +164,7 @@ def test_what_no_node_could_hold_ends_in_one_line(cluster: Head, tmp_path: Path)
     executor.submit("b", abs, -1, resources=Resources(memory_gib=100, labels={"target": "mainframe"}))
     try:
         executor.wait(120)
-    except Unavailable as error:
+    except ExecutorUnavailableError as error:
         print(json.dumps([told(ended), str(error)]))
     """
     with program(cluster, tmp_path, body) as process:
@@ -225,14 +225,14 @@ def test_a_cluster_that_does_not_grow_has_the_slots_that_it_has(tmp_path: Path) 
         beside.submit("b", abs, -1, resources=Resources())
         try:
             beside.wait(60)
-        except Unavailable as error:
+        except ExecutorUnavailableError as error:
             said.append(str(error))
     for name in "cd":
         executor.cancel(name)
     executor.submit("b", abs, -1, resources=Resources(memory_gib=5000))
     try:
         executor.wait(120)
-    except Unavailable as error:
+    except ExecutorUnavailableError as error:
         said.append(str(error))
     print(json.dumps([told(ended), slots, said]))
     """

@@ -19,9 +19,9 @@ def test_work_leaves_a_node_that_is_taken_away_and_goes_on_on_another(tmp_path: 
     def until_told(name):
         (folder / name).write_text(node())
         began = time.time()
-        while noticed() is None and time.time() - began < 60:
+        while latest_notice() is None and time.time() - began < 60:
             time.sleep(0.05)
-        return node(), noticed() is not None
+        return node(), latest_notice() is not None
 
     executor.submit("first", until_told, "first", resources=Resources())
     while not (folder / "first").exists():

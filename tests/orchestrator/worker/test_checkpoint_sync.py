@@ -258,7 +258,10 @@ def test_a_training_goes_on_elsewhere_when_its_machine_is_taken_away(
     take_away(lambda: len(steps_of(seen)) > 73)
     stopped = work(job, first)
     assert isinstance(stopped, Failure)
-    assert (stopped.kind, stopped.message) == ("preempted", "Interrupted: a test takes this machine away")
+    assert (stopped.kind, stopped.message) == (
+        "preempted",
+        "JobInterruptedError: a test takes this machine away",
+    )
     before = steps_of(seen)
     assert 73 < len(before) < STEPS
     (key,) = keys(store)
@@ -293,14 +296,14 @@ def test_a_machine_that_vanishes_without_notice_costs_little_training(
     job = training(root)
     monkeypatch.setattr(checkpoint_sync, "SEND_SECONDS", 0.0)
     assert isinstance(work(Job(root, (), "materials"), machine("first")), Success)
-    save = run.models.save
+    save = run.loading.save
 
     def cut_off(*given: Any) -> None:
         raise RuntimeError("gone")
 
-    monkeypatch.setattr(run.models, "save", cut_off)
+    monkeypatch.setattr(run.loading, "save", cut_off)
     assert isinstance(work(job, machine("first")), Failure)
-    monkeypatch.setattr(run.models, "save", save)
+    monkeypatch.setattr(run.loading, "save", save)
     seen.clear()
     assert isinstance(work(job, machine("second")), Success)
     assert len(steps_of(seen)) in (STEPS - 50, STEPS - 100)
@@ -329,7 +332,7 @@ def test_a_model_that_was_made_is_only_measured_when_its_machine_is_taken_away_m
     assert stopped.kind == "preempted"
     monkeypatch.delenv("SLIMFRONT_NOTICE")
     monkeypatch.setattr(working, "_stop_at_notice", answer)
-    monkeypatch.setattr(run.models, "save", lambda *given: pytest.fail("it was made again"))
+    monkeypatch.setattr(run.loading, "save", lambda *given: pytest.fail("it was made again"))
     assert isinstance(work(job, machine("second")), Success)
 
 
