@@ -13,6 +13,9 @@ DIGEST := $(shell $(PYTHON) -c 'import hashlib, tomllib; \
 	print(hashlib.sha256(f"{project} {lock} $(EXTRAS)".encode()).hexdigest()[:12])' 2>/dev/null)
 INSTALLED := $(VENV)/installed-$(DIGEST)
 
+# Two processes with one thread each: most tests wait for one core, and a contiguous half of the files is run by each.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
+
 .PHONY: help install quickstart check test test-slow test-cluster test-latest test-oldest wheel upgrade clean
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -41,7 +44,7 @@ check: $(INSTALLED)  ## the fast checks: style, types, walls between the rooms
 	$(BIN)/python tools/language_check.py
 
 test: $(INSTALLED)  ## the tests, and the built wheel installed elsewhere
-	$(BIN)/python -m pytest -m "not slow and not cluster"
+	$(PYTEST) -m "not slow and not cluster"
 	$(MAKE) --no-print-directory wheel
 
 test-slow: $(VENV)/model  ## what needs the real model or minutes

@@ -45,7 +45,7 @@ from rich.table import Table
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from benchmarks import overhead
-from cluster.on_ray.cluster_state import connect
+from cluster.on_ray.connection import connect
 from cluster.on_ray.executor import RayExecutor
 from cluster.storage.open import open_store
 from jobs.job import Job, Outcome, Success, outcome_to_dict

@@ -107,7 +107,7 @@ def _suggest(trial: Any, knob: str, domain: Domain) -> None:
 
 
 def search(task: Task, slots: int, seed: int, until: float, out: Path) -> None:
-    from cluster.on_ray.cluster_state import connect
+    from cluster.on_ray.connection import connect
 
     ray, _ = connect(None, slots, None)
     from ray import tune

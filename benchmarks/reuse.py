@@ -240,7 +240,7 @@ def main() -> int:
         assert source is not None
         data.windows_for(source, original)
     loading.load(original)
-    memory.settle()
+    memory.freeze_libraries()
     shape = grid(materials, given.quick, given.sample)
     with tempfile.TemporaryDirectory() as folder:
         found = run(shape, materials, Path(folder))

@@ -1,4 +1,4 @@
-"""Doctor: what this machine, a cluster and a store offer to work, and what would be in its way."""
+"""Doctor: the resources of this machine, a cluster and a store, and problems that would stop a study."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import platform
 import re
 import shutil
 import subprocess
-import sys
 import tempfile
 import time
 import uuid
@@ -19,43 +18,48 @@ from typing import NamedTuple
 
 import psutil
 
-from cluster.executors.executor import Resources, cores
-from cluster.on_ray.cluster_state import OBJECT_STORE_BYTES
-from cluster.on_ray.executor import RayExecutor
+from cluster.executors.executor import cores
+from cluster.on_ray.connection import OBJECT_STORE_BYTES
 from cluster.on_ray.jobs_api import Jobs, JobState, Node
 from cluster.storage.manifest import ArtifactRef
 from cluster.storage.open import check_store, is_remote, open_store
 from cluster.storage.store import ArtifactStore
 
 PROBE_BYTES = 8 * 10**6
-"""What is put into a store and fetched, to see how fast that goes."""
+"""The size of the artifact with which the speed of a store is measured."""
 SHARED_MEMORY = Path("/dev/shm")
 
 
 class Fact(NamedTuple):
-    """One thing found. `hint` says what to do where it is not `ok`."""
+    """The result of one check."""
 
     what: str
+    """The name of the checked property."""
     value: str
     ok: bool = True
     hint: str = ""
+    """The remedy if the result is not `ok`."""
 
 
 def facts() -> list[Fact]:
-    """What can be seen without starting anything."""
-    return [
+    """Check this machine, without starting anything."""
+    checks = [
         Fact("python", platform.python_version()),
         processors(cores()),
         memory(psutil.virtual_memory().available),
-        *([shared_memory(shutil.disk_usage(SHARED_MEMORY).free)] if SHARED_MEMORY.is_dir() else []),
+    ]
+    if SHARED_MEMORY.is_dir():
+        checks.append(shared_memory(shutil.disk_usage(SHARED_MEMORY).free))
+    checks += [
         disk(shutil.disk_usage(tempfile.gettempdir()).free),
         Fact("ray", metadata.version("ray")),
         Fact("gpus", str(gpus())),
     ]
+    return checks
 
 
 def processors(count: int) -> Fact:
-    return Fact("processors", str(count), count >= 2, "with one, measuring latency and all else take turns")
+    return Fact("processors", str(count), count >= 2, "with one, timings and all other tasks take turns")
 
 
 def memory(available_bytes: int) -> Fact:
@@ -75,131 +79,115 @@ def disk(free_bytes: int) -> Fact:
 
 
 def room(free_bytes: int) -> Fact:
-    """For models in a store that is a folder here."""
-    hint = "slimfront store FOLDER --trim SIZE removes what can be made again"
+    """Check the free space for models in a store that is a folder of this machine."""
+    hint = "slimfront store FOLDER --trim SIZE removes models that can be made again"
     return Fact("room for models", f"{free_bytes / 2**30:.1f} GiB free", free_bytes >= 5 * 2**30, hint)
 
 
 def gpus() -> int:
-    """How many GPUs NVIDIA's driver sees; 0 without its tool."""
+    """Return the number of GPUs that NVIDIA's driver reports; 0 without its tool."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return 0
     try:
-        listed = subprocess.run([tool, "-L"], capture_output=True, text=True, timeout=20, check=False)
+        listing = subprocess.run([tool, "-L"], capture_output=True, text=True, timeout=20, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return 0
-    return sum(line.startswith("GPU ") for line in listed.stdout.splitlines())
-
-
-def ray_works() -> Fact:
-    """Start Ray here, let one worker answer, and end it: takes some seconds."""
-    try:
-        executor = RayExecutor(slots=1, gpus=0, address="local")
-        try:
-            executor.submit("hello", platform.python_version, resources=Resources())
-            ended = executor.wait(timeout=60)
-        finally:
-            executor.close()
-    except (OSError, RuntimeError, TimeoutError, ValueError) as error:
-        return Fact(
-            "local ray", f"{type(error).__name__}: {error}", False, "see the newest folder in /tmp/ray"
-        )
-    if [one.value for one in ended] == [platform.python_version()]:
-        return Fact("local ray", "starts and works")
-    lost = ended[0].error if ended else "no worker answered within a minute"
-    return Fact("local ray", str(lost), False, f"workers must import this package with {sys.executable}")
+    return sum(line.startswith("GPU ") for line in listing.stdout.splitlines())
 
 
 def of_cluster(address: str, insecure: bool) -> Iterator[Fact]:
-    """What the cluster at this address is and has now. Starts nothing there."""
+    """Check the cluster at this address, without starting anything there."""
     try:
         jobs = Jobs(address, insecure)
-        there, scaling, submitted = jobs.nodes(), jobs.scaling(), jobs.all()
+        cluster_nodes, scaling, submitted = jobs.nodes(), jobs.scaling(), jobs.all()
     except (OSError, RuntimeError, ValueError) as error:
         yield Fact("cluster", str(error), False)
         return
     python = ".".join(platform.python_version_tuple()[:2])
     yield Fact("cluster", f"{jobs.address} answers")
-    yield Fact(
-        "token",
-        "none is asked for: whoever reaches it may run anything" if insecure else "asked for, and taken",
-    )
-    yield Fact("versions", f"Ray {metadata.version('ray')} and Python {python}, as here")
-    yield from nodes(there)
+    if insecure:
+        yield Fact("token", "not required: any process that reaches the cluster may run programs on it")
+    else:
+        yield Fact("token", "required, and accepted")
+    yield Fact("versions", f"Ray {metadata.version('ray')} and Python {python}, as on this machine")
+    yield from nodes(cluster_nodes)
     yield from autoscaler(scaling)
     yield studies(submitted)
 
 
-def nodes(there: Sequence[Node]) -> Iterator[Fact]:
-    """How many nodes of each kind are up, and whether the head is kept from work."""
-    kinds = Counter(("head" if one.head else one.type or "worker", _has(one)) for one in there)
-    yield Fact("nodes", "; ".join(f"{count} {kind} ({has})" for (kind, has), count in kinds.items()))
-    yield Fact("gpus", f"{sum(one.gpus for one in there):g}")
-    working = [one for one in there if one.head and one.cpus]
-    if working and len(there) > 1:
-        hint = "start it with --num-cpus=0: work that fills its memory ends the cluster"
-        yield Fact("head", "takes work too", True, hint)
+def nodes(cluster_nodes: Sequence[Node]) -> Iterator[Fact]:
+    """Count the nodes of each type, and check that the head runs no tasks if there are other nodes."""
+    kinds = Counter((_kind(node), _resources(node)) for node in cluster_nodes)
+    counts = [f"{count} {kind} ({resources})" for (kind, resources), count in kinds.items()]
+    yield Fact("nodes", "; ".join(counts))
+    yield Fact("gpus", f"{sum(node.gpus for node in cluster_nodes):g}")
+    if len(cluster_nodes) > 1 and any(node.head and node.cpus for node in cluster_nodes):
+        hint = "start it with --num-cpus=0: tasks that fill its memory end the cluster"
+        yield Fact("head", "runs tasks too", True, hint)
 
 
-def autoscaler(said: str) -> Iterator[Fact]:
-    """What is on its way, what failed lately, and what waits for room, as far as there is any."""
+def autoscaler(report: str) -> Iterator[Fact]:
+    """Return the pending nodes, the recent failures and the pending demands of an autoscaler's report, if any."""
     hints = {
         "Pending:": "",
-        "Recent failures:": "the cloud's quota, or no room there: another instance type, zone or region",
+        "Recent failures:": "the cloud's quota, or no capacity there: another instance type, zone or region",
         "Pending Demands:": "no node may be large enough, or all are busy: slimfront doctor --template FILE",
     }
     for header, hint in hints.items():
-        found = re.search(rf"^{header}\n((?: .*\n?)*)", said, re.MULTILINE)
-        lines = [line.strip() for line in found[1].splitlines()] if found else []
+        section = re.search(rf"^{header}\n((?: .*\n?)*)", report, re.MULTILINE)
+        lines = [line.strip() for line in section[1].splitlines()] if section else []
         if lines and not lines[0].startswith("(no "):
             yield Fact(header.rstrip(":").lower(), "; ".join(lines), not header.startswith("Recent"), hint)
 
 
 def studies(submitted: Sequence[JobState]) -> Fact:
-    counts = Counter(one.status.lower() for one in submitted)
+    counts = Counter(job.status.lower() for job in submitted)
     return Fact("jobs", ", ".join(f"{count} {status}" for status, count in counts.items()) or "none")
 
 
 def of_store(address: str) -> Iterator[Fact]:
-    """What can be done in the store at this address, and how fast, tried with a record and an artifact of our own that
-    are removed again. A folder that is not there is made."""
+    """Check the store at this address, and its speed, with a record and an artifact that are removed again.
+
+    An absent folder is created.
+    """
     try:
         check_store(address)
-        allowed = Fact("all that a study does", "works")
+        permissions = Fact("all that a study does", "works")
     except (OSError, ValueError) as error:
         if not (isinstance(error, PermissionError) and is_remote(address)):
             yield Fact("store", str(error), False)
             return
-        allowed = Fact("all that a study does", str(error), False, "allow it; what else works is below")
+        permissions = Fact("all that a study does", str(error), False, "allow it; what else works is below")
     yield Fact("store", address.partition("?")[0])
-    yield allowed
+    yield permissions
     store = open_store(address)
     if not is_remote(address):
         yield room(shutil.disk_usage(Path(address).expanduser()).free)
     with tempfile.TemporaryDirectory() as folder:
-        yield from _tried(store, Path(folder))
+        yield from _probe(store, Path(folder))
 
 
-def _tried(store: ArtifactStore, scratch: Path) -> Iterator[Fact]:
+def _probe(store: ArtifactStore, scratch: Path) -> Iterator[Fact]:
+    """Time each operation of a store once."""
     key = f"probe/{uuid.uuid4().hex}"
     (scratch / "out").mkdir()
     (scratch / "out" / "bytes").write_bytes(os.urandom(PROBE_BYTES))
-    put: list[ArtifactRef] = []
+    refs: list[ArtifactRef] = []
     try:
         yield _timed("create a record only if absent", lambda: _created_once(store, key))
         yield _timed("read it", lambda: store.record(key) == {"probe": 1})
         yield _timed("list records", lambda: list(store.records("probe/")).count(key) == 1)
-        yield _timed("put 8 MB", lambda: put.append(store.put(scratch / "out")), PROBE_BYTES)
-        if put:
-            yield _timed("fetch them", lambda: store.fetch(put[0], scratch / "in"), PROBE_BYTES)
+        yield _timed("put 8 MB", lambda: refs.append(store.put(scratch / "out")), PROBE_BYTES)
+        if refs:
+            yield _timed("fetch them", lambda: store.fetch(refs[0], scratch / "in"), PROBE_BYTES)
     finally:
-        yield _timed("remove both", lambda: _remove(store, key, put))
+        yield _timed("remove both", lambda: _remove(store, key, refs))
 
 
-def _remove(store: ArtifactStore, key: str, put: Sequence[ArtifactRef]) -> None:
+def _remove(store: ArtifactStore, key: str, refs: Sequence[ArtifactRef]) -> None:
     store.forget(key)
-    for ref in put:
+    for ref in refs:
         store.remove(ref)
 
 
@@ -207,20 +195,24 @@ def _created_once(store: ArtifactStore, key: str) -> bool:
     return store.commit(key, {"probe": 1}) and not store.commit(key, {"probe": 2})
 
 
-def _timed(what: str, do: Callable[[], object], size_bytes: int = 0) -> Fact:
-    """Do it once; what came out is wrong only where it is False."""
+def _timed(name: str, operation: Callable[[], object], size_bytes: int = 0) -> Fact:
+    """Run an operation once and report its time. A return value of False means a wrong result."""
     began = time.perf_counter()
     try:
-        right = do() is not False
+        is_right = operation() is not False
     except (LookupError, OSError) as error:
-        return Fact(what, str(error), False)
+        return Fact(name, str(error), False)
     seconds = time.perf_counter() - began
+    if not is_right:
+        return Fact(name, "returned a wrong result", False, "use a store that does as it is asked")
     speed = f", {size_bytes / 1e6 / seconds:.0f} MB/s" if size_bytes else ""
-    if not right:
-        return Fact(what, "not what was expected came out", False, "use a store that heeds what it is told")
-    return Fact(what, f"{seconds * 1000:.0f} ms{speed}")
+    return Fact(name, f"{seconds * 1000:.0f} ms{speed}")
 
 
-def _has(node: Node) -> str:
+def _kind(node: Node) -> str:
+    return "head" if node.head else node.type or "worker"
+
+
+def _resources(node: Node) -> str:
     gpus = f", {node.gpus:g} GPUs" if node.gpus else ""
     return f"{node.cpus:g} CPUs{gpus}, {node.memory_gib:.0f} GiB"

@@ -160,7 +160,7 @@ def labelled(path: str | Path) -> list[Labelled]:
 
 @lru_cache(maxsize=8)
 def _read(reading: _Reading) -> Int[Tensor, "samples tokens"]:
-    return windows(reading.source, tokenizers.tokenizer(reading.folder))
+    return windows(reading.source, tokenizers.load_tokenizer(reading.folder))
 
 
 def _narrowed(source: TextSource) -> str:

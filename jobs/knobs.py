@@ -1,4 +1,4 @@
-"""Knobs: what values an option of a technique may validly take. What is *searched* is the study's to narrow."""
+"""Knobs: the options of techniques, each with its default, its domain of valid values and a help text."""
 
 from __future__ import annotations
 
@@ -13,12 +13,14 @@ Value = bool | int | float | str
 
 @dataclass(frozen=True)
 class Range:
-    """All numbers from `low` to `high`, both included; whole ones only where `integer`."""
+    """All numbers from `low` to `high`, both included."""
 
     low: float
     high: float
     integer: bool = False
+    """Whether only whole numbers are valid."""
     log: bool = False
+    """Whether a search should sample the logarithm of the value."""
 
     def __contains__(self, value: object) -> bool:
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
@@ -28,34 +30,38 @@ class Range:
         return self.low <= value <= self.high
 
     def normal(self, value: Value) -> Value:
-        """The value in its one spelling (1 and 1.0 must not make two recipes)."""
-        return int(value) if self.integer else float(value)
+        """Return the value in its canonical type: 1 and 1.0 must not make two recipes."""
+        if self.integer:
+            return int(value)
+        return float(value)
 
     def __str__(self) -> str:
-        kind = "whole numbers in " if self.integer else ""
-        return f"{kind}[{self.low:g}, {self.high:g}]"
+        interval = f"[{self.low:g}, {self.high:g}]"
+        if self.integer:
+            return f"whole numbers in {interval}"
+        return interval
 
 
 @dataclass(frozen=True)
 class Choice:
-    """One of some values, in their natural order where they are numbers."""
+    """A finite set of values; numbers are in their natural order."""
 
     values: tuple[Value, ...]
 
     @property
     def ordered(self) -> bool:
-        """Whether these are numbers, of which near ones do alike."""
+        """Whether the values are numbers, so that near values have similar effects."""
         return all(isinstance(value, int | float) and not isinstance(value, bool) for value in self.values)
 
     def __contains__(self, value: object) -> bool:
-        # 1 == True in Python; an option that takes numbers must not take booleans, and the other way round.
+        # 1 == True in Python, but an option with numbers must refuse booleans, and the reverse.
         return any(
-            value == known and isinstance(value, bool) == isinstance(known, bool) for known in self.values
+            value == choice and isinstance(value, bool) == isinstance(choice, bool) for choice in self.values
         )
 
     def normal(self, value: Value) -> Value:
-        """The value as it stands among the choices."""
-        return next(known for known in self.values if known == value)
+        """Return the equal member of `values`."""
+        return next(choice for choice in self.values if choice == value)
 
     def __str__(self) -> str:
         return "{" + ", ".join(str(value) for value in self.values) + "}"
@@ -65,21 +71,29 @@ Domain = Range | Choice
 
 
 def profile(values: Sequence[Value]) -> Value:
-    """The one spelling of numbers that differ by block or linear: a text of the fewest that say the same, and where
-    all are alike that number itself, so that what does the same has one name.
+    """Return the canonical form of an option that differs by block or linear.
 
-    n values are spread evenly over the parts from the first to the last: part i of d takes number ⌊i n / d⌋.
+    It is a text of the shortest list that expands to the same values, or the value itself where all are
+    equal, so that equal settings have equal recipe ids. A list of n values is spread evenly over d parts,
+    from the first to the last: part i has value ⌊i n / d⌋.
     """
+    shortest = _shortest(values)
+    if len(shortest) == 1:
+        return shortest[0]
+    return " ".join(map(str, shortest))
+
+
+def _shortest(values: Sequence[Value]) -> Sequence[Value]:
     count = len(values)
-    for fewer in range(1, count):
-        width, rest = divmod(count, fewer)
-        if not rest and all(values[place] == values[place - place % width] for place in range(count)):
-            return values[0] if fewer == 1 else " ".join(map(str, values[::width]))
-    return values[0] if count == 1 else " ".join(map(str, values))
+    for length in range(1, count):
+        width, remainder = divmod(count, length)
+        if remainder == 0 and all(values[index] == values[index - index % width] for index in range(count)):
+            return values[::width]
+    return values
 
 
 def profile_values(text: str, domain: Domain) -> tuple[Value, ...]:
-    """The numbers of a profile; ValueError names one that is not in the domain."""
+    """Return the values of a profile; ValueError names the first value outside the domain."""
     return tuple(_number(word, domain) for word in text.split())
 
 
@@ -94,14 +108,14 @@ def _number(word: str, domain: Domain) -> Value:
 
 
 def knob(default: Value, domain: Domain, help: str) -> Any:
-    """A dataclass field that holds an option: its default, its valid domain, and one line of what it does."""
+    """Return a dataclass field for an option; `help` describes its effect in one line."""
     return dataclasses.field(default=default, metadata={"domain": domain, "help": help})
 
 
 def sequential_knob() -> Any:
-    """Whose activations a layer-wise technique goes by."""
+    """Return the option that selects the activations which a layer-wise technique is calibrated on."""
     return knob(
         False,
         Choice((False, True)),
-        "go by what compressed blocks before give: often better, and nothing is shared with other candidates",
+        "calibrate on the outputs of compressed blocks: often better, but candidates share no statistics",
     )

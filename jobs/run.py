@@ -101,7 +101,7 @@ def _prepare_process(model: str) -> None:
     """Import what the original's family needs before all that is imported is set aside: else each collection walks
     that again, 0.1 s."""
     loading.original_layout(sources.locate(model))
-    memory.settle()
+    memory.freeze_libraries()
 
 
 def _attempt(
@@ -156,7 +156,7 @@ def _made(
     report(0.0, str(step))
     context = context_of(recipe, materials, places, report)
     model = _compressed(loading.load(parent, device()), step, context)
-    notes = loading.about(parent).get("notes", [])
+    notes = loading.read_provenance(parent).get("notes", [])
     if context.notes:
         notes = [*notes, {"step": str(step), **context.notes}]
     return model, notes, context.statistics.saved_seconds

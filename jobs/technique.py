@@ -1,4 +1,4 @@
-"""Technique: one way to make a model smaller (or to recover what that lost)."""
+"""Technique: one step of a recipe, which makes a model smaller or recovers lost quality."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, Self
 
 from jobs.knobs import Domain, Value, profile, profile_values
 from jobs.models.layout import Form
@@ -22,26 +22,64 @@ Kind = Literal["depth", "width", "sparsity", "rank", "bits", "recovery"]
 Need = Literal["calibration", "teacher", "gradients", "training"]
 
 
+class LayoutChange(Protocol):
+    """The effect of a technique's options on a layout: sparsity, factorization or quantization."""
+
+    @property
+    def is_noop(self) -> bool:
+        """Whether model and layout stay the same."""
+
+    @property
+    def exact(self) -> bool:
+        """Whether `apply` returns the layout itself; otherwise it returns an upper bound (see `Technique.exact`)."""
+
+    def apply(self, layout: Layout, technique: str) -> Layout:
+        """Return the changed layout.
+
+        Raises ValueError, which names `technique`, where the change cannot be applied to this layout.
+        """
+
+
+@dataclass(frozen=True)
+class SameLayout:
+    """The layout change of techniques that change values alone, such as training."""
+
+    @property
+    def is_noop(self) -> bool:
+        return False
+
+    @property
+    def exact(self) -> bool:
+        return True
+
+    def apply(self, layout: Layout, technique: str) -> Layout:
+        return layout
+
+
 @dataclass(frozen=True)
 class Technique(ABC):
-    """One step of a recipe: the subclass says what it is, its fields are its options.
+    """One step of a recipe. The fields of a subclass are the options of the technique.
 
-    Class variables declare what validation, planning and scheduling need to know without running it:
-    `accepts` are the forms of linears that it can work on, `leaves` the forms that it brings in. From
-    these alone follows which technique may come after which. `by_block` are the options that may differ by
-    block, `by_linear` by linear as well: their value may be a text of several numbers (`jobs.knobs.profile`).
-    `highest_stage`: of ZeRO (`jobs.training.engine.Training`), where it trains.
+    Class variables declare the properties that validation, planning and scheduling use before the step runs.
+    The valid orders of techniques follow from `accepts` and `produces` alone (see `check_order`).
     """
 
     kind: ClassVar[Kind]
     paper: ClassVar[str]
     version: ClassVar[int] = 1
+    """Part of the recipe's id: increase it when the technique's numbers change."""
     needs: ClassVar[frozenset[Need]] = frozenset()
+    """The parts of a `Context` that the technique reads."""
     accepts: ClassVar[frozenset[Form]] = frozenset({"dense"})
+    """The forms of linears that the technique can be applied to."""
     produces: ClassVar[frozenset[Form]] = frozenset()
+    """The forms of linears that the technique creates."""
     by_block: ClassVar[frozenset[str]] = frozenset()
+    """Options that may differ by block: their value may be a text of several values (`jobs.knobs.profile`)."""
     by_linear: ClassVar[frozenset[str]] = frozenset()
+    """Options that may differ by linear too; a subset of `by_block`."""
     highest_stage: ClassVar[int] = HIGHEST_STAGE
+    """The highest ZeRO stage that the technique can train with (`jobs.training.engine.Training`)."""
 
     def __post_init__(self) -> None:
         for name, domain in self.domains().items():
@@ -51,96 +89,111 @@ class Technique(ABC):
 
     @classmethod
     def name(cls) -> str:
-        """The technique's name everywhere: that of its file."""
+        """Return the name of the technique, which is the name of its file."""
         return cls.__module__.rpartition(".")[2]
 
     @classmethod
     def domains(cls) -> dict[str, Domain]:
-        """The valid domain of each option, in the order of the fields."""
+        """Return the valid domain of each option, in the order of the fields."""
         return {field.name: field.metadata["domain"] for field in dataclasses.fields(cls)}
 
     @classmethod
     def of(cls, options: dict[str, Value]) -> Self:
-        """The technique with these options; TypeError for unknown ones, ValueError for values out of range."""
+        """Return the technique with these options.
+
+        Raises TypeError for unknown options and ValueError for values outside their domain.
+        """
         return cls(**options)
-
-    def ignored_options(self) -> dict[str, Value]:
-        """The options that have no effect beside the others, with the value that they are then given: settings
-        that do the same must not make two recipes."""
-        return {}
-
-    def for_linears(self, layout: Layout) -> dict[str, Self]:
-        """The step as it treats each linear of a model, by its full name: one whose options are the same everywhere.
-        ValueError where an option has more values than the model linears."""
-        return dict(zip(layout.linears, self._spread(len(layout.linears), "linears"), strict=True))
-
-    def for_blocks(self, layout: Layout) -> list[Self]:
-        """The step as it treats each block, likewise."""
-        return self._spread(layout.depth, "blocks")
-
-    def options(self) -> dict[str, Value]:
-        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
     @classmethod
     def refusal(cls, family: Family, task: Task) -> str | None:
-        """Why models of this family, for this task, cannot be treated; None where they can."""
+        """Return the reason why models of this family and task are not supported; None if they are."""
         return None
 
     @classmethod
     def recovers(cls) -> bool:
-        """Whether all it does is to bring back, from the original, what earlier steps lost."""
+        """Whether the technique only recovers lost quality, with the original as teacher."""
         return cls.kind == "recovery" and "teacher" in cls.needs
 
     @classmethod
     def trains(cls) -> bool:
-        """Whether weights are trained: such a step may be spread over several ranks."""
+        """Whether the technique trains weights; such a step may run on several ranks."""
         return bool(cls.needs & {"teacher", "training"})
 
     @property
-    def exact(self) -> bool:
-        """Whether `outline` tells the layout itself. Where the data decide what each layer gets, it tells
-        one of the same names and of at least as many bytes."""
-        return True
-
-    @property
-    def updates(self) -> int:
-        """How many updates of the weights it trains for, 0 where it trains none: what it takes grows with them."""
-        return int(getattr(self, "steps", 0))
+    def layout_change(self) -> LayoutChange:
+        """The change of the layout that these options cause."""
+        return SameLayout()
 
     @property
     def is_noop(self) -> bool:
-        """Whether these options change nothing (a ratio of 0, no steps): such a step is left out of a recipe."""
-        return False
+        """Whether these options change nothing (a ratio of 0, no steps). A recipe omits such a step."""
+        return self.layout_change.is_noop
 
-    @abstractmethod
-    def output_layout(self, layout: Layout) -> Layout:
-        """The layout of the model after this step, from shapes alone (see `exact`).
+    @property
+    def exact(self) -> bool:
+        """Whether `output_layout` is the layout of the compressed model itself.
 
-        Raises ValueError where the step cannot be applied to a model of this layout, naming technique,
-        layer, value and range.
+        If the data decide the share of each layer, it is an upper bound: it has the same tensor names and at
+        least as many bytes.
         """
+        return self.layout_change.exact
+
+    @property
+    def updates(self) -> int:
+        """The number of weight updates, which the duration grows with; 0 without training."""
+        return int(getattr(self, "steps", 0))
+
+    def options(self) -> dict[str, Value]:
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+    def ignored_options(self) -> dict[str, Value]:
+        """Return a fixed value for each option without effect, so that equal settings have equal recipe ids."""
+        return {}
+
+    def for_linears(self, layout: Layout) -> dict[str, Self]:
+        """Return, by full name of linear, the step with the options that hold for this linear.
+
+        Raises ValueError if an option has more values than the model has linears.
+        """
+        return dict(zip(layout.linears, self._spread(len(layout.linears), "linears"), strict=True))
+
+    def for_blocks(self, layout: Layout) -> list[Self]:
+        """Return, for each block, the step with the options that hold for this block.
+
+        Raises ValueError if an option has more values than the model has blocks.
+        """
+        return self._spread(layout.depth, "blocks")
+
+    def output_layout(self, layout: Layout) -> Layout:
+        """Return the layout of the model after this step, computed from shapes alone (see `exact`).
+
+        Raises ValueError, with technique, layer, value and range, if the step cannot be applied to a model of
+        this layout.
+        """
+        self.check_forms(layout)
+        return self.layout_change.apply(layout, self.name())
 
     @abstractmethod
     def compress(self, model: Model, context: Context) -> Model:
-        """Carry the step out. Changes `model` in place and returns it; its layout is then `outline`'s."""
+        """Apply the step: modify `model` in place and return it, with the layout that `output_layout` predicts."""
 
     def check_forms(self, layout: Layout) -> None:
-        """Refuse, with a ValueError, a layout of a family, or with linears of a form, that this technique
-        does not do."""
+        """Raise ValueError if the model's family, or the form of one of its linears, is not supported."""
         reason = self.refusal(layout.family, layout.task)
         if reason is not None:
-            raise ValueError(f"{self.name()} does not do {layout.family.name} ({layout.task}): {reason}")
+            raise ValueError(f"{self.name()} does not support {layout.family.name} ({layout.task}): {reason}")
         if layout.forms() <= self.accepts:
             return
         for name in layout.linears:
             for form in sorted(layout.forms_of(name) - self.accepts):
                 raise ValueError(
-                    f"{self} cannot be applied: {name} is {form}, it works on "
+                    f"{self} cannot be applied: {name} is {form}, the technique accepts "
                     f"{' or '.join(sorted(self.accepts))} linears"
                 )
 
     def _valid(self, name: str, domain: Domain) -> Value:
-        """The value of an option in its one spelling."""
+        """Return the canonical value of an option; ValueError if it is outside its domain."""
         value: Value = getattr(self, name)
         if name in self.by_block and isinstance(value, str) and value.split():
             try:
@@ -151,52 +204,55 @@ class Technique(ABC):
             raise ValueError(f"{self.name()}.{name}={value!r} is outside {domain}")
         return domain.normal(value)
 
-    def _spread(self, count: int, what: str) -> list[Self]:
-        """The step as it treats each of so many parts, from the first to the last."""
-        own: dict[str, tuple[Value, ...]] = {}
+    def _spread(self, count: int, parts: str) -> list[Self]:
+        """Return the step for each of `count` parts; `parts` ("blocks" or "linears") is for error messages."""
+        values_of: dict[str, tuple[Value, ...]] = {}
         for name in sorted(self.by_block):
             value = getattr(self, name)
             if isinstance(value, str):
-                own[name] = profile_values(value, self.domains()[name])
-                if len(own[name]) > count:
+                values_of[name] = profile_values(value, self.domains()[name])
+                if len(values_of[name]) > count:
                     raise ValueError(
-                        f"{self.name()}.{name} has {len(own[name])} values, the model {count} {what}"
+                        f"{self.name()}.{name} has {len(values_of[name])} values, but the model has {count} {parts}"
                     )
-        if not own:
+        if not values_of:
             return [self] * count
-        columns = ([values[at * len(values) // count] for at in range(count)] for values in own.values())
-        taken = list(zip(*columns, strict=True))
-        steps = {one: dataclasses.replace(self, **dict(zip(own, one, strict=True))) for one in set(taken)}
-        return [steps[one] for one in taken]
+        steps: list[Self] = []
+        distinct: dict[tuple[Value, ...], Self] = {}
+        for part in range(count):
+            selected = tuple(values[part * len(values) // count] for values in values_of.values())
+            if selected not in distinct:
+                options = dict(zip(values_of, selected, strict=True))
+                distinct[selected] = dataclasses.replace(self, **options)
+            steps.append(distinct[selected])
+        return steps
 
     def __str__(self) -> str:
-        """The name, the first option, and all others that are not at their defaults."""
-        fields = dataclasses.fields(self)
-        options = [(field.name, getattr(self, field.name), field.default) for field in fields]
-        shown = [
-            f"{name}={value}"
-            for position, (name, value, default) in enumerate(options)
-            if position == 0 or value != default
-        ]
-        return f"{self.name()}({', '.join(shown)})"
+        """Return the name, the first option, and each other option that differs from its default."""
+        texts = []
+        for position, field in enumerate(dataclasses.fields(self)):
+            value = getattr(self, field.name)
+            if position == 0 or value != field.default:
+                texts.append(f"{field.name}={value}")
+        return f"{self.name()}({', '.join(texts)})"
 
 
 def check_order(steps: Sequence[type[Technique]]) -> None:
-    """Refuse a senseless order of techniques with a ValueError that tells the reason."""
+    """Raise ValueError, with the reason, if the techniques cannot be applied in this order."""
     forms: set[Form] = {"dense"}
-    brought_by: dict[Form, str] = {}
+    producer: dict[Form, str] = {}
     for position, step in enumerate(steps):
         for form in sorted(forms - step.accepts):
             raise ValueError(
-                f"{step.name()} cannot follow {brought_by[form]}: it works on "
-                f"{' or '.join(sorted(step.accepts))} linears, and {brought_by[form]} leaves {form} ones; "
-                f"put {step.name()} before {brought_by[form]}"
+                f"{step.name()} cannot follow {producer[form]}: it accepts "
+                f"{' or '.join(sorted(step.accepts))} linears, and {producer[form]} produces {form} linears; "
+                f"put {step.name()} before {producer[form]}"
             )
         if step.recovers() and position == 0:
             raise ValueError(
-                f"{step.name()} cannot come first: it recovers what earlier steps lost, and nothing is lost "
-                f"yet; put it after a step that prunes or factorizes"
+                f"{step.name()} cannot come first: it recovers the quality lost in earlier steps, and nothing is "
+                f"lost yet; put it after a step that prunes or factorizes"
             )
         for form in step.produces:
             forms.add(form)
-            brought_by.setdefault(form, step.name())
+            producer.setdefault(form, step.name())

@@ -1,1 +1,1 @@
-"""What a cloud announces and charges: preemption notices and prices."""
+"""Preemption notices and prices of clouds."""

@@ -1,4 +1,4 @@
-"""Preempt: whether this machine is about to be taken away, and when: asked of the cloud and of who runs the cluster."""
+"""Preemption: whether this machine is about to be taken away, and when, by the cloud and by other sources."""
 
 from __future__ import annotations
 
@@ -16,25 +16,26 @@ from http.client import HTTPException
 from pathlib import Path
 
 POLL_SECONDS = 2.0
-"""EC2 advises to ask every 5 s; GCE leaves but 30 s in all."""
+"""The interval between two requests. EC2 recommends 5 s; GCE leaves only 30 s in all."""
 GCE_SECONDS = 30.0
-"""What GCE leaves after it says so."""
+"""The time between GCE's notice and the end of the machine."""
 
-_PLACE = "SLIMFRONT_NOTICE"
-"""Names the file in which a process that watches tells of a notice, for itself and for the processes it starts."""
+_NOTICE_FILE = "SLIMFRONT_NOTICE"
+"""The environment variable with the file in which a watching process stores a notice, for itself and its children."""
 _ANSWER_SECONDS = 1.0
 _LINK_LOCAL = "http://169.254.169.254"
 _DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-"""No proxy stands between a machine and what tells it about itself."""
+"""Requests without a proxy: the metadata service is on this machine's own link."""
 
 
 @dataclass(frozen=True)
 class Notice:
-    """The announced end of this machine. source: who announced it; ends_at: in seconds since 1970, None where that was
-    not told."""
+    """The announced end of this machine."""
 
     source: str
+    """The service that announced it."""
     ends_at: float | None = None
+    """The time of the end, in seconds since 1970; None if it is not known."""
 
     @property
     def seconds_left(self) -> float | None:
@@ -42,53 +43,66 @@ class Notice:
 
 
 Source = Callable[[], Notice | None]
-"""Who may tell of a notice: None while there is none, and where it does not answer."""
+"""A service that is asked for a notice: None without a notice, and without an answer."""
 Announce = Callable[[Notice], None]
 
 
 def latest_notice() -> Notice | None:
-    """The notice that this process was given, or the one that started it. Takes microseconds: ask at every step."""
-    place = os.environ.get(_PLACE)
-    if place is None:
+    """Return the notice of this machine's end, if there is one. Takes microseconds, so it may be called at each step.
+
+    Notices reach this process if `watch` was called in it, or in the process that started it.
+    """
+    file = os.environ.get(_NOTICE_FILE)
+    if file is None:
         return None
     try:
-        return Notice(**json.loads(Path(place).read_text(encoding="utf-8")))
+        return Notice(**json.loads(Path(file).read_text(encoding="utf-8")))
     except FileNotFoundError:
         return None
 
 
-def watch(sources: Sequence[Source] = (), tell: Announce | None = None) -> None:
-    """Ask these sources, and the cloud's metadata service where there is one, every `POLL_SECONDS` until one of them
-    gives notice, in a thread that ends with the process. Whoever asks `noticed` from then on is told; `tell` is called
-    once. Where there is no source nothing is asked."""
-    place = Path(tempfile.gettempdir()) / f"slimfront-notice-{uuid.uuid4().hex}"
-    os.environ[_PLACE] = str(place)  # the file is there only once there is a notice
+def watch(sources: Sequence[Source] = (), announce: Announce | None = None) -> None:
+    """Ask these sources, and the cloud's metadata service if there is one, until one of them gives notice.
+
+    A thread asks every `POLL_SECONDS` and ends with the process. From the notice on `latest_notice` returns it;
+    `announce` is called once. Without any source the thread ends at once.
+    """
+    file = Path(tempfile.gettempdir()) / f"slimfront-notice-{uuid.uuid4().hex}"
+    os.environ[_NOTICE_FILE] = str(file)  # the file exists only after a notice
     threading.Thread(
-        target=_watch, args=(place, sources, tell), name="slimfront-preempt", daemon=True
+        target=_watch, args=(file, sources, announce), name="slimfront-preempt", daemon=True
     ).start()
 
 
-def _watch(place: Path, sources: Sequence[Source], tell: Announce | None) -> None:
-    service = metadata_service()
-    asked = [*sources, *([] if service is None else [service])]
-    while asked:
-        notice = next((found for source in asked if (found := source()) is not None), None)
+def _watch(file: Path, sources: Sequence[Source], announce: Announce | None) -> None:
+    cloud = metadata_service()
+    every_source = [*sources] if cloud is None else [*sources, cloud]
+    while every_source:
+        notice = _first_notice(every_source)
         if notice is not None:
-            _write(place, notice)
-            if tell is not None:
-                tell(notice)
+            _write(file, notice)
+            if announce is not None:
+                announce(notice)
             return
         time.sleep(POLL_SECONDS)
 
 
-def _write(place: Path, notice: Notice) -> None:
-    beside = place.with_name(f"{place.name}.{uuid.uuid4().hex}")
-    beside.write_text(json.dumps(asdict(notice)), encoding="utf-8")
-    os.replace(beside, place)
+def _first_notice(sources: Sequence[Source]) -> Notice | None:
+    for source in sources:
+        notice = source()
+        if notice is not None:
+            return notice
+    return None
+
+
+def _write(file: Path, notice: Notice) -> None:
+    draft = file.with_name(f"{file.name}.{uuid.uuid4().hex}")
+    draft.write_text(json.dumps(asdict(notice)), encoding="utf-8")
+    os.replace(draft, file)
 
 
 def metadata_service() -> Source | None:
-    """The cloud's service that tells this machine of its end; None where none answers within seconds."""
+    """Return the cloud's service that announces this machine's end; None if none answers within seconds."""
     if os.environ.get("AWS_EC2_METADATA_DISABLED", "").lower() != "true" and _ec2_token() is not None:
         return _ec2
     if _gce_flag() is not None:
@@ -97,28 +111,30 @@ def metadata_service() -> Source | None:
 
 
 def _ec2() -> Notice | None:
-    """EC2's notice of a spot instance's end, two minutes before it. A 404 says that there is none.
+    """Return EC2's notice of a spot instance's end, two minutes before it. A status of 404 means no notice.
 
     docs.aws.amazon.com, "Spot Instance interruption notices": {"action": "terminate", "time": "2017-09-18T08:22:00Z"}.
     """
     token = _ec2_token()
     if token is None:
         return None
-    given = {"X-aws-ec2-metadata-token": token}
-    answer = _answer(f"{_ec2_endpoint()}/latest/meta-data/spot/instance-action", given)
+    headers = {"X-aws-ec2-metadata-token": token}
+    answer = _answer(f"{_ec2_endpoint()}/latest/meta-data/spot/instance-action", headers)
     try:
-        told = json.loads(answer.body if answer else "null")
-        ends_at = datetime.fromisoformat(told["time"]).timestamp()
-        return Notice(f"EC2 ({told['action']})", ends_at)
-    except (ValueError, TypeError, KeyError):  # none, or an answer that is not EC2's
+        action = json.loads(answer.body if answer else "null")
+        ends_at = datetime.fromisoformat(action["time"]).timestamp()
+        return Notice(f"EC2 ({action['action']})", ends_at)
+    except (ValueError, TypeError, KeyError):  # no notice, or an answer that is not EC2's
         return None
 
 
 def _ec2_token() -> str | None:
-    """A token of the metadata service's second version: the first, without tokens, is switched off on many machines."""
-    given = {"X-aws-ec2-metadata-token-ttl-seconds": "60"}
-    answer = _answer(f"{_ec2_endpoint()}/latest/api/token", given, "PUT")
-    return answer.body if answer and answer.body.isprintable() and answer.body else None
+    """Return a token of the metadata service's version 2; many machines have version 1, without tokens, disabled."""
+    headers = {"X-aws-ec2-metadata-token-ttl-seconds": "60"}
+    answer = _answer(f"{_ec2_endpoint()}/latest/api/token", headers, "PUT")
+    if answer is None or not answer.body or not answer.body.isprintable():
+        return None
+    return answer.body
 
 
 def _ec2_endpoint() -> str:
@@ -126,16 +142,18 @@ def _ec2_endpoint() -> str:
 
 
 def _gce() -> Notice | None:
-    """GCE's notice of a spot machine's end, 30 s before it."""
+    """Return GCE's notice of a spot machine's end, 30 s before it."""
     return Notice("GCE", time.time() + GCE_SECONDS) if _gce_flag() == "TRUE" else None
 
 
 def _gce_flag() -> str | None:
-    """What GCE's metadata service says of `instance/preempted`: TRUE or FALSE; None where it is not GCE's."""
+    """Return `instance/preempted` of GCE's metadata service: TRUE or FALSE; None if this machine is not GCE's."""
     host = os.environ.get("GCE_METADATA_HOST")
     endpoint = f"http://{host}" if host else _LINK_LOCAL
     answer = _answer(f"{endpoint}/computeMetadata/v1/instance/preempted", {"Metadata-Flavor": "Google"})
-    return answer.body.strip() if answer and answer.headers.get("Metadata-Flavor") == "Google" else None
+    if answer is None or answer.headers.get("Metadata-Flavor") != "Google":
+        return None
+    return answer.body.strip()
 
 
 @dataclass(frozen=True)
@@ -145,7 +163,7 @@ class _Answer:
 
 
 def _answer(url: str, headers: Mapping[str, str], method: str = "GET") -> _Answer | None:
-    """What is answered; None where nobody does in time, or refuses."""
+    """Send a request; return None if no service answers in time, or if it refuses."""
     try:
         request = urllib.request.Request(url, headers=dict(headers), method=method)
         with _DIRECT.open(request, timeout=_ANSWER_SECONDS) as response:

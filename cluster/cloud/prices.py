@@ -1,6 +1,6 @@
-"""Prices: what an hour of a node costs, by AWS where it may be asked, else by a table of a stated date.
+"""Prices: the price of a node-hour, from AWS if it answers, else from a table with a stated date.
 
-Beside cluster/storage/s3.py the one file that imports boto3; only when AWS is asked.
+Besides cluster/storage/s3.py the only file that imports boto3, at the first request to AWS.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from importlib.resources import files
@@ -20,49 +20,53 @@ import yaml
 from cluster.executors.executor import NodeType
 
 ASK_SECONDS = 3.0
-"""So long at most is waited for each answer of AWS, and once."""
+"""The time limit of each request to AWS; none is repeated."""
 _EC2_TYPE = re.compile(r"[a-z][a-z0-9-]*\.[a-z0-9-]+")
 _PRICING_REGION = "us-east-1"
-"""One of the few where AWS tells its prices; of all regions."""
+"""One of the few regions with the price list API, which knows the prices of all regions."""
 _SYSTEM = "Linux/UNIX"
 
 
 @dataclass(frozen=True)
 class Price:
-    """What one node costs. source: who says so; date: of which day, as 2026-11-23; at_most: it may be less."""
+    """The price of one node."""
 
     per_hour: float
     currency: str
     source: str
+    """The origin of the number, in words."""
     date: str
+    """The day on which it was valid, as 2026-11-23."""
     at_most: bool = False
+    """True if the actual price may be lower."""
 
 
 @dataclass(frozen=True)
 class PriceTable:
-    """On-demand prices of one cloud in one region, of the day `as_of`."""
+    """On-demand prices of one cloud in one region."""
 
     cloud: str
     as_of: str
+    """The day on which the prices were valid."""
     region: str
     currency: str
     per_hour: Mapping[str, float]
 
 
 def price_of(node: NodeType) -> Price | None:
-    """What such a node costs; None where nobody tells.
+    """Return the price of such a node; None if it is unknown.
 
-    AWS is asked where there are credentials, for spot the mean of the region's zones now. Else the table counts: what
-    spot costs it does not know, and its on-demand price stands for the most that it may be.
+    If there are credentials, AWS is asked; for spot nodes the price is the current mean over the region's zones.
+    Otherwise the table counts. It has no spot prices: its on-demand price is then an upper bound.
     """
     if not _EC2_TYPE.fullmatch(node.name) or not node.region:
         return tabled(node)
-    told = _spot(node) if node.spot else _on_demand(node)
-    return told or tabled(node)
+    price = _spot(node) if node.spot else _on_demand(node)
+    return price or tabled(node)
 
 
 def tabled(node: NodeType) -> Price | None:
-    """What the table that is shipped says; it has no prices of spot and only one region of each cloud."""
+    """Return the price in the shipped table, which has one region of each cloud and no spot prices."""
     for table in tables():
         if node.name in table.per_hour and node.region == table.region:
             source = f"the on-demand price in {table.region} by the table that is shipped"
@@ -73,37 +77,37 @@ def tabled(node: NodeType) -> Price | None:
 @functools.cache
 def tables() -> tuple[PriceTable, ...]:
     content = yaml.safe_load((files("cluster.templates") / "shipped" / "prices.yaml").read_text("utf-8"))
-    return tuple(
-        PriceTable(
-            cloud, str(one["as_of"]), one["region"], one["currency"], MappingProxyType(dict(one["per_hour"]))
-        )
-        for cloud, one in content.items()
-    )
+    return tuple(_table(cloud, fields) for cloud, fields in content.items())
+
+
+def _table(cloud: str, fields: Mapping[str, Any]) -> PriceTable:
+    per_hour = MappingProxyType(dict(fields["per_hour"]))
+    return PriceTable(cloud, str(fields["as_of"]), fields["region"], fields["currency"], per_hour)
 
 
 def _spot(node: NodeType) -> Price | None:
-    """The mean over the region's zones of what spot costs now."""
+    """Return the mean spot price over the region's zones."""
     now = datetime.now(UTC)
-    asked = {
+    parameters = {
         "InstanceTypes": [node.name],
         "ProductDescriptions": [_SYSTEM],
-        "StartTime": now - timedelta(minutes=1),  # what holds then, though it was set before
+        "StartTime": now - timedelta(minutes=1),  # AWS returns prices that are valid then, though set before
         "EndTime": now,
     }
-    answer = _asked("ec2", node.region, "describe_spot_price_history", asked)
+    answer = _ask("ec2", node.region, "describe_spot_price_history", parameters)
     latest: dict[str, dict[str, Any]] = {}
-    for one in (answer or {}).get("SpotPriceHistory", []):
-        zone = one["AvailabilityZone"]
-        if zone not in latest or one["Timestamp"] > latest[zone]["Timestamp"]:
-            latest[zone] = one
+    for entry in (answer or {}).get("SpotPriceHistory", []):
+        zone = entry["AvailabilityZone"]
+        if zone not in latest or entry["Timestamp"] > latest[zone]["Timestamp"]:
+            latest[zone] = entry
     if not latest:
         return None
-    mean = sum(float(one["SpotPrice"]) for one in latest.values()) / len(latest)
+    mean = sum(float(entry["SpotPrice"]) for entry in latest.values()) / len(latest)
     return Price(mean, "USD", f"the mean spot price of {node.region}'s zones by EC2", f"{now:%Y-%m-%d}")
 
 
 def _on_demand(node: NodeType) -> Price | None:
-    wanted = {
+    fields = {
         "instanceType": node.name,
         "regionCode": node.region,
         "operatingSystem": "Linux",
@@ -111,25 +115,28 @@ def _on_demand(node: NodeType) -> Price | None:
         "tenancy": "Shared",
         "capacitystatus": "Used",
     }
-    filters = [{"Type": "TERM_MATCH", "Field": field, "Value": value} for field, value in wanted.items()]
-    asked = {"ServiceCode": "AmazonEC2", "Filters": filters, "MaxResults": 10}
-    answer = _asked("pricing", _PRICING_REGION, "get_products", asked)
-    hourly = [
-        float(dimension["pricePerUnit"]["USD"])
-        for product in (answer or {}).get("PriceList", [])
-        for term in json.loads(product)["terms"].get("OnDemand", {}).values()
-        for dimension in term["priceDimensions"].values()
-        if dimension["unit"] == "Hrs" and "USD" in dimension["pricePerUnit"]
-    ]
-    # What is free or said twice is not the price of this node: better none than a wrong one.
+    filters = [{"Type": "TERM_MATCH", "Field": field, "Value": value} for field, value in fields.items()]
+    parameters = {"ServiceCode": "AmazonEC2", "Filters": filters, "MaxResults": 10}
+    answer = _ask("pricing", _PRICING_REGION, "get_products", parameters)
+    hourly = list(_hourly_prices((answer or {}).get("PriceList", [])))
+    # A price of zero, or several prices, are not the price of this node: no price is better than a wrong one.
     if len(set(hourly)) != 1 or hourly[0] <= 0:
         return None
     source = f"the on-demand price in {node.region} by AWS's price list"
     return Price(hourly[0], "USD", source, f"{datetime.now(UTC):%Y-%m-%d}")
 
 
-def _asked(service: str, region: str, operation: str, given: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What AWS answers; None where there are no credentials, they may not ask, or nobody answers in time."""
+def _hourly_prices(products: list[str]) -> Iterator[float]:
+    """Return all hourly on-demand prices in USD of AWS's price list entries."""
+    for product in products:
+        for term in json.loads(product)["terms"].get("OnDemand", {}).values():
+            for dimension in term["priceDimensions"].values():
+                if dimension["unit"] == "Hrs" and "USD" in dimension["pricePerUnit"]:
+                    yield float(dimension["pricePerUnit"]["USD"])
+
+
+def _ask(service: str, region: str, operation: str, parameters: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Send one request to AWS; return None without credentials, permission, or an answer in time."""
     import boto3
     from botocore.config import Config
     from botocore.exceptions import BotoCoreError, ClientError
@@ -145,7 +152,7 @@ def _asked(service: str, region: str, operation: str, given: Mapping[str, Any]) 
             return None
         client = session.client(service, region_name=region, config=config)
         try:
-            answer: dict[str, Any] = getattr(client, operation)(**given)
+            answer: dict[str, Any] = getattr(client, operation)(**parameters)
         finally:
             client.close()
     except (BotoCoreError, ClientError):

@@ -8,11 +8,11 @@ from cluster.executors.executor import Capacity, Resources, T
 
 
 class TaskQueue:
-    """Who waits to start, and who is next. Knows no processes and no clock.
+    """The waiting tasks, by ticket, and the rule that selects the next one.
 
-    Pieces start in the order they came. One that must wait may be overtaken by later, smaller ones, but at most
-    `PATIENCE` times: then nothing starts before it. An exclusive piece starts only when no other kind waits, so who
-    keeps adding other work holds it back.
+    Tasks start in the order of submission. Later tasks that fit may overtake a task that does not fit yet, but at most
+    `PATIENCE` times: then no task starts before it. An exclusive task starts only if no other kind waits, so a caller
+    that keeps submitting other tasks delays it.
     """
 
     PATIENCE = 8
@@ -24,6 +24,9 @@ class TaskQueue:
     def __iter__(self) -> Iterator[Resources]:
         return iter(self._waiting.values())
 
+    def __len__(self) -> int:
+        return len(self._waiting)
+
     def add(self, ticket: int, needs: Resources) -> None:
         self._waiting[ticket] = needs
         self._overtaken[ticket] = 0
@@ -33,58 +36,66 @@ class TaskQueue:
         self._overtaken.pop(ticket, None)
 
     def next(
-        self, place: Callable[[Resources], T | None], awaited: Callable[[Resources], bool] | None = None
+        self,
+        assign: Callable[[Resources], T | None],
+        has_pending_worker: Callable[[Resources], bool] | None = None,
     ) -> tuple[int, T] | None:
-        """The piece that may start now and its place, which waits no more; None if none may. `place` finds one for
-        a piece, or None; whoever has its place `awaited` lets others pass without end."""
+        """Remove the task that may start now and return it with its assignment; None if no task may start.
+
+        `assign` returns the assignment of a task, or None if the task does not fit. Others may overtake a task without
+        limit while `has_pending_worker` is true of it.
+        """
         shared = [ticket for ticket, needs in self._waiting.items() if not needs.exclusive]
-        passed: list[int] = []
+        skipped: list[int] = []
         for ticket in shared or list(self._waiting):
             needs = self._waiting[ticket]
-            found = place(needs)
-            if found is not None:
-                for one in passed:
-                    self._overtaken[one] += 1
+            assignment = assign(needs)
+            if assignment is not None:
+                for skipped_ticket in skipped:
+                    self._overtaken[skipped_ticket] += 1
                 self.remove(ticket)
-                return ticket, found
-            if shared and not (awaited is not None and awaited(needs)):
+                return ticket, assignment
+            if shared and not (has_pending_worker is not None and has_pending_worker(needs)):
                 if self._overtaken[ticket] >= self.PATIENCE:
                     return None
-                passed.append(ticket)
+                skipped.append(ticket)
         return None
 
 
 class Admission:
-    """Decides which piece of a `Line` may start now on one machine; an exclusive one only when nothing runs."""
+    """Selects the task of a queue that may start now on one machine; an exclusive task runs alone."""
 
     PATIENCE = TaskQueue.PATIENCE
 
     def __init__(self, capacity: Capacity) -> None:
         self.capacity = capacity
-        self._line = TaskQueue()
+        self._queue = TaskQueue()
         self._running: dict[int, Resources] = {}
 
     def add(self, ticket: int, needs: Resources) -> None:
+        """Queue a task. ValueError if this machine can never provide its resources."""
         self.capacity.check(needs)
-        self._line.add(ticket, needs)
+        self._queue.add(ticket, needs)
 
     def next(self) -> int | None:
-        """The piece that may start now, counted as running from here on; None if none may."""
-        found = self._line.next(self._placed)
-        if found is None:
+        """Return the task that may start now, and count it as running; None if no task may start."""
+        assigned = self._queue.next(self._if_it_fits)
+        if assigned is None:
             return None
-        ticket, needs = found
+        ticket, needs = assigned
         self._running[ticket] = needs
         return ticket
 
     def end(self, ticket: int) -> None:
-        """This piece neither waits nor runs any more."""
-        self._line.remove(ticket)
+        """Remove a waiting or running task."""
+        self._queue.remove(ticket)
         self._running.pop(ticket, None)
 
-    def _placed(self, needs: Resources) -> Resources | None:
+    def _if_it_fits(self, needs: Resources) -> Resources | None:
         running = self._running.values()
         if needs.exclusive:
-            return None if running else needs
-        alone = any(other.exclusive for other in running)
-        return None if alone or not self.capacity.holds([*running, needs]) else needs
+            fits = not running
+        else:
+            is_locked = any(other.exclusive for other in running)
+            fits = not is_locked and self.capacity.fits([*running, needs])
+        return needs if fits else None

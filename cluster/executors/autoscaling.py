@@ -1,38 +1,44 @@
-"""Workforce: which workers to want of a cluster, whom to let go, and which of them does which piece. All decisions,
-with no processes, no clock and no Ray: who calls carries them out, and says what time it is."""
+"""WorkerPlan: which workers to request from a cluster, which to release, and which worker runs which task.
+
+Pure decisions, without processes, clock or Ray: the caller carries them out and passes the time in.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 from cluster.executors.admission import TaskQueue
 from cluster.executors.executor import Capacity, Resources
 
 Labels = Mapping[str, str]
+LabelSet = frozenset[tuple[str, str]]
+"""Labels as a key of a mapping."""
 
 GROUP = "ray.io/node-group"
-"""The label that tells which of a cluster's node types a node is of, where nodes have it."""
+"""The label with the name of a node's type in the cluster, on nodes that have it."""
 LINGER_SECONDS = 2.0
-"""So long a worker is kept that nothing waits for: what follows on a piece comes at once and finds it warm."""
+"""An idle worker is released after this time: the task that follows a result comes at once and finds it warm."""
 FIRST_LIMIT = 4
-"""So many workers are wanted of a growing cluster before anything is known of how large it may be."""
+"""The number of workers to request from a growing cluster before its largest size is estimated."""
 AGAIN_SECONDS = 120.0
-"""After so long one more is asked for than a cluster could have: others may have left it, or its bounds been raised."""
+"""After this time one worker more than the estimate is requested: other programs may have left the cluster, or its
+bounds may have been raised."""
 
 
 @dataclass(frozen=True)
 class Node:
-    """A machine as far as placing work goes. kind: what a timing on it depends on, such as its processor."""
+    """A machine, as far as the placement of tasks depends on it."""
 
     id: str
     labels: Labels = field(default_factory=dict)
     kind: str = ""
+    """The hardware on which a timing depends, such as the processor's name."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What a worker holds of its node, on which nodes it may be."""
+    """The resources that a worker holds, and the labels of the nodes on which it may be."""
 
     cpus: float = 1.0
     gpus: float = 0.0
@@ -43,7 +49,7 @@ class Shape:
         return needs.cpus <= self.cpus and needs.gpus <= self.gpus and needs.memory_gib <= self.memory_gib
 
     def joined(self, other: Shape) -> Shape:
-        """The smallest that is at least both; with the labels of this one."""
+        """Return the smallest shape that is at least as large as both, with the labels of this one."""
         return Shape(
             max(self.cpus, other.cpus),
             max(self.gpus, other.gpus),
@@ -54,248 +60,278 @@ class Shape:
 
 @dataclass
 class WorkerSlot:
-    """A worker: wanted while it has no node, busy while it has a ticket. spare_since: from when on nothing waits for
-    it; free_since: when it did its last piece."""
+    """A worker: requested while it has no node, busy while it has a ticket, otherwise ready."""
 
     shape: Shape
     node: Node | None = None
     ticket: int | None = None
-    spare_since: float | None = None
+    """The task that runs on it."""
+    idle_since: float | None = None
+    """The time from which on no waiting task needs it."""
     free_since: float = 0.0
+    """The time at which its last task ended."""
 
 
 @dataclass(frozen=True)
-class Change:
-    """What to do about a workforce: workers of these shapes to ask for, workers by number to let go."""
+class PlanChange:
+    """The next steps of a plan."""
 
-    want: tuple[Shape, ...] = ()
-    let_go: tuple[int, ...] = ()
+    request: tuple[Shape, ...] = ()
+    """The shapes of the workers to request."""
+    release: tuple[int, ...] = ()
+    """The numbers of the workers to release."""
 
 
 class WorkerPlan:
-    """Workers by number, and the pieces that wait for them or run on them, by ticket.
+    """Workers by number, and the tasks that wait for them or run on them, by ticket.
 
-    A worker is *wanted* until it is placed on a node; then it is *ready* or *busy*. A piece runs on ready workers only,
-    on as many at once as it has ranks or on none. An exclusive one runs where nothing else does, and all of them on
-    nodes of one kind: that of the first. `together` is what the pieces on one node share.
+    A worker is *requested* until it is on a node; then it is *ready* or *busy*. A task starts on ready workers only, on
+    as many at once as it has ranks. An exclusive task runs on a node without other tasks, and all exclusive tasks run
+    on nodes of one kind: that of the first.
     """
 
-    def __init__(self, together: Capacity | None = None) -> None:
-        self._together = together
-        self._line = TaskQueue()
-        self._members: dict[int, WorkerSlot] = {}
+    def __init__(self, node_capacity: Capacity | None = None) -> None:
+        """Plan for nodes on which tasks share `node_capacity`; by default each worker has its resources for itself."""
+        self._node_capacity = node_capacity
+        self._queue = TaskQueue()
+        self._slots: dict[int, WorkerSlot] = {}
         self._running: dict[int, Resources] = {}
-        self._timing: Node | None = None
-        self._largest: dict[frozenset[tuple[str, str]], Shape] = {}
-        self.leaving: Collection[str] = ()
-        """Nodes that are about to go: nothing new starts there."""
+        self._exclusive_node: Node | None = None
+        self._largest: dict[LabelSet, Shape] = {}
+        self.draining_nodes: Collection[str] = ()
+        """Nodes that are about to be taken away: no task starts there."""
+        self.progress_at = 0.0
+        """The time at which a task last started or ended, or a worker came that a task waits for."""
 
     @property
-    def waiting(self) -> Iterable[Resources]:
-        return self._line
+    def waiting(self) -> list[Resources]:
+        return list(self._queue)
 
     @property
     def running(self) -> Collection[int]:
         return self._running
 
-    def add(self, ticket: int, needs: Resources) -> None:
-        """A piece waits."""
-        self._line.add(ticket, needs)
-        key = key_of(needs.labels)
+    def add(self, ticket: int, needs: Resources, now: float) -> None:
+        """Add a waiting task."""
+        if not self._running and not self._queue:
+            self.progress_at = now
+        self._queue.add(ticket, needs)
+        key = label_set(needs.labels)
         self._largest[key] = self._largest.get(key, Shape(labels=needs.labels)).joined(_shape(needs))
 
     def end(self, ticket: int, now: float) -> None:
-        """This piece neither waits nor runs any more; its workers are ready again."""
-        self._line.remove(ticket)
-        self._running.pop(ticket, None)
-        for member in self._members.values():
-            if member.ticket == ticket:
-                member.ticket, member.free_since = None, now
+        """Remove a waiting or running task; its workers are ready again."""
+        self._queue.remove(ticket)
+        if self._running.pop(ticket, None) is not None:
+            self.progress_at = now
+        for slot in self._slots.values():
+            if slot.ticket == ticket:
+                slot.ticket, slot.free_since = None, now
 
-    def want(self, worker: int, shape: Shape) -> None:
-        """A worker was asked for."""
-        self._members[worker] = WorkerSlot(shape)
+    def request(self, worker: int, shape: Shape) -> None:
+        """Add a worker that was requested and has no node yet."""
+        self._slots[worker] = WorkerSlot(shape)
 
     def ready(self, worker: int, node: Node, now: float) -> None:
-        """A worker is on this node. Unknown ones are ignored: they were let go before it came to that."""
-        if worker in self._members:
-            self._members[worker].node = node
-            self._members[worker].free_since = now
+        """Note that a worker is on this node. A worker that was removed before is ignored."""
+        if worker in self._slots:
+            self._slots[worker].node = node
+            self._slots[worker].free_since = now
+            if self.is_needed(worker):
+                self.progress_at = now
 
-    def lose(self, worker: int) -> None:
-        """A worker is gone. What it did is to be ended by who calls."""
-        self._members.pop(worker, None)
+    def remove(self, worker: int) -> None:
+        """Remove a worker. The caller ends the task that runs on it."""
+        self._slots.pop(worker, None)
 
-    def on(self, nodes: Collection[str]) -> list[int]:
-        """The workers on these nodes."""
+    def workers_on(self, nodes: Collection[str]) -> list[int]:
+        """Return the workers on these nodes."""
         return [
-            number for number, one in self._members.items() if one.node is not None and one.node.id in nodes
+            worker for worker, slot in self._slots.items() if slot.node is not None and slot.node.id in nodes
         ]
+
+    def idle_workers(self) -> list[int]:
+        """Return the workers that run no task."""
+        return [worker for worker, slot in self._slots.items() if slot.ticket is None]
 
     def node_of(self, worker: int) -> Node | None:
-        return self._members[worker].node if worker in self._members else None
+        return self._slots[worker].node if worker in self._slots else None
 
-    def shape_of(self, worker: int) -> Shape:
-        return self._members[worker].shape
-
-    def awaited(self, worker: int) -> bool:
-        """Whether anything waits that this worker could do."""
-        return any(self._may(self._members[worker], needs) for needs in self._line)
+    def is_needed(self, worker: int) -> bool:
+        """Return whether this worker could run any of the waiting tasks."""
+        return any(self._can_run(self._slots[worker], needs) for needs in self._queue)
 
     def count(self, labels: Labels) -> int:
-        """How many workers there are that were asked for with these labels."""
-        return sum(one.shape.labels == labels for one in self._members.values())
+        """Count the workers that were requested with these labels."""
+        return sum(slot.shape.labels == labels for slot in self._slots.values())
 
-    def wanted(self, labels: Labels) -> list[Shape]:
-        """What was asked for with these labels and is not there yet."""
+    def requested(self, labels: Labels) -> list[Shape]:
+        """Return the shapes of the workers that were requested with these labels and have no node yet."""
         return [
-            one.shape for one in self._members.values() if one.node is None and one.shape.labels == labels
+            slot.shape for slot in self._slots.values() if slot.node is None and slot.shape.labels == labels
         ]
 
-    def next(self) -> tuple[int, tuple[int, ...]] | None:
-        """The piece that may start now and its workers, counted as busy from here on; None if none may."""
-        if all(one.ticket is not None or one.node is None for one in self._members.values()):
-            return None  # as mostly, however many wait
-        found = self._line.next(self._placed, self._awaited)
-        if found is None:
+    def next(self, now: float) -> tuple[int, tuple[int, ...]] | None:
+        """Return the task that may start now and its workers, and count them as busy; None if no task may start."""
+        if all(slot.ticket is not None or slot.node is None for slot in self._slots.values()):
+            return None  # the usual case, whatever the length of the queue
+        assigned = self._queue.next(self._assign, self._has_pending_worker)
+        if assigned is None:
             return None
-        ticket, (needs, workers) = found
+        ticket, (needs, workers) = assigned
         self._running[ticket] = needs
+        self.progress_at = now
         for worker in workers:
-            self._members[worker].ticket, self._members[worker].spare_since = ticket, None
-        if needs.exclusive and self._timing is None:
-            self._timing = self._members[workers[0]].node
+            self._slots[worker].ticket, self._slots[worker].idle_since = ticket, None
+        if needs.exclusive and self._exclusive_node is None:
+            self._exclusive_node = self._slots[workers[0]].node
         return ticket, workers
 
-    def change(self, limits: Mapping[frozenset[tuple[str, str]], int], now: float) -> Change:
-        """Workers to ask for, so that each waiting piece has its own, and to let go, which nothing waits for. `limits`:
-        how many the cluster could have, by the labels that they are asked for with."""
-        free = {number: one for number, one in self._members.items() if one.ticket is None}
-        lacking: list[Shape] = []
-        for needs in self._line:
+    def change(self, limits: Mapping[LabelSet, int], now: float) -> PlanChange:
+        """Return the workers to request, one for each waiting rank, and the idle workers to release.
+
+        `limits` is the number of workers that the cluster could have, by the labels with which they are requested.
+        """
+        free = {worker: slot for worker, slot in self._slots.items() if slot.ticket is None}
+        missing = self._reserve(free)
+        released = self._idle_too_long(free, now)
+        requests: list[Shape] = []
+        for shape in missing:
+            same_labels = sum(request.labels == shape.labels for request in requests)
+            if self.count(shape.labels) + same_labels < limits.get(label_set(shape.labels), FIRST_LIMIT):
+                requests.append(shape)
+        return PlanChange(tuple(requests), tuple(released + self._beyond(limits, released)))
+
+    def _reserve(self, free: dict[int, WorkerSlot]) -> list[Shape]:
+        """Take the workers that waiting tasks will use out of `free`; return the shapes that are missing."""
+        missing: list[Shape] = []
+        for needs in self._queue:
             for _ in range(needs.ranks):
-                found = next(
-                    (number for number in self._ordered(free) if self._may(free[number], needs)), None
-                )
-                if found is None:
-                    lacking.append(self._asked(needs))
+                worker = self._suitable(free, needs)
+                if worker is None:
+                    missing.append(self._shape_to_request(needs))
                 else:
-                    free.pop(found).spare_since = None
-        let_go = self._spare(free, now)
-        wanted: list[Shape] = []
-        for shape in lacking:
-            labels = shape.labels
-            held = self.count(labels) + sum(one.labels == labels for one in wanted)
-            if held < limits.get(key_of(labels), FIRST_LIMIT):
-                wanted.append(shape)
-        return Change(tuple(wanted), tuple(let_go + self._refused(limits, let_go)))
+                    free.pop(worker).idle_since = None
+        return missing
 
-    def _spare(self, free: Mapping[int, WorkerSlot], now: float) -> list[int]:
-        for one in free.values():
-            if one.spare_since is None:
-                one.spare_since = now
-        return [
-            number
-            for number, one in free.items()
-            if one.spare_since is not None and now - one.spare_since >= LINGER_SECONDS
-        ]
+    def _suitable(self, free: Mapping[int, WorkerSlot], needs: Resources) -> int | None:
+        """Return a free worker for this task; ready workers come before requested ones."""
+        for worker in sorted(free, key=lambda worker: free[worker].node is None):
+            if self._can_run(free[worker], needs):
+                return worker
+        return None
 
-    def _refused(self, limits: Mapping[frozenset[tuple[str, str]], int], gone: Collection[int]) -> list[int]:
-        """Those that are wanted beyond what the cluster could have, the latest first."""
-        found: list[int] = []
+    def _idle_too_long(self, free: Mapping[int, WorkerSlot], now: float) -> list[int]:
+        workers = []
+        for worker, slot in free.items():
+            if slot.idle_since is None:
+                slot.idle_since = now
+            if now - slot.idle_since >= LINGER_SECONDS:
+                workers.append(worker)
+        return workers
+
+    def _beyond(self, limits: Mapping[LabelSet, int], released: Collection[int]) -> list[int]:
+        """Return the requested workers beyond the limits, the latest first."""
+        workers: list[int] = []
         for key, limit in limits.items():
-            held = [
-                number
-                for number, one in self._members.items()
-                if key_of(one.shape.labels) == key and number not in gone
+            remaining = [
+                worker
+                for worker, slot in self._slots.items()
+                if label_set(slot.shape.labels) == key and worker not in released
             ]
-            wanted = [number for number in held if self._members[number].node is None]
-            found += wanted[::-1][: max(0, len(held) - limit)]
-        return found
+            requested = [worker for worker in remaining if self._slots[worker].node is None]
+            workers += requested[::-1][: max(0, len(remaining) - limit)]
+        return workers
 
-    def _ordered(self, free: Mapping[int, WorkerSlot]) -> list[int]:
-        """Those who are ready before those who are wanted."""
-        return sorted(free, key=lambda number: free[number].node is None)
+    def _shape_to_request(self, needs: Resources) -> Shape:
+        """Return the shape to request for this task: as large as any task for the same nodes so far.
 
-    def _asked(self, needs: Resources) -> Shape:
-        """The worker to ask for: as large as any piece for the same nodes so far, lest each kind of piece have its own,
-        and warm none."""
-        if needs.exclusive and not needs.labels and self._timing is not None and GROUP in self._timing.labels:
-            return Shape(labels={GROUP: self._timing.labels[GROUP]}).joined(_shape(needs))
-        return self._largest[key_of(needs.labels)]
+        With a shape for each kind of task no kind would find a warm worker.
+        """
+        node = self._exclusive_node
+        if needs.exclusive and not needs.labels and node is not None and GROUP in node.labels:
+            return Shape(labels={GROUP: node.labels[GROUP]}).joined(_shape(needs))
+        return self._largest[label_set(needs.labels)]
 
-    def _may(self, member: WorkerSlot, needs: Resources) -> bool:
-        """Whether a worker is one for this piece, now or when it comes to be."""
-        if not member.shape.covers(needs) or (member.node is not None and member.node.id in self.leaving):
+    def _can_run(self, slot: WorkerSlot, needs: Resources) -> bool:
+        """Return whether a worker may run this task, now or when it is on a node."""
+        if not slot.shape.covers(needs) or (slot.node is not None and slot.node.id in self.draining_nodes):
             return False
-        if member.node is None:
-            return needs.labels.items() <= member.shape.labels.items()
-        alike = not needs.exclusive or self._timing is None or member.node.kind == self._timing.kind
-        return alike and needs.labels.items() <= member.node.labels.items()
+        if slot.node is None:
+            return needs.labels.items() <= slot.shape.labels.items()
+        same_kind = (
+            not needs.exclusive or self._exclusive_node is None or slot.node.kind == self._exclusive_node.kind
+        )
+        return same_kind and needs.labels.items() <= slot.node.labels.items()
 
-    def _awaited(self, needs: Resources) -> bool:
-        """Whether enough workers for this piece are on their way or there."""
-        found = sum(one.ticket is None and self._may(one, needs) for one in self._members.values())
-        coming = any(one.node is None and self._may(one, needs) for one in self._members.values())
-        return coming and found >= needs.ranks
+    def _has_pending_worker(self, needs: Resources) -> bool:
+        """Return whether enough free workers for this task exist, some of them without a node yet."""
+        suitable = [slot for slot in self._slots.values() if self._can_run(slot, needs)]
+        free = sum(slot.ticket is None for slot in suitable)
+        return any(slot.node is None for slot in suitable) and free >= needs.ranks
 
-    def _placed(self, needs: Resources) -> tuple[Resources, tuple[int, ...]] | None:
-        """As many ready workers as this piece has ranks, on as few nodes as may be; None where they are not there."""
+    def _assign(self, needs: Resources) -> tuple[Resources, tuple[int, ...]] | None:
+        """Return as many ready workers as this task has ranks, on few nodes; None if there are not enough."""
         by_node: dict[str, list[int]] = {}
-        for number, member in self._members.items():
-            if member.ticket is None and member.node is not None and self._may(member, needs):
-                by_node.setdefault(member.node.id, []).append(number)
-        busy = self._pieces_on(by_node)
-        found: list[int] = []
-        for node, numbers in sorted(by_node.items(), key=lambda one: -len(one[1])):
-            if (needs.exclusive and busy[node]) or any(self._running[one].exclusive for one in busy[node]):
+        for worker, slot in self._slots.items():
+            if slot.ticket is None and slot.node is not None and self._can_run(slot, needs):
+                by_node.setdefault(slot.node.id, []).append(worker)
+        running = self._running_on(by_node)
+        workers: list[int] = []
+        for node, free in sorted(by_node.items(), key=lambda entry: -len(entry[1])):
+            is_locked = any(self._running[ticket].exclusive for ticket in running[node])
+            if is_locked or (needs.exclusive and running[node]):
                 continue
-            # The last one to end a piece is the warmest.
-            numbers.sort(key=lambda number: self._members[number].free_since, reverse=True)
-            while numbers and len(found) < needs.ranks and self._holds(busy[node], needs, len(found) + 1):
-                found.append(numbers.pop(0))
-        return (needs, tuple(found)) if len(found) == needs.ranks else None
+            # The worker that ended a task last is the warmest.
+            free.sort(key=lambda worker: self._slots[worker].free_since, reverse=True)
+            while free and len(workers) < needs.ranks and self._fits(running[node], needs, len(workers) + 1):
+                workers.append(free.pop(0))
+        return (needs, tuple(workers)) if len(workers) == needs.ranks else None
 
-    def _pieces_on(self, nodes: Collection[str]) -> dict[str, set[int]]:
-        found: dict[str, set[int]] = {node: set() for node in nodes}
-        for one in self._members.values():
-            if one.ticket is not None and one.node is not None and one.node.id in found:
-                found[one.node.id].add(one.ticket)
-        return found
+    def _running_on(self, nodes: Collection[str]) -> dict[str, set[int]]:
+        """Return the tickets of the tasks that run on each of these nodes."""
+        tickets: dict[str, set[int]] = {node: set() for node in nodes}
+        for slot in self._slots.values():
+            if slot.ticket is not None and slot.node is not None and slot.node.id in tickets:
+                tickets[slot.node.id].add(slot.ticket)
+        return tickets
 
-    def _holds(self, busy: Collection[int], needs: Resources, ranks: int) -> bool:
-        if self._together is None or needs.exclusive:
+    def _fits(self, running: Collection[int], needs: Resources, ranks: int) -> bool:
+        if self._node_capacity is None or needs.exclusive:
             return True
-        piece = Resources(cpus=needs.cpus, memory_gib=needs.memory_gib, ranks=ranks)
-        return self._together.holds([*(self._running[one] for one in busy), piece])
+        task = Resources(cpus=needs.cpus, memory_gib=needs.memory_gib, ranks=ranks)
+        return self._node_capacity.fits([*(self._running[ticket] for ticket in running), task])
 
 
 class CapacityEstimator:
-    """How many workers a cluster that grows could have, learned from what its autoscaler refuses.
+    """Estimates the number of workers that a growing cluster could have, from the requests that its autoscaler refuses.
 
-    Nothing else tells it: Ray keeps the node types and their bounds to its autoscaler. So more is wanted, twice as many
-    at a time, until it reports that it can't place some; those are too many.
+    Ray does not publish the node types and their bounds. So the number of requests doubles until the autoscaler reports
+    that it cannot place some of them.
     """
 
-    def __init__(self, limit: int | None = None) -> None:
-        self._given = limit
-        self.limit = limit or FIRST_LIMIT
-        self._known = False
-        self._again = 0.0
+    def __init__(self, fixed_limit: int | None = None) -> None:
+        """Estimate, or always return `fixed_limit` if the caller gives one."""
+        self._is_fixed = fixed_limit is not None
+        self.limit = fixed_limit or FIRST_LIMIT
+        """The current estimate."""
+        self._was_refused = False
+        self._retry_at = 0.0
 
-    def take(self, held: int, refused: int, now: float) -> None:
-        """The autoscaler has seen that `held` workers are there or wanted, and can't place `refused` of them."""
-        if self._given is not None:
+    def update(self, workers: int, refused: int, now: float) -> None:
+        """Take in that the autoscaler knows of `workers` running or requested workers and cannot place `refused`."""
+        if self._is_fixed:
             return
         if refused > 0:
-            self.limit, self._known, self._again = max(1, held - refused), True, now + AGAIN_SECONDS
-        elif held >= self.limit and not self._known:
+            self.limit, self._was_refused = max(1, workers - refused), True
+            self._retry_at = now + AGAIN_SECONDS
+        elif workers >= self.limit and not self._was_refused:
             self.limit *= 2
-        elif held >= self.limit and now >= self._again:
-            self.limit, self._again = self.limit + 1, now + AGAIN_SECONDS
+        elif workers >= self.limit and now >= self._retry_at:
+            self.limit, self._retry_at = self.limit + 1, now + AGAIN_SECONDS
 
 
-def key_of(labels: Labels) -> frozenset[tuple[str, str]]:
+def label_set(labels: Labels) -> LabelSet:
     return frozenset(labels.items())
 
 

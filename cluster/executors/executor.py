@@ -1,4 +1,4 @@
-"""Executor: where work runs. The same code runs inline in tests and on Ray."""
+"""Executor: the interface to where tasks run. The same tasks run inline in tests and on Ray."""
 
 from __future__ import annotations
 
@@ -8,111 +8,129 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
-from cluster.executors.task import TaskResult as Ended
+from cluster.executors.task import TaskResult
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Resources:
-    """What one piece of work needs. `exclusive`: nothing else of ours runs on its node meanwhile. `labels`: what a node
-    must be labelled with. With several `ranks` the same call is made so often at once, each with as much of the rest.
-    """
+    """The resources that one task needs; a task of several ranks needs them for each rank."""
 
     gpus: float = 0.0
     cpus: float = 1.0
     memory_gib: float = 0.0
     ranks: int = 1
+    """The number of simultaneous calls of the task's function."""
     exclusive: bool = False
+    """True if no other task of this executor may run on the same node meanwhile."""
     labels: Mapping[str, str] = field(default_factory=dict)
+    """Labels that the node must have."""
 
 
 class ExecutorUnavailableError(RuntimeError):
-    """No work can be done any more, in one line with the reason. What ended before is kept."""
+    """The executor can run no more tasks. The message is one line with the reason; earlier results stay valid."""
 
 
 @dataclass(frozen=True)
 class NodeType:
-    """What kind of machine a node is. name: the cloud's word (g6.2xlarge) or the cluster's, empty where nobody tells;
-    region: the cloud's; spot: whether the cloud may take it back."""
+    """The type of a node, as far as its price depends on it."""
 
     name: str = ""
+    """The cloud's name of the machine type (g6.2xlarge), or the cluster's; empty if unknown."""
     region: str = ""
+    """The cloud's region; empty if unknown."""
     spot: bool = False
+    """True if the cloud may take the node back."""
 
     def __str__(self) -> str:
-        place = f" in {self.region}" if self.region else ""
-        return f"{self.name or 'node'}{place}{' (spot)' if self.spot else ''}"
+        region = f" in {self.region}" if self.region else ""
+        market = " (spot)" if self.spot else ""
+        return f"{self.name or 'node'}{region}{market}"
 
 
 class Executor(Protocol):
-    """Runs `fn(*args)` somewhere. Functions and arguments must pickle.
+    """Runs tasks: calls of `fn(*args)`. Functions and arguments must pickle.
 
-    More may be submitted than run at once; they wait their turn. Exclusive work waits until everything else on some
-    node has ended and holds others back from it while it runs; other waiting work goes first, so that exclusive
-    pieces run together.
+    A caller may submit more tasks than run at once; the others wait in a queue. An exclusive task waits until all other
+    tasks on some node have ended, and no other task starts there while it runs. Other waiting tasks start first, so
+    that exclusive tasks run one after another.
     """
 
     @property
     def slots(self) -> int:
-        """How many pieces could run at once: what is worth having under way. Of a cluster that grows it is what the
-        cluster could have as far as that is known now, so ask again."""
+        """The number of tasks that could run at once: a useful number of pending tasks.
+
+        For a cluster that grows this is the current estimate of its largest size, and changes.
+        """
 
     def submit(self, key: str, fn: Callable[..., Any], *args: Any, resources: Resources) -> None:
-        """Queue a piece of work. ValueError if `key` is under way, or if `resources` can never be had.
-        A key is under way until `wait` has reported it or it was cancelled."""
+        """Queue a task. ValueError if `key` is pending, or if the executor can never provide `resources`.
 
-    def wait(self, timeout: float | None = None) -> list[Ended]:
-        """What ended since the last call; waits for the first up to `timeout` seconds, then returns [].
-        Returns [] at once where nothing is under way. Raises Unavailable where nothing will end any more."""
+        A key is pending until `wait` has reported its result or `cancel` was called.
+        """
+
+    def wait(self, timeout: float | None = None) -> list[TaskResult]:
+        """Return the results since the last call. Wait up to `timeout` seconds for the first, then return [].
+
+        Returns [] at once if no task is pending. ExecutorUnavailableError if no pending task can end any more.
+        """
 
     def cancel(self, key: str) -> None:
-        """Stop or forget this piece of work; nothing is reported for it. Unknown keys are ignored."""
+        """Stop or remove a task; its result is not reported. Unknown keys are ignored."""
 
     def nodes(self) -> Mapping[NodeType, int]:
-        """How many nodes of which kind are up now, whoever uses them. Asks the cluster: to be called seldom."""
+        """Count the nodes that are up now, by type, whoever uses them. Asks the cluster, so call it rarely."""
 
     def close(self) -> None:
-        """End all workers and forget all work. Safe to call twice."""
+        """Stop all workers and drop all tasks. May be called twice."""
 
 
 @dataclass(frozen=True)
 class Capacity:
-    """What an executor can give at once. `gpus` is the share of one slot, the rest is for all together."""
+    """The resources that an executor provides at once."""
 
     slots: int
+    """The number of ranks that may run at once, over all tasks."""
     cpus: float = math.inf
+    """Processors for all tasks together."""
     memory_gib: float = math.inf
+    """Memory for all tasks together."""
     gpus: float = 0.0
+    """The GPUs of one slot; may be a fraction."""
 
     def __post_init__(self) -> None:
         if self.slots < 1:
             raise ValueError(f"slots={self.slots}: an executor needs at least 1")
 
     def check(self, needs: Resources) -> None:
-        """ValueError if a piece with these needs could not start even with everything else at rest."""
+        """Check that a task could start on an idle executor. ValueError if it could not."""
         if not 1 <= needs.ranks <= self.slots:
             raise ValueError(
-                f"ranks={needs.ranks} can never be had here: from 1 to {self.slots}; ask for less"
+                f"ranks={needs.ranks} is not available here: from 1 to {self.slots}; request fewer"
             )
-        for what, asked, most in (
+        for name, requested, available in (
             ("cpus", needs.cpus * needs.ranks, self.cpus),
             ("memory_gib", needs.memory_gib * needs.ranks, self.memory_gib),
             ("gpus", needs.gpus, self.gpus),
         ):
-            if not 0 <= asked <= most:
-                raise ValueError(f"{what}={asked:g} can never be had here: from 0 to {most:g}; ask for less")
+            if not 0 <= requested <= available:
+                raise ValueError(
+                    f"{name}={requested:g} is not available here: from 0 to {available:g}; request less"
+                )
 
-    def holds(self, running: Collection[Resources]) -> bool:
-        """Whether these pieces may run at once, as far as slots, processors and memory go."""
-        # The sums' rounding must not keep out a piece that fits exactly.
+    def fits(self, running: Collection[Resources]) -> bool:
+        """Return whether these tasks fit together, by slots, processors and memory."""
+        # The tolerance admits a task that fits exactly, in spite of the rounding of the sums.
         return (
-            sum(one.ranks for one in running) <= self.slots
-            and math.fsum(one.cpus * one.ranks for one in running) <= self.cpus + 1e-9
-            and math.fsum(one.memory_gib * one.ranks for one in running) <= self.memory_gib + 1e-9
+            sum(needs.ranks for needs in running) <= self.slots
+            and math.fsum(needs.cpus * needs.ranks for needs in running) <= self.cpus + 1e-9
+            and math.fsum(needs.memory_gib * needs.ranks for needs in running) <= self.memory_gib + 1e-9
         )
 
 
 def cores() -> int:
-    """The processors that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Return the number of CPUs that are available to this process."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

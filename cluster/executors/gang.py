@@ -1,7 +1,8 @@
-"""Gang: one piece of work done by several processes at once, its ranks, which talk to each other.
+"""Gang: one task that several processes run at once, its ranks, which communicate with each other.
 
-Each rank is the same `fn(*args)` in a fresh process, which finds in its environment what torch.distributed reads:
-RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT. Fresh, because a process keeps the group it once made.
+Each rank calls the same `fn(*args)` in a fresh process, whose environment has the variables that torch.distributed
+reads: RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT. The process is fresh because torch.distributed keeps a
+process group for the life of its process.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from cluster.executors.task import TaskResult, run_task
 
 LOOPBACK = "127.0.0.1"
 
-# The path first, then what this file is found by.
+# The child reads sys.path first: it needs it to import this module.
 _CHILD = (
     "import pickle, sys; sys.path[:] = pickle.load(sys.stdin.buffer); "
     "from cluster.executors.gang import _child; _child()"
@@ -35,16 +36,19 @@ _CHILD = (
 
 @dataclass(frozen=True)
 class Rank:
-    """One of the ranks of a gang. local_rank: its number on its machine. address, port: where rank 0 listens."""
+    """One rank of a gang."""
 
     rank: int
     ranks: int
+    """The number of ranks of the gang."""
     local_rank: int
+    """The number of this rank among those on its machine."""
     address: str
+    """The address on which rank 0 listens."""
     port: int
 
     def environment(self) -> dict[str, str]:
-        """What torch.distributed reads of it."""
+        """Return the variables that torch.distributed reads."""
         return {
             "RANK": str(self.rank),
             "WORLD_SIZE": str(self.ranks),
@@ -55,36 +59,37 @@ class Rank:
 
 
 def run_rank(key: str, fn: Callable[..., Any], args: tuple[Any, ...], rank: Rank) -> TaskResult:
-    """Do one rank's part in a process of its own; what came of it, `lost` where that process died.
+    """Run one rank in a child process and return its result; the result has an error if that process died.
 
-    Whatever ends this call, or the thread it runs in, ends that process too.
+    The child process ends with this call, and with the thread that made it.
     """
     with RankProcess(key, fn, args, rank) as process:
-        return process.ended()
+        return process.result()
 
 
 def run_gang(key: str, fn: Callable[..., Any], args: tuple[Any, ...], ranks: int) -> TaskResult:
-    """Do a piece by this many ranks on this machine.
+    """Run a task with this many ranks on this machine.
 
-    It ends, and the other ranks with it, as soon as `ends` says so of one of them: then what rank 0 returned is its
-    value, or it is lost once, or a rank that can't go on has said why.
+    The first rank result for which `decides_task` is true becomes the result of the task, and ends the other ranks.
     """
     port = free_port()
-    ended: SimpleQueue[tuple[int, TaskResult]] = SimpleQueue()
-    processes = [RankProcess(key, fn, args, Rank(each, ranks, each, LOOPBACK, port)) for each in range(ranks)]
+    results: SimpleQueue[tuple[int, TaskResult]] = SimpleQueue()
+    processes = [
+        RankProcess(key, fn, args, Rank(number, ranks, number, LOOPBACK, port)) for number in range(ranks)
+    ]
 
     def run(number: int) -> None:
         with processes[number] as process:
-            ended.put((number, process.ended()))
+            results.put((number, process.result()))
 
     threads = [threading.Thread(target=run, args=(number,), daemon=True) for number in range(ranks)]
     try:
         for thread in threads:
             thread.start()
         while True:
-            number, one = ended.get()
-            if ends(number, one):
-                return one
+            number, result = results.get()
+            if decides_task(number, result):
+                return result
     finally:
         for process in processes:
             process.kill()
@@ -93,16 +98,19 @@ def run_gang(key: str, fn: Callable[..., Any], args: tuple[Any, ...], ranks: int
                 thread.join()
 
 
-def ends(rank: int, ended: TaskResult) -> bool:
-    """Whether a gang ends with what came of this rank, which is then what came of the piece: of rank 0 always, of
-    others where it is lost, or returned anything. Those whose part is done return None."""
-    return rank == 0 or ended.error is not None or ended.value is not None
+def decides_task(rank: int, result: TaskResult) -> bool:
+    """Return whether this rank's result is the result of the whole task.
+
+    That holds for rank 0 always, and for other ranks if they failed or returned a value: a rank whose part is complete
+    returns None.
+    """
+    return rank == 0 or result.error is not None or result.value is not None
 
 
 class RankProcess:
-    """The process of one rank, which does not outlive the block of its `with`. `kill` may come from any thread.
+    """The process of one rank, which ends with its `with` block. Any thread may call `kill`.
 
-    On Linux the kernel kills the process when the thread that called `ended` ends, and so when this process does.
+    On Linux the kernel kills the process when the thread that called `result` ends, and so when this process does.
     """
 
     def __init__(self, key: str, fn: Callable[..., Any], args: tuple[Any, ...], rank: Rank) -> None:
@@ -119,34 +127,34 @@ class RankProcess:
         if self._process is not None:
             self._process.wait()
 
-    def ended(self) -> TaskResult:
-        """Start the process and wait for what comes of it."""
+    def result(self) -> TaskResult:
+        """Start the process and wait for its result."""
         try:
-            told = cloudpickle.dumps((self._fn, self._args))
-        except Exception as error:  # noqa: BLE001 - whatever pickling raises
-            return self._lost(f"does not pickle: {type(error).__name__}: {error}")
-        results, writing = os.pipe()
-        with open(results, "rb") as reading:
+            call = cloudpickle.dumps((self._fn, self._args))
+        except Exception as error:  # noqa: BLE001 - pickling may raise any exception
+            return self._failed(f"does not pickle: {type(error).__name__}: {error}")
+        read_end, write_end = os.pipe()
+        with open(read_end, "rb") as reader:
             try:
-                process = self._started(writing)
+                process = self._start(write_end)
             finally:
-                os.close(writing)
+                os.close(write_end)
             if process is None:
-                return self._lost("was killed before it started")
+                return self._failed("was killed before it started")
             assert process.stdin is not None
-            with suppress(BrokenPipeError), process.stdin as asking:  # it died before it could read
-                pickle.dump(sys.path, asking)
-                pickle.dump((self._key, told), asking)
-            found = reading.read()
+            with suppress(BrokenPipeError), process.stdin as stdin:  # the process may die before it reads
+                pickle.dump(sys.path, stdin)
+                pickle.dump((self._key, call), stdin)
+            pickled_result = reader.read()
         if process.wait() < 0:
-            return self._lost(f"was killed by {signal.Signals(-process.returncode).name}")
-        if not found:
-            return self._lost(f"exited with {process.returncode} and told nothing")
+            return self._failed(f"was killed by {signal.Signals(-process.returncode).name}")
+        if not pickled_result:
+            return self._failed(f"exited with {process.returncode} and returned no result")
         try:
-            ended: TaskResult = pickle.loads(found)
-        except Exception as error:  # noqa: BLE001 - whatever the import of its module raises
-            return self._lost(f"told what can't be read: {type(error).__name__}: {error}")
-        return ended
+            result: TaskResult = pickle.loads(pickled_result)
+        except Exception as error:  # noqa: BLE001 - the import of the value's module may raise any exception
+            return self._failed(f"returned a result that cannot be read: {type(error).__name__}: {error}")
+        return result
 
     def kill(self) -> None:
         """End the process, or keep it from starting."""
@@ -155,27 +163,27 @@ class RankProcess:
             if self._process is not None:
                 self._process.kill()
 
-    def _started(self, writing: int) -> subprocess.Popen[bytes] | None:
+    def _start(self, write_end: int) -> subprocess.Popen[bytes] | None:
         with self._starting:
             if self._killed:
                 return None
             self._process = subprocess.Popen(
-                [sys.executable, "-c", _CHILD, str(os.getpid()), str(writing)],
+                [sys.executable, "-c", _CHILD, str(os.getpid()), str(write_end)],
                 stdin=subprocess.PIPE,
-                pass_fds=(writing,),
+                pass_fds=(write_end,),
                 env={**os.environ, **self._rank.environment()},
             )
             return self._process
 
-    def _lost(self, why: str) -> TaskResult:
-        return TaskResult(self._key, error=f"rank {self._rank.rank} of {self._rank.ranks} {why}")
+    def _failed(self, reason: str) -> TaskResult:
+        return TaskResult(self._key, error=f"rank {self._rank.rank} of {self._rank.ranks} {reason}")
 
 
 def free_port() -> int:
-    """A port of this machine that nobody listens on now."""
-    with socket.socket() as one:
-        one.bind(("", 0))
-        return int(one.getsockname()[1])
+    """Return a port of this machine that is free now."""
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])
 
 
 def die_with_parent() -> None:
@@ -186,25 +194,24 @@ def die_with_parent() -> None:
 
 
 def _child() -> None:
-    """What a rank's process does: read what to do, do it, write what came of it."""
-    parent, writing = int(sys.argv[1]), int(sys.argv[2])
+    """The program of a rank's process: read the call from stdin, run it, write the result to the pipe."""
+    parent, write_end = int(sys.argv[1]), int(sys.argv[2])
     die_with_parent()
-    if os.getppid() != parent:  # it died before it could be named
+    if os.getppid() != parent:  # the parent died before prctl took effect
         os._exit(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
-    os.set_inheritable(writing, False)
-    key, told = pickle.load(sys.stdin.buffer)
-    ended = run_task(key, _call, (told,))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
+    os.set_inheritable(write_end, False)
+    key, call = pickle.load(sys.stdin.buffer)
+    result = run_task(key, _run_pickled, (call,))
     try:
-        found = cloudpickle.dumps(ended)
-    except Exception as error:  # noqa: BLE001 - whatever pickling raises
-        found = pickle.dumps(
-            TaskResult(key, error=f"its value does not pickle: {type(error).__name__}: {error}")
-        )
-    with open(writing, "wb") as results:
-        results.write(found)
+        pickled_result = cloudpickle.dumps(result)
+    except Exception as error:  # noqa: BLE001 - pickling may raise any exception
+        reason = f"its value does not pickle: {type(error).__name__}: {error}"
+        pickled_result = pickle.dumps(TaskResult(key, error=reason))
+    with open(write_end, "wb") as writer:
+        writer.write(pickled_result)
 
 
-def _call(told: bytes) -> Any:
-    fn, args = pickle.loads(told)
+def _run_pickled(call: bytes) -> Any:
+    fn, args = pickle.loads(call)
     return fn(*args)

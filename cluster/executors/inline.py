@@ -1,4 +1,4 @@
-"""Run tasks in this process, one after the other."""
+"""Run tasks in this process, one after another."""
 
 from __future__ import annotations
 
@@ -9,15 +9,14 @@ from typing import Any
 from cluster.executors.admission import Admission
 from cluster.executors.executor import Capacity, NodeType, Resources, cores
 from cluster.executors.gang import run_gang
-from cluster.executors.task import TaskResult as Ended
-from cluster.executors.task import run_task as run_piece
+from cluster.executors.task import TaskResult, run_task
 
 
 class InlineExecutor:
-    """Runs the work in this process, one piece in each `wait`, which returns when that piece has ended.
+    """Runs one task in this process in each `wait`, which returns when that task has ended.
 
-    `slots` only says how much a caller may want to submit ahead. A piece that KeyboardInterrupt stops is
-    forgotten.
+    `slots` is only the number of tasks that a caller should submit ahead. A task that KeyboardInterrupt stops is
+    dropped.
     """
 
     def __init__(self, slots: int = 1, memory_gib: float = math.inf, gpus: float = 0.0) -> None:
@@ -36,19 +35,21 @@ class InlineExecutor:
         if self._closed:
             raise RuntimeError("this executor is closed")
         if key in self._tickets:
-            raise ValueError(f"{key} is under way already; wait for it or cancel it first")
+            raise ValueError(f"{key} is pending already; wait for its result or cancel it first")
         self._admission.add(self._submitted, resources)
         self._calls[self._submitted] = (key, fn, args, resources.ranks)
         self._tickets[key] = self._submitted
         self._submitted += 1
 
-    def wait(self, timeout: float | None = None) -> list[Ended]:
+    def wait(self, timeout: float | None = None) -> list[TaskResult]:
         ticket = self._admission.next()
         if ticket is None:
             return []
         key, fn, args, ranks = self._calls[ticket]
         try:
-            return [run_piece(key, fn, args) if ranks == 1 else run_gang(key, fn, args, ranks)]
+            if ranks == 1:
+                return [run_task(key, fn, args)]
+            return [run_gang(key, fn, args, ranks)]
         finally:
             self.cancel(key)
 

@@ -1,4 +1,4 @@
-"""Piece: one call that an executor makes, and what came of it."""
+"""Task: one call that an executor makes, and its result."""
 
 from __future__ import annotations
 
@@ -10,21 +10,22 @@ from typing import Any
 
 @dataclass(frozen=True)
 class TaskResult:
-    """One piece of work that ended: with `value`, or with `lost` saying why no value came back.
+    """The result of one task: a value, or an error if no value came back.
 
-    Work reports its own failures as values. `lost` is what the executor saw: the process died, the node
-    went away, or an exception escaped. `preempted` tells a machine that went away from code that failed.
+    A task reports its expected failures as values. An error comes from the executor: the process died, the node was
+    lost, or an exception escaped.
     """
 
     key: str
     value: Any = None
     error: str | None = None
+    """The exception or the reason in its first line; a traceback may follow."""
     preempted: bool = False
+    """True if the node was taken away, false if the code failed."""
 
 
 def run_task(key: str, fn: Callable[..., Any], args: tuple[Any, ...]) -> TaskResult:
-    """Run `fn(*args)` here. What escapes it comes back as text: not every exception survives pickling.
-    The first line of `lost` is the exception, its traceback follows."""
+    """Run `fn(*args)` in this process. An escaping exception is returned as text, since not every exception pickles."""
     try:
         return TaskResult(key, fn(*args))
     except (Exception, SystemExit) as error:  # noqa: BLE001 - the worker boundary

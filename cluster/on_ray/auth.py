@@ -1,4 +1,4 @@
-"""Auth: whether a cluster asks for a token, and the header that shows ours. What asks for none is refused."""
+"""Auth: whether a cluster requires a token, and the header with ours. A cluster without tokens is refused."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ ANSWER_SECONDS = 10.0
 
 
 def token() -> str | None:
-    """The token, where Ray looks for it: RAY_AUTH_TOKEN, the file RAY_AUTH_TOKEN_PATH, ~/.ray/auth_token."""
-    given = os.environ.get("RAY_AUTH_TOKEN", "").strip()
-    if given:
-        return given
+    """Return the token from Ray's settings: RAY_AUTH_TOKEN, the file RAY_AUTH_TOKEN_PATH, or ~/.ray/auth_token."""
+    from_environment = os.environ.get("RAY_AUTH_TOKEN", "").strip()
+    if from_environment:
+        return from_environment
     path = os.environ.get("RAY_AUTH_TOKEN_PATH")
     file = Path(path).expanduser() if path else Path.home() / ".ray" / "auth_token"
     try:
@@ -27,47 +27,52 @@ def token() -> str | None:
 
 
 def dashboard(address: str) -> str:
-    """The address of a cluster's dashboard as its parts are joined to it. ValueError where it is none, without
-    repeating what may be a secret."""
+    """Return the address of a cluster's dashboard in its normal form.
+
+    ValueError if it is not one; the message contains no part that may be a secret.
+    """
     url = urlsplit(address)
     if url.scheme not in ("http", "https") or not url.hostname:
         raise ValueError("the address must be that of the cluster's dashboard, such as http://head:8265")
     if "@" in url.netloc:
-        raise ValueError("the address holds no credentials; the token is read from where Ray looks for it")
+        raise ValueError(
+            "the address must not contain credentials; the token is read from Ray's own settings"
+        )
     return f"{url.scheme}://{url.netloc}{url.path.rstrip('/')}"
 
 
 def header(address: str, insecure: bool) -> Mapping[str, str]:
-    """The header to send to the cluster at this address, once it is known that it asks for a token.
+    """Return the header for requests to the cluster at this address, after a check that it requires a token.
 
-    Nothing secret is sent to learn that. ConnectionError where no cluster answers, PermissionError where the cluster
-    lets anybody in and `insecure` does not allow that, or where it asks for a token and there is none.
+    The check sends no secret. ConnectionError if no cluster answers; PermissionError if the cluster requires a token
+    and there is none, or if it requires none and `insecure` is false.
     """
-    if not asks(address):
+    if not requires_token(address):
         if insecure:
             return {}
         raise PermissionError(
-            f"the cluster at {address} lets anybody in; start it with RAY_AUTH_MODE=token, or say --insecure"
+            f"the cluster at {address} accepts unauthenticated requests; start it with RAY_AUTH_MODE=token, or give "
+            "--insecure"
         )
-    known = token()
-    if known is None:
+    value = token()
+    if value is None:
         raise PermissionError(
-            f"the cluster at {address} asks for a token and there is none: put it into ~/.ray/auth_token, or name its "
+            f"the cluster at {address} requires a token and there is none: put it into ~/.ray/auth_token, or name its "
             "file in RAY_AUTH_TOKEN_PATH"
         )
-    return {"Authorization": f"Bearer {known}"}
+    return {"Authorization": f"Bearer {value}"}
 
 
-def asks(address: str) -> bool:
-    """Whether the cluster at this address asks for a token. ConnectionError where there is none."""
+def requires_token(address: str) -> bool:
+    """Return whether the cluster at this address requires a token. ConnectionError if no cluster answers."""
     try:
         with urllib.request.urlopen(f"{address}/api/authentication_mode", timeout=ANSWER_SECONDS) as answer:
             mode = json.load(answer)["authentication_mode"]
     except urllib.error.HTTPError as error:
         error.close()
-        if error.code in (401, 403):  # something before the cluster that asks by itself
+        if error.code in (401, 403):  # a proxy before the cluster that requires authentication
             return True
-        if error.code == 404:  # a Ray from before there were tokens
+        if error.code == 404:  # a version of Ray without tokens
             return False
         raise ConnectionError(
             f"{address} answers {error.code} {error.reason}; is it a Ray cluster?"

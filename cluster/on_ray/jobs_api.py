@@ -1,7 +1,7 @@
-"""Submit: programs that a cluster runs by itself, through Ray's Jobs API. The door to that API.
+"""Jobs: programs that a cluster runs by itself, through Ray's Jobs API. The only user of that API.
 
-What fails is one line: ConnectionError where the cluster does not answer, PermissionError where it does not let us
-in, OSError for the rest.
+Errors are one line: ConnectionError if the cluster does not answer, PermissionError if it refuses our token, OSError
+for all others.
 """
 
 from __future__ import annotations
@@ -21,26 +21,28 @@ from typing import Any
 from cluster.on_ray import auth
 
 LIMIT_BYTES = 100 * 2**20
-"""The largest package that a cluster takes (Ray 2.60: DASHBOARD_CLIENT_MAX_SIZE); a larger one is answered with 413."""
+"""The largest package that a cluster accepts (Ray 2.60: DASHBOARD_CLIENT_MAX_SIZE); a larger one is answered with
+413."""
 _STOPPING_SECONDS = 15.0
-"""So long at most is waited for a program to end that was told to: Ray kills it after 3 s."""
+"""The longest wait for the end of a stopped program: Ray kills it after 3 s."""
 
 
 def in_job() -> bool:
-    """Whether this process is a job that was submitted to a cluster, or descends from one."""
+    """Return whether this process is a job that was submitted to a cluster, or a descendant of one."""
     return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
 
 
 @dataclass(frozen=True)
 class JobState:
-    """A job as the cluster tells of it. status: PENDING, RUNNING, STOPPED, SUCCEEDED or FAILED. began: seconds since
-    the epoch, 0 before it did."""
+    """A job as the cluster reports it."""
 
     id: str
     status: str
+    """PENDING, RUNNING, STOPPED, SUCCEEDED or FAILED."""
     message: str
     metadata: Mapping[str, str]
     began: float = 0.0
+    """The start time in seconds since 1970; 0 before the start."""
 
     @property
     def ended(self) -> bool:
@@ -49,9 +51,10 @@ class JobState:
 
 @dataclass(frozen=True)
 class Node:
-    """A node that is up, as the cluster tells of it. type: what the autoscaler calls its kind, empty without one."""
+    """A node that is up, as the cluster reports it."""
 
     type: str
+    """The autoscaler's name of its type; empty without an autoscaler."""
     head: bool
     cpus: float
     gpus: float
@@ -61,90 +64,93 @@ class Node:
 class Jobs:
     """The jobs of one cluster, at the address of its dashboard (http://head:8265).
 
-    Making one checks the way there: that the cluster asks for a token (see `auth.header`) and takes ours, and that its
-    Ray and Python are those of this machine; RuntimeError names them where they are not. Nothing is started by that.
+    The constructor checks that the cluster requires a token (see `auth.header`) and accepts ours, and that its versions
+    of Ray and Python are those of this machine; RuntimeError names them if they are not. It starts nothing.
     """
 
     def __init__(self, address: str, insecure: bool = False) -> None:
         self.address = auth.dashboard(address)
         headers = auth.header(self.address, insecure)
         os.environ.setdefault("RAY_AUTH_MODE", "token" if headers else "disabled")
-        os.environ["RAY_API_SERVER_ADDRESS"] = (
-            self.address
-        )  # else Ray would take RAY_ADDRESS instead of what is given
+        # Without this Ray would prefer RAY_ADDRESS to the address of this object.
+        os.environ["RAY_API_SERVER_ADDRESS"] = self.address
         from ray.job_submission import JobSubmissionClient
 
         for name in ("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk"):
             logging.getLogger(name).setLevel(logging.ERROR)
-        with self._one_line():
+        with self._one_line_errors():
             self._client = JobSubmissionClient(self.address, headers=dict(headers))
         self._check_versions()
 
     def on_this_machine(self) -> bool:
-        """Whether the cluster's head runs here: its session's files lie here. An address alone does not tell, as
-        127.0.0.1 may lead through a tunnel."""
+        """Return whether the cluster's head runs here, that is, whether its session's files are here.
+
+        The address does not show that: 127.0.0.1 may be the end of a tunnel.
+        """
         sessions = Path(os.environ.get("RAY_TMPDIR", "/tmp")) / "ray"
-        return (sessions / str(self._told("/api/version")["session_name"])).is_dir()
+        return (sessions / str(self._get("/api/version")["session_name"])).is_dir()
 
     def nodes(self) -> list[Node]:
-        """The nodes that are up now, the head first. What more an autoscaler could start this API does not tell."""
-        told = [one["raylet"] for one in self._told("/nodes?view=summary")["data"]["summary"]]
-        return sorted(
-            (_node(one) for one in told if one["state"] == "ALIVE"),
-            key=lambda node: (not node.head, node.type),
-        )
+        """Return the nodes that are up now, the head first. This API does not know what an autoscaler could start."""
+        raylets = [entry["raylet"] for entry in self._get("/nodes?view=summary")["data"]["summary"]]
+        nodes = [_node(raylet) for raylet in raylets if raylet["state"] == "ALIVE"]
+        return sorted(nodes, key=lambda node: (not node.head, node.type))
 
     def scaling(self) -> str:
-        """What the autoscaler says of itself, as `ray status` prints it."""
-        return str(self._told("/api/cluster_status?format=1")["data"]["clusterStatus"])
+        """Return the autoscaler's report, as `ray status` prints it."""
+        return str(self._get("/api/cluster_status?format=1")["data"]["clusterStatus"])
 
     def submit(self, id: str, entrypoint: str, package: Path, metadata: Mapping[str, str]) -> None:
-        """Start `entrypoint` in the unpacked .zip, on the head. FileExistsError if there is a job of this id.
-        None of what is given may be a secret: Ray shows it to whoever may see the cluster's state."""
+        """Run `entrypoint` on the head, in the unpacked .zip `package`. FileExistsError if a job has this id.
+
+        The arguments must contain no secrets: Ray shows them to all who can read the cluster's state.
+        """
         self._submit(id, entrypoint, str(package), metadata)
 
     def again(self, id: str, ended: str) -> None:
-        """Start once more, by another id, what the job `ended` ran. LookupError where its package is gone: a cluster
-        drops it some time after the job's end."""
-        with self._one_line():
+        """Run the program of the job `ended` once more, under a new id.
+
+        LookupError if the cluster has dropped its package, as it does some time after a job's end.
+        """
+        with self._one_line_errors():
             details = self._client.get_job_info(ended)
             package = str((details.runtime_env or {}).get("working_dir"))
-            held = self._client._package_exists(package)
-        if not held:
+            exists = self._client._package_exists(package)
+        if not exists:
             raise LookupError(
                 f"the cluster at {self.address} has dropped the package of {ended}: slimfront submit sends it again"
             )
         self._submit(id, str(details.entrypoint), package, details.metadata or {})
 
     def all(self) -> list[JobState]:
-        """Every job that was submitted to this cluster, in the order in which they began."""
-        with self._one_line():
-            details = self._client.list_jobs()
-        states = [_state(one) for one in details if one.submission_id]
+        """Return all jobs that were submitted to this cluster, in the order of their start."""
+        with self._one_line_errors():
+            jobs = self._client.list_jobs()
+        states = [_state(details) for details in jobs if details.submission_id]
         return sorted(states, key=lambda state: state.began)
 
     def state(self, id: str) -> JobState:
-        with self._one_line():
+        with self._one_line_errors():
             return _state(self._client.get_job_info(id))
 
     def log(self, id: str) -> str:
-        """All that a job has written so far."""
-        with self._one_line():
+        """Return the output of a job so far."""
+        with self._one_line_errors():
             return str(self._client.get_job_logs(id))
 
     def follow(self, id: str, show: Callable[[str], None]) -> JobState:
-        """Show what a job writes, from its beginning on, until it ends. Ctrl-C leaves it running."""
+        """Show a job's output from its beginning until it ends. Ctrl-C leaves the job running."""
         shown = 0
         while True:
-            with self._one_line():
+            with self._one_line_errors():
                 shown = asyncio.run(self._tail(id, show, shown))
             if (state := self.state(id)).ended:
                 return state
-            time.sleep(1)  # a proxy cuts connections now and then: the job goes on, and so does this
+            time.sleep(1)  # a proxy may cut the connection; the job continues, so this connects again
 
     def stop(self, id: str) -> JobState:
-        """Tell a job to end, and wait until it has. One that has ended stays as it is."""
-        with self._one_line():
+        """Stop a job and wait for its end, 15 s at most. A job that has ended is unchanged."""
+        with self._one_line_errors():
             self._client.stop_job(id)
         deadline = time.monotonic() + _STOPPING_SECONDS
         while not (state := self.state(id)).ended and time.monotonic() < deadline:
@@ -152,7 +158,7 @@ class Jobs:
         return state
 
     def _submit(self, id: str, entrypoint: str, package: str, metadata: Mapping[str, str]) -> None:
-        with self._one_line():
+        with self._one_line_errors():
             try:
                 self._client.submit_job(
                     entrypoint=entrypoint,
@@ -166,39 +172,39 @@ class Jobs:
                 raise FileExistsError(f"the cluster has a job {id} already") from None
 
     async def _tail(self, id: str, show: Callable[[str], None], shown: int) -> int:
-        """Show what comes after the first `shown` characters; returns how many there were in all."""
-        seen = 0
+        """Show the output after its first `shown` characters; return the total number of characters."""
+        received = 0
         try:
-            async with aclosing(self._client.tail_job_logs(id)) as pieces:  # type: ignore[type-var]
-                async for piece in pieces:
-                    if seen + len(piece) > shown:
-                        show(piece[max(0, shown - seen) :])
-                    seen += len(piece)
+            async with aclosing(self._client.tail_job_logs(id)) as chunks:  # type: ignore[type-var]
+                async for chunk in chunks:
+                    if received + len(chunk) > shown:
+                        show(chunk[max(0, shown - received) :])
+                    received += len(chunk)
         except RuntimeError as error:
             if "closed unexpectedly" not in str(error):
                 raise
-        return max(seen, shown)
+        return max(received, shown)
 
     def _check_versions(self) -> None:
-        cluster = self._told("/api/v0/cluster_metadata")["data"]
-        here = {"Ray": installed.version("ray"), "Python": platform.python_version()}
-        there = {"Ray": str(cluster["rayVersion"]), "Python": str(cluster["pythonVersion"])}
-        if (here["Ray"], _minor(here["Python"])) != (there["Ray"], _minor(there["Python"])):
-            told = [", ".join(f"{name} {version}" for name, version in one.items()) for one in (there, here)]
+        cluster = self._get("/api/v0/cluster_metadata")["data"]
+        local_ray, local_python = installed.version("ray"), platform.python_version()
+        remote_ray, remote_python = str(cluster["rayVersion"]), str(cluster["pythonVersion"])
+        if (local_ray, _minor(local_python)) != (remote_ray, _minor(remote_python)):
             raise RuntimeError(
-                f"the cluster at {self.address} has {told[0]}, this machine {told[1]}: make them the same"
+                f"the cluster at {self.address} has Ray {remote_ray}, Python {remote_python}, "
+                f"this machine Ray {local_ray}, Python {local_python}: make them the same"
             )
 
-    def _told(self, path: str) -> dict[str, Any]:
-        with self._one_line():
-            answer = self._client._do_request("GET", path)
-            answer.raise_for_status()
-            told: dict[str, Any] = answer.json()
-            return told
+    def _get(self, path: str) -> dict[str, Any]:
+        with self._one_line_errors():
+            response = self._client._do_request("GET", path)
+            response.raise_for_status()
+            content: dict[str, Any] = response.json()
+            return content
 
     @contextmanager
-    def _one_line(self) -> Iterator[None]:
-        from aiohttp import ClientError  # what Ray follows logs with
+    def _one_line_errors(self) -> Iterator[None]:
+        from aiohttp import ClientError  # Ray follows logs with aiohttp
         from ray.exceptions import AuthenticationError
 
         try:
@@ -229,8 +235,8 @@ def _state(details: Any) -> JobState:
 
 
 def _node(raylet: Mapping[str, Any]) -> Node:
-    has = raylet["resourcesTotal"]
-    cpus, gpus, memory = (float(has.get(key, 0.0)) for key in ("CPU", "GPU", "memory"))
+    resources = raylet["resourcesTotal"]
+    cpus, gpus, memory = (float(resources.get(key, 0.0)) for key in ("CPU", "GPU", "memory"))
     return Node(str(raylet.get("nodeTypeName", "")), bool(raylet["isHeadNode"]), cpus, gpus, memory / 2**30)
 
 

@@ -1,4 +1,4 @@
-"""The Ray actor that runs tasks, and where it runs."""
+"""Worker: the Ray actor that runs tasks, and its location."""
 
 from __future__ import annotations
 
@@ -19,67 +19,68 @@ from cluster.on_ray import draining
 
 @dataclass(frozen=True)
 class WorkerLocation:
-    """Where a worker is: the machine, its address, the process, the node as placing goes."""
+    """The location of a worker's process."""
 
     machine: str
+    """The host name."""
     address: str
     pid: int
     node: Node
 
 
 class Worker:
-    """One warm process: what a piece of work loads and caches stays for the next one."""
+    """One warm process: the modules and caches that a task loads stay loaded for the next task."""
 
     def __init__(self) -> None:
-        die_with_parent()  # Ray alone let busy workers write for half a minute after their node was gone
+        die_with_parent()  # without this, Ray let busy workers write for 30 s after their node was gone
         draining.watch()
-        self._packed, self._fn = b"", no_op
+        self._pickled_fn, self._fn = b"", no_op
 
-    def run(self, key: str, packed: bytes, args: tuple[Any, ...]) -> TaskResult:
-        return run_task(key, self._unpacked(packed), args)
+    def run(self, key: str, pickled_fn: bytes, args: tuple[Any, ...]) -> TaskResult:
+        return run_task(key, self._unpickled(pickled_fn), args)
 
     def run_rank(
         self,
         key: str,
-        packed: bytes,
+        pickled_fn: bytes,
         args: tuple[Any, ...],
         ranks: tuple[int, int, int],
-        met: tuple[str, int],
+        meeting_point: tuple[str, int],
     ) -> TaskResult:
-        """Do one rank's part of a gang's piece. ranks: its number, how many there are, its number on this node."""
-        return run_rank(key, pickle.loads(packed), args, Rank(*ranks, *met))
+        """Run one rank of a gang. `ranks`: its number, the number of ranks, its number among those of this node."""
+        return run_rank(key, pickle.loads(pickled_fn), args, Rank(*ranks, *meeting_point))
 
-    def meet(self, address: str) -> tuple[str, int]:
-        """Where the ranks of a gang may meet, whose first is here."""
+    def meeting_point(self, address: str) -> tuple[str, int]:
+        """Return the address and a free port at which the ranks of a gang can meet; this worker runs rank 0."""
         return address, free_port()
 
-    def where(self) -> WorkerLocation:
+    def location(self) -> WorkerLocation:
         import ray
 
-        here = ray.get_runtime_context()
-        labels: Mapping[str, Any] = here.get_node_labels()
-        node = Node(here.get_node_id(), dict(labels), _processor())
+        context = ray.get_runtime_context()
+        labels: Mapping[str, Any] = context.get_node_labels()
+        node = Node(context.get_node_id(), dict(labels), _processor())
         address: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
         return WorkerLocation(socket.gethostname(), address, os.getpid(), node)
 
-    def load(self, packed: bytes) -> None:
-        """Make the function ready: this process imports what it needs."""
-        self._unpacked(packed)
+    def load(self, pickled_fn: bytes) -> None:
+        """Unpickle a function before it is called, so that this process imports its modules."""
+        self._unpickled(pickled_fn)
 
-    def _unpacked(self, packed: bytes) -> Callable[..., Any]:
-        """The function of the last piece, if it is that again, as it mostly is."""
-        if packed != self._packed:
-            self._packed, self._fn = b"", pickle.loads(packed)
-            self._packed = packed
+    def _unpickled(self, pickled_fn: bytes) -> Callable[..., Any]:
+        """Return the function; consecutive tasks mostly have the same one, which is kept."""
+        if pickled_fn != self._pickled_fn:
+            self._pickled_fn, self._fn = b"", pickle.loads(pickled_fn)
+            self._pickled_fn = pickled_fn
         return self._fn
 
 
 def _processor() -> str:
-    """What of this machine a timing depends on: its processor's name, how many there are."""
+    """Return the part of this machine that a timing depends on: the processor's name and number of CPUs."""
     try:
-        told = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+        cpuinfo = Path("/proc/cpuinfo").read_text(encoding="utf-8")
         name = next(
-            line.partition(":")[2].strip() for line in told.splitlines() if line.startswith("model name")
+            line.partition(":")[2].strip() for line in cpuinfo.splitlines() if line.startswith("model name")
         )
     except (OSError, StopIteration):
         name = platform.processor() or platform.machine()
@@ -87,4 +88,4 @@ def _processor() -> str:
 
 
 def no_op() -> None:
-    """Stands where no function was sent yet."""
+    """Stands for the function of a worker to which none was sent yet."""

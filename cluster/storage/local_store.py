@@ -1,4 +1,4 @@
-"""A store in a folder of the local file system."""
+"""LocalStore: a store in a folder of the local file system."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from cluster.storage.manifest import (
 from cluster.storage.store import Holdings, StoredArtifact
 
 LEFTOVER_SECONDS = 24 * 3600.0
-"""What a writer has not touched for so long, it left when it was killed."""
+"""A file under tmp/ that was not touched for this time belongs to a writer that was killed."""
 
 
 class LocalStore:
@@ -39,72 +39,67 @@ class LocalStore:
 
         objects/ab/abcd…/…          an artifact's files, read-only
         records/results/0123.json   a record
-        tmp/                        what is being written, or was when its writer was killed
+        tmp/                        writes in progress, and those whose writer was killed
 
-    Everything is written under tmp/, synced, and then appears under its name at once, by a rename or a
-    hard link. A record's folder is not synced: a machine that loses power may lose the records of its last seconds,
-    each as a whole, and their jobs run again (docs/decisions/one-sync.md). What killed writers left is removed a
-    day later, when the store is next opened. The time of an artifact's folder is that of its last use.
+    Every write is made under tmp/, synced, and then appears under its name at once, by a rename or a hard link. A
+    record's folder is not synced: a machine that loses power may lose the records of its last seconds, each as a whole,
+    and their jobs run again (docs/decisions/one-sync.md). The modification time of an artifact's folder is that of its
+    last use.
     """
 
     FOLDERS = ("objects", "records", "tmp")
 
     def __init__(self, root: Path) -> None:
         self.root = root.absolute()
+
+    def ensure(self) -> None:
         for name in self.FOLDERS:
             (self.root / name).mkdir(parents=True, exist_ok=True)
-        self.sweep(LEFTOVER_SECONDS)
 
     def put(self, folder: Path) -> ArtifactRef:
         files = files_of(folder)
-        staged = self._temporary()
-        try:
-            staged.mkdir()
+        with self._staged_folder() as staged:
             ref = manifest(_copy(folder, name, staged) for name in files)
-            place = self._object(ref)
-            if not place.exists():
-                _reveal(staged, place)
-            _touch(place)
-        finally:
-            shutil.rmtree(staged, ignore_errors=True)
+            target = self._object(ref)
+            if not target.exists():
+                _publish(staged, target)
+            _touch(target)
         return ref
 
-    def lay(self, ref: ArtifactRef, write: Callable[[Path], None]) -> None:
-        """Hold as `ref` what `write` lays out in the folder that it is given. Its content is checked when it is
-        fetched, not now."""
-        place, staged = self._object(ref), self._temporary()
-        try:
-            staged.mkdir()
+    def add(self, ref: ArtifactRef, write: Callable[[Path], None]) -> None:
+        """Store as `ref` the files that `write` creates in the folder it is called with.
+
+        The content is checked when it is fetched, not now.
+        """
+        with self._staged_folder() as staged:
             write(staged)
-            _reveal(staged, place)
-        finally:
-            shutil.rmtree(staged, ignore_errors=True)
+            _publish(staged, self._object(ref))
 
     def fetch(self, ref: ArtifactRef, folder: Path) -> None:
-        """Lays out hard links, or copies where the folder is on another file system.
+        """Create hard links, or copies if the folder is on another file system.
 
-        Every byte is hashed each time: some 0.2 s for 270 MB, which are read next anyway. A link shares its
-        bytes with the store, so whoever writes through one (root may, in spite of the mode) would
-        otherwise change what everyone after measures.
+        Every byte is hashed each time: some 0.2 s for 270 MB, which the caller reads next anyway. A link shares its
+        bytes with the store, so a process that writes through a link (root may, in spite of the mode) would otherwise
+        change later measurements.
         """
         if os.path.lexists(folder):
             raise FileExistsError(f"{folder} exists; an artifact is fetched into a new folder")
-        held = self._object(ref)
-        if not held.is_dir():
-            raise LookupError(f"artifact {ref.digest} is not held in {self.root}")
+        source = self._object(ref)
+        if not source.is_dir():
+            raise LookupError(f"artifact {ref.digest} is not in {self.root}")
         folder.parent.mkdir(parents=True, exist_ok=True)
         staged = folder.parent / f".{folder.name}.{uuid.uuid4().hex}"
         try:
             staged.mkdir()
-            for name in plain_files(held):
-                link_or_copy(held / name, staged / name)
-            found = manifest(entry_of(staged, name) for name in plain_files(staged))
-            if found != ref:
+            for name in plain_files(source):
+                link_or_copy(source / name, staged / name)
+            content = manifest(entry_of(staged, name) for name in plain_files(staged))
+            if content != ref:
                 raise DamagedError(
                     f"artifact {ref.digest} in {self.root} is damaged; remove it, so that it is made again"
                 )
             staged.rename(folder)
-            _touch(held)
+            _touch(source)
         except FileNotFoundError as error:
             raise LookupError(f"artifact {ref.digest} was removed from {self.root} meanwhile") from error
         finally:
@@ -114,17 +109,20 @@ class LocalStore:
         return self._object(ref).is_dir()
 
     def remove(self, ref: ArtifactRef) -> None:
-        gone = self._temporary()
+        source = self._object(ref)
+        if not source.is_dir():
+            return
+        removed = self._temporary()
         try:
-            self._object(ref).rename(gone)
+            source.rename(removed)
         except FileNotFoundError:
             return
-        shutil.rmtree(gone, ignore_errors=True)
+        shutil.rmtree(removed, ignore_errors=True)
 
     def commit(self, key: str, record: Mapping[str, Any]) -> bool:
-        place = self._record(key)
+        target = self._record(key)
         content = json.dumps(dict(record), allow_nan=False, sort_keys=True).encode()
-        place.parent.mkdir(parents=True, exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
         staged = self._temporary()
         try:
             with staged.open("xb") as file:
@@ -132,7 +130,7 @@ class LocalStore:
                 file.flush()
                 os.fsync(file.fileno())
             # A link appears with all its content, and only if absent; O_EXCL would show a half-written file.
-            os.link(staged, place)
+            os.link(staged, target)
         except FileExistsError:
             return False
         finally:
@@ -154,32 +152,35 @@ class LocalStore:
         yield from sorted(key for key in keys if key.startswith(prefix))
 
     def forget(self, key: str) -> None:
-        place = self._record(key)
+        target = self._record(key)
         try:
-            place.unlink()
+            target.unlink()
         except FileNotFoundError:
             return
-        _sync_folder(place.parent)
+        _sync_folder(target.parent)
 
     def holdings(self) -> Holdings:
-        objects = (
-            folder for folder in (self.root / "objects").glob("*/*") if DIGEST_PATTERN.fullmatch(folder.name)
-        )
+        artifacts = []
+        for folder in (self.root / "objects").glob("*/*"):
+            if DIGEST_PATTERN.fullmatch(folder.name):
+                artifact = _stored_artifact(folder)
+                if artifact is not None:
+                    artifacts.append(artifact)
         records = _sizes(self.root / "records")
         return Holdings(
-            artifacts=tuple(held for folder in objects if (held := _held(folder)) is not None),
+            artifacts=tuple(artifacts),
             records=len(records),
             records_bytes=sum(records),
             unfinished_bytes=sum(_sizes(self.root / "tmp")),
         )
 
     def sweep(self, seconds: float) -> None:
-        for leftover in (self.root / "tmp").iterdir():
+        for leftover in (self.root / "tmp").glob("*"):
             try:
-                old = time.time() - leftover.lstat().st_mtime > seconds
-                if old and leftover.is_dir():
+                is_old = time.time() - leftover.lstat().st_mtime > seconds
+                if is_old and leftover.is_dir():
                     shutil.rmtree(leftover)
-                elif old:
+                elif is_old:
                     leftover.unlink()
             except FileNotFoundError:
                 continue  # its writer has ended, or another process sweeps too
@@ -192,21 +193,34 @@ class LocalStore:
         return self.root / "records" / f"{check_key(key)}.json"
 
     def _temporary(self) -> Path:
-        return self.root / "tmp" / uuid.uuid4().hex
+        """Return a new path under tmp/."""
+        folder = self.root / "tmp"
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder / uuid.uuid4().hex
+
+    @contextlib.contextmanager
+    def _staged_folder(self) -> Iterator[Path]:
+        """Create a folder under tmp/, and remove what is left of it at the end of the block."""
+        staged = self._temporary()
+        try:
+            staged.mkdir()
+            yield staged
+        finally:
+            shutil.rmtree(staged, ignore_errors=True)
 
 
 def _sizes(folder: Path) -> list[int]:
-    """Of all files below; what vanishes meanwhile is left out."""
-    found = []
+    """Return the sizes of all files below; files that vanish meanwhile are left out."""
+    sizes = []
     for parent, _, names in os.walk(folder):
         for name in names:
             with contextlib.suppress(FileNotFoundError):
-                found.append(os.lstat(os.path.join(parent, name)).st_size)
-    return found
+                sizes.append(os.lstat(os.path.join(parent, name)).st_size)
+    return sizes
 
 
-def _held(folder: Path) -> StoredArtifact | None:
-    """The artifact of this folder; None where it was removed meanwhile."""
+def _stored_artifact(folder: Path) -> StoredArtifact | None:
+    """Return the artifact of this folder; None if it was removed meanwhile."""
     try:
         used_at = folder.stat().st_mtime
     except FileNotFoundError:
@@ -215,17 +229,17 @@ def _held(folder: Path) -> StoredArtifact | None:
 
 
 def _touch(folder: Path) -> None:
-    """Note that an artifact is used now, where that may be noted: not in another user's store."""
+    """Note that an artifact is used now. Another user's store may not allow that."""
     with contextlib.suppress(OSError):
         os.utime(folder)
 
 
 def _copy(source: Path, name: str, target: Path) -> Entry:
-    """Copy one file, read-only and synced, and hash what was written in the same pass."""
-    place = target / name
-    place.parent.mkdir(parents=True, exist_ok=True)
+    """Copy one file, read-only and synced; return its description, hashed in the same pass."""
+    file = target / name
+    file.parent.mkdir(parents=True, exist_ok=True)
     sha256 = hashlib.sha256()
-    with (source / name).open("rb") as reader, place.open("xb") as writer:
+    with (source / name).open("rb") as reader, file.open("xb") as writer:
         while chunk := reader.read(CHUNK_BYTES):
             sha256.update(chunk)
             writer.write(chunk)
@@ -235,17 +249,17 @@ def _copy(source: Path, name: str, target: Path) -> Entry:
         return Entry(name, writer.tell(), sha256.hexdigest())
 
 
-def _reveal(staged: Path, place: Path) -> None:
-    """Let a complete folder appear under its name. Another writer may be first: its content is the same."""
+def _publish(staged: Path, target: Path) -> None:
+    """Move a complete folder to its name. Another writer may be first: its content is the same."""
     for parent, _, _ in os.walk(staged):
         _sync_folder(Path(parent))
-    place.parent.mkdir(exist_ok=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
     try:
-        staged.rename(place)
+        staged.rename(target)
     except OSError:
-        if not place.is_dir():
+        if not target.is_dir():
             raise
-    _sync_folder(place.parent)
+    _sync_folder(target.parent)
 
 
 def _sync_folder(folder: Path) -> None:

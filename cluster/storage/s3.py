@@ -1,15 +1,12 @@
-"""Bucket: requests to S3, made again until they do well, and what went wrong in one line. The door to boto3."""
+"""Bucket: requests to S3, with retries and one-line errors. The only user of boto3 for storage."""
 
 from __future__ import annotations
 
 import base64
 import hashlib
-import re
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any, TypeVar
-from urllib.parse import parse_qs, urlsplit
 
 import boto3
 from botocore import exceptions
@@ -17,15 +14,15 @@ from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
 
+from cluster.storage.s3_address import Address
+
 T = TypeVar("T")
 
 AT_ONCE = 4
-"""So many requests are under way at once."""
+"""The number of simultaneous requests."""
 ATTEMPTS = 12
-"""Of each request, some 45 s in all: where 30 % of them fail, one of two million is given up."""
+"""The attempts of each request, some 45 s in all: if 30 % of them fail, one request of two million is given up."""
 _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.1, 20.0
-_CACHE_GB = 20.0
-_OPTIONS = ("endpoint", "path_style", "cache_gb")
 
 _PERMISSIONS = {
     "list_objects_v2": "s3:ListBucket",
@@ -40,89 +37,38 @@ _PERMISSIONS = {
     "abort_multipart_upload": "s3:AbortMultipartUpload",
     "delete_object": "s3:DeleteObject",
 }
-"""What credentials must allow for each operation."""
+"""The permission that each operation needs."""
 _NEXT_PAGE = {
     "list_objects_v2": {"ContinuationToken": "NextContinuationToken"},
     "list_multipart_uploads": {"KeyMarker": "NextKeyMarker", "UploadIdMarker": "NextUploadIdMarker"},
     "list_parts": {"PartNumberMarker": "NextPartNumberMarker"},
 }
-_REFUSED = {
+"""The parameters of the next page, with the fields of a page that have their values."""
+_INVALID_CREDENTIALS = {
     "InvalidAccessKeyId",
     "SignatureDoesNotMatch",
     "ExpiredToken",
     "InvalidToken",
     "RequestTimeTooSkewed",
 }
-_PASSING = {"SlowDown", "RequestTimeout", "Throttling", "ThrottlingException", "OperationAborted",
-            "ConditionalRequestConflict", "InternalError", "ServiceUnavailable"}  # fmt: skip
+_TRANSIENT = {"SlowDown", "RequestTimeout", "Throttling", "ThrottlingException", "OperationAborted",
+              "ConditionalRequestConflict", "InternalError", "ServiceUnavailable"}  # fmt: skip
 
 
 class AbsentError(LookupError):
-    """There is no such object, or no such upload any more."""
+    """The object does not exist, or the upload has ended."""
 
 
 class TakenError(FileExistsError):
-    """An object of this key is there already."""
-
-
-@dataclass(frozen=True)
-class Address:
-    """s3://BUCKET/PREFIX?endpoint=URL&path_style=true&cache_gb=20, each of the options only if needed.
-
-    endpoint: of another service than AWS; without it AWS_ENDPOINT_URL_S3 and boto3's other settings count.
-    path_style: whether the bucket is in the URL's path, not in the host's name; None leaves it to boto3.
-    cache_gb: how much of what was fetched a machine keeps. Credentials are found where boto3 finds them, never here.
-    """
-
-    bucket: str
-    prefix: str = ""
-    endpoint: str | None = None
-    path_style: bool | None = None
-    cache_gb: float = _CACHE_GB
-
-    def __str__(self) -> str:
-        return f"s3://{self.bucket}" + (f"/{self.prefix}" if self.prefix else "")
-
-
-def parse(address: str) -> Address:
-    """Read an address. ValueError says what is wrong with it, without repeating what may be a secret."""
-    url = urlsplit(address)
-    options = parse_qs(url.query, keep_blank_values=True)
-    unknown = sorted(options.keys() - set(_OPTIONS))
-    endpoint = urlsplit(options["endpoint"][-1]) if "endpoint" in options else None
-    if "@" in url.netloc or (endpoint is not None and "@" in endpoint.netloc):
-        raise ValueError("an address of a store holds no credentials; boto3 finds them in AWS's own settings")
-    if not re.fullmatch(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]", url.netloc):
-        raise ValueError(f"{url.netloc!r} is no bucket's name; give s3://bucket/prefix")
-    prefix = url.path.strip("/")
-    if prefix and not all(
-        re.fullmatch(r"(?!\.\.?$)[A-Za-z0-9!_.*'()=-]+", part) for part in prefix.split("/")
-    ):
-        raise ValueError(
-            f"{prefix!r} is no prefix; give words of letters, digits and -_.=!*'() between slashes"
-        )
-    if unknown or url.fragment:
-        raise ValueError(
-            f"{', '.join(unknown) or '#'} is no option of a store; there are {', '.join(_OPTIONS)}"
-        )
-    if endpoint is not None and (endpoint.scheme not in ("http", "https") or not endpoint.hostname):
-        raise ValueError("endpoint is no http:// or https:// address")
-    style = options.get("path_style", [""])[-1]
-    if style not in ("", "true", "false"):
-        raise ValueError(f"path_style={style} is neither true nor false")
-    limit = options.get("cache_gb", [str(_CACHE_GB)])[-1]
-    if not re.fullmatch(r"\d+(\.\d+)?", limit):
-        raise ValueError(f"cache_gb={limit} is no number of gigabytes")
-    given = options["endpoint"][-1] if endpoint is not None else None
-    return Address(url.netloc, prefix, given, style == "true" if style else None, float(limit))
+    """An object with this key exists already."""
 
 
 class Bucket:
-    """Requests to one bucket. Each is made again, with growing random pauses, while that may help: `attempts` times.
+    """Requests to one bucket. A request that may succeed later is retried, with growing random pauses.
 
-    Then, or at once where trying cannot help, an OSError tells in one line what failed: PermissionError with the
-    permission that is missing, FileNotFoundError where there is no such bucket, TimeoutError where the service did not
-    answer well in time. Absent and Taken are told apart from these.
+    After `attempts`, or at once if a retry cannot help, an OSError describes the failure in one line: PermissionError
+    names the missing permission, FileNotFoundError a bucket that does not exist, TimeoutError a service that did not
+    answer well in time. AbsentError and TakenError are separate from these.
     """
 
     def __init__(self, address: Address, attempts: int = ATTEMPTS) -> None:
@@ -131,68 +77,78 @@ class Bucket:
         self._client = _client(address)
         weakref.finalize(self, self._client.close)  # its connections
 
-    def call(self, operation: str, key: str, given: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """One request, by boto3's name of the operation and of its parameters; `key` may be empty."""
-        named = {"Bucket": self.address.bucket, **({"Key": key} if key else {}), **(given or {})}
-        return self._insist(operation, key, lambda: getattr(self._client, operation)(**named))
+    def call(self, operation: str, key: str, parameters: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Send one request, by boto3's names of the operation and of its parameters; `key` may be empty."""
+        arguments: dict[str, Any] = {"Bucket": self.address.bucket}
+        if key:
+            arguments["Key"] = key
+        arguments |= parameters or {}
+        return self._retry(operation, key, lambda: getattr(self._client, operation)(**arguments))
 
     def pages(
-        self, operation: str, key: str, given: Mapping[str, Any], items: str
+        self, operation: str, key: str, parameters: Mapping[str, Any], items: str
     ) -> Iterator[dict[str, Any]]:
-        """What is listed under `items`, page by page."""
-        after: dict[str, Any] = {}
+        """Return the entries of the field `items`, page by page."""
+        marker: dict[str, Any] = {}
         while True:
-            page = self.call(operation, key, {**given, **after})
+            page = self.call(operation, key, {**parameters, **marker})
             yield from page.get(items, [])
             if not page.get("IsTruncated"):
                 return
-            after = {marker: page[next_one] for marker, next_one in _NEXT_PAGE[operation].items()}
+            marker = {name: page[field] for name, field in _NEXT_PAGE[operation].items()}
 
     def listed(self, prefix: str) -> Iterator[dict[str, Any]]:
-        """All objects whose keys start so."""
+        """Return all objects whose keys start with `prefix`."""
         return self.pages("list_objects_v2", "", {"Prefix": prefix}, "Contents")
 
     def read(self, key: str, start: int = 0, end: int | None = None) -> bytes:
-        """The bytes of an object, or those from `start` up to `end`. The whole answer is read again where it breaks."""
-        given = {"Bucket": self.address.bucket, "Key": key}
+        """Return the bytes of an object, or those from `start` up to `end`. An interrupted answer is read anew."""
+        parameters = {"Bucket": self.address.bucket, "Key": key}
         if end is not None:
-            given["Range"] = f"bytes={start}-{end - 1}"
+            parameters["Range"] = f"bytes={start}-{end - 1}"
 
         def read() -> bytes:
-            content: bytes = self._client.get_object(**given)["Body"].read()
+            content: bytes = self._client.get_object(**parameters)["Body"].read()
             return content
 
-        return self._insist("get_object", key, read)
+        return self._retry("get_object", key, read)
 
     def create(self, key: str, content: bytes, metadata: Mapping[str, str]) -> None:
-        """Write an object only if absent. Taken where one is there."""
-        given = {"Body": content, "IfNoneMatch": "*", "Metadata": dict(metadata)}
-        self.call("put_object", key, {**given, "ChecksumSHA256": encoded(hashlib.sha256(content).digest())})
+        """Write an object only if it is absent. TakenError if it exists."""
+        checksum = encoded(hashlib.sha256(content).digest())
+        parameters = {
+            "Body": content,
+            "IfNoneMatch": "*",
+            "Metadata": dict(metadata),
+            "ChecksumSHA256": checksum,
+        }
+        self.call("put_object", key, parameters)
 
     def put(self, key: str, content: bytes, sha256: bytes | None = None) -> None:
-        """Write an object, whose checksum S3 compares."""
+        """Write an object; S3 compares its checksum."""
         checksum = encoded(sha256 or hashlib.sha256(content).digest())
         self.call("put_object", key, {"Body": content, "ChecksumSHA256": checksum})
 
-    def _insist(self, operation: str, key: str, do: Callable[[], T]) -> T:
-        """Do it, again and again while it may help."""
+    def _retry(self, operation: str, key: str, send: Callable[[], T]) -> T:
         retrying = Retrying(
             stop=stop_after_attempt(self.attempts),
             wait=wait_random_exponential(_FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS),
-            retry=retry_if_exception(_passing),
+            retry=retry_if_exception(_is_transient),
             reraise=True,
         )
         try:
-            return retrying(do)
+            return retrying(send)
         except (BotoCoreError, ClientError) as error:
-            # Without the chain: what the service answered may name keys and accounts.
-            raise self._told(operation, key, error, retrying.statistics["attempt_number"]) from None
+            # Without the chain: the service's answer may name keys and accounts.
+            raise self._one_line(operation, key, error, retrying.statistics["attempt_number"]) from None
 
-    def _told(self, operation: str, key: str, error: BotoCoreError | ClientError, attempts: int) -> Exception:
-        """What an error of boto3 means, in one line."""
+    def _one_line(
+        self, operation: str, key: str, error: BotoCoreError | ClientError, attempts: int
+    ) -> Exception:
+        """Return the exception that describes an error of boto3 in one line."""
         permission = _PERMISSIONS[operation]
-        place = f"s3://{self.address.bucket}/{key}"
-        at = f" at {self.address.endpoint}" if self.address.endpoint else ""
+        object_url = f"s3://{self.address.bucket}/{key}"
+        endpoint = f" at {self.address.endpoint}" if self.address.endpoint else ""
         if isinstance(error, (exceptions.NoCredentialsError, exceptions.PartialCredentialsError)):
             return PermissionError(
                 "no AWS credentials were found: set AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or "
@@ -201,45 +157,45 @@ class Bucket:
         code, status = _answer(error)
         if code == "NoSuchBucket":
             return FileNotFoundError(
-                f"there is no bucket {self.address.bucket}{at}: create it, or name another"
+                f"there is no bucket {self.address.bucket}{endpoint}: create it, or name another"
             )
         if status == 412:
-            return TakenError(f"{place} is there already")
+            return TakenError(f"{object_url} exists already")
         if status == 404:
-            return AbsentError(f"there is no {place}")
-        if code in _REFUSED:
+            return AbsentError(f"there is no {object_url}")
+        if code in _INVALID_CREDENTIALS:
             return PermissionError(f"the credentials for {self.address} were refused ({code})")
         if status == 403:
-            return PermissionError(f"these credentials may not do {permission} on {place} ({code})")
-        if _passing(error):
+            return PermissionError(f"these credentials may not do {permission} on {object_url} ({code})")
+        if _is_transient(error):
             return TimeoutError(
-                f"{permission} on {place}{at} failed {attempts} times, the last time with {code}"
+                f"{permission} on {object_url}{endpoint} failed {attempts} times, the last time with {code}"
             )
-        return OSError(f"{permission} on {place}{at} failed with {code}")
+        return OSError(f"{permission} on {object_url}{endpoint} failed with {code}")
 
 
 def encoded(digest: bytes) -> str:
-    """A checksum as S3 is told it."""
+    """Return a checksum in the encoding of S3's requests."""
     return base64.b64encode(digest).decode()
 
 
 def _client(address: Address) -> Any:
     style = {None: "auto", True: "path", False: "virtual"}[address.path_style]
     config = Config(
-        # Tried again in one place, ours: botocore's own quota of retries would be used up in a bad hour.
+        # All retries are ours: botocore's own quota of retries would be used up in a bad hour.
         retries={"total_max_attempts": 1, "mode": "standard"},
         s3={} if address.path_style is None else {"addressing_style": style},
         connect_timeout=10, read_timeout=60, max_pool_connections=2 * AT_ONCE,
     )  # fmt: skip
     try:
-        # A session of its own: boto3's shared one must not be used by several threads.
+        # A separate session: boto3's shared one must not be used by several threads.
         return boto3.Session().client("s3", endpoint_url=address.endpoint, config=config)
-    except BotoCoreError as error:  # such as a profile that is not there
+    except BotoCoreError as error:  # such as a profile that does not exist
         raise OSError(f"{address} can't be opened: {error}") from None
 
 
 def _answer(error: BaseException) -> tuple[str, int]:
-    """The code and the HTTP status of an error; its kind and 0 where there was no answer."""
+    """Return the code and the HTTP status of an error; its class name and 0 if there was no answer."""
     if not isinstance(error, ClientError):
         return type(error).__name__, 0
     answer: Mapping[str, Any] = error.response
@@ -247,11 +203,11 @@ def _answer(error: BaseException) -> tuple[str, int]:
     return str(answer.get("Error", {}).get("Code", status)), status
 
 
-def _passing(error: BaseException) -> bool:
-    """Whether the same request may do better in a while."""
+def _is_transient(error: BaseException) -> bool:
+    """Return whether the same request may succeed later."""
     if isinstance(error, ClientError):
         code, status = _answer(error)
-        return status >= 500 or status == 429 or code in _PASSING
+        return status >= 500 or status == 429 or code in _TRANSIENT
     return isinstance(
         error, (exceptions.ConnectionError, exceptions.HTTPClientError, exceptions.IncompleteReadError)
     )

@@ -1,4 +1,4 @@
-"""S3Store: a store in a bucket, for machines that share nothing else."""
+"""S3Store: a store in a bucket, for machines that share no file system."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cluster.storage.local_store import LocalStore
+from cluster.storage.artifact_cache import ArtifactCache
 from cluster.storage.manifest import (
     ArtifactRef,
     DamagedError,
@@ -29,14 +29,34 @@ from cluster.storage.manifest import (
     listing,
     manifest,
 )
-from cluster.storage.s3 import AT_ONCE, ATTEMPTS, AbsentError, Bucket, TakenError, encoded, parse
+from cluster.storage.s3 import AT_ONCE, ATTEMPTS, AbsentError, Bucket, TakenError
+from cluster.storage.s3_address import parse
+from cluster.storage.s3_upload import PART_BYTES, HashedFile, Upload, hash_file, send_all
 from cluster.storage.store import Holdings, StoredArtifact
 
-PART_BYTES = 16 * 2**20
-"""Files are sent and fetched in parts of this size, or sent in larger ones where S3's 10,000 would not do."""
-_MOST_PARTS = 10_000
-_CHUNK_BYTES = 2**20
-_MOST_KEY_BYTES = 1024
+_MAX_KEY_BYTES = 1024
+"""S3's limit of the length of a key."""
+
+
+@dataclass(frozen=True)
+class _ObjectGroup:
+    """The objects under one digest: an artifact, or the files of an unfinished one."""
+
+    ref: ArtifactRef
+    items: list[dict[str, Any]]
+    """S3's list entries of its files and its manifest."""
+    used_at: float | None
+    """The time of the last use; None if there is no manifest, that is no artifact."""
+
+
+@dataclass(frozen=True)
+class _Range:
+    """A part of a file to download."""
+
+    file: Path
+    key: str
+    start: int
+    end: int
 
 
 class S3Store:
@@ -46,23 +66,27 @@ class S3Store:
         objects/abcd…/manifest.json    their names, sizes and digests; its own digest is the artifact's
         records/results/0123.json      a record
 
-    A manifest is written when all its files are there: it makes them an artifact. The time of its last change is that
-    of the artifact's last use. Files that no manifest names, and uploads in parts that were not completed, are what a
-    killed writer left; the next one of the same content goes on from there. docs/decisions/s3.md says why it is so.
+    A manifest is written after all its files: it makes them an artifact. The time of its last change is that of the
+    artifact's last use. Files without a manifest, and uploads in parts that were not completed, come from killed
+    writers; the next writer of the same content resumes them (docs/decisions/s3.md).
 
-    Requests fail as those of Bucket do, after so many attempts.
+    Requests raise the errors of Bucket.
     """
 
     def __init__(self, address: str, downloads: Path | None = None, attempts: int = ATTEMPTS) -> None:
         self.address = parse(address)
         self._bucket = Bucket(self.address, attempts)
-        self._cache = None if downloads is None else LocalStore(downloads)
+        self._cache = None if downloads is None else ArtifactCache(downloads, self.address.cache_gb * 1e9)
+
+    def ensure(self) -> None:
+        """Check that the bucket exists and can be listed."""
+        self._bucket.call("list_objects_v2", "", {"Prefix": self._key("records/"), "MaxKeys": 1})
 
     def check(self) -> None:
-        """Do once, with an object of its own, all that a study needs to do in the bucket. Raises as requests do."""
+        """Do once, with an object of its own, all that a study does in the bucket. Raises the errors of requests."""
         key = self._key(f"probe/{uuid.uuid4().hex}")
         self._bucket.call("list_objects_v2", "", {"Prefix": key})
-        with contextlib.suppress(TakenError):  # by ourselves, in a request that was taken for lost
+        with contextlib.suppress(TakenError):  # by an earlier attempt of this request whose answer was lost
             self._bucket.create(key, b"", {})
         try:
             self._bucket.read(key)
@@ -70,39 +94,39 @@ class S3Store:
                 self._bucket.create(key, b"again", {})
                 raise OSError(
                     f"{self.address} lets If-None-Match: * overwrite an object, so results could be counted twice; "
-                    "use a service that heeds it"
+                    "use a service that supports it"
                 )
-            self._sweepable(key)
+            self._check_uploads(key)
         finally:
             self._bucket.call("delete_object", key)
 
     def put(self, folder: Path) -> ArtifactRef:
-        """Files, and parts of large ones, that an earlier put of the same content sent are not sent again."""
-        hashed = [_hashed(folder, name) for name in files_of(folder)]
-        entries = [one.entry for one in hashed]
+        """Send a folder. Files, and parts of large ones, that an earlier put of the same content sent are reused."""
+        hashed = [hash_file(folder, name) for name in files_of(folder)]
+        entries = [file.entry for file in hashed]
         for entry in entries:
             _check_name(entry.name)
         ref = manifest(entries)
-        # Until all are seen there: what an earlier writer left may be swept while more is sent.
+        # Repeat until the bucket lists all files: a sweep may remove an earlier writer's files meanwhile.
         for _ in range(self._bucket.attempts + 1):
             missing = self._missing(folder, ref, hashed)
             if not missing:
                 break
-            self._send_all(missing)
+            send_all(self._bucket, missing)
         else:
             raise OSError(f"files of {folder} changed, or vanished from {self.address}, while they were put")
         self._bucket.put(self._object(ref, "manifest.json"), listing(entries))
-        self._keep(ref, folder, entries, _copy)
+        if self._cache is not None:
+            self._cache.add(ref, folder, entries, _copy)
         return ref
 
     def fetch(self, ref: ArtifactRef, folder: Path) -> None:
-        """Lays out links to this machine's copy where it has one, and else downloads. Every byte is hashed, as
-        LocalStore does it."""
+        """Create links to this machine's copy, or download. Every byte is hashed, as in LocalStore."""
         if os.path.lexists(folder):
             raise FileExistsError(f"{folder} exists; an artifact is fetched into a new folder")
         try:
             self._touch(ref)
-            if self._fetch_copy(ref, folder):
+            if self._cache is not None and self._cache.fetch(ref, folder):
                 return
             entries = self._entries(ref)
             folder.parent.mkdir(parents=True, exist_ok=True)
@@ -110,12 +134,13 @@ class S3Store:
             try:
                 staged.mkdir()
                 self._download(ref, entries, staged)
-                self._keep(ref, staged, entries, link_or_copy)
+                if self._cache is not None:
+                    self._cache.add(ref, staged, entries, link_or_copy)
                 staged.rename(folder)
             finally:
                 shutil.rmtree(staged, ignore_errors=True)
         except AbsentError:
-            raise LookupError(f"artifact {ref.digest} is not held in {self.address}") from None
+            raise LookupError(f"artifact {ref.digest} is not in {self.address}") from None
 
     def has(self, ref: ArtifactRef) -> bool:
         try:
@@ -125,7 +150,7 @@ class S3Store:
         return True
 
     def remove(self, ref: ArtifactRef) -> None:
-        # Without its manifest it is no artifact any more, wherever this is killed.
+        # The manifest goes first: without it there is no artifact, wherever this is killed.
         self._bucket.call("delete_object", self._object(ref, "manifest.json"))
         for item in self._bucket.listed(self._object(ref, "")):
             self._bucket.call("delete_object", item["Key"])
@@ -133,15 +158,18 @@ class S3Store:
             self._cache.remove(ref)
 
     def commit(self, key: str, record: Mapping[str, Any]) -> bool:
-        """Where a request that did create the record was taken for lost and made again, the second one finds the key
-        taken; the writer's mark on the record tells that it was this one."""
-        place = self._record(key)
+        """Create a record, marked with a random writer id.
+
+        If the answer to a successful request is lost, the repeated request finds the key taken; the writer id in the
+        record tells that this call created it.
+        """
+        object_key = self._record(key)
         content = json.dumps(dict(record), allow_nan=False, sort_keys=True).encode()
         writer = uuid.uuid4().hex
         try:
-            self._bucket.create(place, content, {"writer": writer})
+            self._bucket.create(object_key, content, {"writer": writer})
         except TakenError:
-            return self._writer(place) == writer
+            return self._writer(object_key) == writer
         return True
 
     def record(self, key: str) -> dict[str, Any] | None:
@@ -153,9 +181,9 @@ class S3Store:
 
     def records(self, prefix: str) -> Iterator[str]:
         top = self._key("records/")
-        found = (item["Key"][len(top) :] for item in self._bucket.listed(top + check_prefix(prefix)))
-        keys = (name.removesuffix(".json") for name in found if name.endswith(".json"))
-        # Others may put into a bucket what is no record of ours.
+        names = [item["Key"][len(top) :] for item in self._bucket.listed(top + check_prefix(prefix))]
+        keys = [name.removesuffix(".json") for name in names if name.endswith(".json")]
+        # The bucket may contain objects of other programs.
         yield from sorted(key for key in keys if _is_key(key))
 
     def forget(self, key: str) -> None:
@@ -163,170 +191,64 @@ class S3Store:
 
     def holdings(self) -> Holdings:
         artifacts, unfinished = [], sum(size_bytes for _, size_bytes, _ in self._uploads())
-        for ref, items, used_at in self._objects():
-            if used_at is None:
-                unfinished += sum(item["Size"] for item in items)
+        for group in self._object_groups():
+            if group.used_at is None:
+                unfinished += sum(item["Size"] for item in group.items)
             else:
-                artifacts.append(StoredArtifact(ref, used_at))
+                artifacts.append(StoredArtifact(group.ref, group.used_at))
         records = [item["Size"] for item in self._bucket.listed(self._key("records/"))]
         return Holdings(tuple(artifacts), len(records), sum(records), unfinished)
 
     def sweep(self, seconds: float) -> None:
-        """Abort uploads that were not completed, and delete files that no manifest names."""
+        """Abort uploads that were not completed, and delete files without a manifest."""
         before = time.time() - seconds
         for upload, _, touched_at in self._uploads():
             if touched_at <= before:
                 with contextlib.suppress(AbsentError):
-                    self._bucket.call(
-                        "abort_multipart_upload", upload["Key"], {"UploadId": upload["UploadId"]}
-                    )
-        for _, items, used_at in self._objects():
-            if used_at is None and max(item["LastModified"].timestamp() for item in items) <= before:
-                for item in items:
+                    upload_id = {"UploadId": upload["UploadId"]}
+                    self._bucket.call("abort_multipart_upload", upload["Key"], upload_id)
+        for group in self._object_groups():
+            last_change = max(item["LastModified"].timestamp() for item in group.items)
+            if group.used_at is None and last_change <= before:
+                for item in group.items:
                     self._bucket.call("delete_object", item["Key"])
 
-    def _missing(
-        self, folder: Path, ref: ArtifactRef, hashed: Sequence[_Hashed]
-    ) -> list[tuple[Path, str, _Hashed]]:
-        """The files of an artifact that are not there, with their keys."""
-        there = {item["Key"]: item["Size"] for item in self._bucket.listed(self._object(ref, "files/"))}
-        return [
-            (folder / one.entry.name, key, one)
-            for one in hashed
-            if there.get(key := self._object(ref, f"files/{one.entry.name}")) != one.entry.size_bytes
+    def _missing(self, folder: Path, ref: ArtifactRef, hashed: Sequence[HashedFile]) -> list[Upload]:
+        """Return the files of an artifact that the bucket does not have."""
+        sizes = {item["Key"]: item["Size"] for item in self._bucket.listed(self._object(ref, "files/"))}
+        uploads = [
+            Upload(folder / file.entry.name, self._object(ref, f"files/{file.entry.name}"), file)
+            for file in hashed
         ]
-
-    def _send_all(self, missing: Sequence[tuple[Path, str, _Hashed]]) -> None:
-        with ThreadPoolExecutor(AT_ONCE) as pool:
-            small = [one for one in missing if len(one[2].parts) <= 1]
-            list(pool.map(lambda one: self._send(*one), small))
-            for file, key, one in missing:
-                if len(one.parts) > 1:
-                    self._send_in_parts(pool, file, key, one)
-
-    def _send(self, file: Path, key: str, hashed: _Hashed) -> None:
-        self._bucket.put(key, file.read_bytes(), bytes.fromhex(hashed.entry.sha256))
-
-    def _send_in_parts(self, pool: ThreadPoolExecutor, file: Path, key: str, hashed: _Hashed) -> None:
-        """Others may send the same at the same time: they take up the same upload, and one of them completes it."""
-        for _ in range(self._bucket.attempts):
-            upload, sent = self._begun(key)
-            part = partial(self._part, file, key, upload, sent, hashed)
-            try:
-                parts = list(pool.map(part, range(1, len(hashed.parts) + 1)))
-                self._bucket.call(
-                    "complete_multipart_upload",
-                    key,
-                    {"UploadId": upload, "MultipartUpload": {"Parts": parts}},
-                )
-                return
-            except AbsentError:  # the upload has ended: completed by another, or swept
-                if any(item["Key"] == key for item in self._bucket.listed(key)):
-                    return
-        raise OSError(f"the upload of {key} to {self.address} was aborted {self._bucket.attempts} times")
-
-    def _begun(self, key: str) -> tuple[str, dict[int, dict[str, Any]]]:
-        """The upload in parts that is under way for this key, a new one if there is none, and the parts it has."""
-        uploads = self._bucket.pages("list_multipart_uploads", "", {"Prefix": key}, "Uploads")
-        begun = [upload["UploadId"] for upload in uploads if upload["Key"] == key]
-        if not begun:
-            given = {"ChecksumAlgorithm": "SHA256", "ChecksumType": "COMPOSITE"}
-            return self._bucket.call("create_multipart_upload", key, given)["UploadId"], {}
-        try:
-            parts = list(self._bucket.pages("list_parts", key, {"UploadId": begun[-1]}, "Parts"))
-        except AbsentError:  # completed or swept meanwhile, as the first part will tell
-            parts = []
-        return begun[-1], {part["PartNumber"]: part for part in parts}
-
-    def _part(
-        self,
-        file: Path,
-        key: str,
-        upload: str,
-        sent: Mapping[int, dict[str, Any]],
-        hashed: _Hashed,
-        number: int,
-    ) -> dict[str, Any]:
-        """Send one part, unless it is there already; what completing the upload has to say of it."""
-        size_bytes = part_size(hashed.entry.size_bytes)
-        with file.open("rb") as reader:
-            reader.seek((number - 1) * size_bytes)
-            body = reader.read(size_bytes)
-        checksum = encoded(hashed.parts[number - 1])
-        found = sent.get(number)
-        if found is None or not _same(found, body, checksum):
-            given = {"UploadId": upload, "PartNumber": number, "Body": body, "ChecksumSHA256": checksum}
-            found = self._bucket.call("upload_part", key, given)
-        return {"PartNumber": number, "ETag": found["ETag"], "ChecksumSHA256": checksum}
+        return [upload for upload in uploads if sizes.get(upload.key) != upload.hashed.entry.size_bytes]
 
     def _download(self, ref: ArtifactRef, entries: list[Entry], folder: Path) -> None:
-        pieces = [
-            (folder / entry.name, self._object(ref, f"files/{entry.name}"), start, entry.size_bytes)
-            for entry in entries
-            for start in range(0, entry.size_bytes, PART_BYTES)
-        ]
+        ranges = []
         for entry in entries:
-            (folder / entry.name).parent.mkdir(parents=True, exist_ok=True)
-            (folder / entry.name).touch()
+            file = folder / entry.name
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.touch()
+            key = self._object(ref, f"files/{entry.name}")
+            for start in range(0, entry.size_bytes, PART_BYTES):
+                ranges.append(_Range(file, key, start, min(start + PART_BYTES, entry.size_bytes)))
         try:
             with ThreadPoolExecutor(AT_ONCE) as pool:
-                list(pool.map(lambda piece: self._download_piece(*piece), pieces))
+                list(pool.map(partial(_download_range, self._bucket), ranges))
         except AbsentError:
-            # What lacks a file is no artifact: without its manifest, it can be put again.
+            # An artifact that lacks a file is damaged: without its manifest, it can be put again.
             self._bucket.call("delete_object", self._object(ref, "manifest.json"))
             raise
         for entry in entries:
             (folder / entry.name).chmod(0o444)
-        if manifest(_hashed(folder, entry.name).entry for entry in entries) != ref:
+        if manifest(hash_file(folder, entry.name).entry for entry in entries) != ref:
             raise self._damaged(ref)
 
-    def _download_piece(self, file: Path, key: str, start: int, size_bytes: int) -> None:
-        content = self._bucket.read(key, start, min(start + PART_BYTES, size_bytes))
-        with file.open("r+b") as writer:
-            writer.seek(start)
-            writer.write(content)
-
-    def _fetch_copy(self, ref: ArtifactRef, folder: Path) -> bool:
-        """Lay out this machine's copy; False where it has none that is whole."""
-        if self._cache is None:
-            return False
-        try:
-            self._cache.fetch(ref, folder)
-        except LookupError:
-            return False
-        except OSError:  # damaged; a disk that is full the download will meet again
-            self._cache.remove(ref)
-            return False
-        return True
-
-    def _keep(
-        self, ref: ArtifactRef, folder: Path, entries: Sequence[Entry], take: Callable[[Path, Path], None]
-    ) -> None:
-        """Keep a copy on this machine, and let go of those that were used longest ago where they are too many. Where
-        that is not possible all goes on."""
-        if self._cache is None:
-            return
-
-        def write(held: Path) -> None:
-            for entry in entries:
-                take(folder / entry.name, held / entry.name)
-
-        with contextlib.suppress(OSError):
-            self._cache.lay(ref, write)
-            held = sorted(self._cache.holdings().artifacts, key=lambda one: one.used_at)
-            excess = sum(one.ref.size_bytes for one in held) - self.address.cache_gb * 1e9
-            for one in held:
-                if excess <= 0:
-                    break
-                self._cache.remove(one.ref)
-                excess -= one.ref.size_bytes
-
     def _entries(self, ref: ArtifactRef) -> list[Entry]:
-        """What the manifest says. OSError where it is not this artifact's, or names what no folder may hold."""
+        """Read a manifest. OSError if it belongs to another artifact, or names files that no folder may have."""
         content = self._bucket.read(self._object(ref, "manifest.json"))
         if hashlib.sha256(content).hexdigest() != ref.digest:
             raise self._damaged(ref)
-        entries = [Entry(*one) for one in json.loads(content)]
+        entries = [Entry(*fields) for fields in json.loads(content)]
         try:
             for entry in entries:
                 _check_name(entry.name)
@@ -340,16 +262,19 @@ class S3Store:
         )
 
     def _touch(self, ref: ArtifactRef) -> None:
-        """Note that an artifact is used now, where that may be noted. Absent if it isn't held: a copy can't bring back
-        what another removes at this moment, as a put could."""
+        """Note that an artifact is used now, if that is allowed. AbsentError if the store does not have it.
+
+        The manifest is copied onto itself: unlike a put, a copy cannot bring back an artifact that another process
+        removes at this moment.
+        """
         key = self._object(ref, "manifest.json")
-        given = {
+        parameters = {
             "CopySource": {"Bucket": self.address.bucket, "Key": key},
             "MetadataDirective": "REPLACE",
             "Metadata": {"used": str(int(time.time()))},
         }
         try:
-            self._bucket.call("copy_object", key, given)
+            self._bucket.call("copy_object", key, parameters)
         except PermissionError:
             self._bucket.read(key)
 
@@ -360,45 +285,43 @@ class S3Store:
             return None
         return metadata.get("writer")
 
-    def _sweepable(self, key: str) -> None:
-        """Begin an upload in parts and abort it."""
+    def _check_uploads(self, key: str) -> None:
+        """Start an upload in parts, list it and abort it."""
         upload = self._bucket.call("create_multipart_upload", key)["UploadId"]
         list(self._bucket.pages("list_multipart_uploads", "", {"Prefix": key}, "Uploads"))
         self._bucket.call("abort_multipart_upload", key, {"UploadId": upload})
 
     def _uploads(self) -> Iterator[tuple[dict[str, Any], int, float]]:
-        """Uploads in parts that were not completed, how much of each is there, and when it was last touched."""
-        given = {"Prefix": self._key("objects/")}
-        for upload in self._bucket.pages("list_multipart_uploads", "", given, "Uploads"):
+        """Return each upload that was not completed, the size of its parts, and the time of its last part."""
+        prefix = {"Prefix": self._key("objects/")}
+        for upload in self._bucket.pages("list_multipart_uploads", "", prefix, "Uploads"):
+            upload_id = {"UploadId": upload["UploadId"]}
             try:
-                parts = list(
-                    self._bucket.pages("list_parts", upload["Key"], {"UploadId": upload["UploadId"]}, "Parts")
-                )
+                parts = list(self._bucket.pages("list_parts", upload["Key"], upload_id, "Parts"))
             except AbsentError:
                 continue
-            touched = [upload["Initiated"], *(part["LastModified"] for part in parts)]
-            yield upload, sum(part["Size"] for part in parts), max(touched).timestamp()
+            times = [upload["Initiated"], *(part["LastModified"] for part in parts)]
+            yield upload, sum(part["Size"] for part in parts), max(times).timestamp()
 
-    def _objects(self) -> Iterator[tuple[ArtifactRef, list[dict[str, Any]], float | None]]:
-        """What lies under each digest: its files, and when it was last used, None where no manifest names them."""
+    def _object_groups(self) -> Iterator[_ObjectGroup]:
         top = self._key("objects/")
-        found: dict[str, list[dict[str, Any]]] = {}
+        by_digest: dict[str, list[dict[str, Any]]] = {}
         for item in self._bucket.listed(top):
             digest = item["Key"][len(top) :].partition("/")[0]
-            with contextlib.suppress(ValueError):  # what others put into the bucket
-                found.setdefault(check_digest(digest), []).append(item)
-        for digest, items in found.items():
+            with contextlib.suppress(ValueError):  # an object of another program
+                by_digest.setdefault(check_digest(digest), []).append(item)
+        for digest, items in by_digest.items():
             files = [item for item in items if item["Key"].startswith(f"{top}{digest}/files/")]
             manifests = [item for item in items if item["Key"] == f"{top}{digest}/manifest.json"]
             used_at = manifests[0]["LastModified"].timestamp() if manifests else None
-            yield ArtifactRef(digest, sum(item["Size"] for item in files)), items, used_at
+            yield _ObjectGroup(ArtifactRef(digest, sum(item["Size"] for item in files)), items, used_at)
 
     def _key(self, name: str) -> str:
         return f"{self.address.prefix}/{name}" if self.address.prefix else name
 
     def _object(self, ref: ArtifactRef, name: str) -> str:
         key = self._key(f"objects/{check_digest(ref.digest)}/{name}")
-        if len(key.encode()) > _MOST_KEY_BYTES:
+        if len(key.encode()) > _MAX_KEY_BYTES:
             raise ValueError(f"{name!r} is too long a name for a file in {self.address}")
         return key
 
@@ -406,43 +329,15 @@ class S3Store:
         return self._key(f"records/{check_key(key)}.json")
 
 
-@dataclass(frozen=True)
-class _Hashed:
-    """A file with the SHA-256 of all of it, and of each of its parts."""
-
-    entry: Entry
-    parts: tuple[bytes, ...]
-
-
-def part_size(size_bytes: int) -> int:
-    """The size of all parts but the last of a file of this size."""
-    chunks = -(-size_bytes // (_MOST_PARTS * _CHUNK_BYTES))
-    return max(PART_BYTES, chunks * _CHUNK_BYTES)
-
-
-def _hashed(folder: Path, name: str) -> _Hashed:
-    """What S3 is told of each part is from the same reading as the whole's: S3 refuses a file that changed since."""
-    whole, parts, size_bytes = hashlib.sha256(), [], 0
-    with (folder / name).open("rb") as file, ThreadPoolExecutor(1) as beside:
-        per_part = part_size(os.fstat(file.fileno()).st_size)
-        while content := file.read(per_part):
-            part = beside.submit(hashlib.sha256, content)
-            whole.update(content)
-            parts.append(part.result().digest())
-            size_bytes += len(content)
-    return _Hashed(Entry(name, size_bytes, whole.hexdigest()), tuple(parts))
-
-
-def _same(found: Mapping[str, Any], body: bytes, checksum: str) -> bool:
-    """Whether a part that S3 lists is this one: by its SHA-256, or its MD5 where a service does not tell the other."""
-    if "ChecksumSHA256" in found:
-        return bool(found["ChecksumSHA256"] == checksum)
-    md5 = hashlib.md5(body, usedforsecurity=False).hexdigest()
-    return bool(found["Size"] == len(body) and found["ETag"].strip('"') == md5)
+def _download_range(bucket: Bucket, part: _Range) -> None:
+    content = bucket.read(part.key, part.start, part.end)
+    with part.file.open("r+b") as writer:
+        writer.seek(part.start)
+        writer.write(content)
 
 
 def _check_name(name: str) -> None:
-    """ValueError for a name that would leave the artifact's folder, or that S3 can't list."""
+    """Check a file's name. ValueError if it would leave the artifact's folder, or if S3 can't list it."""
     if {"", ".", ".."} & {*name.split("/")} or not name.isprintable():
         raise ValueError(f"{name!r} is no name of a file in an artifact")
 

@@ -1,1 +1,1 @@
-"""Templates: clusters as files. `filling` writes them, `checking` says what is wrong with one."""
+"""Templates: files that describe clusters. `filling` writes them, `checking` reports the problems of one."""

@@ -1,4 +1,4 @@
-"""Checking: whether a template would start the cluster that it says. Asks no cloud and starts nothing."""
+"""Check whether a template would start the cluster that it describes. Sends no request and starts nothing."""
 
 from __future__ import annotations
 
@@ -6,53 +6,58 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.templates import kuberay, launcher
-from cluster.templates.placed import Document, Problem, documents, shown
+from cluster.templates.yaml_lines import Document, Problem, documents, shown
 
 
 @dataclass(frozen=True)
 class Line:
-    """What a person reads of a problem. Those that are not `certain` are warnings."""
+    """A problem as the command prints it."""
 
     text: str
     certain: bool
+    """False for a warning."""
 
 
 def check(path: Path) -> list[Line]:
-    """All that is wrong with a template, or may be, in the order of its lines: `file:line key: got X, expected Y`.
+    """Return all problems of a template in the order of its lines, as `file:line key: got X, expected Y`.
 
-    Raises ValueError where it is no YAML or neither of Ray's launcher nor of KubeRay; OSError where it can't be read.
+    ValueError if it is no YAML, or neither a file of Ray's launcher nor of KubeRay; OSError if it can't be read.
     """
-    held = [document for document in documents(path) if document.data is not None]
-    if not held:
+    read = [document for document in documents(path) if document.data is not None]
+    if not read:
         raise ValueError(
             f"{path} got nothing, expected a template: slimfront init --template aws DIR writes one"
         )
-    found = []
-    for document in held:
-        problems = [*problems_of(path, document), *(Problem(key, "is given twice") for key in document.twice)]
-        # What an alias brings to many places is told once.
-        told: dict[tuple[int, str], Line] = {}
-        for one in problems:
-            line = document.line(one.key)
-            text = f"{path}:{line} {shown(one.key) or 'file'}: {one.message}"
-            told.setdefault((line, one.message), Line(text, one.certain))
-        found += [line for _, line in sorted(told.items(), key=lambda entry: entry[0][0])]
-    return found
+    lines: list[Line] = []
+    for document in read:
+        lines += _check_document(path, document)
+    return lines
 
 
 def problems_of(path: Path, document: Document) -> list[Problem]:
-    """All that is wrong with one document of the file `path`. Raises ValueError where it is none of a cluster's."""
+    """Return all problems of one document of the file `path`. ValueError if it does not describe a cluster."""
     data = document.data
     if not isinstance(data, dict):
         raise ValueError(f"{path}:{document.line(())} got {type(data).__name__}, expected keys with values")
     if str(data.get("apiVersion", "")).startswith("ray.io/"):
         return kuberay.check(document)
     if "apiVersion" in data:
-        said = f"got {data['apiVersion']}: only ray.io/v1 is checked"
-        return [Problem(("apiVersion",), said, certain=False)]
+        message = f"got {data['apiVersion']}: only ray.io/v1 is checked"
+        return [Problem(("apiVersion",), message, certain=False)]
     if not data.keys() & {"cluster_name", "provider", "available_node_types"}:
         raise ValueError(
             f"{path}:{document.line(())} got neither a file of Ray's launcher (cluster_name, provider) nor a "
             "manifest of KubeRay (apiVersion: ray.io/v1)"
         )
     return launcher.check(document)
+
+
+def _check_document(path: Path, document: Document) -> list[Line]:
+    problems = [*problems_of(path, document), *(Problem(key, "is given twice") for key in document.twice)]
+    # A problem that an alias copies to many keys is reported once.
+    by_line: dict[tuple[int, str], Line] = {}
+    for problem in problems:
+        line = document.line(problem.key)
+        text = f"{path}:{line} {shown(problem.key) or 'file'}: {problem.message}"
+        by_line.setdefault((line, problem.message), Line(text, problem.certain))
+    return [line for _, line in sorted(by_line.items(), key=lambda entry: entry[0][0])]

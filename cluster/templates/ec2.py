@@ -1,17 +1,18 @@
-"""What EC2 takes to start an instance, as botocore describes it. Asks nobody, needs no account."""
+"""Check node_configs by botocore's description of EC2's requests. Sends no request, needs no account."""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 from botocore.session import Session
 
-from cluster.templates.placed import Key, Problem
 from cluster.templates.schema import unknown
+from cluster.templates.yaml_lines import Key, Problem
 
-# Not EC2's: Ray takes one of them for SubnetId.
-_RAYS = ("SubnetIds",)
+_RAY_KEYS = ("SubnetIds",)
+"""Keys that are Ray's, not EC2's: Ray sets SubnetId to one of these."""
 _TYPES: dict[str, type | tuple[type, ...]] = {
     "structure": dict, "list": list, "map": dict, "string": str, "integer": int, "long": int, "boolean": bool,
     "float": (int, float), "double": (int, float),
@@ -19,38 +20,47 @@ _TYPES: dict[str, type | tuple[type, ...]] = {
 
 
 def unfit(node_config: dict[str, Any], at: Key) -> list[Problem]:
-    """What EC2 would refuse of the form of a node_config: unknown keys, wrong types, words that it does not know.
+    """Return the problems of the form of a node_config: unknown keys, wrong types, unknown constants.
 
-    Not: values that it looks up (images, subnets, instance types).
+    Values that EC2 looks up (images, subnets, instance types) are not checked.
     """
-    asked = {name: value for name, value in node_config.items() if name not in _RAYS}
-    return _unfit(asked, _input(), at)
+    parameters = {name: value for name, value in node_config.items() if name not in _RAY_KEYS}
+    return _unfit(parameters, _input_shape(), at)
 
 
 @functools.cache
 def instance_types() -> frozenset[str]:
-    """All that this version of botocore has heard of."""
-    return frozenset(_input().members["InstanceType"].enum)
+    """Return all instance types that this version of botocore lists."""
+    return frozenset(_input_shape().members["InstanceType"].enum)
 
 
 @functools.cache
-def _input() -> Any:
+def _input_shape() -> Any:
     return Session().get_service_model("ec2").operation_model("RunInstances").input_shape
 
 
-def _unfit(given: Any, shape: Any, at: Key) -> list[Problem]:
+def _unfit(value: Any, shape: Any, at: Key) -> list[Problem]:
     expected = _TYPES.get(shape.type_name)
-    is_bool = isinstance(given, bool) and expected is not bool
-    if expected is not None and (is_bool or not isinstance(given, expected)):
-        return [Problem(at, f"got {given!r}, expected {shape.type_name}")]
+    is_wrong_bool = isinstance(value, bool) and expected is not bool
+    if expected is not None and (is_wrong_bool or not isinstance(value, expected)):
+        return [Problem(at, f"got {value!r}, expected {shape.type_name}")]
     if shape.type_name == "structure":
-        known = [name for name in given if name in shape.members]
-        return [
-            *(Problem((*at, name), unknown(name, shape.members)) for name in given if name not in known),
-            *(p for name in known for p in _unfit(given[name], shape.members[name], (*at, name))),
-        ]
+        return _unfit_structure(value, shape, at)
     if shape.type_name == "list":
-        return [p for number, one in enumerate(given) for p in _unfit(one, shape.member, (*at, number))]
-    if shape.name != "InstanceType" and getattr(shape, "enum", None) and given not in shape.enum:
-        return [Problem(at, unknown(given, shape.enum))]
+        problems: list[Problem] = []
+        for number, item in enumerate(value):
+            problems += _unfit(item, shape.member, (*at, number))
+        return problems
+    if shape.name != "InstanceType" and getattr(shape, "enum", None) and value not in shape.enum:
+        return [Problem(at, unknown(value, shape.enum))]
     return []
+
+
+def _unfit_structure(value: Mapping[str, Any], shape: Any, at: Key) -> list[Problem]:
+    problems = [
+        Problem((*at, name), unknown(name, shape.members)) for name in value if name not in shape.members
+    ]
+    for name in value:
+        if name in shape.members:
+            problems += _unfit(value[name], shape.members[name], (*at, name))
+    return problems

@@ -1,4 +1,4 @@
-"""Filling: the files of a cluster, from a few choices."""
+"""Fill in the files of a cluster from a few choices."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ TEMPLATES: Mapping[str, tuple[str, ...]] = {
     "gcp": ("gcp.yaml", "Dockerfile"),
     "kuberay": ("raycluster.yaml", "rayjob.yaml", "Dockerfile"),
 }
-"""The files of each; constraints.txt, which the Dockerfile reads, comes on top."""
+"""The files of each template; constraints.txt, which the Dockerfile reads, is added."""
 
-# The smallest machine with a GPU of each kind that a job of ours fits on.
+# The smallest machine with a GPU of each kind on which a job fits.
 _GPU_TYPES = {
     "aws": {"T4": "g4dn.2xlarge", "A10G": "g5.2xlarge", "L4": "g6.2xlarge", "L40S": "g6e.2xlarge",
             "A100": "p4d.24xlarge", "H100": "p5.4xlarge"},
@@ -31,7 +31,7 @@ _HEAD_TYPE = {"aws": "m7i.large", "gcp": "e2-standard-4"}
 _CPU_TYPE = {"aws": "c7i.2xlarge", "gcp": "c3-standard-8"}
 _REGION = {"aws": "us-east-1", "gcp": "us-central1"}
 _EXTRAS = ("gguf", "onnx", "openvino", "tasks")
-# With what Ray starts machines there, on the head; known to fit the Ray that is pinned.
+# The client with which Ray's head starts machines of Google Cloud; this version fits the pinned Ray.
 _GOOGLE_API = "2.202.0"
 _FORMS = {
     "name": (r"[a-z][a-z0-9-]{0,29}", "a letter and up to 29 of a-z, 0-9 and -"),
@@ -43,70 +43,70 @@ _FORMS = {
         "the name of an image, as in registry.example.org/team/slimfront:1",
     ),
 }
-# What does not mean a thing to some.
+# The templates to which a choice applies, if not to all.
 _ONLY = {"region": ("aws", "gcp"), "zone": ("gcp",), "project": ("gcp",), "gpu": ("aws", "gcp")}
 
 
 @dataclass(frozen=True)
 class Choices:
-    """What may be chosen of a cluster; None takes a default where there is one.
-
-    gpu: the kind, as in L4. image: where the image that the Dockerfile makes will be pulled from.
-    max_workers: nodes beside the head. project: of Google Cloud.
-    """
+    """The choices for a cluster; None stands for the default, if there is one."""
 
     name: str = "slimfront"
     image: str | None = None
+    """The address from which nodes pull the image that the Dockerfile makes."""
     max_workers: int = 4
+    """The largest number of nodes besides the head."""
     region: str | None = None
     zone: str | None = None
     project: str | None = None
+    """The project of Google Cloud."""
     gpu: str | None = None
+    """The kind of GPU, as L4."""
 
 
 def fill(template: str, choices: Choices) -> dict[str, str]:
-    """The files' contents by name. Raises ValueError where something chosen does not fit, all of it at once."""
+    """Return the files' contents by name. ValueError lists all choices that do not fit, a line each."""
     if template not in TEMPLATES:
         raise ValueError(f"template: {unknown(template, TEMPLATES)}")
-    wrong = refusals(template, choices)
-    if wrong:
-        raise ValueError("\n".join(wrong))
+    messages = refusals(template, choices)
+    if messages:
+        raise ValueError("\n".join(messages))
     values = _versions() | _values(template, choices)
-    filled = {name: _filled(name, values) for name in TEMPLATES[template]}
-    return filled | {"constraints.txt": "".join(f"{one}\n" for one in pins())}
+    contents = {name: _filled(name, values) for name in TEMPLATES[template]}
+    return contents | {"constraints.txt": "".join(f"{pin}\n" for pin in pins())}
 
 
 def refusals(template: str, choices: Choices) -> list[str]:
-    """What is wrong with the choices, a line each."""
-    wrong = []
+    """Return the problems of the choices, a line each."""
+    messages = []
     for field in fields(choices):
         value = getattr(choices, field.name)
         if value is None:
             continue
         if template not in _ONLY.get(field.name, TEMPLATES):
-            wrong.append(f"{field.name}: got {value}, which means nothing to {template}")
+            messages.append(f"{field.name}: got {value}, which does not apply to {template}")
         elif field.name in _FORMS and not re.fullmatch(_FORMS[field.name][0], str(value)):
-            wrong.append(f"{field.name}: got {value}, expected {_FORMS[field.name][1]}")
+            messages.append(f"{field.name}: got {value}, expected {_FORMS[field.name][1]}")
     if choices.max_workers < 1:
-        wrong.append(f"max_workers: got {choices.max_workers}, expected 1 or more")
+        messages.append(f"max_workers: got {choices.max_workers}, expected 1 or more")
     kinds = _GPU_TYPES.get(template, {})
     if choices.gpu is not None and kinds and choices.gpu not in kinds:
-        wrong.append(f"gpu: {unknown(choices.gpu, kinds)}")
+        messages.append(f"gpu: {unknown(choices.gpu, kinds)}")
     if template == "gcp" and choices.project is None:
-        wrong.append("project: got nothing, expected the id of a project of Google Cloud")
+        messages.append("project: got nothing, expected the id of a project of Google Cloud")
     region = choices.region or _REGION.get(template, "")
     if choices.zone is not None and template == "gcp" and not choices.zone.startswith(f"{region}-"):
-        wrong.append(f"zone: got {choices.zone}, expected a zone of {region}")
-    return wrong
+        messages.append(f"zone: got {choices.zone}, expected a zone of {region}")
+    return messages
 
 
 def write(contents: Mapping[str, str], folder: Path) -> list[Path]:
-    """Write the files; the folder is made. Raises FileExistsError, and writes none, where one is there already."""
+    """Write the files into the folder, which is created. FileExistsError, before any is written, if one exists."""
     paths = [folder / name for name in contents]
-    there = [str(path) for path in paths if path.exists()]
-    if there:
+    existing = [str(path) for path in paths if path.exists()]
+    if existing:
         raise FileExistsError(
-            f"{', '.join(there)} would be overwritten; name another folder, or move them away"
+            f"{', '.join(existing)} would be overwritten; name another folder, or move them away"
         )
     folder.mkdir(parents=True, exist_ok=True)
     for path, text in zip(paths, contents.values(), strict=True):
@@ -115,19 +115,19 @@ def write(contents: Mapping[str, str], folder: Path) -> list[Path]:
 
 
 def pins() -> list[str]:
-    """What is installed here of what slimfront asks for, as exact versions; a build's own mark (+cpu) is left out."""
-    found = set()
-    for asked in metadata.requires("slimfront") or ():
-        name = re.match(r"[A-Za-z0-9._-]+", asked)
-        extra = re.search(r"extra == [\"'](\w+)[\"']", asked)
+    """Return the installed versions of slimfront's requirements as exact pins, without a build's suffix (+cpu)."""
+    versions = set()
+    for requirement in metadata.requires("slimfront") or ():
+        name = re.match(r"[A-Za-z0-9._-]+", requirement)
+        extra = re.search(r"extra == [\"'](\w+)[\"']", requirement)
         if name is None or (extra is not None and extra[1] not in _EXTRAS):
             continue
         try:
             version = metadata.version(name[0])
         except metadata.PackageNotFoundError:
-            continue  # of an extra that is not installed here: the wheel's bounds hold for it
-        found.add(f"{name[0].lower()}=={version.partition('+')[0]}")
-    return sorted(found)
+            continue  # of an extra that is not installed here: the wheel's bounds apply
+        versions.add(f"{name[0].lower()}=={version.partition('+')[0]}")
+    return sorted(versions)
 
 
 def _versions() -> dict[str, str]:
@@ -154,7 +154,7 @@ def _values(template: str, choices: Choices) -> dict[str, str]:
     gpu = choices.gpu or "L4"
     types = table(template).types
     gpu_type, cpu_type = _GPU_TYPES[template][gpu], _CPU_TYPE[template]
-    attached = gpu_type.startswith("n1-")
+    is_attached = gpu_type.startswith("n1-")  # GPUs of n1 machines are attached separately
     zone = choices.zone or f"{region}-a"
     cores = types[cpu_type].cpus // 2
     return values | {
@@ -165,18 +165,18 @@ def _values(template: str, choices: Choices) -> dict[str, str]:
         "gpu": gpu,
         "gpu_type": gpu_type,
         "gpu_cpus": str(types[gpu_type].cpus),
-        "gpus": str(1 if attached else types[gpu_type].gpus),
-        "accelerators": _accelerators(choices.project or "", zone, gpu) if attached else "",
-        "gpu_memory": str(_for_work(types[gpu_type])),
+        "gpus": str(1 if is_attached else types[gpu_type].gpus),
+        "accelerators": _accelerators(choices.project or "", zone, gpu) if is_attached else "",
+        "gpu_memory": str(_task_memory(types[gpu_type])),
         "cpu_type": cpu_type,
-        "cpu_memory": str(_for_work(types[cpu_type])),
+        "cpu_memory": str(_task_memory(types[cpu_type])),
         "cpu_cpus": str(cores),
         "cpu_cores": str(cores),
     }
 
 
-def _for_work(instance: Instance) -> int:
-    """The bytes of a machine's memory that work may have: a tenth is the system's, and 30 % of the rest Ray's store."""
+def _task_memory(instance: Instance) -> int:
+    """Return the bytes of memory for tasks: the system has a tenth, and Ray's object store 30 % of the remainder."""
     return int(instance.memory_gib * 2**30 * 0.9 * 0.7)
 
 

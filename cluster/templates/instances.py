@@ -1,4 +1,4 @@
-"""What the machines that clouds lend have, from a table of a stated date."""
+"""Machine types of clouds, from a table with a stated date."""
 
 from __future__ import annotations
 
@@ -13,19 +13,22 @@ import yaml
 
 @dataclass(frozen=True)
 class Instance:
-    """cpus: as the cloud counts them, two to a core on most types; gpu: the kind, as sellers call it."""
+    """The resources of a machine type."""
 
     cpus: int
+    """The number of virtual CPUs, two for each core on most types."""
     memory_gib: float
     gpus: int = 0
     gpu: str | None = None
+    """The usual name of its GPU, as L4."""
 
 
 @dataclass(frozen=True)
 class Table:
-    """as_of: the day it was put together, as 2026-11-23."""
+    """The machine types of one cloud."""
 
     as_of: str
+    """The date of the table, as 2026-11-23."""
     types: Mapping[str, Instance]
 
     @property
@@ -36,7 +39,7 @@ class Table:
 
 @functools.cache
 def table(cloud: str) -> Table:
-    """The types of `aws` or `gcp`."""
+    """Return the types of `aws` or `gcp`."""
     content = yaml.safe_load((files("cluster.templates") / "shipped" / "instances.yaml").read_text("utf-8"))
     types = {name: Instance(**row) for name, row in content[cloud].items()}
     return Table(str(content["as_of"]), MappingProxyType(types))

@@ -1,4 +1,4 @@
-"""Manifests for the KubeRay operator: a closed schema of what they may say, and what no schema can tell."""
+"""Check manifests for the KubeRay operator: by a closed schema, and for problems that no schema describes."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from typing import Any
 import yaml
 
 from cluster.templates.instances import table
-from cluster.templates.placed import Document, Key, Problem
 from cluster.templates.schema import against, unknown
+from cluster.templates.yaml_lines import Document, Key, Problem
 
 KINDS = ("RayCluster", "RayJob")
 
@@ -28,16 +28,17 @@ _WORDS: dict[str, dict[str, Any]] = {
     "quantities": {"type": "object", "patternProperties": {".*": {"type": ["string", "number"]}}},
     "any": {},
 }
+"""The schema of each word that shipped/kuberay.yaml uses for a value."""
 _GPU = "nvidia.com/gpu"
 _INSTANCE_LABEL = "node.kubernetes.io/instance-type"
-# KubeRay lengthens the names of what it makes; Kubernetes stops at 63 characters.
 _LONGEST_NAME = {"RayCluster": 52, "RayJob": 47}
+"""KubeRay adds suffixes to these names; Kubernetes allows 63 characters."""
 _FIRST_WITH_TOKENS = (2, 52)
 _FIRST_WITH_AUTOSCALER_V2 = (2, 10)
 
 
 def check(document: Document) -> list[Problem]:
-    """All that is wrong with a RayCluster or a RayJob, or may be."""
+    """Return all problems of a RayCluster or a RayJob."""
     kind = document.data.get("kind")
     if kind not in KINDS:
         return [Problem(("kind",), f"{unknown(kind, KINDS)}: not checked", certain=False)]
@@ -46,17 +47,17 @@ def check(document: Document) -> list[Problem]:
         return problems
     problems += _name(document.data["metadata"], kind)
     spec = document.data["spec"]
-    if kind == "RayJob":
-        problems += _job(spec)
-        return problems + (
-            _cluster(spec["rayClusterSpec"], ("spec", "rayClusterSpec")) if "rayClusterSpec" in spec else []
-        )
-    return problems + _cluster(spec, ("spec",))
+    if kind == "RayCluster":
+        return problems + _cluster(spec, ("spec",))
+    problems += _job(spec)
+    if "rayClusterSpec" in spec:
+        problems += _cluster(spec["rayClusterSpec"], ("spec", "rayClusterSpec"))
+    return problems
 
 
 @functools.cache
 def schema(kind: str) -> dict[str, Any]:
-    """The JSON schema of a kind, closed: a key that it does not name is refused."""
+    """Return the JSON schema of a kind. It is closed: unknown keys are refused."""
     content = yaml.safe_load((files("cluster.templates") / "shipped" / "kuberay.yaml").read_text("utf-8"))
     return _object(content, kind)
 
@@ -81,20 +82,19 @@ def _name(metadata: dict[str, Any], kind: str) -> Iterator[Problem]:
         if "generateName" not in metadata:
             yield Problem(("metadata",), "got no name, which must be given")
     elif not re.fullmatch(r"[a-z]([a-z0-9-]*[a-z0-9])?", name) or len(name) > _LONGEST_NAME[kind]:
-        said = f"got {name}, expected at most {_LONGEST_NAME[kind]} of a-z, 0-9 and -, a letter first"
-        yield Problem(("metadata", "name"), said)
+        message = f"got {name}, expected at most {_LONGEST_NAME[kind]} of a-z, 0-9 and -, a letter first"
+        yield Problem(("metadata", "name"), message)
 
 
 def _job(spec: dict[str, Any]) -> Iterator[Problem]:
     at: Key = ("spec",)
-    stays = not spec.get("shutdownAfterJobFinishes")
-    if spec.get("ttlSecondsAfterFinished") and stays:
-        said = "got a time to live, but no shutdownAfterJobFinishes: true; KubeRay refuses that"
-        yield Problem((*at, "ttlSecondsAfterFinished"), said)
-    elif stays and "clusterSelector" not in spec:
-        yield Problem(
-            at, "got no shutdownAfterJobFinishes: true: the cluster would stay, and cost", certain=False
-        )
+    remains = not spec.get("shutdownAfterJobFinishes")
+    if spec.get("ttlSecondsAfterFinished") and remains:
+        message = "got a time to live, but no shutdownAfterJobFinishes: true; KubeRay refuses that"
+        yield Problem((*at, "ttlSecondsAfterFinished"), message)
+    elif remains and "clusterSelector" not in spec:
+        message = "got no shutdownAfterJobFinishes: true: the cluster would stay, and cost"
+        yield Problem(at, message, certain=False)
     if ("rayClusterSpec" in spec) == ("clusterSelector" in spec):
         yield Problem(at, "expected either rayClusterSpec or clusterSelector")
     if not spec.get("entrypoint") and spec.get("submissionMode") != "InteractiveMode":
@@ -108,8 +108,8 @@ def _cluster(spec: dict[str, Any], at: Key) -> list[Problem]:
     version = spec.get("rayVersion")
     problems = [*_versions(spec, at), *_group(head, version, (*at, "headGroupSpec"))]
     for number, group in enumerate(groups):
-        place: Key = (*at, "workerGroupSpecs", number)
-        problems += [*_replicas(group, place), *_group(group, version, place)]
+        group_key: Key = (*at, "workerGroupSpecs", number)
+        problems += [*_replicas(group, group_key), *_group(group, version, group_key)]
     for name, times in Counter(group["groupName"] for group in groups).items():
         if times > 1:
             problems.append(Problem((*at, "workerGroupSpecs"), f"got {times} groups of the name {name}"))
@@ -117,69 +117,91 @@ def _cluster(spec: dict[str, Any], at: Key) -> list[Problem]:
 
 
 def _versions(spec: dict[str, Any], at: Key) -> Iterator[Problem]:
+    """Check that this version of Ray has tokens, if they are required, and the autoscaler that is named."""
     version = spec.get("rayVersion")
-    known = tuple(map(int, re.findall(r"\d+", version or "")[:2]))
+    numbers = tuple(map(int, re.findall(r"\d+", version or "")[:2]))
     mode = spec.get("authOptions", {}).get("mode")
-    if mode == "token" and known < _FIRST_WITH_TOKENS:
-        yield Problem(
-            (*at, "authOptions", "mode"), f"got token with rayVersion {version}, expected 2.52.0 or later"
-        )
+    if mode == "token" and numbers < _FIRST_WITH_TOKENS:
+        message = f"got token with rayVersion {version}, expected 2.52.0 or later"
+        yield Problem((*at, "authOptions", "mode"), message)
     elif mode != "token":
-        said = "got no authOptions.mode: token: whoever reaches the head runs what they like"
-        yield Problem((*at, "authOptions") if "authOptions" in spec else at, said, certain=False)
+        message = "got no authOptions.mode: token: any process that reaches the head may run programs on the cluster"
+        yield Problem((*at, "authOptions") if "authOptions" in spec else at, message, certain=False)
     scales, options = spec.get("enableInTreeAutoscaling"), spec.get("autoscalerOptions", {})
     if options and not scales:
-        said = "got options without enableInTreeAutoscaling: true: they do nothing"
-        yield Problem((*at, "autoscalerOptions"), said)
-    if scales and options.get("version") == "v2" and known < _FIRST_WITH_AUTOSCALER_V2:
-        said = f"got v2 with rayVersion {version}, expected 2.10.0 or later"
-        yield Problem((*at, "autoscalerOptions", "version"), said)
+        message = "got options without enableInTreeAutoscaling: true: they do nothing"
+        yield Problem((*at, "autoscalerOptions"), message)
+    if scales and options.get("version") == "v2" and numbers < _FIRST_WITH_AUTOSCALER_V2:
+        message = f"got v2 with rayVersion {version}, expected 2.10.0 or later"
+        yield Problem((*at, "autoscalerOptions", "version"), message)
 
 
 def _replicas(group: dict[str, Any], at: Key) -> Iterator[Problem]:
-    least, most = group.get("minReplicas", 0), group.get("maxReplicas")
-    if most is not None and least > most:
-        yield Problem((*at, "minReplicas"), f"got {least}, expected no more than its maxReplicas, {most}")
-    elif "replicas" in group and not least <= group["replicas"] <= (most or group["replicas"]):
-        said = f"got {group['replicas']}, expected {least} to {most}, its minReplicas to maxReplicas"
-        yield Problem((*at, "replicas"), said)
+    minimum, maximum = group.get("minReplicas", 0), group.get("maxReplicas")
+    if maximum is not None and minimum > maximum:
+        message = f"got {minimum}, expected no more than its maxReplicas, {maximum}"
+        yield Problem((*at, "minReplicas"), message)
+    elif "replicas" in group and not minimum <= group["replicas"] <= (maximum or group["replicas"]):
+        message = f"got {group['replicas']}, expected {minimum} to {maximum}, its minReplicas to maxReplicas"
+        yield Problem((*at, "replicas"), message)
 
 
 def _group(group: dict[str, Any], version: str | None, at: Key) -> Iterator[Problem]:
-    """Ray's version, and GPUs of the pod, of Ray and of the node's type against each other."""
-    pod, in_pod = group["template"]["spec"], (*at, "template", "spec")
+    """Check the pod of a group: its version of Ray, its GPUs and its volumes."""
+    pod, pod_key = group["template"]["spec"], (*at, "template", "spec")
     if not pod["containers"]:
-        yield Problem((*in_pod, "containers"), "got none, expected one that runs Ray")
+        yield Problem((*pod_key, "containers"), "got none, expected one that runs Ray")
         return
-    image = pod["containers"][0]["image"]
-    tagged = re.fullmatch(r"(?:.*/)?ray:(\d+\.\d+\.\d+).*", image)
-    if tagged and version is not None and tagged[1] != version:
-        said = f"got Ray {tagged[1]}, expected {version}, the rayVersion: Ray refuses others"
-        yield Problem((*in_pod, "containers", 0, "image"), said)
-    resources, place = pod["containers"][0].get("resources", {}), (*in_pod, "containers", 0, "resources")
-    limit = str(resources.get("limits", {}).get(_GPU, 0))
-    asked = str(resources.get("requests", {}).get(_GPU, limit))
-    if asked != limit:
-        said = f"got {asked}, expected what stands under limits, {limit}: Kubernetes refuses others"
-        yield Problem((*place, "requests", _GPU), said)
+    yield from _image(pod, version, pod_key)
+    container_key = (*pod_key, "containers", 0)
+    yield from _gpu_requests(pod, (*container_key, "resources"))
+    limit = _gpu_limit(pod)
     if not limit.isdigit():
-        yield Problem(
-            (*place, "limits", _GPU), f"got {limit}, expected a whole number: GPUs are not shared out"
-        )
         return
-    gpus = int(limit)
-    claimed = group.get("resources", {}).get("GPU", group.get("rayStartParams", {}).get("num-gpus"))
+    yield from _gpus(group, int(limit), at)
+    yield from _volumes(pod, (*container_key, "volumeMounts"))
+
+
+def _image(pod: dict[str, Any], version: str | None, pod_key: Key) -> Iterator[Problem]:
+    image = pod["containers"][0]["image"]
+    tag = re.fullmatch(r"(?:.*/)?ray:(\d+\.\d+\.\d+).*", image)
+    if tag and version is not None and tag[1] != version:
+        message = f"got Ray {tag[1]}, expected {version}, the rayVersion: Ray refuses others"
+        yield Problem((*pod_key, "containers", 0, "image"), message)
+
+
+def _gpu_limit(pod: dict[str, Any]) -> str:
+    return str(pod["containers"][0].get("resources", {}).get("limits", {}).get(_GPU, 0))
+
+
+def _gpu_requests(pod: dict[str, Any], at: Key) -> Iterator[Problem]:
+    limit = _gpu_limit(pod)
+    requested = str(pod["containers"][0].get("resources", {}).get("requests", {}).get(_GPU, limit))
+    if requested != limit:
+        message = f"got {requested}, expected the number under limits, {limit}: Kubernetes refuses others"
+        yield Problem((*at, "requests", _GPU), message)
+    if not limit.isdigit():
+        message = f"got {limit}, expected a whole number: pods cannot share a GPU"
+        yield Problem((*at, "limits", _GPU), message)
+
+
+def _gpus(group: dict[str, Any], gpus: int, at: Key) -> Iterator[Problem]:
+    """Compare the GPUs of the pod with those that Ray is told, and with those of the node's type."""
+    resources, parameters = group.get("resources", {}), group.get("rayStartParams", {})
+    claimed = resources.get("GPU", parameters.get("num-gpus"))
     if claimed is not None and float(claimed) > gpus:
-        where: Key = (
-            ("resources", "GPU") if "GPU" in group.get("resources", {}) else ("rayStartParams", "num-gpus")
-        )
-        yield Problem((*at, *where), f"got {claimed}, but the pod has {gpus} ({_GPU} under limits)")
-    name = pod.get("nodeSelector", {}).get(_INSTANCE_LABEL)
+        key: Key = ("resources", "GPU") if "GPU" in resources else ("rayStartParams", "num-gpus")
+        yield Problem((*at, *key), f"got {claimed}, but the pod has {gpus} ({_GPU} under limits)")
+    name = group["template"]["spec"].get("nodeSelector", {}).get(_INSTANCE_LABEL)
     types = {**table("aws").types, **table("gcp").types}
     if name in types and gpus > types[name].gpus and not name.startswith("n1-"):
-        yield Problem((*place, "limits", _GPU), f"got {gpus}, but a {name} has {types[name].gpus}")
+        limit_key = (*at, "template", "spec", "containers", 0, "resources", "limits", _GPU)
+        yield Problem(limit_key, f"got {gpus}, but a {name} has {types[name].gpus}")
+
+
+def _volumes(pod: dict[str, Any], at: Key) -> Iterator[Problem]:
     names = [volume["name"] for volume in pod.get("volumes", [])]
     for number, mount in enumerate(pod["containers"][0].get("volumeMounts", [])):
         if mount["name"] not in names:
-            mounted = (*in_pod, "containers", 0, "volumeMounts", number, "name")
-            yield Problem(mounted, f"got {mount['name']}, which is none of the pod's volumes")
+            message = f"got {mount['name']}, which is none of the pod's volumes"
+            yield Problem((*at, number, "name"), message)

@@ -1,4 +1,4 @@
-"""Grids: the evenly spaced values that the weights of a group may take, and the rounding to them."""
+"""Grids: the evenly spaced values that the weights of a group may take, and rounding to them."""
 
 from __future__ import annotations
 
@@ -10,38 +10,38 @@ from torch import Tensor, nn
 
 from jobs.models.layout import Packing
 
-_TINY = 2.0**-24  # the smallest fp16
+SMALLEST_SCALE = 2.0**-24
+"""The smallest positive fp16 number."""
 _SHRINKS = 10
-_AT_ONCE = 2**18
-"""Weights whose grids are fitted together: what is made of more does not stay in a processor's cache."""
+"""Number of narrower spans that `fit` tries, evenly spaced from the full span to half of it."""
+_CACHED_WEIGHTS = 2**18
+"""Weights whose grids are fitted at once on a CPU: intermediate results of more do not fit into its cache."""
 
 
 @dataclass(frozen=True)
 class Grid:
-    """The values scale · (q − zero) for whole q in [0, 2**bits), one grid per row and group.
-
-    scales are fp32 tensors whose values are fp16 numbers, since the file holds them so; zeros are whole,
-    or with real zeros fp16 numbers too.
-    """
+    """The values scale · (q − zero) for whole q in [0, 2**bits), with one grid per row and group."""
 
     scales: Float[Tensor, "rows groups"]
+    """fp32 tensors whose values are fp16 numbers, as the file stores them."""
     zeros: Float[Tensor, "rows groups"]
+    """Whole numbers; with real zero points, fp16 numbers."""
     bits: int
 
     def integers(self, weight: Float[Tensor, "rows groups columns"]) -> Float[Tensor, "rows groups columns"]:
-        """The nearest q of each weight."""
-        whole = (weight / self.scales.unsqueeze(-1)).round_() + self.zeros.unsqueeze(-1)
-        return whole.clamp_(0, 2**self.bits - 1)
+        """Return the nearest q of each weight."""
+        rounded = (weight / self.scales.unsqueeze(-1)).round_() + self.zeros.unsqueeze(-1)
+        return rounded.clamp_(0, 2**self.bits - 1)
 
     def values(self, integers: Float[Tensor, "rows groups columns"]) -> Float[Tensor, "rows groups columns"]:
         return (integers - self.zeros.unsqueeze(-1)) * self.scales.unsqueeze(-1)
 
 
 def grouped(weight: Float[Tensor, "rows in"], packing: Packing) -> Float[Tensor, "rows groups columns"]:
-    """The weight by groups; a shorter last group is filled up with zeros, which every grid holds exactly."""
+    """Return the weight by groups; a shorter last group is padded with zeros, which every grid contains."""
     group = packing.group or weight.shape[1]
-    filled = nn.functional.pad(weight, (0, -weight.shape[1] % group))
-    return filled.view(len(weight), -1, group)
+    padded = nn.functional.pad(weight, (0, -weight.shape[1] % group))
+    return padded.view(len(weight), -1, group)
 
 
 def fit(
@@ -49,16 +49,29 @@ def fit(
     packing: Packing,
     importance: Float[Tensor, "groups columns"] | None = None,
 ) -> Grid:
-    """The grid of each group: it spans the weights and zero; a symmetric one is centred on zero.
+    """Return the grid of each group: it spans the weights and zero; a symmetric grid is centred on zero.
 
-    importance: how much the square of each column's error counts. Where it is given, spans down to half
-    are tried as well, and the one of the least error taken, though it clips the few weights outside.
-    Raises ValueError where fp16 cannot hold a scale.
+    `importance` weighs the squared error of each column. If it is not None, narrower spans down to half are
+    tried as well, and the span of least error is selected, although it clips the few weights outside. Raises
+    ValueError if a scale is too large for fp16.
     """
-    rows = max(1, _AT_ONCE // weight[0].numel()) if weight.device.type == "cpu" else len(weight)
-    parts = [_fit(some, packing, importance) for some in torch.split(weight, rows)]
-    scales, zeros = torch.cat([one.scales for one in parts]), torch.cat([one.zeros for one in parts])
+    rows = len(weight)
+    if weight.device.type == "cpu":
+        rows = max(1, _CACHED_WEIGHTS // weight[0].numel())
+    fitted = [_fit(part, packing, importance) for part in torch.split(weight, rows)]
+    scales = torch.cat([grid.scales for grid in fitted])
+    zeros = torch.cat([grid.zeros for grid in fitted])
     return Grid(scales, zeros, packing.bits)
+
+
+def stored_zeros(grid: Grid, packing: Packing) -> Tensor | None:
+    """Return the zero points [rows, groups] in the file's type, uint8 or fp16; None if the packing is symmetric."""
+    if packing.symmetric:
+        return None
+    dtype = torch.uint8
+    if packing.real_zeros:
+        dtype = torch.float16
+    return grid.zeros.to(dtype)
 
 
 def _fit(weight: Tensor, packing: Packing, importance: Tensor | None) -> Grid:
@@ -67,16 +80,16 @@ def _fit(weight: Tensor, packing: Packing, importance: Tensor | None) -> Grid:
     best = _spanning(low, high, packing)
     if importance is None:
         return best
-    least = _error(best, weight, importance)
-    for step in range(1, _SHRINKS + 1):
-        share = 1 - 0.5 * step / _SHRINKS
-        other = _spanning(low * share, high * share, packing)
-        error = _error(other, weight, importance)
-        better = error < least
-        least = torch.where(better, error, least)
+    best_error = _error(best, weight, importance)
+    for shrink in range(1, _SHRINKS + 1):
+        share = 1 - 0.5 * shrink / _SHRINKS
+        narrower = _spanning(low * share, high * share, packing)
+        error = _error(narrower, weight, importance)
+        better = error < best_error
+        best_error = torch.where(better, error, best_error)
         best = Grid(
-            torch.where(better, other.scales, best.scales),
-            torch.where(better, other.zeros, best.zeros),
+            torch.where(better, narrower.scales, best.scales),
+            torch.where(better, narrower.zeros, best.zeros),
             packing.bits,
         )
     return best
@@ -85,8 +98,8 @@ def _fit(weight: Tensor, packing: Packing, importance: Tensor | None) -> Grid:
 def _spanning(low: Tensor, high: Tensor, packing: Packing) -> Grid:
     steps = 2**packing.bits - 1
     span = 2 * torch.maximum(-low, high) if packing.symmetric else high - low
-    # Rounded first, so that weights are quantized with the scale that the file will hold.
-    scales = (span / steps).half().float().clamp_(min=_TINY)
+    # Rounded first, so that weights are quantized with the scale that the file stores.
+    scales = (span / steps).half().float().clamp_(min=SMALLEST_SCALE)
     if not bool(torch.isfinite(scales).all()):
         raise ValueError(
             f"weights up to {max(high.max().item(), -low.min().item()):g} are too large for fp16 scales"
@@ -101,10 +114,3 @@ def _error(
 ) -> Float[Tensor, "rows groups"]:
     squares = grid.values(grid.integers(weight)).sub_(weight).square_()
     return torch.einsum("rgc,gc->rg", squares, importance)
-
-
-def stored_zeros(grid: Grid, packing: Packing) -> Tensor | None:
-    """The zero points [rows, groups] as the file holds them, bytes or fp16; a symmetric packing holds none."""
-    if packing.symmetric:
-        return None
-    return grid.zeros.to(torch.float16 if packing.real_zeros else torch.uint8)

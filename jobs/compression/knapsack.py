@@ -1,4 +1,4 @@
-"""Knapsack: one choice for each item, of least total error within a budget."""
+"""Knapsack: select one choice for each item so that the total error is least within a budget."""
 
 from __future__ import annotations
 
@@ -10,52 +10,56 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 _STATES = 20_000
-"""Budgets that are told apart at most; where the costs' common divisor gives more, costs are rounded up."""
+"""The largest number of budgets that dynamic programming distinguishes; costs are rounded up to whole units if
+their common divisor would give more."""
 
 
 def least_error(
     costs: Int[Tensor, "items choices"], errors: Float[Tensor, "items choices"], budget: int
 ) -> list[int]:
-    """Which choice each item gets, so that the sum of errors is least and that of costs within `budget`.
+    """Return the choice of each item for which the sum of errors is least and the sum of costs within `budget`.
 
-    The multiple-choice knapsack problem, solved by dynamic programming over the budget (Kellerer, Pferschy &
-    Pisinger 2004, Knapsack Problems, ch. 11): exact as long as `_STATES` units of cost suffice. It is never
-    worse than giving all items the same choice. ValueError where even the cheapest choices cost more.
+    This is the multiple-choice knapsack problem, solved by dynamic programming over the budget (Kellerer,
+    Pferschy & Pisinger 2004, Knapsack Problems, ch. 11). It is exact if `_STATES` units of cost suffice, and
+    never worse than the same choice for all items. Raises ValueError if even the cheapest choices exceed
+    the budget.
     """
     cheapest = int(costs.amin(dim=1).sum())
     if cheapest > budget:
         raise ValueError(f"the cheapest choices cost {cheapest}, more than the budget of {budget}")
     unit = math.gcd(*costs.flatten().tolist()) or 1
     unit = max(unit, math.ceil(budget / _STATES))
-    found = [_solved(-(-costs // unit), errors.double(), budget // unit)]
-    found += [[choice] * len(costs) for choice in range(costs.shape[1])]
-    found.append(costs.argmin(dim=1).tolist())
-    fitting = [chosen for chosen in found if chosen and _total(costs, chosen) <= budget]
-    return min(fitting, key=lambda chosen: _total(errors.double(), chosen))
+    solutions = [_solve(-(-costs // unit), errors.double(), budget // unit)]
+    solutions += [[choice] * len(costs) for choice in range(costs.shape[1])]
+    solutions.append(costs.argmin(dim=1).tolist())
+    feasible = [choices for choices in solutions if choices and _total(costs, choices) <= budget]
+    return min(feasible, key=lambda choices: _total(errors.double(), choices))
 
 
-def _solved(
+def _solve(
     costs: Int[Tensor, "items choices"], errors: Float[Tensor, "items choices"], budget: int
 ) -> list[int]:
-    """The best choices within a budget of whole units; none where rounding costs up left no room."""
-    least = torch.zeros(budget + 1, dtype=torch.float64)
-    taken = []
-    for cost, error in zip(costs.tolist(), errors.tolist(), strict=True):
-        options = torch.full((len(cost), budget + 1), math.inf, dtype=torch.float64)
-        for choice, (units, loss) in enumerate(zip(cost, error, strict=True)):
+    """Return the best choices within a budget of whole units; none if the rounded costs exceed it."""
+    best_errors = torch.zeros(budget + 1, dtype=torch.float64)
+    best_choices = []
+    for item_costs, item_errors in zip(costs.tolist(), errors.tolist(), strict=True):
+        totals = torch.full((len(item_costs), budget + 1), math.inf, dtype=torch.float64)
+        for choice, (units, error) in enumerate(zip(item_costs, item_errors, strict=True)):
             if units <= budget:
-                options[choice, units:] = least[: budget + 1 - units] + loss
-        least, chosen = options.min(dim=0)
-        taken.append(chosen.to(torch.uint8))
-    if math.isinf(least[budget].item()):
+                totals[choice, units:] = best_errors[: budget + 1 - units] + error
+        best_errors, choices = totals.min(dim=0)
+        best_choices.append(choices.to(torch.uint8))
+    if math.isinf(best_errors[budget].item()):
         return []
-    left, made = budget, []
-    for cost, chosen in zip(reversed(costs.tolist()), reversed(taken), strict=True):
-        made.append(int(chosen[left]))
-        left -= cost[made[-1]]
-    return made[::-1]
+    remaining = budget
+    solution = []
+    for item_costs, choices in zip(reversed(costs.tolist()), reversed(best_choices), strict=True):
+        choice = int(choices[remaining])
+        solution.append(choice)
+        remaining -= item_costs[choice]
+    return solution[::-1]
 
 
-def _total(values: Tensor, chosen: Sequence[int]) -> float:
-    picked = values.gather(1, torch.tensor(chosen).unsqueeze(1))
-    return float(picked.sum().item())
+def _total(values: Tensor, choices: Sequence[int]) -> float:
+    selected = values.gather(1, torch.tensor(choices).unsqueeze(1))
+    return float(selected.sum().item())

@@ -1,4 +1,4 @@
-"""Masks: train a sparse model with its zeros kept, dense while it trains and sparse again after."""
+"""Masks: train a sparse model as a dense one whose zeros are masked, and make it sparse again."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from jobs.models.model import DTYPE, Model
 from jobs.parallel import HIGHEST_STAGE
 
 Masks = Mapping[str, Bool[Tensor, "out in"]]
-"""Which weights are kept, by the full name of their linear: one byte a weight."""
+"""The weights to keep, by the full name of their linear: one byte per weight."""
 
 
 @contextmanager
 def trainable(model: Model) -> Iterator[Masks]:
-    """Until the end of the block sparse linears are dense ones whose zeros are held; then they are sparse
-    again, at the same places. Where an exception ends the block, the model is of no use. One without sparse
-    linears is left as it is.
+    """Turn sparse linears into dense ones with masked zeros, and back into sparse ones at the end of the block.
 
-    Gradients are to be required inside of the block: the dense linears are new ones."""
+    The masks stay the same. A model without sparse linears is not changed. After an exception in the block
+    the model must not be used. Call `requires_grad_` inside the block: the dense linears are new modules.
+    """
     masks = densify(model)
     hold(model, masks)
     yield masks
@@ -32,15 +32,19 @@ def trainable(model: Model) -> Iterator[Masks]:
 
 
 def highest_stage(sparse: bool) -> int:
-    """Of ZeRO, for a model with sparse linears or without: stage 3 takes weights apart, whose zeros are then not
-    held."""
-    return 2 if sparse else HIGHEST_STAGE
+    """Return the highest ZeRO stage for a model with or without sparse linears.
+
+    Stage 3 partitions the weights, so that masks could not be applied to them.
+    """
+    if sparse:
+        return 2
+    return HIGHEST_STAGE
 
 
 def densify(model: Model) -> Masks:
-    """Replace, in place, every sparse linear by a dense one of the same weight, zeros included.
+    """Replace, in place, every sparse linear by a dense one with the same weight, zeros included.
 
-    Returns what `hold` and `sparsify` need. The new linears do not require gradients.
+    Returns the masks for `hold` and `sparsify`. The new linears do not require gradients.
     """
     masks = {}
     for name, layer in model.linears().items():
@@ -51,32 +55,35 @@ def densify(model: Model) -> Masks:
 
 
 def hold(model: Model, masks: Masks) -> None:
-    """Let the masked linears compute with what is kept of their weights, until `sparsify`.
+    """Apply the masks in every forward pass, until `sparsify`.
 
-    What is trained is then `NAME.parametrizations.weight.original`: no gradient reaches a place that is
-    masked, so it stays zero whatever copies of the weights an optimizer keeps, as `jobs.training.engine` asks.
-    The masks themselves are held: one that is changed in place counts from the next forward pass on, and a
-    checkpoint of the training holds it.
+    The trained parameter is then `NAME.parametrizations.weight.original`. No gradient reaches a masked
+    position, so it stays zero whatever copies of the weights an optimizer has, as `jobs.training.engine`
+    requires. The modules refer to the masks themselves: a mask changed in place counts from the next forward
+    pass on, and a checkpoint of the training contains it.
     """
-    for name, kept in masks.items():
-        parametrize.register_parametrization(model.module.get_submodule(name), "weight", _Kept(kept))
+    for name, mask in masks.items():
+        parametrize.register_parametrization(model.module.get_submodule(name), "weight", _Masked(mask))
 
 
 def sparsify(model: Model, masks: Masks) -> None:
-    """Replace, in place, each masked linear by a sparse one of the weights that are kept, whatever their
-    values: it is of the layout it was of before `densify`."""
-    for name, kept in masks.items():
+    """Replace, in place, each masked linear by a sparse one: the layout is the one before `densify`.
+
+    A kept weight is stored even if its value is zero.
+    """
+    for name, mask in masks.items():
         layer = cast(nn.Linear, model.module.get_submodule(name))
-        model.replace(name, SparseLinear.of(layer.weight.detach(), kept, layer.bias))
+        model.replace(name, SparseLinear.of(layer.weight.detach(), mask, layer.bias))
 
 
-class _Kept(nn.Module):
+class _Masked(nn.Module):
+    # The buffer's name is part of a checkpoint's keys.
     kept: Tensor
 
-    def __init__(self, kept: Bool[Tensor, "out in"]) -> None:
+    def __init__(self, mask: Bool[Tensor, "out in"]) -> None:
         super().__init__()
-        self.register_buffer("kept", kept)
+        self.register_buffer("kept", mask)
 
     def forward(self, weight: Tensor) -> Tensor:
-        # Not a product: 0 times what is infinite is NaN.
+        # Not a product: 0 times infinity is NaN.
         return weight.masked_fill(~self.kept, 0)

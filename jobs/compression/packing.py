@@ -1,9 +1,10 @@
-"""Packing: what the techniques that round weights to few bits share: their options, their outline, what they leave."""
+"""Packing: round linears and embeddings to few bits: shared options, the layout change, packed layers."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol, Self, cast
 
 import torch
@@ -25,15 +26,20 @@ from jobs.models.layout import Layout, LinearSpec, Packing
 from jobs.models.model import DTYPE, Model
 from jobs.models.placement import on_device
 
-BY_LINEAR = frozenset({"bits", "correction_rank"})
-"""What may differ by linear where each is packed by itself."""
+OPTIONS_BY_LINEAR = frozenset({"bits", "correction_rank"})
+"""The options that may differ by linear, in techniques that pack each linear independently."""
 _ROWS = 4096
-"""Rows of an embedding that are rounded at once: in fp32, a vocabulary of them would fill memory."""
+"""Rows of an embedding to round at once: a whole vocabulary in fp32 would fill memory."""
+_UNPACKED_BITS = 16
+"""The value of `embedding_bits` that leaves embedding and head in bf16."""
 
 
 class PackingOptions(Protocol):
-    """A technique that packs every linear of the blocks. Where options differ by block, `packing` and
-    `correction_rank` are those of the step that `for_linears` gives for a linear."""
+    """The options of a technique that packs every linear of the blocks.
+
+    If options differ by linear, `packing` and `correction_rank` must be read from the step that `for_linears`
+    returns for the linear.
+    """
 
     @property
     def packing(self) -> Packing: ...
@@ -42,7 +48,6 @@ class PackingOptions(Protocol):
     @property
     def correction_rank(self) -> int | str: ...
     def name(self) -> str: ...
-    def check_forms(self, layout: Layout) -> None: ...
     def for_linears(self, layout: Layout) -> dict[str, Self]: ...
 
 
@@ -62,43 +67,59 @@ def embedding_bits_knob() -> Any:
     return knob(
         16,
         Choice((16, 8, 4)),
-        "bits per weight of token embedding and head: 8 with a scale a row, 4 in groups; 16 leaves them as they are",
+        "bits per weight of token embedding and head: 8 with a scale per row, 4 in groups; 16 leaves them in bf16",
     )
 
 
 def correction_rank_knob() -> Any:
     return knob(
-        0, Range(0, 4096, integer=True), "rank of the bf16 term that mends the rounding error; 0 for none"
+        0,
+        Range(0, 4096, integer=True),
+        "rank of the bf16 term that corrects the rounding error; 0 for no correction",
     )
 
 
-def output_layout(step: PackingOptions, layout: Layout) -> Layout:
-    """The layout after a step that packs; ValueError where it cannot be applied.
+@dataclass(frozen=True)
+class Quantization:
+    """The layout change of techniques that pack every linear (`jobs.technique.LayoutChange`)."""
 
-    Thin linears of a factorization get no correction: they are of low rank themselves.
-    """
-    step.check_forms(layout)
-    linears = {}
-    steps = step.for_linears(layout)
-    for name, spec in layout.linears.items():
-        packed = spec.packed(steps[name].packing)
-        rank = _rank(steps[name], name)
-        if rank == 0:
-            linears[name] = packed
-            continue
-        limit = min(spec.out_features, spec.in_features)
-        if rank > limit:
-            raise ValueError(
-                f"{step.name()}.correction_rank={rank} is outside [0, {limit}]: {name} is "
-                f"{spec.out_features} by {spec.in_features}"
-            )
-        linears[f"{name}.rounded"] = packed
-        linears[f"{name}.v"] = LinearSpec(rank, spec.in_features, bias=False)
-        linears[f"{name}.u"] = LinearSpec(spec.out_features, rank, bias=False)
-    changed = dataclasses.replace(layout, linears=linears)
-    if step.embedding_bits == 16:
-        return changed
-    return changed.with_tables_packed(_table_packing(step, next(iter(steps.values()))))
+    options: PackingOptions
+
+    @property
+    def is_noop(self) -> bool:
+        return False
+
+    @property
+    def exact(self) -> bool:
+        return True
+
+    def apply(self, layout: Layout, technique: str) -> Layout:
+        """Return the layout with packed linears, their corrections, and packed embedding and head if asked for.
+
+        Raises ValueError if the rank of a correction exceeds the smaller side of its linear. The thin linears
+        of a factorization get no correction: they are of low rank themselves.
+        """
+        linears = {}
+        steps = self.options.for_linears(layout)
+        for name, spec in layout.linears.items():
+            packed = spec.packed(steps[name].packing)
+            rank = _rank(steps[name], name)
+            if rank == 0:
+                linears[name] = packed
+                continue
+            max_rank = min(spec.out_features, spec.in_features)
+            if rank > max_rank:
+                raise ValueError(
+                    f"{technique}.correction_rank={rank} is outside [0, {max_rank}]: {name} is "
+                    f"{spec.out_features} by {spec.in_features}"
+                )
+            linears[f"{name}.rounded"] = packed
+            linears[f"{name}.v"] = LinearSpec(rank, spec.in_features, bias=False)
+            linears[f"{name}.u"] = LinearSpec(spec.out_features, rank, bias=False)
+        changed = dataclasses.replace(layout, linears=linears)
+        if self.options.embedding_bits == _UNPACKED_BITS:
+            return changed
+        return changed.with_tables_packed(_table_packing(self.options, layout))
 
 
 def pack_linear(
@@ -109,7 +130,7 @@ def pack_linear(
     packing: Packing,
     input_scales: Float[Tensor, " in"] | None = None,
 ) -> None:
-    """Put the packed linear of these integers and their grid in the place of the dense one of this full name."""
+    """Replace the dense linear `name` by the packed linear of these integers and their grid."""
     model.replace(name, packed_linear(model, name, integers, grid, packing, input_scales))
 
 
@@ -121,19 +142,19 @@ def packed_linear(
     packing: Packing,
     input_scales: Float[Tensor, " in"] | None = None,
 ) -> PackedLinear:
-    """The packed linear of these integers and their grid, with the bias of the dense one of this full name."""
+    """Return the packed linear of these integers and their grid, with the bias of the dense linear `name`."""
     bias = cast(nn.Linear, model.module.get_submodule(name)).bias
     zeros = grids.stored_zeros(grid, packing)
     return PackedLinear.of(integers, grid.scales, zeros, packing, bias, input_scales)
 
 
-def replace_packed(model: Model, name: str, held: Mapping[str, Tensor], packing: Packing) -> None:
-    """Put a packed linear in the place of the dense one of this full name; `held` has its tensors as `NAME.PART`."""
+def replace_packed(model: Model, name: str, tensors: Mapping[str, Tensor], packing: Packing) -> None:
+    """Replace the dense linear `name` by a packed one whose tensors are stored in `tensors` as `NAME.PART`."""
     dense = cast(nn.Linear, model.module.get_submodule(name))
     spec = dataclasses.replace(cast(LinearSpec, spec_of(dense)), packing=packing)
     layer = PackedLinear(spec, "cpu")
     for part, tensor in layer.named_buffers():
-        tensor.copy_(held[f"{name}.{part}"])
+        tensor.copy_(tensors[f"{name}.{part}"])
     layer.bias = dense.bias
     model.replace(name, layer)
 
@@ -145,37 +166,40 @@ def correct(
     gram: Float[Tensor, "in in"] | None,
     step: PackingOptions,
 ) -> None:
-    """Mend the packed linear of this full name by two thin ones beside it, of the rank that `step` says.
+    """Add a low-rank correction of rank `step.correction_rank` to the packed linear `name`.
 
-    They are the best of their rank on what rounding took from `weight`, measured on inputs of this Gram
-    matrix (Liu et al. 2024, EoRA, arXiv:2410.21271); without one, on the weights alone (Zhang et al. 2024,
-    LQER, arXiv:2402.02446).
+    The correction is the best of its rank for the rounding error of `weight`, on inputs with this Gram matrix
+    (Liu et al. 2024, EoRA, arXiv:2410.21271); if `gram` is None, on the weights alone (Zhang et al. 2024, LQER,
+    arXiv:2402.02446).
     """
     rank = _rank(step, name)
     if rank:
         packed = cast(PackedLinear, model.module.get_submodule(name))
         u, v = best_factors(weight - packed.weight(), gram, rank)
-        thin = linear_of(v.to(DTYPE), None), linear_of(u.to(DTYPE), None)
-        model.replace(name, CorrectedLinear(packed, *thin))
+        model.replace(
+            name, CorrectedLinear(packed, linear_of(v.to(DTYPE), None), linear_of(u.to(DTYPE), None))
+        )
 
 
 def pack_tables(model: Model, step: PackingOptions) -> None:
-    """Round token embedding and head to the nearest values of grids that clip where the squared error of the
-    weights gains by it. A head tied to the embedding stays tied."""
-    if step.embedding_bits == 16:
+    """Round token embedding and head, in place, to grids clipped to the least squared error of the weights.
+
+    A head that is tied to the embedding stays tied. Does nothing if `step.embedding_bits` is 16.
+    """
+    if step.embedding_bits == _UNPACKED_BITS:
         return
-    packing = _table_packing(step, next(iter(step.for_linears(model.layout()).values())))
+    packing = _table_packing(step, model.layout())
     for name, table in model.tables().items():
         spec = dataclasses.replace(cast(LinearSpec, spec_of(table)), packing=packing)
         with on_device(model, name):
             weight = check_finite(cast(Tensor, table.weight).detach(), step.name(), name)
             if isinstance(table, nn.Embedding):
                 embedding = PackedEmbedding(spec, table, weight.device)
-                _fill(embedding, weight)
+                _round_rows(embedding, weight)
                 model.replace_embedding(embedding)
             else:
                 head = PackedLinear(spec, weight.device)
-                _fill(head, weight)
+                _round_rows(head, weight)
                 head.bias = cast(nn.Linear, table).bias
                 model.replace(name, head)
 
@@ -185,35 +209,45 @@ def round_to_nearest(
     packing: Packing,
     importance: Float[Tensor, "groups columns"] | None = None,
 ) -> tuple[Float[Tensor, "out in"], grids.Grid]:
-    """The integers nearest to a weight, and the grid that `grids.fit` gives it."""
+    """Return the integers nearest to a weight, and their grid (`grids.fit`)."""
     grouped = grids.grouped(weight, packing)
     grid = grids.fit(grouped, packing, importance)
     return grid.integers(grouped).flatten(1)[:, : weight.shape[1]], grid
 
 
-def _rank(step: PackingOptions, name: str) -> int:
-    return 0 if name.endswith((".u", ".v")) else int(step.correction_rank)
-
-
-def _table_packing(step: PackingOptions, some: PackingOptions) -> Packing:
-    """some: the step as it treats some linear; but for the bits, it treats all alike."""
-    return table_packing(step.embedding_bits, some.packing.group, some.packing.symmetric)
-
-
 def table_packing(bits: int, group: int, symmetric: bool) -> Packing:
-    """How tables are packed: 8 bits are fine enough for one scale a row, which runtimes multiply by faster."""
-    return Packing(bits, 0 if bits == 8 else group, symmetric)
+    """Return the packing of embedding and head.
+
+    With 8 bits one scale per row is fine enough, and runtimes multiply faster with it.
+    """
+    if bits == 8:
+        group = 0
+    return Packing(bits, group, symmetric)
 
 
-def _fill(layer: PackedLinear | PackedEmbedding, weight: Float[Tensor, "out in"]) -> None:
+def _table_packing(options: PackingOptions, layout: Layout) -> Packing:
+    # Group and symmetry are the same for every linear; `packing` of an option that differs by linear is not.
+    first = next(iter(options.for_linears(layout).values()))
+    return table_packing(options.embedding_bits, first.packing.group, first.packing.symmetric)
+
+
+def _rank(step: PackingOptions, name: str) -> int:
+    """Return the rank of the correction of linear `name`; 0 for thin linears of a factorization."""
+    if name.endswith((".u", ".v")):
+        return 0
+    return int(step.correction_rank)
+
+
+def _round_rows(layer: PackedLinear | PackedEmbedding, weight: Float[Tensor, "out in"]) -> None:
+    """Fill the tensors of `layer` with the rounded `weight`, some rows at a time."""
     packing = layer.packing
-    equal = torch.ones_like(grids.grouped(weight[:1], packing)[0], dtype=torch.float32)
-    for at in range(0, len(weight), _ROWS):
-        rows = slice(at, at + _ROWS)
-        integers, grid = round_to_nearest(weight[rows].float(), packing, equal)
+    importance = torch.ones_like(grids.grouped(weight[:1], packing)[0], dtype=torch.float32)
+    for start in range(0, len(weight), _ROWS):
+        rows = slice(start, start + _ROWS)
+        integers, grid = round_to_nearest(weight[rows].float(), packing, importance)
         zeros = grids.stored_zeros(grid, packing)
-        some = PackedLinear.of(integers, grid.scales, zeros, packing, None)
-        layer.packed[rows] = some.packed
-        layer.scales[rows] = some.scales
+        rounded = PackedLinear.of(integers, grid.scales, zeros, packing, None)
+        layer.packed[rows] = rounded.packed
+        layer.scales[rows] = rounded.scales
         if not packing.symmetric:
-            layer.zeros[rows] = some.zeros
+            layer.zeros[rows] = rounded.zeros

@@ -1,4 +1,4 @@
-"""Refit: the weights that make the most of the inputs that pruning has left."""
+"""Refit: solve for the remaining weights of a linear after some of its inputs have been removed."""
 
 from __future__ import annotations
 
@@ -8,21 +8,24 @@ from torch import Tensor
 
 from jobs.calibration.hessian import cholesky
 
+_RIDGE = 1e-4
+"""λ as a share of the mean diagonal. Without it, neurons that always fire together would get huge weights of
+opposite sign."""
+
 
 def refit(
-    weight: Float[Tensor, "out in"], gram: Float[Tensor, "in in"], kept: Int[Tensor, " kept"]
+    weight: Float[Tensor, "out in"], gram: Float[Tensor, "in in"], columns: Int[Tensor, " kept"]
 ) -> Float[Tensor, "out kept"]:
-    """The W' for which W' a[kept] comes nearest to W a in squared error: W G[:, K] (G[K, K] + λI)⁻¹.
+    """Return the W' for which E‖W' a[K] − W a‖² is least: W G[:, K] (G[K, K] + λI)⁻¹, computed in fp64.
 
-    In fp64; λ is 1e-4 of the mean diagonal, which keeps neurons that always fire together from being
-    given huge weights of opposite sign.
+    `columns` is K, the indices of the remaining inputs; `gram` is G = E[a aᵀ].
     """
-    wide = gram.double()
-    inner = wide[kept][:, kept]
-    inner.diagonal().add_(1e-4 * inner.diagonal().mean().clamp(min=1e-30))
-    target = wide[kept] @ weight.double().T
+    gram64 = gram.double()
+    inner = gram64[columns][:, columns]
+    inner.diagonal().add_(_RIDGE * inner.diagonal().mean().clamp(min=1e-30))
+    target = gram64[columns] @ weight.double().T
     factor = cholesky(inner)
-    solved = (
+    solution = (
         torch.linalg.lstsq(inner, target).solution if factor is None else torch.cholesky_solve(target, factor)
     )
-    return solved.T.float()
+    return solution.T.float()

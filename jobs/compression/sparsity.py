@@ -1,4 +1,4 @@
-"""Sparsity: how many weights of a linear are kept, and which, by scores and a pattern."""
+"""Sparsity: the number of weights that each linear keeps, and their selection by scores and a pattern."""
 
 from __future__ import annotations
 
@@ -6,82 +6,118 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from jobs.knobs import Choice, Range, Value, knob
 from jobs.models.layers import SparseLinear, check_finite
 from jobs.models.layout import Layout
 from jobs.models.model import DTYPE, Model
-from jobs.technique import Technique
 
 PATTERNS = ("unstructured", "2:4", "4:8")
+_IGNORED_SHARE = 0.5
+"""The value of the option `sparsity` with an n:m pattern, which removes half of the weights in any case."""
+
+
+def sparsity_knob() -> Any:
+    return knob(
+        0.5, Range(0.0, 0.95), "share of the weights to remove; without effect (half) if pattern is n:m"
+    )
+
+
+def pattern_knob() -> Any:
+    return knob(
+        "unstructured", Choice(PATTERNS), "positions of removed weights; n:m keeps n of m neighbours in a row"
+    )
 
 
 @dataclass(frozen=True)
 class Sparsity:
-    """What share of each linear's weights goes.
-
-    unstructured: floor(`share` · in) weights a row on average, so that the number of all, out · floor(…),
-        follows from shapes alone; a linear too narrow to lose one stays dense.
-    n:m (2:4, 4:8): n of each m neighbours in a row stay, whatever `share` is. The inputs of every linear
-        must be a multiple of m.
-    """
+    """The layout change of techniques that remove single weights (`jobs.technique.LayoutChange`)."""
 
     share: float
+    """The share of each linear's weights to remove, if `pattern` is "unstructured".
+
+    Then floor(share · in) weights are removed per row on average, so that the number of weights follows from
+    shapes alone. A linear that is too narrow to lose a weight per row stays dense.
+    """
     pattern: str = "unstructured"
+    """One of `PATTERNS`. With n:m, n of each m neighbours in a row remain, whatever `share` is, and the number
+    of inputs of every linear must be a multiple of m."""
+    across_linears: bool = False
+    """Whether the weights of all linears compete, so that the data decide how many each keeps."""
 
     @property
     def is_noop(self) -> bool:
         return self.group is None and self.share == 0
 
     @property
+    def exact(self) -> bool:
+        return not self.across_linears
+
+    @property
     def group(self) -> int | None:
-        """m of n:m; None where weights go anywhere."""
-        return None if self.pattern == "unstructured" else int(self.pattern.partition(":")[2])
+        """m of an n:m pattern; None if the pattern is unstructured."""
+        if self.pattern == "unstructured":
+            return None
+        return int(self.pattern.partition(":")[2])
 
-    def removed(self, in_features: int) -> int:
-        """How many of a row's weights go: in every row, or on average over rows."""
+    def ignored_options(self) -> dict[str, Value]:
+        """Return the fixed value of the option `sparsity` where the pattern alone decides."""
+        if self.group is None:
+            return {}
+        return {"sparsity": _IGNORED_SHARE}
+
+    def removed_per_row(self, in_features: int) -> int:
+        """Return the number of weights removed per row: of every row with n:m, on average otherwise."""
+        if self.group:
+            return in_features // 2
         # A share of 0.29 of 100 weights is 28.999999999999996 in binary.
-        return in_features // 2 if self.group else math.floor(self.share * in_features + 1e-9)
+        return math.floor(self.share * in_features + 1e-9)
 
-    def output_layout(self, layout: Layout, technique: Technique) -> Layout:
-        """The layout without what goes; ValueError names a linear whose width the pattern does not divide."""
-        technique.check_forms(layout)
+    def apply(self, layout: Layout, technique: str) -> Layout:
+        """Return the layout with sparse linears.
+
+        With `across_linears` only the total number of kept weights is known: it is spread evenly over the
+        linears, and linears that would stay dense are sparse ones with all their weights.
+
+        Raises ValueError if the number of inputs of a linear is not a multiple of m.
+        """
         changed = {}
         for name, spec in layout.linears.items():
             if self.group and spec.in_features % self.group:
                 raise ValueError(
-                    f"{technique.name()}.pattern={self.pattern}: {name} has {spec.in_features} inputs, which "
+                    f"{technique}.pattern={self.pattern}: {name} has {spec.in_features} inputs, which "
                     f"are not a multiple of {self.group}"
                 )
-            removed = self.removed(spec.in_features)
-            if removed:
-                kept = spec.out_features * (spec.in_features - removed)
-                changed[name] = dataclasses.replace(spec, kept=kept)
+            removed = self.removed_per_row(spec.in_features)
+            if removed or (self.across_linears and not self.is_noop):
+                remaining = spec.out_features * (spec.in_features - removed)
+                changed[name] = dataclasses.replace(spec, kept=remaining)
         return layout.with_linears(changed)
 
-    def of_rows(self, scores: Float[Tensor, "out in"]) -> Bool[Tensor, "out in"]:
-        """The weights of highest score: equally many of each row, or n of each m neighbours."""
+    def mask_by_row(self, scores: Float[Tensor, "out in"]) -> Bool[Tensor, "out in"]:
+        """Return a mask of the highest scores: equally many in each row, or n of each m neighbours."""
         out_features, in_features = scores.shape
         if self.group is None:
-            return highest(scores, in_features - self.removed(in_features))
+            return highest(scores, in_features - self.removed_per_row(in_features))
         neighbours = scores.reshape(out_features, -1, self.group)
         return highest(neighbours, self.group // 2).view(out_features, in_features)
 
-    def of_whole(self, scores: Float[Tensor, "out in"]) -> Bool[Tensor, "out in"]:
-        """The weights of highest score of the whole linear, or n of each m neighbours."""
+    def mask_by_linear(self, scores: Float[Tensor, "out in"]) -> Bool[Tensor, "out in"]:
+        """Return a mask of the highest scores of the whole linear, or of n of each m neighbours."""
         if self.group is not None:
-            return self.of_rows(scores)
+            return self.mask_by_row(scores)
         out_features, in_features = scores.shape
-        kept = out_features * (in_features - self.removed(in_features))
-        return highest(scores.flatten(), kept).view(out_features, in_features)
+        remaining = out_features * (in_features - self.removed_per_row(in_features))
+        return highest(scores.flatten(), remaining).view(out_features, in_features)
 
 
 def highest(scores: Float[Tensor, "... n"], count: int) -> Bool[Tensor, "... n"]:
-    """Which are the `count` highest along the last dimension; of equal ones the first.
+    """Return a mask of the `count` highest scores along the last dimension; of equal scores, the first ones.
 
     Scores must not be NaN.
     """
@@ -90,63 +126,69 @@ def highest(scores: Float[Tensor, "... n"], count: int) -> Bool[Tensor, "... n"]
         return torch.ones_like(scores, dtype=torch.bool)
     if count == 0:
         return torch.zeros_like(scores, dtype=torch.bool)
-    least = scores.kthvalue(size - count + 1, dim=-1, keepdim=True).values
-    above, equal = scores > least, scores == least
-    room = count - above.sum(dim=-1, keepdim=True)
-    return above | (equal & (equal.cumsum(dim=-1) <= room))
+    lowest = scores.kthvalue(size - count + 1, dim=-1, keepdim=True).values
+    above, equal = scores > lowest, scores == lowest
+    ties = count - above.sum(dim=-1, keepdim=True)
+    return above | (equal & (equal.cumsum(dim=-1) <= ties))
 
 
 def dense_weight(layer: nn.Module, technique: str, name: str) -> Float[Tensor, "out in"]:
-    """The weight of a dense linear, in fp32; ValueError where it is not finite."""
+    """Return the weight of a dense linear in fp32; ValueError if it is not finite."""
     return check_finite(layer.get_parameter("weight").detach(), technique, name).float()
 
 
-def keep(model: Model, name: str, weight: Float[Tensor, "out in"], kept: Bool[Tensor, "out in"]) -> None:
-    """Put a sparse linear in the place of the dense one of this full name: of `weight`, where `kept` is true."""
+def replace_by_sparse(
+    model: Model, name: str, weight: Float[Tensor, "out in"], mask: Bool[Tensor, "out in"]
+) -> None:
+    """Replace the dense linear `name` by a sparse one with the values of `weight` where `mask` is true."""
     layer = cast(nn.Linear, model.module.get_submodule(name))
-    model.replace(name, SparseLinear.of(weight.to(DTYPE), kept, layer.bias))
+    model.replace(name, SparseLinear.of(weight.to(DTYPE), mask, layer.bias))
 
 
 @dataclass(frozen=True)
-class Cut:
-    """The lowest score that is kept of several tensors' scores, and how many that have just it."""
+class Threshold:
+    """The lowest score to keep, among the scores of several tensors."""
 
-    least: float
-    room: int
+    lowest: float
+    ties: int
+    """The number of scores to keep, in the remaining tensors, that equal `lowest`."""
 
-    def of(self, scores: Float[Tensor, "..."]) -> tuple[Bool[Tensor, "..."], Cut]:
-        """What is kept of one tensor's scores, of equal ones the first, and the cut for the tensors after it."""
-        equal = scores == self.least
-        taken = equal & (equal.flatten().cumsum(dim=0).view(equal.shape) <= self.room)
-        return (scores > self.least) | taken, Cut(self.least, self.room - int(taken.sum()))
+    def mask(self, scores: Float[Tensor, "..."]) -> tuple[Bool[Tensor, "..."], Threshold]:
+        """Return the mask for one tensor (of equal scores, the first ones), and the threshold for the next tensors."""
+        equal = scores == self.lowest
+        selected = equal & (equal.flatten().cumsum(dim=0).view(equal.shape) <= self.ties)
+        return (scores > self.lowest) | selected, Threshold(self.lowest, self.ties - int(selected.sum()))
 
 
-def cut(scores: Callable[[], Iterable[Float[Tensor, "..."]]], count: int) -> Cut:
-    """The cut that keeps the `count` highest scores of all tensors together.
+def threshold(scores: Callable[[], Iterable[Float[Tensor, "..."]]], count: int) -> Threshold:
+    """Return the threshold that keeps the `count` highest scores of all tensors together.
 
-    `scores` gives the tensors one by one, anew at each of two calls: only one is held at a time. They are
-    fp32, not negative and not NaN, so that they rise as their bits do, read as an integer: the first pass
-    counts the upper 16 bits, the second the lower ones of those whose upper ones are at the cut.
+    `scores` returns an iterator over the tensors and is called twice, so that one tensor is in memory at a
+    time. Scores are fp32, not negative and not NaN: the order of such numbers is that of their bits, read
+    as integers. The first pass counts the upper 16 bits, the second the lower 16 bits of the scores whose
+    upper bits are those of the threshold.
     """
-    upper, above = _bin_of(_histogram(scores(), lambda bits: bits >> 16), count)
-    lower, higher = _bin_of(
-        _histogram(scores(), lambda bits: bits[bits >> 16 == upper] & 0xFFFF), count - above
+    upper, above_upper = _bin_of(_histogram(scores(), lambda bits: bits >> 16), count)
+    lower, above_lower = _bin_of(
+        _histogram(scores(), lambda bits: bits[bits >> 16 == upper] & 0xFFFF), count - above_upper
     )
-    least = torch.tensor(upper << 16 | lower, dtype=torch.int32).view(torch.float32)
-    return Cut(least.item(), count - above - higher)
+    lowest = torch.tensor(upper << 16 | lower, dtype=torch.int32).view(torch.float32)
+    return Threshold(lowest.item(), count - above_upper - above_lower)
 
 
 def _histogram(scores: Iterable[Tensor], bin_of: Callable[[Tensor], Tensor]) -> Int[Tensor, "65536"]:
     total = torch.zeros(1 << 16, dtype=torch.int64)
-    for one in scores:
-        # + 0.0 makes the zero whose sign bit is set the other one.
-        total += torch.bincount(bin_of((one.flatten() + 0.0).view(torch.int32)), minlength=1 << 16).cpu()
+    for tensor in scores:
+        # + 0.0 turns -0.0 into 0.0, whose bits are 0.
+        total += torch.bincount(bin_of((tensor.flatten() + 0.0).view(torch.int32)), minlength=1 << 16).cpu()
     return total
 
 
 def _bin_of(histogram: Int[Tensor, "65536"], count: int) -> tuple[int, int]:
-    """The bin that holds the one that is `count`th from above, and how many lie above that bin."""
+    """Return the bin of the `count`th highest score, and the number of scores in higher bins."""
     from_above = histogram.flip(0).cumsum(dim=0)
-    place = int((from_above < count).sum())
-    above = int(from_above[place - 1]) if place else 0
-    return len(histogram) - 1 - place, above
+    higher_bins = int((from_above < count).sum())
+    above = 0
+    if higher_bins:
+        above = int(from_above[higher_bins - 1])
+    return len(histogram) - 1 - higher_bins, above

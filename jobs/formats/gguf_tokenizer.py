@@ -34,7 +34,7 @@ class GgufTokenizer:
     space_first: bool | None
 
 
-def read(folder: Path, rows: int) -> GgufTokenizer:
+def read_tokenizer(folder: Path, rows: int) -> GgufTokenizer:
     """The tokenizer of a model folder whose embedding has so many rows; those without a token are unused.
 
     Raises ValueError where llama.cpp has none like it.

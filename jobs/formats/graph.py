@@ -126,7 +126,7 @@ class _Function(nn.Module):
             given["use_cache"] = False
         if self._task == "causal-lm":
             given |= {"position_ids": inputs[2], "use_cache": True}
-            given[self._cache_name] = loading.cache_of(list(zip(past[::2], past[1::2], strict=True)))
+            given[self._cache_name] = loading.cache_with(list(zip(past[::2], past[1::2], strict=True)))
         # Not by functional_call, which refuses to be traced.
         for places, value in zip(self._places, values, strict=True):
             for part, child in places:
@@ -134,7 +134,7 @@ class _Function(nn.Module):
         said = self._held[0](**given)
         if self._task == "embedding":
             return (said.last_hidden_state,)
-        present = loading.cached(said[self._cache_name]) if self._task == "causal-lm" else []
+        present = loading.cached_tensors(said[self._cache_name]) if self._task == "causal-lm" else []
         return (said.logits, *present)
 
 
@@ -182,7 +182,7 @@ class ScaledLinear(nn.Module):
 
 def _skeleton(artifact: Path, layout: Layout) -> Model:
     """The artifact's model with plain linears in the places of packed and sparse ones, and no weights."""
-    model = stand_in.empty(artifact, _dense(layout))
+    model = stand_in.uninitialized_model(artifact, _dense(layout))
     for name, spec in layout.linears.items():
         known = spec.packing
         if known is not None and (known.input_scales or known.activation_bits != 16):
@@ -207,4 +207,4 @@ def _cached_shapes(module: nn.Module, weights: dict[str, Tensor]) -> Sequence[to
     """The shape of each block's keys, which have as many heads as the values, from a run with any weights."""
     given = {"input_ids": torch.ones(_ROWS, _NEW, dtype=torch.int64), "use_cache": True}
     said = cast(Any, torch.func.functional_call(module, weights, kwargs=given))
-    return [keys.shape for keys in loading.cached(said[loading.cache_name(module)])[::2]]
+    return [keys.shape for keys in loading.cached_tensors(said[loading.cache_name(module)])[::2]]

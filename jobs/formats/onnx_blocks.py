@@ -40,7 +40,7 @@ class Blocks:
         return math.ceil(self.number * self.bits / 8)
 
 
-def fitting(spec: LinearSpec) -> Blocks | None:
+def smallest_blocks(spec: LinearSpec) -> Blocks | None:
     """The blocks that take the fewest bytes, and of those the largest; None where none fits the groups' borders.
 
     Blocks smaller than a group share its scale. Smaller ones win where larger would leave much of a row's last one
@@ -56,28 +56,28 @@ def fitting(spec: LinearSpec) -> Blocks | None:
     return min(candidates, key=lambda blocks: _row_bytes(blocks, packing), default=None)
 
 
-def of(spec: LinearSpec) -> Blocks:
+def blocks_of(spec: LinearSpec) -> Blocks:
     """The blocks of a weight that has some."""
-    blocks = fitting(spec)
+    blocks = smallest_blocks(spec)
     assert blocks is not None, "what has none is refused"
     return blocks
 
 
-def parts_bytes(spec: LinearSpec) -> list[int]:
+def block_tensor_bytes(spec: LinearSpec) -> list[int]:
     """The bytes of each tensor of `parts`."""
     return [rows * width * _ITEM_BYTES[dtype] for dtype, rows, width in _shapes(spec).values()]
 
 
-def parts(layer: PackedLinear | PackedEmbedding) -> dict[str, Tensor]:
+def block_tensors(layer: PackedLinear | PackedEmbedding) -> dict[str, Tensor]:
     """The tensors that hold a packed layer: packed [out, row bytes], scales [out, blocks] and, unless it is symmetric,
     zeros, fp16 [out, blocks] where real, else packed [out, bytes]. Its bias and its input scales are not among them."""
     spec, known = layer.spec, layer.packing
     integers = unpack(layer.packed, known.bits, spec.in_features)
-    if rounds(spec):
+    if rounds_inputs(spec):
         middle = 2 ** (known.bits - 1)
         signed = integers.to(torch.int16).sub_(middle).to(torch.int8)
         return {"packed": signed, "scales": layer.scales.half()}
-    blocks = of(spec)
+    blocks = blocks_of(spec)
     if known.symmetric:  # the middle of more bits is their zero
         integers = integers + (2 ** (blocks.bits - 1) - 2 ** (known.bits - 1))
     filled = torch.nn.functional.pad(integers, (0, blocks.number * blocks.size - spec.in_features))
@@ -88,7 +88,7 @@ def parts(layer: PackedLinear | PackedEmbedding) -> dict[str, Tensor]:
     return found
 
 
-def rounds(spec: LinearSpec) -> bool:
+def rounds_inputs(spec: LinearSpec) -> bool:
     """Whether a linear rounds what it reads: then integers multiply integers, of 8 bits whatever they were, with one
     scale to a row (MatMulInteger)."""
     return _packing(spec).activation_bits != 16
@@ -99,9 +99,9 @@ _ITEM_BYTES = {torch.int8: 1, torch.uint8: 1, torch.float16: 2}
 
 def _shapes(spec: LinearSpec) -> dict[str, tuple[torch.dtype, int, int]]:
     packing, rows = _packing(spec), spec.out_features
-    if rounds(spec):
+    if rounds_inputs(spec):
         return {"packed": (torch.int8, rows, spec.in_features), "scales": (torch.float16, rows, 1)}
-    blocks = of(spec)
+    blocks = blocks_of(spec)
     found = {
         "packed": (torch.uint8, rows, blocks.row_bytes),
         "scales": (torch.float16, rows, blocks.number),

@@ -8,7 +8,7 @@ from typing import Any
 _SIZE = "size/"
 
 
-def settle(model: Any, sizes: Mapping[str, tuple[str, int]]) -> Any:
+def share_sizes(model: Any, sizes: Mapping[str, tuple[str, int]]) -> Any:
     """The model with sizes of tensors written out where they are numbers, and asked of an input where they are among
     `sizes`: of each name the input and the axis that have it.
 

@@ -16,7 +16,7 @@ from jobs.models.layers import PackedEmbedding, PackedLinear
 from jobs.models.layout import LinearSpec
 from jobs.models.model import written_dtype
 
-OWN_BYTES = 1024
+INLINE_BYTES = 1024
 """Larger constants of the graph's own (masks, tables of sines) lie in the file, weighed with the weights."""
 _ALIGNMENT = 64
 """Each tensor starts at a multiple of it, a cache line, in the file, which runtimes map."""
@@ -76,7 +76,7 @@ class OnnxWeightWriter:
         """Hold a packed weight, and multiply by it or look up its rows where the parameter of this name is read."""
         self._filled.add(name)
         stem = name.removesuffix("weight")
-        for part, tensor in onnx_blocks.parts(layer).items():
+        for part, tensor in onnx_blocks.block_tensors(layer).items():
             self._hold(stem + part, tensor)
         for at in self._readers.get(name, []):
             (node,) = self._places[at]
@@ -91,7 +91,7 @@ class OnnxWeightWriter:
             self._places[at] = []
             for one in products:
                 (product,) = self._places[one]
-                made = self._of_integers if onnx_blocks.rounds(layer.spec) else self._of_blocks
+                made = self._of_integers if onnx_blocks.rounds_inputs(layer.spec) else self._of_blocks
                 self._places[one] = made(stem, layer.spec, product.input[0], product.output[0])
 
     def finish(self, file: Path, room: int) -> None:
@@ -135,7 +135,7 @@ class OnnxWeightWriter:
 
     def _taken_out(self, node: Any) -> bool:
         """Whether a node is a large constant, which the file holds from now on."""
-        if node.op_type != "Constant" or len(node.attribute[0].t.raw_data) <= OWN_BYTES:
+        if node.op_type != "Constant" or len(node.attribute[0].t.raw_data) <= INLINE_BYTES:
             return False
         tensor = node.attribute[0].t
         held = f"constants/{hashlib.sha256(tensor.raw_data).hexdigest()}"
@@ -144,7 +144,7 @@ class OnnxWeightWriter:
         return True
 
     def _rows(self, stem: str, spec: LinearSpec, node: Any) -> list[Any]:
-        cut = onnx_blocks.of(spec)
+        cut = onnx_blocks.blocks_of(spec)
         table = self._seen(f"{stem}packed", f"{stem}rows", (spec.out_features, cut.row_bytes))
         given = [table, node.input[1], self._float(f"{stem}scales")]
         given += [f"{stem}zeros"] if f"{stem}zeros" in self._held else []
@@ -161,7 +161,7 @@ class OnnxWeightWriter:
     def _of_blocks(self, stem: str, spec: LinearSpec, x: str, y: str) -> list[Any]:
         """y = x Wᵀ. No fast operator knows real zero points z, so they are taken out of the product:
         W = s (q − z) = s (q − m) + s (m − z) with m the middle; the second part meets only the sum of each block."""
-        cut = onnx_blocks.of(spec)
+        cut = onnx_blocks.blocks_of(spec)
         shape = (spec.out_features, cut.number, cut.size * cut.bits // 8)
         given = [x, self._seen(f"{stem}packed", f"{stem}blocks", shape), self._float(f"{stem}scales")]
         about = {"K": spec.in_features, "N": spec.out_features, "bits": cut.bits, "block_size": cut.size,

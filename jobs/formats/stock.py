@@ -70,14 +70,14 @@ def sparse_unpacked(layout: Layout) -> Layout:
     return layout.with_linears(changed)
 
 
-def heads_apart(layout: Layout) -> tuple[str, LinearSpec] | None:
+def mismatched_heads(layout: Layout) -> tuple[str, LinearSpec] | None:
     """The first linear that reads the heads, where these together are not as wide as the model; None where they are."""
     out = layout.name(0, layout.family.attention.out)
     spec = layout.linears[out]
     return None if spec.in_features == spec.out_features else (out, spec)
 
 
-def config(artifact: Path, layout: Layout) -> dict[str, Any]:
+def stock_config(artifact: Path, layout: Layout) -> dict[str, Any]:
     """The config.json of an artifact, told of its widths, heads and biases."""
     found: dict[str, Any] = json.loads((artifact / "config.json").read_text())
     first = {name: layout.linears[layout.name(0, name)] for name in _paths(layout)}
@@ -115,7 +115,7 @@ def write_folder(
             made["bias"] = torch.zeros(spec.out_features, dtype=DTYPE)
         tensors |= {f"{name}.{part}": tensor for part, tensor in made.items()}
     save_file(tensors, out / loading.WEIGHTS, metadata={"format": "pt"})
-    told = {**config(artifact, layout), **settings}
+    told = {**stock_config(artifact, layout), **settings}
     (out / "config.json").write_text(json.dumps(told, indent=2, sort_keys=True) + "\n")
     tokenizers.copy_tokenizer(artifact, out)
 
@@ -186,7 +186,7 @@ def _uneven(layout: Layout) -> str | None:
 def _heads(layout: Layout) -> str | None:
     if layout.family.name in _WITH_HEAD_WIDTH:
         return None
-    narrower = heads_apart(layout)
+    narrower = mismatched_heads(layout)
     if narrower is None:
         return None
     out, spec = narrower

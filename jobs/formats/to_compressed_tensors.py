@@ -21,7 +21,7 @@ from torch import Tensor
 
 from jobs.formats import stock
 from jobs.models.bit_packing import pack
-from jobs.models.layout import Layout, LinearSpec, Packing, TensorSpec, file_bytes
+from jobs.models.layout import Layout, LinearSpec, Packing, TensorSpec, safetensors_bytes
 
 WEIGHTS = "*.safetensors"
 
@@ -58,7 +58,7 @@ def size_bytes(layout: Layout, original: Path) -> int:
             tensors |= {f"{name}.{part}": tensor for part, tensor in _tensors(spec, spec.packing).items()}
         if spec.bias:
             tensors[f"{name}.bias"] = TensorSpec("BF16", (spec.out_features,))
-    return file_bytes(tensors)
+    return safetensors_bytes(tensors)
 
 
 def write(artifact: Path, out: Path, cache: Path | None) -> None:

@@ -39,7 +39,7 @@ from jobs.models.layout import Layout, LinearSpec, Packing
 
 WEIGHTS = "*.gguf"
 
-FILE = "model.gguf"
+GGUF_FILE = "model.gguf"
 
 _ARCHITECTURES: Mapping[str, str] = {
     "llama": "llama",
@@ -120,7 +120,7 @@ def write(artifact: Path, out: Path, cache: Path | None) -> None:
 
     layout = Layout.read(artifact)
     plan = _plan(layout)
-    writer = gguf.GGUFWriter(out / FILE, _ARCHITECTURES[layout.family.name])
+    writer = gguf.GGUFWriter(out / GGUF_FILE, _ARCHITECTURES[layout.family.name])
     _describe(writer, layout, artifact, plan)
     _add_words(writer, artifact, _rows(layout))
     with safe_open(artifact / loading.WEIGHTS, framework="pt") as stored:
@@ -155,7 +155,7 @@ def _cannot(spec: LinearSpec, packing: Packing) -> str | None:
 def _heads(layout: Layout) -> str | None:
     if layout.family.name != "qwen2":
         return None
-    narrower = stock.heads_apart(layout)
+    narrower = stock.mismatched_heads(layout)
     if narrower is None:
         return None
     out, spec = narrower
@@ -274,7 +274,7 @@ def _describe(writer: Any, layout: Layout, folder: Path, plan: list[Planned]) ->
     """Add what llama.cpp must know of the model: `folder`'s config, and the layout's shapes."""
     import gguf
 
-    config = loading.config(folder)
+    config = loading.load_config(folder)
     attention = layout.family.attention
     first = {
         path: layout.linears[layout.name(0, path)]
@@ -319,7 +319,7 @@ def _add_words(writer: Any, folder: Path, rows: int) -> None:
     """Add the tokenizer of a folder."""
     import gguf
 
-    found = gguf_tokenizer.read(folder, rows)
+    found = gguf_tokenizer.read_tokenizer(folder, rows)
     writer.add_tokenizer_model(found.kind)
     writer.add_tokenizer_pre(found.split)
     writer.add_token_list(found.tokens)
@@ -330,7 +330,7 @@ def _add_words(writer: Any, folder: Path, rows: int) -> None:
         writer.add_add_space_prefix(found.space_first)
     special = gguf.SpecialVocab(folder, load_merges=found.kind == "gpt2", n_vocab=rows)
     # A config that transformers wrote leaves out what is the family's default: both must give one file.
-    config = loading.config(folder)
+    config = loading.load_config(folder)
     for kind in special.special_token_types:
         number = getattr(config, f"{kind}_token_id", None)
         if isinstance(number, int) and number < rows:
@@ -344,7 +344,7 @@ def _head_bytes(layout: Layout, folder: Path, plan: list[Planned]) -> int:
     import gguf
 
     with tempfile.TemporaryDirectory() as scratch:
-        writer = gguf.GGUFWriter(Path(scratch) / FILE, _ARCHITECTURES[layout.family.name])
+        writer = gguf.GGUFWriter(Path(scratch) / GGUF_FILE, _ARCHITECTURES[layout.family.name])
         _describe(writer, layout, folder, plan)
         for planned in plan:
             writer.add_tensor_info(
@@ -364,7 +364,7 @@ def _words_bytes(folder: Path, rows: int, stamp: int) -> int:
 
     with tempfile.TemporaryDirectory() as scratch:
         empty = _written(gguf.GGUFWriter(Path(scratch) / "empty", "none"))
-        writer = gguf.GGUFWriter(Path(scratch) / FILE, "none")
+        writer = gguf.GGUFWriter(Path(scratch) / GGUF_FILE, "none")
         _add_words(writer, folder, rows)
         return _written(writer) - empty
 

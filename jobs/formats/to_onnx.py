@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from jobs.formats import graph, onnx_blocks, onnx_shapes
-from jobs.formats.onnx_weights import OWN_BYTES, OnnxWeightWriter, aligned
+from jobs.formats.onnx_weights import INLINE_BYTES, OnnxWeightWriter, aligned
 from jobs.models import loading, tokenizers
 from jobs.models.layers import PackedEmbedding, PackedLinear, SparseLinear
 from jobs.models.layout import Layout, LinearSpec
@@ -42,7 +42,7 @@ def refusal(layout: Layout) -> str | None:
             continue
         if known.activation_bits != 16 and known.activation_bits > 8:
             return f"{name} rounds its activations to {known.activation_bits} bits, and ONNX multiplies integers of 8"
-        if onnx_blocks.fitting(spec) is None:
+        if onnx_blocks.smallest_blocks(spec) is None:
             return f"groups of {known.group} in {name}, and ONNX Runtime's are multiples of 16"
         if name in layout.tables and known.real_zeros:
             return f"zero points of the table {name} that are not whole"
@@ -52,12 +52,12 @@ def refusal(layout: Layout) -> str | None:
 def size_bytes(layout: Layout, original: Path) -> int:
     sizes = [size for spec in layout.matrices.values() for size in _bytes_of(spec)]
     sizes += [tensor.size_bytes for tensor in graph.other_tensors(layout).values()]
-    return sum(map(aligned, sizes)) + _room(loading.computed_bytes(original))
+    return sum(map(aligned, sizes)) + _room(loading.computed_constant_bytes(original))
 
 
 def _room(computed: Sequence[int]) -> int:
     """Room for the large constants of a graph: those that the family's code computes."""
-    return sum(aligned(size) for size in computed if size > OWN_BYTES)
+    return sum(aligned(size) for size in computed if size > INLINE_BYTES)
 
 
 def _bytes_of(spec: LinearSpec) -> Iterator[int]:
@@ -65,7 +65,7 @@ def _bytes_of(spec: LinearSpec) -> Iterator[int]:
     if spec.packing is None:
         yield 2 * spec.out_features * spec.in_features
     else:
-        yield from onnx_blocks.parts_bytes(spec)
+        yield from onnx_blocks.block_tensor_bytes(spec)
         if spec.packing.input_scales:
             yield 2 * spec.in_features
     if spec.bias:
@@ -88,7 +88,7 @@ def write(artifact: Path, out: Path, cache: Path | None) -> None:
             filled.put_packed(name, layer)
         else:
             filled.put_dense(name, layer.weight() if layer is not None else held[name])
-    filled.finish(out / WEIGHTS, _room(loading.computed_in(model.module)))
+    filled.finish(out / WEIGHTS, _room(loading.computed_constant_bytes_of(model.module)))
     (out / GRAPH).write_bytes(network.SerializeToString(deterministic=True))
     tokenizers.copy_tokenizer(artifact, out)
     shutil.copyfile(artifact / "config.json", out / "config.json")
@@ -133,4 +133,4 @@ def _traced(function: graph.Function) -> Any:
     sizes = {"batch": ("input_ids", 0), "tokens": ("input_ids", 1)}
     if function.past:
         sizes |= {every: ("attention_mask", 1), "past_tokens": (next(iter(function.past)), 2)}
-    return onnx_shapes.settle(traced, sizes)
+    return onnx_shapes.share_sizes(traced, sizes)

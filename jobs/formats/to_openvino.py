@@ -52,7 +52,7 @@ def refusal(layout: Layout) -> str | None:
 def size_bytes(layout: Layout, original: Path) -> int:
     sizes = [size for spec in layout.matrices.values() for size in _bytes_of(spec)]
     sizes += [tensor.size_bytes for tensor in graph.other_tensors(layout).values()]
-    return _aligned(sum(sizes)) + _structure_bytes(loading.computed_bytes(original))
+    return _aligned(sum(sizes)) + _structure_bytes(loading.computed_constant_bytes(original))
 
 
 def _structure_bytes(computed: Sequence[int]) -> int:
@@ -70,7 +70,7 @@ def write(artifact: Path, out: Path, cache: Path | None) -> None:
         network = _stateful(network)
     with tempfile.TemporaryDirectory(dir=out) as scratch:
         openvino.serialize(network, Path(scratch) / GRAPH)
-        _lay_out(Path(scratch), out, _structure_bytes(loading.computed_in(model.module)))
+        _lay_out(Path(scratch), out, _structure_bytes(loading.computed_constant_bytes_of(model.module)))
     tokenizers.copy_tokenizer(artifact, out)
     shutil.copyfile(artifact / "config.json", out / "config.json")
 

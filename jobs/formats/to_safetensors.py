@@ -13,7 +13,7 @@ from pathlib import Path
 from torch import Tensor
 
 from jobs.formats import stock
-from jobs.models.layout import Layout, LinearSpec, file_bytes
+from jobs.models.layout import Layout, LinearSpec, safetensors_bytes
 
 WEIGHTS = "*.safetensors"
 
@@ -39,7 +39,7 @@ def size_bytes(layout: Layout, original: Path) -> int:
         for name in dense.linears:
             tensor = tensors[f"{name}.weight"]
             tensors[f"{name}.weight"] = dataclasses.replace(tensor, shape=tensor.shape[::-1])
-    return file_bytes(tensors)
+    return safetensors_bytes(tensors)
 
 
 def write(artifact: Path, out: Path, cache: Path | None) -> None:

@@ -94,7 +94,7 @@ class Subject:
     def tokenizer(self) -> Tokenizer:
         from jobs.models import tokenizers
 
-        return tokenizers.tokenizer(self.folder)
+        return tokenizers.load_tokenizer(self.folder)
 
     def evaluation(self) -> Int[Tensor, "windows tokens"]:
         """The windows to measure on: the first `fidelity` of them, so that all candidates see the same."""

@@ -57,7 +57,7 @@ def request_of(materials: Materials, original: Path, folder: Path) -> Request:
     target = materials.target
     return Request(
         str(folder), target.runtime, target.threads, target.prompt_tokens, materials.new_tokens,
-        tokenizers.vocabulary(original),
+        tokenizers.vocabulary_size(original),
     )  # fmt: skip
 
 

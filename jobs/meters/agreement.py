@@ -52,7 +52,7 @@ def original_vectors(original: Path, rows: Int[Tensor, "windows tokens"]) -> Flo
     The tensor is shared: it must not be changed.
     """
     digest = hashlib.sha256(rows.numpy().tobytes()).hexdigest()
-    return _said(_Asked(loading.state_of(original), digest, torch.get_num_threads(), original, rows))
+    return _said(_Asked(loading.file_states(original), digest, torch.get_num_threads(), original, rows))
 
 
 @lru_cache(maxsize=8)

@@ -24,7 +24,7 @@ def measure(subject: Subject) -> Measurement:
         raise ValueError("accuracy needs texts with labels; give the study data.labelled")
     texts = data.labelled(subject.materials.labelled)
     texts = texts[: subject.items_of(len(texts))]
-    config: Any = loading.config(subject.original)
+    config: Any = loading.load_config(subject.original)
     longest = int(getattr(config, "max_position_embeddings", 512)) - 2  # RoBERTa keeps two places for itself
     right = torch.tensor([class_of(one, config) for one in texts])
 

@@ -50,7 +50,7 @@ def measure(subject: Subject) -> Measurement:
     from lm_eval import simple_evaluate
 
     names, asked = zip(*(_split(name) for name in source.names), strict=True)
-    longest = int(getattr(loading.config(subject.original), "max_position_embeddings", 2048))
+    longest = int(getattr(loading.load_config(subject.original), "max_position_embeddings", 2048))
     found: Any = simple_evaluate(
         _adapter(subject.runner, subject.tokenizer, longest),
         tasks=list(dict.fromkeys(names)),

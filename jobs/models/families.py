@@ -1,4 +1,4 @@
-"""Families: where the parts of a transformer are, one small table of attribute paths per architecture."""
+"""The supported model families: for each architecture, the attribute paths of the parts of a transformer."""
 
 from __future__ import annotations
 
@@ -9,59 +9,64 @@ from typing import Literal
 Task = Literal["causal-lm", "classification", "embedding"]
 TASKS: tuple[Task, ...] = ("causal-lm", "classification", "embedding")
 Norms = Literal["before", "around", "after"]
-"""Where the norms stand: before what reads the residual stream; also after what writes to it; or in the
-stream itself (the original Transformer's)."""
+"""Position of the norms: before the modules that read the residual stream (pre-norm), also after those that write to
+it, or on the stream itself after each addition (post-norm, as in the original Transformer)."""
 
 
 @dataclass(frozen=True)
 class Attention:
-    """Paths within a block. fused: where queries, keys and values are the rows of one linear, how they lie:
-    `stacked` (all queries, all keys, all values) or `interleaved` (those of one head after the other)."""
+    """Paths of the attention's linears within a block."""
 
     query: str
     key: str
     value: str
     out: str
     fused: Literal["stacked", "interleaved"] | None = None
+    """Order of the rows if one linear computes queries, keys and values: `stacked` (all queries, all keys, all values)
+    or `interleaved` (query, key and value of one head after the other); None for three linears."""
 
     @property
     def module(self) -> str:
-        """The module that the query's linear is a child of, which reshapes by heads."""
+        """Return the path of the attention module, the parent of the query's linear, which splits heads."""
         return self.query.rpartition(".")[0]
 
 
 @dataclass(frozen=True)
 class FeedForward:
-    """into: the linears from the hidden width into the intermediate neurons (a gate counts too); out: the
-    linear from there back."""
+    """Paths of a feed-forward network's linears within a block."""
 
     into: tuple[str, ...]
+    """The linears from the hidden width to the intermediate neurons, the gate included."""
     out: str
+    """The linear from the intermediate neurons back."""
 
 
 @dataclass(frozen=True)
 class Family:
-    """Paths are relative to the base model (`blocks`, `tables`, `final_norm`) or to one block (the others).
-
-    name: `model_type` in config.json. encoder: reads text in both directions and predicts no next token.
-    reads: per norm before something, the linears that read what it gives. tables: the embeddings that are
-    added up into the first hidden state. ffn_key: the config's key for the number of intermediate neurons.
-    """
+    """One architecture. Paths are relative to the base model (`blocks`, `tables`, `final_norm`) or to one block."""
 
     name: str
+    """`model_type` in config.json."""
     encoder: bool
+    """Whether it attends in both directions and does not predict next tokens."""
     blocks: str
     attention: Attention
     feed_forwards: tuple[FeedForward, ...]
     norms: Norms
     reads: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """For each norm of a block, the linears that read its output."""
     tables: tuple[str, ...] = ()
+    """The embeddings whose sum is the first hidden state."""
     final_norm: str = ""
     ffn_key: str = "intermediate_size"
+    """The config's key for the number of intermediate neurons."""
 
     @property
     def tasks(self) -> tuple[Task, ...]:
-        return ("embedding", "classification") if self.encoder else ("causal-lm", "classification")
+        """Return the supported tasks, the default one first."""
+        if self.encoder:
+            return ("embedding", "classification")
+        return ("causal-lm", "classification")
 
 
 def _separate(prefix: str, query: str, key: str, value: str, out: str) -> Attention:
@@ -204,7 +209,7 @@ _FAMILIES = (
         encoder=True,
         blocks="encoder.layer",
         attention=_BERT,
-        # Each block has several feed-forward networks in a row; how many stands in the config.
+        # Each block has several feed-forward networks in a row; the config states their number.
         feed_forwards=(
             *(FeedForward((f"ffn.{n}.intermediate.dense",), f"ffn.{n}.output.dense") for n in range(8)),
             FeedForward(("intermediate.dense",), "output.dense"),
@@ -215,12 +220,13 @@ _FAMILIES = (
 
 
 def names() -> list[str]:
+    """Return the names of all supported families."""
     return [family.name for family in _FAMILIES]
 
 
 def family(name: str) -> Family:
-    """The family called `name`; LookupError says which there are."""
-    for known in _FAMILIES:
-        if known.name == name:
-            return known
-    raise LookupError(f"model_type {name!r} is not supported (there are: {', '.join(names())})")
+    """Return the family of this name; raise LookupError, which lists the supported ones, if there is none."""
+    for candidate in _FAMILIES:
+        if candidate.name == name:
+            return candidate
+    raise LookupError(f"model_type {name!r} is not supported; supported are {', '.join(names())}")

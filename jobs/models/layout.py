@@ -1,4 +1,7 @@
-"""Layout: a model's tensors as they are written, known from shapes alone. From it comes the exact size of the file."""
+"""Layouts: the names, types and shapes of all tensors of a model's file, and from them the exact size of the file.
+
+No weights are read: a layout follows from a config, from a module in memory, or from an artifact's `slimfront.json`.
+"""
 
 from __future__ import annotations
 
@@ -16,22 +19,23 @@ from typing import Any, Literal
 from jobs.models.families import Family, FeedForward, Task, family
 
 Form = Literal["dense", "factored", "packed", "sparse"]
-"""How a linear layer holds its weights: one float matrix, two thin ones, packed integers with scales, or the
-places and values of those that are not zero."""
+"""How a linear stores its weight: one float matrix, two thin ones, packed integers with scales, or the positions and
+values of its nonzero weights."""
 
-FILE = "slimfront.json"
-"""Where an artifact's layout stands, beside how it came to be."""
+LAYOUT_FILE = "slimfront.json"
+"""The file of an artifact that holds its layout and its provenance."""
 _FORMAT = 3
-"""Of that file; files of another are refused."""
-# In the order in which safetensors lays them out.
+"""Version of the layout in `LAYOUT_FILE`; other versions are refused."""
 _ITEM_BYTES = {"I64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2, "U8": 1}
+"""Bytes per element by safetensors' names of types, in the order in which safetensors writes the types."""
 
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """dtype by the name that safetensors gives it."""
+    """The type and shape of one tensor of a file."""
 
     dtype: str
+    """safetensors' name of the type: one of `_ITEM_BYTES`."""
     shape: tuple[int, ...]
 
     @property
@@ -41,145 +45,156 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class Packing:
-    """Integers of `bits` bits; one scale (and zero point, unless symmetric) per `group` inputs of each row.
-
-    group 0 is one scale per output channel. Where `group` does not divide the inputs, the last group of
-    each row is the shorter rest (SmolLM2's width of 576 in groups of 128 is 4 groups and a half one).
-    real_zeros: zero points are fp16 numbers; otherwise whole ones of a byte.
-    input_scales: each input is multiplied by an fp16 number of its own before the weights meet it.
-    activation_bits: inputs are rounded to so many bits, token by token, when the linear is called; 16 leaves
-        them alone. Only with whole-row symmetric packing, where the integers' products are scaled once.
-    """
+    """How a weight is quantized and packed: integers with one scale per group of inputs of each row."""
 
     bits: int
+    """Bits of each integer."""
     group: int
+    """Inputs that share a scale; 0 gives each output channel one scale.
+
+    Where it does not divide the inputs, the last group of each row is shorter: a width of 576 in groups of 128 has
+    4 full groups and one of 64."""
     symmetric: bool
+    """Without zero points: the middle integer, 2**(bits-1), stands for 0."""
     real_zeros: bool = False
+    """Zero points are fp16 numbers; otherwise they are integers of one byte."""
     input_scales: bool = False
+    """Each input is multiplied by its own fp16 scale before the weight is applied."""
     activation_bits: int = 16
+    """Bits that the inputs are rounded to, token by token, when the linear is called; 16 does not round them.
+
+    Fewer need a symmetric packing with group 0, so that the product of integers is scaled once."""
 
     def __post_init__(self) -> None:
         if self.activation_bits != 16 and (self.group or not self.symmetric):
             raise ValueError(
-                f"activation_bits={self.activation_bits} needs a symmetric packing with group=0, this has "
-                f"symmetric={self.symmetric}, group={self.group}"
+                f"activation_bits={self.activation_bits} needs a symmetric packing with group=0, "
+                f"got symmetric={self.symmetric}, group={self.group}"
             )
 
     def groups(self, in_features: int) -> int:
-        """How many groups a row of `in_features` weights has."""
+        """Return the number of groups in a row of `in_features` weights."""
         return 1 if self.group == 0 else math.ceil(in_features / self.group)
 
     def row_bytes(self, in_features: int) -> int:
-        """Bytes of one row's integers: 8 values are packed into `bits` bytes, the last few padded."""
+        """Return the bytes of one row of integers: 8 values take `bits` bytes, and the last 8 are padded."""
         return math.ceil(in_features / 8) * self.bits
 
 
 @dataclass(frozen=True)
 class LinearSpec:
-    """One linear layer as it is stored: y = x Wᵀ + b with W of [out, in], dense in bf16, packed or sparse.
+    """How one linear y = x Wᵀ + b, W [out, in], is stored: dense in bf16, packed or sparse.
 
-    kept: how many weights a sparse one holds, beside one bit for each place; None where it is not sparse.
+    Embedding tables have one too: their rows are the outputs.
     """
 
     out_features: int
     in_features: int
     bias: bool
     packing: Packing | None = None
+    """None where the weight is not quantized."""
     kept: int | None = None
+    """Number of weights that a sparse linear stores, with a mask of one bit per weight; None where it is not sparse."""
 
     def packed(self, packing: Packing) -> LinearSpec:
-        """The same linear with its weights packed."""
+        """Return the same linear with a packed weight."""
         return LinearSpec(self.out_features, self.in_features, self.bias, packing, self.kept)
 
     def tensors(self) -> dict[str, TensorSpec]:
-        """The tensors that hold it, by their names within the layer."""
-        found: dict[str, TensorSpec] = {}
+        """Return the tensors that store this linear, by their names within the layer."""
+        tensors: dict[str, TensorSpec] = {}
         if self.kept is not None:
-            found["mask"] = TensorSpec("U8", (self.out_features, math.ceil(self.in_features / 8)))
-            found["values"] = TensorSpec("BF16", (self.kept,))
+            tensors["mask"] = TensorSpec("U8", (self.out_features, math.ceil(self.in_features / 8)))
+            tensors["values"] = TensorSpec("BF16", (self.kept,))
         elif self.packing is None:
-            found["weight"] = TensorSpec("BF16", (self.out_features, self.in_features))
+            tensors["weight"] = TensorSpec("BF16", (self.out_features, self.in_features))
         else:
             groups = self.packing.groups(self.in_features)
             row_bytes = self.packing.row_bytes(self.in_features)
-            found["packed"] = TensorSpec("U8", (self.out_features, row_bytes))
-            found["scales"] = TensorSpec("F16", (self.out_features, groups))
+            tensors["packed"] = TensorSpec("U8", (self.out_features, row_bytes))
+            tensors["scales"] = TensorSpec("F16", (self.out_features, groups))
             if not self.packing.symmetric:
                 dtype = "F16" if self.packing.real_zeros else "U8"
-                found["zeros"] = TensorSpec(dtype, (self.out_features, groups))
+                tensors["zeros"] = TensorSpec(dtype, (self.out_features, groups))
             if self.packing.input_scales:
-                found["input_scales"] = TensorSpec("F16", (self.in_features,))
+                tensors["input_scales"] = TensorSpec("F16", (self.in_features,))
         if self.bias:
-            found["bias"] = TensorSpec("BF16", (self.out_features,))
-        return found
+            tensors["bias"] = TensorSpec("BF16", (self.out_features,))
+        return tensors
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Every tensor of a model's file.
-
-    blocks: the full name of the list of blocks. head_width: of one attention head; queries_per_key: how many
-        query heads share one head of keys and values.
-    linears: the linears inside the blocks, by their full names. One that was factorized stands as two:
-        `NAME.v` (in → rank) and `NAME.u` (rank → out). One whose rounding error a term of low rank mends stands
-        as three: these two and `NAME.rounded`.
-    others: all other tensors (norms, embeddings of positions), by their full names.
-    tables: the token embedding, as a linear from the width's to the vocabulary's side, and the head, unless it
-        is the embedding's weight (then only its bias, if it has one, is in the file, among the others).
-    """
+    """The shapes of all tensors of a model's file. "Full name" means the name within the whole module."""
 
     family: Family
     task: Task
     blocks: str
+    """Full name of the list of blocks."""
     head_width: int
+    """Width of one attention head."""
     queries_per_key: int
+    """Number of query heads that share one head of keys and values."""
     linears: Mapping[str, LinearSpec]
+    """The linears inside the blocks, by full name.
+
+    A factorized linear appears as two: `NAME.v` (in → rank) and `NAME.u` (rank → out). A quantized linear with a
+    low-rank correction appears as three: these two and `NAME.rounded`."""
     others: Mapping[str, TensorSpec]
+    """All other tensors (norms, position embeddings), by full name."""
     tables: Mapping[str, LinearSpec] = field(default_factory=dict)
+    """The token embedding, with the vocabulary as outputs, then the head, by full name.
+
+    A head whose weight is the embedding's is not listed; its bias, if it has one, is in `others`."""
 
     @functools.cached_property
     def depth(self) -> int:
-        """The number of blocks."""
+        """Return the number of blocks."""
         return len({self.block_of(name) for name in self.linears})
 
     def block_of(self, name: str) -> int:
-        """The index of the block that a tensor or linear of this full name lies in; -1 outside the blocks."""
+        """Return the index of the block that contains the tensor or linear of this full name; -1 outside the blocks."""
         prefix = self.blocks + "."
-        return int(name[len(prefix) :].split(".", 1)[0]) if name.startswith(prefix) else -1
+        if not name.startswith(prefix):
+            return -1
+        return int(name[len(prefix) :].split(".", 1)[0])
 
     def name(self, block: int, path: str) -> str:
-        """The full name of what lies at `path` in a block."""
+        """Return the full name of the submodule at `path` in a block."""
         return f"{self.blocks}.{block}.{path}"
 
     def feed_forwards(self) -> list[tuple[int, FeedForward]]:
-        """The feed-forward networks, with the block that each lies in. Some families' configs say how many a
-        block has; a factorized one counts too."""
-        return [
-            (block, one)
-            for block in range(self.depth)
-            for one in self.family.feed_forwards
-            if self.name(block, one.out) in self.linears or self.name(block, f"{one.out}.v") in self.linears
-        ]
+        """Return each feed-forward network, factorized or not, with the index of its block.
+
+        A family lists the most that a block can have; a model may have fewer.
+        """
+        networks = []
+        for block in range(self.depth):
+            for network in self.family.feed_forwards:
+                out = self.name(block, network.out)
+                if out in self.linears or f"{out}.v" in self.linears:
+                    networks.append((block, network))
+        return networks
 
     def forms_of(self, name: str) -> frozenset[Form]:
-        """The forms of the linear of this full name: a thin one may be packed as well."""
-        return _forms(*_stored(name, self.linears[name]))
+        """Return the forms of the linear of this full name: a factored one may also be packed or sparse."""
+        return _forms(*_form_flags(name, self.linears[name]))
 
     def forms(self) -> frozenset[Form]:
-        """Which forms of linears the model holds."""
-        stored = {_stored(name, spec) for name, spec in self.linears.items()}
-        return frozenset(form for one in stored for form in _forms(*one))
+        """Return all forms of linears in the model."""
+        combinations = {_form_flags(name, spec) for name, spec in self.linears.items()}
+        return frozenset(form for flags in combinations for form in _forms(*flags))
 
     def with_linears(self, changed: Mapping[str, LinearSpec]) -> Layout:
-        """The same layout with some linears replaced."""
+        """Return the same layout with these linears added or replaced."""
         return dataclasses.replace(self, linears={**self.linears, **changed})
 
     def packed(self, packing: Packing) -> Layout:
-        """The same layout with every linear of the blocks packed."""
+        """Return the same layout with every linear of the blocks packed."""
         return self.with_linears({name: spec.packed(packing) for name, spec in self.linears.items()})
 
     def with_tables_packed(self, packing: Packing) -> Layout:
-        """The same layout with token embedding and head packed."""
+        """Return the same layout with token embedding and head packed."""
         return dataclasses.replace(
             self,
             tables={name: spec.packed(packing) for name, spec in self.tables.items()},
@@ -187,34 +202,35 @@ class Layout:
 
     @property
     def matrices(self) -> dict[str, LinearSpec]:
-        """Linears and tables alike, by their full names."""
+        """Return linears and tables together, by full name."""
         return {**self.linears, **self.tables}
 
     def tensors(self) -> dict[str, TensorSpec]:
-        """Every tensor of the file by its full name."""
-        found = dict(self.others)
-        parts = functools.cache(lambda spec: tuple(spec.tensors().items()))  # few linears differ
+        """Return every tensor of the file by its full name."""
+        tensors = dict(self.others)
+        parts = functools.cache(lambda spec: tuple(spec.tensors().items()))  # most linears have equal specs
         for name, spec in self.matrices.items():
             for part, tensor in parts(spec):
-                found[f"{name}.{part}"] = tensor
-        return found
+                tensors[f"{name}.{part}"] = tensor
+        return tensors
 
     def size_bytes(self) -> int:
-        """The size of the safetensors file, to the byte."""
-        return file_bytes(self.tensors())
+        """Return the exact size of the safetensors file."""
+        return safetensors_bytes(self.tensors())
 
     def parameters(self) -> int:
-        """How many weights the model computes with, packed ones counted one by one."""
+        """Return the number of weights that the model computes with: a packed weight counts as one."""
         linear = sum(
             spec.out_features * (spec.in_features + int(spec.bias)) for spec in self.matrices.values()
         )
         return linear + sum(math.prod(tensor.shape) for tensor in self.others.values())
 
     def decode_macs(self) -> int:
-        """Multiply-adds of the block linears for one token: steers the search where no latency is known yet."""
+        """Return the multiply-adds of the block linears per token: a stand-in for latency before any is measured."""
         return sum(spec.out_features * spec.in_features for spec in self.linears.values())
 
     def to_dict(self) -> dict[str, Any]:
+        """Return the record that `LAYOUT_FILE` stores; `from_dict` reads it."""
         return {
             "format": _FORMAT,
             "family": self.family.name,
@@ -229,15 +245,16 @@ class Layout:
 
     @staticmethod
     def read(artifact: Path) -> Layout:
-        """The layout of an artifact's folder."""
-        return Layout.from_dict(json.loads((artifact / FILE).read_text())["layout"])
+        """Return the layout of an artifact's folder."""
+        return Layout.from_dict(json.loads((artifact / LAYOUT_FILE).read_text())["layout"])
 
     @staticmethod
     def from_dict(record: Mapping[str, Any]) -> Layout:
+        """Return the layout of a record; raise ValueError if another format version wrote it."""
         if record.get("format") != _FORMAT:
             raise ValueError(
-                f"the model was written in format {record.get('format', 1)} of slimfront, this is format "
-                f"{_FORMAT}: make it again"
+                f"the artifact has layout format {record.get('format', 1)}, and this version of slimfront reads "
+                f"format {_FORMAT}: compress the model again"
             )
         return Layout(
             family(record["family"]),
@@ -254,39 +271,45 @@ class Layout:
         )
 
 
-def file_bytes(tensors: Mapping[str, TensorSpec]) -> int:
-    """The size of a safetensors file of these tensors, to the byte: the header, padded to 8 bytes, and the tensors."""
-    # safetensors lays tensors out by type, the widest first, then by name.
-    names: dict[str, list[str]] = {dtype: [] for dtype in _ITEM_BYTES}
+def safetensors_bytes(tensors: Mapping[str, TensorSpec]) -> int:
+    """Return the exact size of a safetensors file of these tensors: the header, padded to 8 bytes, and the data."""
+    # safetensors orders tensors by type, the widest first, then by name.
+    names_by_dtype: dict[str, list[str]] = {dtype: [] for dtype in _ITEM_BYTES}
     for name, tensor in tensors.items():
-        names[tensor.dtype].append(name)
-    about = functools.cache(lambda tensor: (_described(tensor), tensor.size_bytes))
-    texts, end = ['{"__metadata__":{"format":"pt"}'], 0
-    for name in itertools.chain.from_iterable(map(sorted, names.values())):
-        text, size = about(tensors[name])
-        offset, end = end, end + size
-        texts.append(f'{encode_basestring(name)}:{text[:-1]},"data_offsets":[{offset},{end}]}}')
-    header = ",".join(texts) + "}"
+        names_by_dtype[tensor.dtype].append(name)
+    header_entry = functools.cache(lambda tensor: (_header_entry(tensor), tensor.size_bytes))
+    entries, end = ['{"__metadata__":{"format":"pt"}'], 0
+    for name in itertools.chain.from_iterable(map(sorted, names_by_dtype.values())):
+        entry, size = header_entry(tensors[name])
+        start, end = end, end + size
+        entries.append(f'{encode_basestring(name)}:{entry[:-1]},"data_offsets":[{start},{end}]}}')
+    header = ",".join(entries) + "}"
     return 8 + math.ceil(len(header.encode()) / 8) * 8 + end
 
 
-def _described(tensor: TensorSpec) -> str:
-    """What a header says of a tensor, but for its place."""
+def _header_entry(tensor: TensorSpec) -> str:
+    """Return the header's entry of a tensor, without its offsets."""
     return f'{{"dtype":"{tensor.dtype}","shape":[{",".join(map(str, tensor.shape))}]}}'
 
 
-def _stored(name: str, spec: LinearSpec) -> tuple[bool, bool, bool]:
-    """Whether a linear of this full name is one of two thin ones, packed, sparse."""
+def _form_flags(name: str, spec: LinearSpec) -> tuple[bool, bool, bool]:
+    """Return whether a linear of this full name is factored, packed, sparse."""
     return name.endswith((".u", ".v")), spec.packing is not None, spec.kept is not None
 
 
 def _forms(factored: bool, packed: bool, sparse: bool) -> frozenset[Form]:
-    shape: Form = "factored" if factored else "dense"
-    stored: list[Form] = ["packed"] if packed else []
-    stored += ["sparse"] if sparse else []
-    return frozenset({shape, *stored})
+    forms: set[Form] = {"dense"}
+    if factored:
+        forms = {"factored"}
+    if packed:
+        forms.add("packed")
+    if sparse:
+        forms.add("sparse")
+    return frozenset(forms)
 
 
 def _linear_spec(record: Mapping[str, Any]) -> LinearSpec:
-    packing = Packing(**record["packing"]) if record["packing"] else None
+    packing = None
+    if record["packing"]:
+        packing = Packing(**record["packing"])
     return LinearSpec(**{**record, "packing": packing})

@@ -1,4 +1,4 @@
-"""Models: the one door to transformers. Finds, loads and writes models, the original's and our own."""
+"""Load and write models, originals and artifacts: with `jobs.models.sources`, the one door to transformers."""
 
 from __future__ import annotations
 
@@ -21,8 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from jobs.models.families import Task, family
 from jobs.models.layers import PackedEmbedding, linear_of
-from jobs.models.layout import FILE as LAYOUT
-from jobs.models.layout import Layout, TensorSpec
+from jobs.models.layout import LAYOUT_FILE, Layout, TensorSpec
 from jobs.models.model import (
     DTYPE,
     DTYPE_NAMES,
@@ -37,18 +36,20 @@ from jobs.models.tokenizers import TOKENIZER_FILES, copy_tokenizer
 
 WEIGHTS = "model.safetensors"
 VERSIONS = (torch.__version__, transformers.__version__)
+"""Versions of the libraries that decide how a model is computed."""
 
 
 class FileState(NamedTuple):
-    """Of one file: changed_at is in nanoseconds since 1970."""
+    """The size and the time of the last change of a file: equal as long as the file is the same."""
 
     path: str
     size_bytes: int
     changed_at: int
+    """Nanoseconds since 1970."""
 
 
 def digest(folder: Path) -> str:
-    """The digest of a model's config, weights and tokenizer."""
+    """Return the digest of a model's config, weights and tokenizer."""
     total = hashlib.sha256()
     for file in sorted(folder.iterdir()):
         if file.suffix == ".safetensors" or file.name in ("config.json", *TOKENIZER_FILES):
@@ -57,22 +58,23 @@ def digest(folder: Path) -> str:
     return total.hexdigest()
 
 
-def state_of(folder: Path) -> tuple[FileState, ...]:
-    """What tells quickly, without reading them, whether the files of a folder are still the same."""
-    found = ((file, file.stat()) for file in sorted(folder.iterdir()))
-    return tuple(FileState(str(file), state.st_size, state.st_mtime_ns) for file, state in found)
+def file_states(folder: Path) -> tuple[FileState, ...]:
+    """Return the state of every file of a folder, to detect changes without reading the files."""
+    stats = ((file, file.stat()) for file in sorted(folder.iterdir()))
+    return tuple(FileState(str(file), stat.st_size, stat.st_mtime_ns) for file, stat in stats)
 
 
 def load(folder: Path, device: str = "cpu") -> Model:
-    """The model of a folder, an original's or one that `save` wrote, in bf16, in eval mode, without gradients.
+    """Load a model, an original or an artifact that `save` wrote, in bf16, in eval mode, without gradients.
 
-    It lies on the CPU, whatever the device that it is to compute on (see `jobs.models.placement`).
+    device: the device it computes on; it is loaded to the CPU (see `jobs.models.placement`). Raises ValueError if the
+    weights of an artifact do not match its layout.
     """
-    # Workers load a model for every job.
+    # Workers load a model for every job: progress bars would fill their logs.
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     config = transformers.AutoConfig.from_pretrained(folder)
     kind = family(config.model_type)
-    if (folder / LAYOUT).is_file():
+    if (folder / LAYOUT_FILE).is_file():
         layout = Layout.read(folder)
         module = empty_module(config, "cpu")
         model = Model(module, kind, folder)
@@ -85,29 +87,32 @@ def load(folder: Path, device: str = "cpu") -> Model:
         fit_heads(model)
     else:
         module = _auto_class(config).from_pretrained(folder, dtype=DTYPE, use_safetensors=True)
-        _unite(module)
+        _replace_conv1d(module)
     module.requires_grad_(False)
     return Model(module.eval(), kind, folder, device)
 
 
 @lru_cache(maxsize=8)
-def computed_bytes(original: Path) -> tuple[int, ...]:
-    """What `computed_in` finds in an original, from its config alone. Asked for every candidate, so remembered."""
-    return computed_in(empty_module(transformers.AutoConfig.from_pretrained(original), "cpu"))
+def computed_constant_bytes(original: Path) -> tuple[int, ...]:
+    """Return `computed_constant_bytes_of` an original, from its config alone.
+
+    The result is cached, since the size of every candidate depends on it.
+    """
+    return computed_constant_bytes_of(empty_module(transformers.AutoConfig.from_pretrained(original), "cpu"))
 
 
-def computed_in(module: nn.Module) -> tuple[int, ...]:
-    """The bytes of each distinct tensor that a model computes for itself and no file holds: masks, sines."""
-    held = module.state_dict().keys()
-    found = {tensor.numpy().tobytes() for name, tensor in module.named_buffers() if name not in held}
-    return tuple(sorted(len(values) for values in found))
+def computed_constant_bytes_of(module: nn.Module) -> tuple[int, ...]:
+    """Return the sorted sizes of the distinct buffers that a model computes and no file stores: masks, sines."""
+    stored = module.state_dict().keys()
+    buffers = {tensor.numpy().tobytes() for name, tensor in module.named_buffers() if name not in stored}
+    return tuple(sorted(len(values) for values in buffers))
 
 
-def cache_of(blocks: Sequence[tuple[Tensor, Tensor]]) -> transformers.Cache:
-    """A KV cache that holds these keys and values, one pair per block."""
+def cache_with(blocks: Sequence[tuple[Tensor, Tensor]]) -> transformers.Cache:
+    """Return a KV cache of these keys and values, one pair per block."""
     cache = transformers.DynamicCache()
     for keys, values in blocks:
-        # Not by `update`: a new layer joins what it is given to a tensor of no dimensions, which graphs cannot hold.
+        # `update` would concatenate them with a tensor of no dimensions, which graphs cannot represent.
         layer = cast(Any, DynamicLayer)()
         layer.dtype, layer.device = keys.dtype, keys.device
         layer.keys, layer.values, layer.is_initialized = keys, values, True
@@ -123,23 +128,24 @@ def cache_name(module: nn.Module) -> str:
     return "cache" if "cache" in inspect.signature(module.forward).parameters else "past_key_values"
 
 
-def cached(cache: transformers.Cache) -> list[Tensor]:
-    """The keys and values of each block in turn."""
+def cached_tensors(cache: transformers.Cache) -> list[Tensor]:
+    """Return the keys and values of a KV cache, block after block."""
     layers = cast(list[Any], cache.layers)
     return [tensor for layer in layers for tensor in (layer.keys, layer.values)]
 
 
 def original_layout(folder: Path) -> Layout:
-    """The layout of an original, from its config alone: no weights are read."""
+    """Return the layout of an original from its config alone, without reading weights."""
     config = transformers.AutoConfig.from_pretrained(folder)
     kind = family(config.model_type)
     return Model(empty_module(config, "meta"), kind, folder).layout()
 
 
-def save(model: Model, folder: Path, about: Mapping[str, Any]) -> None:
+def save(model: Model, folder: Path, provenance: Mapping[str, Any]) -> None:
     """Write weights, layout, config and tokenizer into an empty or new folder.
 
-    `about` is JSON that says how the model came to be (its recipe); it stands beside the layout.
+    provenance: JSON values that describe how the model was made (its recipe), stored next to the layout; see
+    `read_provenance`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     config = copy.deepcopy(model.config)
@@ -155,28 +161,32 @@ def save(model: Model, folder: Path, about: Mapping[str, Any]) -> None:
         for name, tensor in distinct_tensors(model.module).items()
     }
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-    (folder / LAYOUT).write_text(json.dumps({**about, "layout": model.layout().to_dict()}, indent=1))
+    (folder / LAYOUT_FILE).write_text(
+        json.dumps({**provenance, "layout": model.layout().to_dict()}, indent=1)
+    )
 
 
-def about(folder: Path) -> dict[str, Any]:
-    """What `save` was told of how the model of this folder came to be; nothing of a model it did not write."""
-    file = folder / LAYOUT
-    record: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
+def read_provenance(folder: Path) -> dict[str, Any]:
+    """Return the provenance that `save` wrote; empty for an original."""
+    file = folder / LAYOUT_FILE
+    if not file.is_file():
+        return {}
+    record: dict[str, Any] = json.loads(file.read_text())
     return {name: value for name, value in record.items() if name != "layout"}
 
 
-def config(folder: Path) -> Any:
-    """The config of a model folder; it never runs code from the folder."""
+def load_config(folder: Path) -> Any:
+    """Return the config of a model folder. Never runs code from the folder."""
     return transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
 
 
 def family_of(folder: Path) -> str:
-    """The name of the family of a folder's model."""
+    """Return the name of the family of a model folder."""
     return str(json.loads((folder / "config.json").read_text())["model_type"])
 
 
 def task_of(folder: Path) -> Task:
-    """What the model of this folder does, by the architecture that its config names."""
+    """Return the task of a model folder, by the architecture that its config names."""
     return task_of_config(transformers.AutoConfig.from_pretrained(folder))
 
 
@@ -188,8 +198,8 @@ def _auto_class(config: transformers.PretrainedConfig) -> Any:
     }[task_of_config(config)]
 
 
-def _unite(module: nn.Module) -> None:
-    """Replace GPT-2's Conv1D, a linear that holds its weight transposed, by the linear it is."""
+def _replace_conv1d(module: nn.Module) -> None:
+    """Replace each of GPT-2's Conv1D, linears with a transposed weight, by an `nn.Linear`."""
     for name, part in list(module.named_modules()):
         if isinstance(part, Conv1D):
             parent, _, child = name.rpartition(".")
@@ -197,34 +207,43 @@ def _unite(module: nn.Module) -> None:
 
 
 def empty_module(config: transformers.PretrainedConfig, device: str) -> nn.Module:
-    """A module without weights. On the CPU its parameters are memory never touched, and the buffers that
-    no file holds (rotary frequencies) are right; on `meta` there are only shapes."""
+    """Return a module of this config without weights.
+
+    On the CPU its parameters are uninitialized bf16 memory, and the buffers that no file stores (rotary frequencies)
+    have their values; on `meta` there are only shapes.
+    """
     with torch.device(device), no_init_weights():
-        # In fp32, since some compute buffers (GPT-J's sinusoids) in the dtype that they are made in.
+        # In fp32, since some families compute buffers (GPT-J's sinusoids) in the module's dtype.
         module = cast(nn.Module, _auto_class(config).from_config(config, dtype=torch.float32))
         for parameter in module.parameters():
             parameter.data = torch.empty_like(parameter, dtype=DTYPE)
     cast(Any, module.config).dtype = DTYPE
-    _unite(module)
+    _replace_conv1d(module)
     tie_weights(module)
     return module
 
 
 def tie_weights(module: nn.Module) -> None:
+    """Make the head share the token embedding's weight if the config says so."""
     cast(Any, module).tie_weights()
 
 
 def _check_tensors(folder: Path, tensors: Mapping[str, Tensor], layout: Layout) -> None:
-    held = {name: TensorSpec(DTYPE_NAMES[t.dtype], tuple(t.shape)) for name, t in tensors.items()}
-    if held != layout.tensors():
-        wrong = sorted({name for name, _ in held.items() ^ layout.tensors().items()})[:3]
-        raise ValueError(f"{folder / WEIGHTS} does not hold what {LAYOUT} says: {wrong}")
+    specs = {
+        name: TensorSpec(DTYPE_NAMES[tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors.items()
+    }
+    expected = layout.tensors()
+    if specs != expected:
+        names = sorted({name for name, _ in specs.items() ^ expected.items()})[:3]
+        raise ValueError(f"{folder / WEIGHTS} does not match {LAYOUT_FILE}; the tensors {names} differ")
 
 
 def _ffn_widths(layout: Layout) -> set[int]:
-    names = [
-        layout.name(block, path)
-        for block, one in layout.feed_forwards()
-        for path in (one.out, f"{one.out}.v")
-    ]
-    return {layout.linears[name].in_features for name in names if name in layout.linears}
+    """Return the numbers of intermediate neurons of the feed-forward networks."""
+    widths = set()
+    for block, network in layout.feed_forwards():
+        out = layout.name(block, network.out)
+        for name in (out, f"{out}.v"):
+            if name in layout.linears:
+                widths.add(layout.linears[name].in_features)
+    return widths

@@ -1,4 +1,4 @@
-"""Memory: how much is held, and how to hand it back between jobs of one process."""
+"""Measure memory, and release it between the jobs of a process."""
 
 from __future__ import annotations
 
@@ -11,33 +11,37 @@ import psutil
 import torch
 
 
-def held_gib() -> float:
-    """What tensors hold of the device, where there is one; else what this process holds."""
-    held = torch.cuda.memory_allocated() if torch.cuda.is_available() else psutil.Process().memory_info().rss
-    return held / 2**30
+def allocated_gib() -> float:
+    """Return the GiB that tensors occupy on the GPU, or without a GPU the resident memory of this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.memory_allocated() / 2**30
+    return int(psutil.Process().memory_info().rss) / 2**30
 
 
 def device_gib() -> float:
-    """All the memory of the device, where there is one; else of this machine."""
+    """Return the total memory of the GPU in GiB, or without a GPU that of this machine."""
     if torch.cuda.is_available():
         return float(torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory) / 2**30
     return psutil.virtual_memory().total / 2**30
 
 
 @functools.cache
-def settle() -> None:
-    """Set the libraries aside before a process loads its first model: else each collection walks all of them
-    again, 0.3 s. Only the first call does anything: a model that is frozen, in cycles, is never freed."""
+def freeze_libraries() -> None:
+    """Exclude all current objects from garbage collection; call it before a process loads its first model.
+
+    Otherwise each collection walks the objects of all libraries again, which takes 0.3 s. Only the first call has an
+    effect, since a frozen model, which contains cycles, would never be freed.
+    """
     gc.collect()
     gc.freeze()
 
 
 def release() -> None:
-    """Hand freed memory back to the system: modules hold cycles, and glibc keeps what they free."""
+    """Return freed memory to the system: modules contain reference cycles, and glibc keeps freed memory."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # musl has none
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # musl does not have it
         if trim is not None:
             trim(0)

@@ -1,4 +1,4 @@
-"""Model: a model in memory, where its parts are, and how it is given another layout."""
+"""Models in memory: where their parts are, how to replace one, and how to give a module another layout."""
 
 from __future__ import annotations
 
@@ -24,24 +24,28 @@ from jobs.models.layers import (
 from jobs.models.layout import Layout, LinearSpec, TensorSpec
 
 DTYPE = torch.bfloat16
-"""What models are held and run in: 2 bytes a weight in memory as in the file (docs/decisions/bf16.md)."""
+"""The type of weights in memory and in files: 2 bytes each (docs/decisions/bf16.md)."""
 
 DTYPE_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
                torch.int32: "I32", torch.uint8: "U8"}  # fmt: skip
-"""As safetensors names them."""
+"""safetensors' names of types."""
+
+_HEAD_COUNTS = ("num_heads", "num_attention_heads", "n_heads")
+"""Attributes of transformers' attention modules that store the number of heads."""
+_HEAD_WIDTHS = ("split_size", "all_head_size")
+"""Attributes that store the width of all heads together."""
 
 
 @dataclass(frozen=True)
 class Model:
-    """A model in memory. `folder` is where its tokenizer and config came from.
-
-    device: where it computes. It rests on the CPU; `jobs.models.placement` takes parts of it there and back.
-    """
+    """A model in memory. "Full name" means the name of a submodule or tensor within `module`."""
 
     module: nn.Module
     family: Family
     folder: Path
+    """The folder that tokenizer and config came from."""
     device: str = "cpu"
+    """The device it computes on. Its parts stay on the CPU until `jobs.models.placement` moves them."""
 
     @property
     def task(self) -> Task:
@@ -49,22 +53,22 @@ class Model:
 
     @property
     def head_width(self) -> int:
-        """Of one attention head."""
+        """Return the width of one attention head."""
         return _head_width(self.config)
 
     @property
     def base(self) -> nn.Module:
-        """The model without a head: embeddings, blocks and final norm."""
+        """Return the model without its head: embeddings, blocks and final norm."""
         return cast(nn.Module, getattr(self.module, _base_name(self.module), self.module))
 
     @property
     def base_prefix(self) -> str:
-        """What stands before the full names of the base model's parts: nothing where it is the whole."""
+        """Return the prefix of the full names of the base model's parts; empty if the module is the base model."""
         return "" if self.base is self.module else f"{_base_name(self.module)}."
 
     @property
     def blocks_name(self) -> str:
-        """The full name of the list of blocks."""
+        """Return the full name of the list of blocks."""
         return self.base_prefix + self.family.blocks
 
     @property
@@ -76,12 +80,15 @@ class Model:
         return self.module.config
 
     def answer(self, rows: Int[Tensor, "batch tokens"]) -> Float[Tensor, "batch ..."]:
-        """The logits, of every next token or of the classes; the last hidden states for an embedding."""
-        said = self.module(rows, **({} if self.family.encoder else {"use_cache": False}))
-        return cast(Tensor, said.last_hidden_state if self.task == "embedding" else said.logits)
+        """Return the logits of every next token or of the classes; for the task embedding, the last hidden states."""
+        options = {} if self.family.encoder else {"use_cache": False}
+        output = self.module(rows, **options)
+        if self.task == "embedding":
+            return cast(Tensor, output.last_hidden_state)
+        return cast(Tensor, output.logits)
 
     def linears(self) -> dict[str, nn.Module]:
-        """Every linear inside the blocks (those that a factorization made too), by its full name."""
+        """Return every linear inside the blocks by its full name; a factorized one counts as its two parts."""
         prefix = self.blocks_name + "."
         return {
             name: module
@@ -90,26 +97,27 @@ class Model:
         }
 
     def tables(self) -> dict[str, nn.Module]:
-        """The token embedding and the head, by their full names. A head that is tied to the embedding is no
-        table of its own (see `tied_head`)."""
+        """Return the token embedding and the head by full name, without a head that is tied (see `tied_head`)."""
         module: Any = self.module
-        found = {_name_in(module, module.get_input_embeddings()): module.get_input_embeddings()}
+        tables = {_name_in(module, module.get_input_embeddings()): module.get_input_embeddings()}
         head = module.get_output_embeddings()
         if head is not None and self.tied_head() is None:
-            found[_name_in(module, head)] = head
-        return found
+            tables[_name_in(module, head)] = head
+        return tables
 
     def tied_head(self) -> str | None:
-        """The full name of a head whose weight is the token embedding's."""
+        """Return the full name of the head if its weight is the token embedding; None otherwise."""
         module: Any = self.module
         embedding, head = module.get_input_embeddings(), module.get_output_embeddings()
         tied = isinstance(head, TiedHead) or (
             isinstance(head, nn.Linear) and head.weight is getattr(embedding, "weight", None)
         )
-        return _name_in(module, head) if tied else None
+        if not tied:
+            return None
+        return _name_in(module, head)
 
     def replace_embedding(self, embedding: nn.Module) -> None:
-        """Put `embedding`, a plain or packed one, in the place of the token embedding; a tied head stays tied."""
+        """Replace the token embedding by `embedding`, plain or packed; a tied head stays tied."""
         name, head = next(iter(self.tables())), self.tied_head()
         if head is not None:
             bias = self.module.get_submodule(head).bias
@@ -123,46 +131,53 @@ class Model:
         self.replace(name, embedding)
 
     def replace(self, name: str, layer: nn.Module) -> None:
-        """Put `layer` in the place of the submodule of this full name."""
+        """Replace the submodule of this full name by `layer`."""
         parent, _, child = name.rpartition(".")
         setattr(self.module.get_submodule(parent), child, layer)
 
     def layout(self) -> Layout:
-        """The layout of the file that `save` would write now."""
-        specs = {name: cast(LinearSpec, spec_of(layer)) for name, layer in self.linears().items()}
+        """Return the layout of the file that `loading.save` would write now."""
+        linears = {name: cast(LinearSpec, spec_of(layer)) for name, layer in self.linears().items()}
         tables = {name: cast(LinearSpec, spec_of(table)) for name, table in self.tables().items()}
-        held = {f"{name}.{part}" for name, spec in (specs | tables).items() for part in spec.tensors()}
-        others = {
+        matrix_tensors = {
+            f"{name}.{part}" for name, spec in (linears | tables).items() for part in spec.tensors()
+        }
+        other_tensors = {
             name: TensorSpec(DTYPE_NAMES[written_dtype(tensor)], tuple(tensor.shape))
             for name, tensor in distinct_tensors(self.module).items()
-            if name not in held
+            if name not in matrix_tensors
         }
-        heads, keys = _heads(self.config)
+        query_heads, key_heads = _head_counts(self.config)
         return Layout(
-            self.family, self.task, self.blocks_name, self.head_width, heads // keys, specs, others,
-            tables,
-        )  # fmt: skip
+            family=self.family,
+            task=self.task,
+            blocks=self.blocks_name,
+            head_width=self.head_width,
+            queries_per_key=query_heads // key_heads,
+            linears=linears,
+            others=other_tensors,
+            tables=tables,
+        )
 
 
 def fit_heads(model: Model) -> None:
-    """Tell each attention module how many heads its linears make, where it remembers their number."""
+    """Set the number of heads in each attention module that stores it, from the shapes of its linears."""
     attention = model.family.attention
-    width = model.head_width
     for block in model.blocks:
         module: Any = block.get_submodule(attention.module)
         out = block.get_submodule(attention.out)
-        first = out.v if isinstance(out, (LowRankLinear, CorrectedLinear)) else out
-        rows = cast(LinearSpec, spec_of(first)).in_features
-        for name, value in (
-            *((name, rows // width) for name in ("num_heads", "num_attention_heads", "n_heads")),
-            *((name, rows) for name in ("split_size", "all_head_size")),
-        ):
+        if isinstance(out, (LowRankLinear, CorrectedLinear)):
+            out = out.v
+        heads_width = cast(LinearSpec, spec_of(out)).in_features
+        values = dict.fromkeys(_HEAD_COUNTS, heads_width // model.head_width)
+        values |= dict.fromkeys(_HEAD_WIDTHS, heads_width)
+        for name, value in values.items():
             if hasattr(module, name):
                 setattr(module, name, value)
 
 
 def reshape(model: Model, layout: Layout) -> None:
-    """Give an empty module the linears of `layout`, and other tensors of its shapes, still without weights."""
+    """Give a module without weights the layers and tensor shapes of `layout`; new tensors are on `meta`."""
     linears = model.linears()
     for name, spec in layout.linears.items():
         parent, _, child = name.rpartition(".")
@@ -195,17 +210,16 @@ def reshape(model: Model, layout: Layout) -> None:
 
 
 def _resize(module: nn.Module, name: str, shape: tuple[int, ...]) -> None:
-    """Give a parameter of this full name another shape, if it has not that one already."""
+    """Replace the parameter of this full name by one on `meta` unless it already has this shape."""
     owner, _, child = name.rpartition(".")
     part: Any = module.get_submodule(owner)
-    held = getattr(part, child)
-    if held is None:  # a bias that a step has added
-        held = torch.empty(0, dtype=DTYPE)
-    if tuple(held.shape) == shape:
+    tensor = getattr(part, child)
+    if tensor is None:  # a bias that a step has added
+        tensor = torch.empty(0, dtype=DTYPE)
+    if tuple(tensor.shape) == shape:
         return
-    setattr(
-        part, child, nn.Parameter(torch.empty(shape, dtype=held.dtype, device="meta"), requires_grad=False)
-    )
+    resized = torch.empty(shape, dtype=tensor.dtype, device="meta")
+    setattr(part, child, nn.Parameter(resized, requires_grad=False))
     if isinstance(part, nn.LayerNorm):
         part.normalized_shape = shape
     if isinstance(part, nn.Embedding):
@@ -215,30 +229,35 @@ def _resize(module: nn.Module, name: str, shape: tuple[int, ...]) -> None:
 
 
 def distinct_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """The state of a module, tied tensors once, under the first of their names."""
-    found: dict[str, Tensor] = {}
-    seen: set[int] = set()
+    """Return the state of a module; tied tensors appear once, under the first of their names."""
+    tensors: dict[str, Tensor] = {}
+    ids: set[int] = set()
     for name, tensor in module.state_dict(keep_vars=True).items():
-        if id(tensor) not in seen:
-            seen.add(id(tensor))
-            found[name] = tensor
-    return found
+        if id(tensor) not in ids:
+            ids.add(id(tensor))
+            tensors[name] = tensor
+    return tensors
 
 
 def written_dtype(tensor: Tensor) -> torch.dtype:
-    # Scales are fp16 already, integers stay what they are; every other weight is written in bf16.
-    return tensor.dtype if not tensor.is_floating_point() or tensor.dtype == torch.float16 else DTYPE
+    """Return the type that a file stores a tensor in: integers and fp16 scales as they are, all else in bf16."""
+    if tensor.dtype == torch.float16 or not tensor.is_floating_point():
+        return tensor.dtype
+    return DTYPE
 
 
 def task_of_config(config: Any) -> Task:
+    """Return the task of a model by the architecture that its config names."""
     architecture = next(iter(config.architectures or []), "")
     if architecture.endswith("ForSequenceClassification"):
         return "classification"
-    return "embedding" if family(config.model_type).encoder else "causal-lm"
+    if family(config.model_type).encoder:
+        return "embedding"
+    return "causal-lm"
 
 
-def _heads(config: Any) -> tuple[int, int]:
-    """How many heads the queries of the original have, and how many its keys and values."""
+def _head_counts(config: Any) -> tuple[int, int]:
+    """Return the numbers of query heads and of key heads in the original model."""
     heads = int(config.num_attention_heads)
     return heads, int(getattr(config, "num_key_value_heads", None) or heads)
 
@@ -249,8 +268,8 @@ def _head_width(config: Any) -> int:
 
 
 def _name_in(module: nn.Module, part: nn.Module) -> str:
-    """The full name of a part."""
-    return next(str(name) for name, found in module.named_modules() if found is part)
+    """Return the full name of a part."""
+    return next(str(name) for name, submodule in module.named_modules() if submodule is part)
 
 
 def _base_name(module: nn.Module) -> str:

@@ -1,4 +1,4 @@
-"""Models of a given shape with arbitrary weights, to time operations on."""
+"""Models of any layout with arbitrary weights, to trace graphs of them or to time them."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from jobs.models.loading import empty_module, save, tie_weights
 from jobs.models.model import DTYPE_NAMES, Model, fit_heads, reshape
 
 
-def empty(folder: Path, layout: Layout) -> Model:
-    """The model of an artifact's folder as `layout`, a variant of its own, with tensors whose values mean nothing."""
+def uninitialized_model(folder: Path, layout: Layout) -> Model:
+    """Return an artifact's model in another layout of the same parts, with uninitialized tensors."""
     config = transformers.AutoConfig.from_pretrained(folder)
     module = empty_module(config, "cpu")
     model = Model(module, family(config.model_type), folder)
     reshape(model, layout)
     for name, tensor in layout.tensors().items():
         part, _, child = name.rpartition(".")
-        held = getattr(module.get_submodule(part), child)
-        if held.device.type == "meta":
-            values = nn.Parameter(torch.empty(tensor.shape, dtype=held.dtype), requires_grad=False)
+        placeholder = getattr(module.get_submodule(part), child)
+        if placeholder.device.type == "meta":
+            values = nn.Parameter(torch.empty(tensor.shape, dtype=placeholder.dtype), requires_grad=False)
             setattr(module.get_submodule(part), child, values)
     tie_weights(module)
     fit_heads(model)
@@ -36,13 +36,15 @@ def empty(folder: Path, layout: Layout) -> Model:
 
 
 def save_stand_in(layout: Layout, original: Path, folder: Path) -> None:
-    """Write a model of this layout, which was outlined from `original`'s, with weights that mean nothing: it is as
-    fast and as big as any other of its shapes."""
+    """Write an artifact with arbitrary weights, as fast and as large as every model of this layout.
+
+    layout: derived from the layout of `original` by techniques.
+    """
     config: Any = transformers.AutoConfig.from_pretrained(original)
-    for kinds in ("layer_types", "attention_layers"):  # of each block, where they differ
-        if getattr(config, kinds, None):
-            setattr(config, kinds, getattr(config, kinds)[: layout.depth])
-    if getattr(config, "attention_layers", None):  # GPT-Neo's, written twice
+    for key in ("layer_types", "attention_layers"):  # lists of one entry per block
+        if getattr(config, key, None):
+            setattr(config, key, getattr(config, key)[: layout.depth])
+    if getattr(config, "attention_layers", None):  # GPT-Neo's config states them twice
         config.attention_types = [[[kind], 1] for kind in config.attention_layers]
     config.num_hidden_layers = layout.depth
     if len(layout.tables) > 1:
@@ -50,32 +52,32 @@ def save_stand_in(layout: Layout, original: Path, folder: Path) -> None:
     module = empty_module(config, "cpu")
     model = Model(module, family(config.model_type), original)
     reshape(model, layout)
-    module.load_state_dict(_arbitrary(layout), strict=False, assign=True)
+    module.load_state_dict(_arbitrary_weights(layout), strict=False, assign=True)
     if not isinstance(cast(Any, module).get_input_embeddings(), PackedEmbedding):
         tie_weights(module)
     fit_heads(model)
     save(model, folder, {"text": "a stand-in of arbitrary weights"})
 
 
-def _arbitrary(layout: Layout) -> dict[str, Tensor]:
-    """Finite weights of usual magnitudes, the same at every call: numbers far too small would be slow."""
+def _arbitrary_weights(layout: Layout) -> dict[str, Tensor]:
+    """Return finite weights of usual magnitudes, the same at every call: subnormal numbers would be slow."""
     generator = torch.Generator().manual_seed(0)
     dtypes = {name: dtype for dtype, name in DTYPE_NAMES.items()}
-    found: dict[str, Tensor] = {}
+    weights: dict[str, Tensor] = {}
     for name, tensor in layout.tensors().items():
         dtype = dtypes[tensor.dtype]
         if dtype == torch.uint8:
-            found[name] = torch.randint(256, tensor.shape, generator=generator, dtype=dtype)
+            weights[name] = torch.randint(256, tensor.shape, generator=generator, dtype=dtype)
         elif not dtype.is_floating_point:
-            found[name] = torch.zeros(tensor.shape, dtype=dtype)
+            weights[name] = torch.zeros(tensor.shape, dtype=dtype)
         elif len(tensor.shape) > 1 and not name.endswith((".scales", ".zeros")):
-            found[name] = torch.empty(tensor.shape, dtype=dtype).normal_(0, 0.02, generator=generator)
+            weights[name] = torch.empty(tensor.shape, dtype=dtype).normal_(0, 0.02, generator=generator)
         else:
-            found[name] = torch.full(tensor.shape, 0.01 if name.endswith(".scales") else 1.0, dtype=dtype)
+            weights[name] = torch.full(tensor.shape, 0.01 if name.endswith(".scales") else 1.0, dtype=dtype)
     for name, spec in layout.matrices.items():
-        if spec.packing is not None and f"{name}.zeros" in found:
-            found[f"{name}.zeros"].fill_(2 ** (spec.packing.bits - 1))
+        if spec.packing is not None and f"{name}.zeros" in weights:
+            weights[f"{name}.zeros"].fill_(2 ** (spec.packing.bits - 1))
         if spec.kept is not None:
-            places = torch.arange(spec.out_features * spec.in_features) < spec.kept
-            found[f"{name}.mask"] = pack(places.view(spec.out_features, spec.in_features), 1)
-    return found
+            stored = torch.arange(spec.out_features * spec.in_features) < spec.kept
+            weights[f"{name}.mask"] = pack(stored.view(spec.out_features, spec.in_features), 1)
+    return weights

@@ -19,7 +19,7 @@ Tokenizer = transformers.PreTrainedTokenizerBase
 
 
 def tokenizer_digest(folder: Path) -> str:
-    """The digest of a folder's tokenizer: artifacts of one original share it."""
+    """Return the digest of a folder's tokenizer; all artifacts of one original have the same."""
     total = hashlib.sha256()
     for name in TOKENIZER_FILES:
         if (folder / name).is_file():
@@ -28,30 +28,31 @@ def tokenizer_digest(folder: Path) -> str:
 
 
 def copy_tokenizer(source: Path, folder: Path) -> None:
-    """Copy a model folder's tokenizer into another."""
+    """Copy the tokenizer files of one model folder into another."""
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
 
 
-def tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer of a model folder; it never runs code from the folder."""
-    found = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    return cast(Tokenizer, found)
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """Load the tokenizer of a model folder. Never runs code from the folder."""
+    return cast(Tokenizer, transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False))
 
 
-def vocabulary(folder: Path) -> int:
-    """How many token ids a model of this folder knows."""
+def vocabulary_size(folder: Path) -> int:
+    """Return the number of token ids of a folder's model."""
     return int(json.loads((folder / "config.json").read_text())["vocab_size"])
 
 
 def check_vocabulary(folder: Path) -> None:
-    """Refuse, with a ValueError, a tokenizer that makes ids that the model's embedding has no row for. More
-    rows than ids are usual: embeddings are padded."""
-    ids = tokenizer(folder).get_vocab().values()
-    rows = vocabulary(folder)
+    """Raise ValueError if the tokenizer of a folder has ids without a row in the model's embedding.
+
+    More rows than ids are usual, since embeddings are padded.
+    """
+    ids = load_tokenizer(folder).get_vocab().values()
+    rows = vocabulary_size(folder)
     if ids and max(ids) >= rows:
         raise ValueError(
             f"the tokenizer in {folder} makes ids up to {max(ids)}, and the embedding has {rows} rows: "
-            f"they belong to different models"
+            f"they belong to different models; give the model its own tokenizer"
         )

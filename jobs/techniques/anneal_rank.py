@@ -1,20 +1,19 @@
-"""anneal_rank: lower the rank of each linear little by little while the model learns from the original."""
+"""anneal_rank: lower the rank of each linear step by step while the model learns from the original."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, cast
+from typing import ClassVar, SupportsFloat, cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from jobs.compression import importance as importance_module
 from jobs.compression import low_rank
-from jobs.compression.low_rank import root_of
+from jobs.compression.importance import sensitivities
+from jobs.compression.low_rank import Factorization
 from jobs.context import Context
-from jobs.knobs import knob
 from jobs.models.layers import check_finite, linear_of
 from jobs.models.layout import Form, Layout
 from jobs.models.model import DTYPE, Model
@@ -26,18 +25,17 @@ from jobs.training.schedule import Ramp
 
 @dataclass(frozen=True)
 class AnnealRank(Technique):
-    """Factorizes every linear at full rank and closes, in the course of a distillation, all directions beyond
-    the rank that `keep` asks for.
+    """Factorizes every linear at full rank, then closes all directions beyond the target rank during a distillation.
 
     The linear becomes y = Σ g_i u_i (v_i x), its singular value decomposition on calibration text as in
-    svd_llm, and u and v are trained. Those to stay have the gate g_i = 1; the others' are those of
-    singular value thresholding (Cai et al. 2010, eq. 2.2) with the spectrum of the start:
-    g_i = max(0, 1 − τ/σ_i), with τ rising by a cubic over the first part of the steps, `ramp`, from 0 to the
-    largest σ_i beyond the rank. So the weakest close first, and then all are closed: the truncation at the
-    end removes nothing. Xu et al. threshold the weight itself between updates; a gate in the forward pass
-    needs no decomposition on the way, and no access to the optimizer's copies of the weights.
+    svd_llm, and u and v are trained. Directions within the rank of `keep` have the gate g_i = 1. The gates of
+    the others are those of singular value thresholding (Cai et al. 2010, eq. 2.2) with the initial singular
+    values: g_i = max(0, 1 − τ/σ_i). τ rises by a cubic over the first part of the steps, `ramp`, from 0 to the
+    largest σ_i beyond the rank. The weakest directions close first, and in the end all of them, so the final
+    truncation changes nothing. Xu et al. threshold the weight itself between updates; a gate in the forward
+    pass needs neither further decompositions nor access to the optimizer's copies of the weights.
 
-    Both factors at full rank are up to twice the weights; as directions close, a step takes less time.
+    Both factors at full rank have up to twice the weights. A step becomes faster as directions close.
     """
 
     kind: ClassVar[Kind] = "rank"
@@ -50,8 +48,8 @@ class AnnealRank(Technique):
     highest_stage: ClassVar[int] = schedule.HIGHEST_STAGE
     produces: ClassVar[frozenset[Form]] = frozenset({"factored"})
 
-    keep: float = knob(0.8, low_rank.KEEP, low_rank.KEEP_HELP)
-    allocation: str = knob("uniform", low_rank.ALLOCATION, low_rank.ALLOCATION_HELP)
+    keep: float = low_rank.keep_knob()
+    allocation: str = low_rank.allocation_knob()
     ramp: float = schedule.ramp_knob()
     learning_rate: float = schedule.learning_rate_knob(3e-4)
     steps: int = schedule.steps_knob()
@@ -60,16 +58,8 @@ class AnnealRank(Technique):
     hard_weight: float = schedule.hard_weight_knob()
 
     @property
-    def is_noop(self) -> bool:
-        return self.keep == 1
-
-    @property
-    def exact(self) -> bool:
-        return self.is_noop or self.allocation == "uniform"
-
-    def output_layout(self, layout: Layout) -> Layout:
-        self.check_forms(layout)
-        return low_rank.output_layout(layout, self.keep, self.allocation)
+    def layout_change(self) -> Factorization:
+        return Factorization(self.keep, self.allocation)
 
     def compress(self, model: Model, context: Context) -> Model:
         layout = model.layout()
@@ -82,49 +72,53 @@ class AnnealRank(Technique):
         return model
 
     def _learn(self, model: Model, layout: Layout, context: Context) -> None:
-        importance = importance_module.sensitivities(model, context) if self.allocation == "global" else None
+        importance: Mapping[str, SupportsFloat] = {}
+        if self.allocation == "global":
+            importance = sensitivities(model, context)
         gated = factorize(model, context, self.name())
         spectra = {f"{name}.values": layer.values for name, layer in gated.items()}
-        ranks = low_rank.ranks_of(layout.linears, self.keep, spectra, importance)
+        ranks = self.layout_change.ranks(layout.linears, spectra, lambda: importance)
         ramp = Ramp.of(self.ramp, self.steps)
 
-        def close(done: int) -> None:
+        def close_gates(step: int) -> None:
             for name, layer in gated.items():
-                layer.close(ranks[name], ramp.reached(done))
+                layer.close(ranks[name], ramp.reached(step))
 
-        close(0)
-        schedule.learn(model, self, context, close)
+        close_gates(0)
+        schedule.learn(model, self, context, close_gates)
         truncate(model, gated, ranks)
 
 
 def factorize(model: Model, context: Context, technique: str) -> dict[str, GatedLinear]:
-    """Put a gated linear of full rank, all gates open, in the place of every linear of a model."""
+    """Replace every linear of `model`, in place, by a gated linear of full rank with open gates; return those."""
     assert context.calibration is not None
     grams = context.statistics.grams(model, context.calibration, context.report)
-    found = {}
+    gated = {}
     linears = model.linears()
-    for done, (name, layer) in enumerate(linears.items()):
-        context.report(done / len(linears), f"decomposing {name}")
+    for index, (name, layer) in enumerate(linears.items()):
+        context.report(index / len(linears), f"decomposing {name}")
         dense = cast(nn.Linear, layer)
         weight = check_finite(dense.weight.detach(), technique, name).float()
-        u, v, values = low_rank.terms_of(weight, root_of(grams.gram(name).to(weight.device)).float())
+        root = low_rank.root_of(grams.gram(name).to(weight.device)).float()
+        u, v, values = low_rank.terms_of(weight, root)
         first = linear_of(v.to(DTYPE).contiguous(), None)
-        found[name] = GatedLinear(first, linear_of(u.to(DTYPE).contiguous(), dense.bias), values)
-        model.replace(name, found[name])
-    return found
+        second = linear_of(u.to(DTYPE).contiguous(), dense.bias)
+        gated[name] = GatedLinear(first, second, values)
+        model.replace(name, gated[name])
+    return gated
 
 
 def truncate(model: Model, gated: Mapping[str, GatedLinear], ranks: Mapping[str, int]) -> None:
-    """Put a factored linear of its rank in the place of each gated one, whose other gates are closed."""
+    """Replace each gated linear, in place, by a factored one of its rank; the gates beyond it must be closed."""
     for name, layer in gated.items():
-        # The bias is u's.
+        # The bias is that of u.
         model.replace(name, low_rank.factored(layer.u, layer.u.weight, layer.v.weight, ranks[name], name))
 
 
 class GatedLinear(nn.Module):
     """y = u(g ⊙ v(x)) with v: in → full, u: full → out, and a gate in [0, 1] for each direction.
 
-    values: what the directions weigh, falling; they close from behind, and closed ones take no time.
+    `values` are the falling singular values. The last directions close first; closed ones are not computed.
     """
 
     def __init__(self, v: nn.Linear, u: nn.Linear, values: Float[Tensor, " full"]) -> None:
@@ -142,6 +136,6 @@ class GatedLinear(nn.Module):
         self.gates = gates[: int(gates.count_nonzero())]
 
     def forward(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
-        alive = len(self.gates)
-        seen = nn.functional.linear(x, self.v.weight[:alive]) * self.gates.to(x.dtype)
-        return nn.functional.linear(seen, self.u.weight[:, :alive], self.u.bias)
+        open_directions = len(self.gates)
+        hidden = nn.functional.linear(x, self.v.weight[:open_directions]) * self.gates.to(x.dtype)
+        return nn.functional.linear(hidden, self.u.weight[:, :open_directions], self.u.bias)

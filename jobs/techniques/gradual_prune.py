@@ -1,4 +1,4 @@
-"""gradual_prune: remove the smallest weights little by little while the model learns from the original."""
+"""gradual_prune: remove the smallest weights step by step while the model learns from the original."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from jobs.compression import masks
-from jobs.compression.sparsity import PATTERNS, Sparsity, dense_weight, highest
+from jobs.compression.sparsity import Sparsity, dense_weight, highest, pattern_knob, sparsity_knob
 from jobs.context import Context
-from jobs.knobs import Choice, Range, knob
-from jobs.models.layout import Form, Layout, LinearSpec
+from jobs.models.layout import Form, LinearSpec
 from jobs.models.model import Model
 from jobs.models.placement import on_device
 from jobs.technique import Kind, Need, Technique
@@ -24,13 +23,14 @@ from jobs.training.schedule import Ramp
 
 @dataclass(frozen=True)
 class GradualPrune(Technique):
-    """Removes the weights of least |w| of each linear, more and more of them in the course of a distillation.
+    """Removes the weights of least |w| of each linear, an increasing share of them during a distillation.
 
-    Over the first part of the steps, `ramp`, the share that is removed grows by a cubic (eq. 1); about 20
-    times meanwhile it is chosen anew what goes. Then the masks stay, and what is left learns on. What is
-    masked keeps its last value, and comes back where others have become smaller, as in the paper.
+    Over the first part of the steps, `ramp`, the removed share grows by the cubic of eq. 1; about 20 times in
+    this phase the masks are computed again from the current weights. Afterwards the masks are fixed and the
+    remaining weights are trained further. A masked weight keeps its last value, and returns if other weights
+    have become smaller, as in the paper.
 
-    With n:m patterns the weights go in the same manner, those first that are smallest of all that will go.
+    With an n:m pattern the weights are removed in the same way, the smallest of those to remove first.
     """
 
     kind: ClassVar[Kind] = "sparsity"
@@ -41,8 +41,8 @@ class GradualPrune(Technique):
     accepts: ClassVar[frozenset[Form]] = frozenset({"dense", "factored"})
     produces: ClassVar[frozenset[Form]] = frozenset({"sparse"})
 
-    sparsity: float = knob(0.5, Range(0.0, 0.95), "share of the weights to remove; half where pattern is n:m")
-    pattern: str = knob("unstructured", Choice(PATTERNS), "where weights may go; n:m keeps n of m neighbours")
+    sparsity: float = sparsity_knob()
+    pattern: str = pattern_knob()
     ramp: float = schedule.ramp_knob()
     learning_rate: float = schedule.learning_rate_knob(3e-4)
     steps: int = schedule.steps_knob()
@@ -51,49 +51,46 @@ class GradualPrune(Technique):
     hard_weight: float = schedule.hard_weight_knob()
 
     @property
-    def target(self) -> Sparsity:
+    def layout_change(self) -> Sparsity:
         return Sparsity(self.sparsity, self.pattern)
-
-    @property
-    def is_noop(self) -> bool:
-        return self.target.is_noop
-
-    def output_layout(self, layout: Layout) -> Layout:
-        return self.target.output_layout(layout, self)
 
     def compress(self, model: Model, context: Context) -> Model:
         expected = self.output_layout(model.layout()).linears
         if self.is_noop:
             return model
         schedule.check_given(self, context)
-        with on_device(model, ""):  # the masks that are changed must be those that are computed with
+        with on_device(model, ""):  # the masks updated in place must be those of the forward pass
             self._learn(model, expected, context)
         return model
 
     def _learn(self, model: Model, expected: Mapping[str, LinearSpec], context: Context) -> None:
-        kept: dict[str, Bool[Tensor, "out in"]] = {}
+        mask_of: dict[str, Bool[Tensor, "out in"]] = {}
         for name, layer in model.linears().items():
             weight = dense_weight(layer, self.name(), name)
             if expected[name].kept is not None:
-                kept[name] = torch.ones_like(weight, dtype=torch.bool)
-        masks.hold(model, kept)
+                mask_of[name] = torch.ones_like(weight, dtype=torch.bool)
+        masks.hold(model, mask_of)
         ramp = Ramp.of(self.ramp, self.steps)
 
-        def choose(done: int) -> None:
-            if ramp.due(done):
-                for name, mask in kept.items():
+        def update_masks(step: int) -> None:
+            if ramp.due(step):
+                share = ramp.reached(step)
+                for name, mask in mask_of.items():
                     weight = model.module.get_parameter(f"{name}.parametrizations.weight.original")
-                    mask.copy_(kept_at(ramp.reached(done), weight.detach().float().abs(), self.target))
+                    mask.copy_(mask_at(share, weight.detach().float().abs(), self.layout_change))
 
-        choose(0)
-        schedule.learn(model, self, context, choose)
-        masks.sparsify(model, kept)
+        update_masks(0)
+        schedule.learn(model, self, context, update_masks)
+        masks.sparsify(model, mask_of)
 
 
-def kept_at(share: float, scores: Float[Tensor, "out in"], target: Sparsity) -> Bool[Tensor, "out in"]:
-    """What is kept once this share of what will go is gone: all that the target keeps, and the highest scores
-    of the rest. Equal scores go from behind."""
-    removed = round(share * scores.shape[0] * target.removed(scores.shape[1]))
+def mask_at(share: float, scores: Float[Tensor, "out in"], target: Sparsity) -> Bool[Tensor, "out in"]:
+    """Return the mask after `share` of the weights to remove has been removed.
+
+    It keeps all weights that the target keeps, and of the others those with the highest scores; of equal
+    scores, the first ones.
+    """
+    removed = round(share * scores.shape[0] * target.removed_per_row(scores.shape[1]))
     if target.group is not None:
-        scores = scores.masked_fill(target.of_rows(scores), torch.inf)
+        scores = scores.masked_fill(target.mask_by_row(scores), torch.inf)
     return highest(scores.flatten(), scores.numel() - removed).view(scores.shape)

@@ -1,4 +1,4 @@
-"""hqq: move each group's zero point so that the few large rounding errors cost little."""
+"""hqq: fit each group's zero point so that most weights are rounded well and outliers badly."""
 
 from __future__ import annotations
 
@@ -11,28 +11,30 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from jobs.compression import grids, packing
+from jobs.compression.packing import Quantization
 from jobs.context import Context
 from jobs.knobs import Range, knob
 from jobs.models.layers import check_finite
-from jobs.models.layout import Form, Layout, Packing
+from jobs.models.layout import Form, Packing
 from jobs.models.model import Model
 from jobs.models.placement import on_device
 from jobs.technique import Kind, Technique
 
 _PENALTY = 10.0
+"""The initial β, that of the paper."""
 _PENALTY_GROWTH = 1.01
-"""β at first, and by what it grows with each iteration: the paper's."""
+"""The factor of β per iteration, that of the paper."""
 
 
 @dataclass(frozen=True)
 class Hqq(Technique):
-    """Fits the zero point of each group so that the l_p norm of the error, p < 1, is small: most weights
-    come near their values, and outliers are given up.
+    """Fits the zero point of each group to minimize the l_p norm of the rounding error, with p < 1.
 
-    Needs no data, so its correction of low rank counts all inputs alike. Scales are those of rounding to
-    nearest. Zero points are real numbers, held in fp16: a byte more per group than whole ones, which cannot
-    follow the closed form. Of all iterations each group keeps its best, rounding to nearest included, where
-    the paper stops all groups at once when the mean error no longer falls.
+    Such a norm makes most errors small at the expense of a few outliers. It needs no data, so the low-rank
+    correction minimizes the error of the weights. Scales are those of rtn. Zero points are real numbers in
+    fp16, one byte per group more than whole numbers, which cannot follow the closed form. Where we depart from
+    the paper: each group keeps the best of its iterations and of rtn; the paper stops all groups together
+    when the mean error no longer falls.
     """
 
     kind: ClassVar[Kind] = "bits"
@@ -40,8 +42,8 @@ class Hqq(Technique):
     paper: ClassVar[str] = "Badri & Shaji 2023, Half-Quadratic Quantization, mobiusml.github.io/hqq_blog"
     accepts: ClassVar[frozenset[Form]] = frozenset({"dense", "factored"})
     produces: ClassVar[frozenset[Form]] = frozenset({"packed"})
-    by_block: ClassVar[frozenset[str]] = packing.BY_LINEAR
-    by_linear: ClassVar[frozenset[str]] = packing.BY_LINEAR
+    by_block: ClassVar[frozenset[str]] = packing.OPTIONS_BY_LINEAR
+    by_linear: ClassVar[frozenset[str]] = packing.OPTIONS_BY_LINEAR
 
     bits: int | str = packing.bits_knob(4)
     group: int = packing.group_knob()
@@ -54,14 +56,15 @@ class Hqq(Technique):
     def packing(self) -> Packing:
         return Packing(int(self.bits), self.group, symmetric=False, real_zeros=True)
 
-    def output_layout(self, layout: Layout) -> Layout:
-        return packing.output_layout(self, layout)
+    @property
+    def layout_change(self) -> Quantization:
+        return Quantization(self)
 
     def compress(self, model: Model, context: Context) -> Model:
         self.output_layout(model.layout())
         linears, steps = model.linears(), self.for_linears(model.layout())
-        for done, (name, layer) in enumerate(linears.items()):
-            context.report(done / len(linears), name)
+        for index, (name, layer) in enumerate(linears.items()):
+            context.report(index / len(linears), name)
             with on_device(model, name):
                 weight = check_finite(cast(nn.Linear, layer).weight.detach().float(), self.name(), name)
                 step = steps[name]
@@ -78,41 +81,42 @@ class Hqq(Technique):
 def fit(
     weight: Float[Tensor, "rows groups columns"], present: Float[Tensor, "groups columns"], options: Hqq
 ) -> grids.Grid:
-    """The grid of each group, its zero point found by half-quadratic splitting (Badri & Shaji).
+    """Return the grid of each group, whose zero point is found by half-quadratic splitting (Badri & Shaji).
 
-    In turn, what rounding errs is shrunk to the error E that is given up, by generalized soft-thresholding
-    with weight β, and the zero point becomes the mean of q − (W − E) / scale.
-    present: 1 for weights, 0 for what fills up a shorter last group.
+    Two steps alternate: the rounding error is shrunk to a sparse error E by generalized soft-thresholding with
+    weight β, and the zero point becomes the mean of q − (W − E) / scale. `present` is 1 for weights and 0 for
+    the padding of a shorter last group.
     """
     start = grids.fit(weight, options.packing)
-    best, least = start, _cost(weight, present, start, options.norm)
+    best, best_cost = start, _cost(weight, present, start, options.norm)
     counts = present.sum(dim=-1)
     zeros, penalty = start.zeros, _PENALTY
     for _ in range(options.iterations):
         grid = grids.Grid(start.scales, zeros, options.packing.bits)
-        whole = nearest(weight, grid)
-        given_up = shrink(weight - grid.values(whole), penalty, options.norm)
-        wanted = whole - (weight - given_up) / start.scales.unsqueeze(-1)
-        # Rounded to what the file will hold.
-        zeros = (torch.einsum("rgc,gc->rg", wanted, present) / counts).half().float()
+        integers = nearest(weight, grid)
+        sparse_error = shrink(weight - grid.values(integers), penalty, options.norm)
+        target = integers - (weight - sparse_error) / start.scales.unsqueeze(-1)
+        # Rounded to the type that the file stores.
+        zeros = (torch.einsum("rgc,gc->rg", target, present) / counts).half().float()
         penalty *= _PENALTY_GROWTH
         grid = grids.Grid(start.scales, zeros, options.packing.bits)
         cost = _cost(weight, present, grid, options.norm)
-        best = grids.Grid(start.scales, torch.where(cost < least, zeros, best.zeros), options.packing.bits)
-        least = torch.minimum(cost, least)
+        best_zeros = torch.where(cost < best_cost, zeros, best.zeros)
+        best = grids.Grid(start.scales, best_zeros, options.packing.bits)
+        best_cost = torch.minimum(cost, best_cost)
     return best
 
 
 def nearest(
     weight: Float[Tensor, "rows groups columns"], grid: grids.Grid
 ) -> Float[Tensor, "rows groups columns"]:
-    """The nearest q of each weight on a grid whose zero point is no whole number."""
-    whole = (weight / grid.scales.unsqueeze(-1)).add_(grid.zeros.unsqueeze(-1)).round_()
-    return whole.clamp_(0, 2**grid.bits - 1)
+    """Return the nearest q of each weight on a grid whose zero point is not a whole number."""
+    integers = (weight / grid.scales.unsqueeze(-1)).add_(grid.zeros.unsqueeze(-1)).round_()
+    return integers.clamp_(0, 2**grid.bits - 1)
 
 
 def shrink(errors: Tensor, penalty: float, norm: float) -> Tensor:
-    """sign(e) · max(0, |e| − |e|^(p−1) / β), which nearly minimizes |x|^p + β/2 (x − e)² over x."""
+    """Return sign(e) · max(0, |e| − |e|^(p−1) / β), which nearly minimizes |x|^p + β/2 (x − e)² over x."""
     size = errors.abs()  # where it is 0, its power is infinite, and the difference is clamped to 0
     return errors.sign() * (size - size.pow(norm - 1) / penalty).clamp_(min=0)
 

@@ -1,4 +1,4 @@
-"""mixed: give each linear the bits that it needs, within an average, and round it as gptq does."""
+"""mixed: choose the bits of each linear within an average, and round it as gptq does."""
 
 from __future__ import annotations
 
@@ -24,19 +24,20 @@ from jobs.technique import Kind, Need, Technique
 from jobs.techniques.gptq import Gptq, quantize
 
 _BITS = (2, 3, 4, 8)
-"""All that errors are found for, whatever may be chosen of them."""
+"""The bits that errors are computed and cached for, whatever `widths` allows."""
 
 
 @dataclass(frozen=True)
 class Mixed(Technique):
-    """Gives each linear one of `widths`, in bits, so that the loss rises least at `average_bits`.
+    """Chooses one of `widths`, in bits, for each linear so that the loss rises least at `average_bits`.
 
-    Rounding a linear raises the loss by about ½ s tr(E G Eᵀ): E is what rounding to nearest on clipped grids
-    takes from its weights, G the Gram matrix of its inputs, so that the trace is the outputs' squared error,
-    and s what the loss makes of a unit of it (`jobs.compression.importance.sensitivities`). HAWQ-V2 weighs the
-    weights' squared errors by the mean trace of the loss's Hessian instead and picks from a Pareto front; here
-    the sum is minimized exactly, as a knapsack. Then each linear is rounded with gptq's error feedback.
-    The average counts the bits of the integers; scales and zero points come on top, alike for all choices.
+    Rounding a linear raises the loss by about ½ s tr(E G Eᵀ): E is the error of its weights after rounding to
+    nearest on clipped grids, G the Gram matrix of its inputs, so that the trace is the squared error of its
+    outputs, and s the increase of the loss per unit of it (`jobs.compression.importance.sensitivities`). Where
+    we depart from the paper: HAWQ-V2 weighs the squared errors of weights by the mean trace of the loss's
+    Hessian, and selects from a Pareto front; here the sum is minimized exactly, as a knapsack. Then each linear
+    is rounded as in gptq. The average counts the bits of the integers; scales and zero points come on top, and
+    are the same for all choices.
     """
 
     kind: ClassVar[Kind] = "bits"
@@ -50,7 +51,7 @@ class Mixed(Technique):
     widths: str = knob(
         "2 3 4 8",
         Choice(("2 3 4 8", "2 4 8", "4 8")),
-        "the bits that a linear may get: where 3 take the room of 4, as in OpenVINO and ONNX, better without",
+        "allowed bits of a linear; exclude 3 for OpenVINO and ONNX, where 3 bits take the space of 4",
     )
     group: int = packing.group_knob()
     symmetric: bool = packing.symmetric_knob()
@@ -61,8 +62,11 @@ class Mixed(Technique):
         return False
 
     def output_layout(self, layout: Layout) -> Layout:
-        """One linear after the other is given the next more bits than the average, the others the next
-        fewer, until as many bytes are spent as any assignment may."""
+        """Return an upper bound: the bytes that an assignment may spend at most.
+
+        The first linears have the next width above the average and the others the next one below, such that
+        the whole budget is spent.
+        """
         self.check_forms(layout)
         if self.average_bits < min(self._widths):
             raise ValueError(
@@ -70,11 +74,13 @@ class Mixed(Technique):
             )
         low = max(bits for bits in self._widths if bits <= self.average_bits)
         high = min(bits for bits in self._widths if bits >= self.average_bits)
-        left = self._budget(layout.linears) - sum(_bytes(spec, low) for spec in layout.linears.values())
+        remaining = self._budget(layout.linears) - sum(_bytes(spec, low) for spec in layout.linears.values())
         changed = {}
         for name, spec in layout.linears.items():
-            bits = high if left > 0 else low
-            left -= _bytes(spec, bits) - _bytes(spec, low)
+            bits = low
+            if remaining > 0:
+                bits = high
+            remaining -= _bytes(spec, bits) - _bytes(spec, low)
             changed[name] = dataclasses.replace(spec, packing=self._packing(bits))
         packed = layout.with_linears(changed)
         if self.embedding_bits == 16:
@@ -87,71 +93,78 @@ class Mixed(Technique):
         layout = model.layout()
         self.output_layout(layout)
         assert context.calibration is not None
+        grid_type = "asymmetric"
+        if self.symmetric:
+            grid_type = "symmetric"
         errors = context.statistics.stored(
-            f"rounding-{self.group}-{'symmetric' if self.symmetric else 'asymmetric'}",
-            lambda: self._errors(model, context),
+            f"rounding-{self.group}-{grid_type}", lambda: (self._errors(model, context), {})
         )
-        chosen = self.bits_of(layout.linears, errors, sensitivities(model, context))
+        bits_by_linear = self.choose_bits(layout.linears, errors, sensitivities(model, context))
         grams = context.statistics.grams(model, context.calibration, context.report)
         linears = model.linears()
-        for done, (name, bits) in enumerate(chosen.items()):
-            context.report(done / len(chosen), name)
+        for index, (name, bits) in enumerate(bits_by_linear.items()):
+            context.report(index / len(bits_by_linear), name)
             rounding = Gptq(bits=bits, group=self.group, symmetric=self.symmetric)
             with on_device(model, name):
                 layer = cast(nn.Linear, linears[name])
                 weight = check_finite(layer.weight.detach().float(), self.name(), name)
                 integers, grid = quantize(weight, grams.gram(name).to(model.device), rounding)
                 packing.pack_linear(model, name, integers, grid, rounding.packing)
-        # The tables are not in the budget: their bits are an option of their own.
+        # Embedding and head are not part of the budget: their bits are an option of their own.
         packing.pack_tables(model, Gptq(4, self.group, self.symmetric, self.embedding_bits))
         return model
 
-    def bits_of(
+    def choose_bits(
         self,
         linears: Mapping[str, LinearSpec],
         errors: Mapping[str, Tensor],
         importance: Mapping[str, Tensor],
     ) -> dict[str, int]:
-        """The bits of each linear, from its errors at 2, 3, 4 and 8 bits and what they cost the loss."""
-        costs = torch.tensor([[_bytes(spec, bits) for bits in self._widths] for spec in linears.values()])
-        held = [_BITS.index(bits) for bits in self._widths]
-        losses = torch.stack([errors[name][held].double() * float(importance[name]) for name in linears])
-        chosen = least_error(costs, losses, self._budget(linears))
-        return {name: self._widths[choice] for name, choice in zip(linears, chosen, strict=True)}
+        """Return the bits of each linear, from its errors at each of `_BITS` and the loss per unit of error."""
+        columns = [_BITS.index(bits) for bits in self._widths]
+        costs, losses = [], []
+        for name, spec in linears.items():
+            costs.append([_bytes(spec, bits) for bits in self._widths])
+            losses.append(errors[name][columns].double() * float(importance[name]))
+        choices = least_error(torch.tensor(costs), torch.stack(losses), self._budget(linears))
+        return {name: self._widths[choice] for name, choice in zip(linears, choices, strict=True)}
 
     @property
     def _widths(self) -> tuple[int, ...]:
         return tuple(int(bits) for bits in self.widths.split())
 
     def _budget(self, linears: Mapping[str, LinearSpec]) -> int:
-        """Bytes of integers at the average."""
+        """Return the bytes of all integers at the average."""
         return math.floor(self.average_bits * sum(_bytes(spec, 1) for spec in linears.values()))
 
     def _packing(self, bits: int) -> Packing:
         return Packing(bits, self.group, self.symmetric)
 
-    def _errors(self, model: Model, context: Context) -> tuple[dict[str, Tensor], dict[str, str]]:
+    def _errors(self, model: Model, context: Context) -> dict[str, Tensor]:
+        """Return the output errors of each linear at each of `_BITS`, Float[4]."""
         assert context.calibration is not None
         grams = context.statistics.grams(model, context.calibration, context.report)
         linears = model.linears()
-        found = {}
-        for done, (name, layer) in enumerate(linears.items()):
-            context.report(done / len(linears), f"rounding errors of {name}")
+        errors = {}
+        for index, (name, layer) in enumerate(linears.items()):
+            context.report(index / len(linears), f"rounding errors of {name}")
             with on_device(model, name):
                 weight = check_finite(cast(nn.Linear, layer).weight.detach().float(), self.name(), name)
                 gram = grams.gram(name).to(model.device)
-                found[name] = torch.tensor([_error(weight, gram, self._packing(bits)) for bits in _BITS])
-        return found, {}
+                errors[name] = torch.tensor(
+                    [_output_error(weight, gram, self._packing(bits)) for bits in _BITS]
+                )
+        return errors
 
 
 def _bytes(spec: LinearSpec, bits: int) -> int:
     return spec.out_features * Packing(bits, 0, symmetric=True).row_bytes(spec.in_features)
 
 
-def _error(weight: Tensor, gram: Tensor, known: Packing) -> float:
-    """tr(E G Eᵀ) with E what rounding to nearest takes from the weight."""
-    energy = grids.grouped(gram.diagonal().unsqueeze(0), known)[0]
-    integers, grid = packing.round_to_nearest(weight, known, energy)
-    rounded = grid.values(grids.grouped(integers, known)).flatten(1)[:, : weight.shape[1]]
+def _output_error(weight: Tensor, gram: Tensor, target: Packing) -> float:
+    """Return tr(E G Eᵀ), with E the error of the weight after rounding to nearest."""
+    energy = grids.grouped(gram.diagonal().unsqueeze(0), target)[0]
+    integers, grid = packing.round_to_nearest(weight, target, energy)
+    rounded = grid.values(grids.grouped(integers, target)).flatten(1)[:, : weight.shape[1]]
     error = weight - rounded
     return (error @ gram).mul_(error).sum().item()

@@ -1,4 +1,4 @@
-"""prune_ffn: remove the intermediate neurons of each feed-forward layer that its output misses least."""
+"""prune_ffn: remove the intermediate neurons that contribute least to the output of each feed-forward layer."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import ClassVar, cast
 
 import torch
-from torch import nn
+from jaxtyping import Float, Int
+from torch import Tensor, nn
 
 from jobs.calibration.statistics import Grams
 from jobs.compression.refit import refit
@@ -25,14 +26,14 @@ from jobs.technique import Kind, Need, Technique
 class PruneFfn(Technique):
     """Removes the share `ratio` of the intermediate neurons of every block.
 
-    A neuron j is worth ‖W[:, j]‖² · E[a_j²], the energy that it adds to the output: Wanda's score
-    (arXiv:2306.11695) squared and summed over a column, as structured pruning has it (An et al.).
-    correction, of what the output loses:
-        none           leaves the remaining weights alone.
-        bias           adds what the removed neurons give on average, W[:, j] E[a_j], to the bias; there a
-                       neuron is worth its fluctuation ‖W[:, j]‖² · Var[a_j] (An et al., eq. 4 and 5).
-        least_squares  solves for the remaining weights anew.
-    Widths stay multiples of 32 (of 8 below 1024 neurons), which vector units like.
+    The score of neuron j is ‖W[:, j]‖² · E[a_j²], the energy that it adds to the output: Wanda's score
+    (arXiv:2306.11695), squared and summed over a column, as An et al. do for structured pruning. correction, of
+    the error of the output:
+        none           keeps the remaining weights as they are.
+        bias           adds the mean output of the removed neurons, W[:, j] E[a_j], to the bias; the score is then
+                       the fluctuation ‖W[:, j]‖² · Var[a_j] (An et al., eq. 4 and 5).
+        least_squares  solves for the remaining weights again.
+    Widths are rounded to multiples of 32 (of 8 below 1024 neurons), for which vector units are fastest.
     """
 
     kind: ClassVar[Kind] = "width"
@@ -42,7 +43,9 @@ class PruneFfn(Technique):
 
     ratio: float | str = knob(0.25, Range(0.0, 0.9), "share of intermediate neurons to remove")
     correction: str = knob(
-        "least_squares", Choice(("none", "bias", "least_squares")), "how the rest makes up for the removed"
+        "least_squares",
+        Choice(("none", "bias", "least_squares")),
+        "how the remaining weights correct the error",
     )
 
     @property
@@ -52,15 +55,15 @@ class PruneFfn(Technique):
     def output_layout(self, layout: Layout) -> Layout:
         self.check_forms(layout)
         changed, steps = {}, self.for_blocks(layout)
-        for block, one in layout.feed_forwards():
-            name = layout.name(block, one.out)
+        for block, feed_forward in layout.feed_forwards():
+            name = layout.name(block, feed_forward.out)
             out = layout.linears[name]
             width = kept_width(out.in_features, float(steps[block].ratio))
             if width == out.in_features:
                 continue
             bias = out.bias or self.correction == "bias"
             changed[name] = dataclasses.replace(out, in_features=width, bias=bias)
-            for path in one.into:
+            for path in feed_forward.into:
                 into = layout.name(block, path)
                 changed[into] = dataclasses.replace(layout.linears[into], out_features=width)
         return layout.with_linears(changed)
@@ -73,41 +76,68 @@ class PruneFfn(Technique):
         assert context.calibration is not None
         grams = context.statistics.grams(model, context.calibration, context.report)
         widths = set()
-        for block, one in layout.feed_forwards():
-            name = layout.name(block, one.out)
+        for block, feed_forward in layout.feed_forwards():
+            name = layout.name(block, feed_forward.out)
             context.report(block / layout.depth, name)
             width = expected.linears[name].in_features
-            with on_device(model, name, *(layout.name(block, path) for path in one.into)):
-                self._prune(model, block, one, width, grams)
+            with on_device(model, name, *(layout.name(block, path) for path in feed_forward.into)):
+                self._prune(model, block, feed_forward, width, grams)
             widths.add(width)
         if len(widths) == 1:
             setattr(model.config, model.family.ffn_key, widths.pop())
         return model
 
-    def _prune(self, model: Model, block: int, one: FeedForward, width: int, grams: Grams) -> None:
-        name = f"{model.blocks_name}.{block}.{one.out}"
+    def _prune(self, model: Model, block: int, feed_forward: FeedForward, width: int, grams: Grams) -> None:
+        """Prune one feed-forward layer of a block to `width` neurons, in place."""
+        name = f"{model.blocks_name}.{block}.{feed_forward.out}"
         out = cast(nn.Linear, model.module.get_submodule(name))
         if width == out.in_features:
             return
         weight = check_finite(out.weight.detach().float(), self.name(), name)
         gram, mean = grams.gram(name).to(weight.device), grams.mean(name).to(weight.device)
-        energy = gram.diagonal() - mean.square() if self.correction == "bias" else gram.diagonal()
-        worth = weight.square().sum(dim=0) * energy
-        kept = torch.argsort(worth, descending=True, stable=True)[:width].sort().values
-        bias = None if out.bias is None else out.bias.detach().float()
+        energy = gram.diagonal()
         if self.correction == "bias":
-            removed = torch.ones_like(worth).index_fill(0, kept, 0)
-            bias = (0 if bias is None else bias) + weight @ (removed * mean)
-        new = refit(weight, gram, kept) if self.correction == "least_squares" else weight[:, kept]
-        model.replace(name, linear_of(new.to(DTYPE), bias))
-        for path in one.into:
-            into = f"{model.blocks_name}.{block}.{path}"
-            layer = cast(nn.Linear, model.module.get_submodule(into))
-            rows = check_finite(layer.weight.detach(), self.name(), into)[kept]
-            model.replace(into, linear_of(rows, None if layer.bias is None else layer.bias[kept]))
+            energy = gram.diagonal() - mean.square()
+        scores = weight.square().sum(dim=0) * energy
+        neurons = torch.argsort(scores, descending=True, stable=True)[:width].sort().values
+        bias = self._bias(out, weight, mean, neurons)
+        pruned = refit(weight, gram, neurons) if self.correction == "least_squares" else weight[:, neurons]
+        model.replace(name, linear_of(pruned.to(DTYPE), bias))
+        for path in feed_forward.into:
+            self._select_rows(model, f"{model.blocks_name}.{block}.{path}", neurons)
+
+    def _bias(
+        self,
+        out: nn.Linear,
+        weight: Float[Tensor, "out in"],
+        mean: Float[Tensor, " in"],
+        neurons: Int[Tensor, " kept"],
+    ) -> Float[Tensor, " out"] | None:
+        """Return the bias of the pruned output layer; None if it has none."""
+        bias = cast("Tensor | None", out.bias)
+        if bias is not None:
+            bias = bias.detach().float()
+        if self.correction != "bias":
+            return bias
+        removed = torch.ones_like(mean).index_fill(0, neurons, 0)
+        missing = weight @ (removed * mean)
+        if bias is None:
+            return missing
+        return bias + missing
+
+    def _select_rows(self, model: Model, name: str, neurons: Int[Tensor, " kept"]) -> None:
+        """Reduce the linear `name`, in place, to the outputs that feed the remaining neurons."""
+        layer = cast(nn.Linear, model.module.get_submodule(name))
+        rows = check_finite(layer.weight.detach(), self.name(), name)[neurons]
+        bias = None
+        if layer.bias is not None:
+            bias = layer.bias[neurons]
+        model.replace(name, linear_of(rows, bias))
 
 
 def kept_width(width: int, ratio: float) -> int:
-    """How many of `width` neurons stay: a multiple of 32 (of 8 below 1024), at least one such, never more."""
-    multiple = 32 if width >= 1024 else 8
+    """Return the number of remaining neurons, at most `width`: a positive multiple of 32 (of 8 below 1024)."""
+    multiple = 8
+    if width >= 1024:
+        multiple = 32
     return min(width, max(multiple, round(width * (1 - ratio) / multiple) * multiple))

@@ -1,4 +1,4 @@
-"""prune_hidden: a narrower residual stream, rotated so that what is cut off holds least."""
+"""prune_hidden: narrow the residual stream by rotating it and removing its weakest directions."""
 
 from __future__ import annotations
 
@@ -24,16 +24,17 @@ from jobs.techniques.prune_ffn import kept_width
 
 @dataclass(frozen=True)
 class PruneHidden(Technique):
-    """Removes the share `ratio` of the hidden width: the directions in which the residual stream has least
-    energy.
+    """Removes the share `ratio` of the hidden width: the directions in which the residual stream has least energy.
 
-    Norms before each reader make a model invariant to rotations of its residual stream, once their weights
-    stand in the readers (Ashkboos et al. 2024, section 3). We take one rotation for all blocks, the principal
-    axes of the normalised hidden states at all norms together, where the paper takes one a block: so no
-    matrices have to stand on the skip connections, and what comes out is a plain, narrower model of the same
-    architecture. A LayerNorm also subtracts the mean. One direction of the new width is given up to keep that
-    mean at zero, so that it stays a LayerNorm. What it adds becomes biases of its readers.
-    The output head can no longer be the embedding: where they were tied, the file gains a matrix.
+    If a norm stands before each reader of the residual stream, the model is invariant to rotations of the
+    stream, once the weights of the norms are folded into the readers (Ashkboos et al. 2024, section 3). Where we
+    depart from the paper: it uses one rotation per block, and so needs matrices on the skip connections. We use
+    one rotation for all blocks, the principal axes of the normalised hidden states at all norms together, so the
+    result is a plain, narrower model of the same architecture.
+
+    A LayerNorm also subtracts the mean. One direction of the new width is given up to keep that mean at zero, so
+    that the norm remains a LayerNorm; its bias becomes biases of its readers. The output head can no longer be
+    the embedding's weight: if they were tied, the file gains a matrix.
     """
 
     kind: ClassVar[Kind] = "width"
@@ -56,77 +57,83 @@ class PruneHidden(Technique):
 
     def output_layout(self, layout: Layout) -> Layout:
         self.check_forms(layout)
-        parts = Parts(layout)
-        width = kept_width(parts.width, self.ratio)
-        if width == parts.width:
+        stream = ResidualStream(layout)
+        width = kept_width(stream.width, self.ratio)
+        if width == stream.width:
             return layout
-        others, linears, tables = dict(layout.others), dict(layout.linears), dict(layout.tables)
-        for name in parts.tables:
+        tensors, linears, tables = dict(layout.others), dict(layout.linears), dict(layout.tables)
+        for name in stream.tables:
             if name in tables:
                 tables[name] = dataclasses.replace(tables[name], in_features=width)
             else:
-                others[f"{name}.weight"] = TensorSpec("BF16", (others[f"{name}.weight"].shape[0], width))
-        for norm, readers in parts.norms.items():
-            centred = f"{norm}.bias" in others
-            for tensor in ("weight", "bias") if centred else ("weight",):
-                others[f"{norm}.{tensor}"] = TensorSpec("BF16", (width,))
+                tensors[f"{name}.weight"] = TensorSpec("BF16", (tensors[f"{name}.weight"].shape[0], width))
+        for norm, readers in stream.norms.items():
+            tensors[f"{norm}.weight"] = TensorSpec("BF16", (width,))
+            centred = f"{norm}.bias" in tensors
+            if centred:
+                tensors[f"{norm}.bias"] = TensorSpec("BF16", (width,))
             for reader in readers:
                 if reader in linears:
                     old = linears[reader]
                     linears[reader] = dataclasses.replace(old, in_features=width, bias=old.bias or centred)
-        bias = parts.head_bias or f"{parts.final_norm}.bias" in others
-        head = LinearSpec(parts.outputs, width, bias)
+        bias = stream.head_bias or f"{stream.final_norm}.bias" in tensors
+        head = LinearSpec(stream.outputs, width, bias)
         if layout.task == "causal-lm":
-            others.pop(f"{parts.head}.bias", None)  # a tied head's
-            tables[parts.head] = head
+            tensors.pop(f"{stream.head}.bias", None)  # that of a tied head
+            tables[stream.head] = head
         else:
-            others |= {f"{parts.head}.{part}": tensor for part, tensor in head.tensors().items()}
-        for writer in parts.writers:
+            tensors |= {f"{stream.head}.{part}": tensor for part, tensor in head.tensors().items()}
+        for writer in stream.writers:
             linears[writer] = dataclasses.replace(linears[writer], out_features=width)
-        return dataclasses.replace(layout, linears=linears, others=others, tables=tables)
+        return dataclasses.replace(layout, linears=linears, others=tensors, tables=tables)
 
     def compress(self, model: Model, context: Context) -> Model:
         layout = model.layout()
         if self.output_layout(layout) == layout:
             return model
         assert context.calibration is not None
-        parts = Parts(layout)
-        for name in (*layout.linears, parts.head):
+        stream = ResidualStream(layout)
+        for name in (*layout.linears, stream.head):
             check_finite(model.module.get_submodule(name).get_parameter("weight"), self.name(), name)
-        stream = context.statistics.residual_gram(
-            model, list(parts.norms), context.calibration, context.report
+        gram = context.statistics.residual_gram(
+            model, list(stream.norms), context.calibration, context.report
         )
-        centred = isinstance(model.module.get_submodule(next(iter(parts.norms))), nn.LayerNorm)
-        basis = axes(stream.to(model.device), kept_width(parts.width, self.ratio), centred)
-        rotate(model, parts, basis)
+        centred = isinstance(model.module.get_submodule(next(iter(stream.norms))), nn.LayerNorm)
+        basis = axes(gram.to(model.device), kept_width(stream.width, self.ratio), centred)
+        rotate(model, stream, basis)
         return model
 
 
-class Parts:
-    """What reads and what writes the residual stream, by full names."""
+class ResidualStream:
+    """The modules that read or write the residual stream, by full names.
+
+    tables: the embeddings. writers: the linears that add to the stream. norms: each norm, with the linears that
+    read it. outputs: the number of outputs of the head. width: of the stream.
+    """
 
     def __init__(self, layout: Layout) -> None:
+        """Raise ValueError if a norm is missing, a table is packed, or the widths of the embeddings differ."""
         family = layout.family
         prefix = layout.blocks.removesuffix(family.blocks)
         self.tables = [prefix + name for name in family.tables]
-        self.head = "lm_head" if layout.task == "causal-lm" else "score"
+        self.head = "score"
+        if layout.task == "causal-lm":
+            self.head = "lm_head"
         self.final_norm = prefix + family.final_norm
         if f"{self.final_norm}.weight" not in layout.others:
             raise ValueError(
                 f"prune_hidden needs a norm before each layer and at the end: this {family.name} has no "
                 f"{self.final_norm}"
             )
-        self.norms = {
-            layout.name(block, norm): [layout.name(block, path) for path in readers]
-            for block in range(layout.depth)
-            for norm, readers in family.reads.items()
-        }
+        self.norms: dict[str, list[str]] = {}
+        self.writers: list[str] = []
+        writing_paths = [family.attention.out]
+        writing_paths += [feed_forward.out for feed_forward in family.feed_forwards]
+        for block in range(layout.depth):
+            for norm, readers in family.reads.items():
+                self.norms[layout.name(block, norm)] = [layout.name(block, path) for path in readers]
+            self.writers += [layout.name(block, path) for path in writing_paths]
         self.norms[self.final_norm] = [self.head]
-        self.writers = [
-            layout.name(block, path)
-            for block in range(layout.depth)
-            for path in (family.attention.out, *(one.out for one in family.feed_forwards))
-        ]
         tensors = layout.tensors()
         for name in (*self.tables, self.head):
             if f"{name}.packed" in tensors:
@@ -144,64 +151,91 @@ class Parts:
         self.outputs, self.head_bias = head.shape[0], f"{self.head}.bias" in tensors
 
 
-def axes(gram: Float[Tensor, "width width"], kept: int, centred: bool) -> Float[Tensor, "width kept"]:
-    """The T that takes a hidden state x to Tᵀx of `kept` coordinates, and T Tᵀ x nearest to x.
+def axes(gram: Float[Tensor, "width width"], rank: int, centred: bool) -> Float[Tensor, "width rank"]:
+    """Return the T that maps a hidden state x to the coordinates Tᵀx, with T Tᵀ x nearest to x.
 
-    centred: for LayerNorms. T's columns then span kept − 1 principal axes of the centred states, arranged so
-    that the coordinates of any Tᵀx sum to zero.
+    With `centred`, for LayerNorms, the columns of T span rank − 1 principal axes of the centred states, arranged
+    so that the coordinates of any Tᵀx sum up to zero.
     """
-    wide = gram.double()
+    gram64 = gram.double()
     if not centred:
-        return cast(Tensor, torch.linalg.eigh(wide).eigenvectors).flip(-1)[:, :kept].contiguous()
-    mean = torch.full_like(wide, 1 / len(wide))
-    centring = torch.eye(len(wide), dtype=wide.dtype, device=wide.device) - mean
-    vectors = torch.linalg.eigh(centring @ wide @ centring).eigenvectors.flip(-1)[:, : kept - 1]
+        return cast(Tensor, torch.linalg.eigh(gram64).eigenvectors).flip(-1)[:, :rank].contiguous()
+    mean = torch.full_like(gram64, 1 / len(gram64))
+    centring = torch.eye(len(gram64), dtype=gram64.dtype, device=gram64.device) - mean
+    vectors = torch.linalg.eigh(centring @ gram64 @ centring).eigenvectors.flip(-1)[:, : rank - 1]
     vectors = cast(Tensor, torch.linalg.qr(centring @ vectors).Q)
-    ones = torch.ones(kept, 1, dtype=wide.dtype, device=wide.device)
-    unit = torch.eye(kept, dtype=wide.dtype, device=wide.device)
+    ones = torch.ones(rank, 1, dtype=gram64.dtype, device=gram64.device)
+    unit = torch.eye(rank, dtype=gram64.dtype, device=gram64.device)
     plane = cast(Tensor, torch.linalg.qr(torch.cat([ones, unit], 1)).Q)
-    return vectors @ plane[:, 1:kept].T
+    return vectors @ plane[:, 1:rank].T
 
 
-def rotate(model: Model, parts: Parts, basis: Float[Tensor, "width kept"]) -> None:
-    """Write the model's residual stream x as basisᵀ x, in place."""
-    module = model.module
-    width, kept = basis.shape
+def rotate(model: Model, stream: ResidualStream, basis: Float[Tensor, "width rank"]) -> None:
+    """Change the model's residual stream from x to basisᵀ x, in place."""
+    width, rank = basis.shape
     basis = basis.to(model.device)
-    head: Any = module.get_submodule(parts.head)
-    # A tied head is the embedding's own tensor, which is replaced below.
-    head_weight = head.weight.detach()
-    for name in parts.tables:
-        with on_device(model, name, parts.head):
-            table: Any = module.get_submodule(name)
-            table.weight = _parameter(table.weight.detach().double() @ basis)
-            table.embedding_dim = kept
-    for writer in parts.writers:
-        with on_device(model, writer):
-            layer = cast(nn.Linear, module.get_submodule(writer))
-            bias = None if layer.bias is None else basis.T @ layer.bias.double()
-            model.replace(writer, _linear(basis.T @ layer.weight.double(), bias))
-    # √width x/‖x‖ becomes √kept x'/‖x'‖, which is smaller; what bf16 rounds off goes to the readers.
-    wider = math.sqrt(width / kept)
-    held = torch.full((kept,), wider, dtype=DTYPE, device=basis.device)
-    left = wider / held[0].item()
-    for norm, readers in parts.norms.items():
+    # A tied head is the embedding's own tensor, which is replaced before the head.
+    head_weight = cast(nn.Linear, model.module.get_submodule(stream.head)).weight.detach()
+    _rotate_tables(model, stream, basis)
+    _rotate_writers(model, stream, basis)
+    # √width x/‖x‖ becomes √rank x'/‖x'‖, which is smaller. The norm's weight makes up for it in bf16; the readers
+    # make up for the rounding of that weight.
+    ratio = math.sqrt(width / rank)
+    norm_weight = torch.full((rank,), ratio, dtype=DTYPE, device=basis.device)
+    correction = ratio / norm_weight[0].item()
+    for norm, readers in stream.norms.items():
         with on_device(model, norm, *readers):
-            part: Any = module.get_submodule(norm)
+            part: Any = model.module.get_submodule(norm)
             scale = part.weight.detach().double()
-            shift = part.bias.detach().double() if getattr(part, "bias", None) is not None else None
+            shift = None
+            if getattr(part, "bias", None) is not None:
+                shift = part.bias.detach().double()
             for reader in readers:
-                layer = cast(nn.Linear, module.get_submodule(reader))
-                weight = (head_weight if reader == parts.head else layer.weight.detach()).to(basis)
-                bias = None if layer.bias is None else layer.bias.double()
+                layer = cast(nn.Linear, model.module.get_submodule(reader))
+                weight = layer.weight.detach()
+                if reader == stream.head:
+                    weight = head_weight
+                weight = weight.to(basis)
+                bias = _bias64(layer)
                 if shift is not None:
-                    bias = weight @ shift + (0 if bias is None else bias)
-                model.replace(reader, _linear((weight * scale) @ basis * left, bias))
-            part.weight = _parameter(held.clone())
+                    bias = _sum(weight @ shift, bias)
+                model.replace(reader, _linear((weight * scale) @ basis * correction, bias))
+            part.weight = _parameter(norm_weight.clone())
             if shift is not None:
-                part.bias = _parameter(torch.zeros(kept, device=basis.device))
-                part.normalized_shape = (kept,)
+                part.bias = _parameter(torch.zeros(rank, device=basis.device))
+                part.normalized_shape = (rank,)
     cast(Any, model.config).tie_word_embeddings = False
+
+
+def _rotate_tables(model: Model, stream: ResidualStream, basis: Float[Tensor, "width rank"]) -> None:
+    for name in stream.tables:
+        with on_device(model, name, stream.head):
+            table: Any = model.module.get_submodule(name)
+            table.weight = _parameter(table.weight.detach().double() @ basis)
+            table.embedding_dim = basis.shape[1]
+
+
+def _rotate_writers(model: Model, stream: ResidualStream, basis: Float[Tensor, "width rank"]) -> None:
+    for writer in stream.writers:
+        with on_device(model, writer):
+            layer = cast(nn.Linear, model.module.get_submodule(writer))
+            bias = _bias64(layer)
+            if bias is not None:
+                bias = basis.T @ bias
+            model.replace(writer, _linear(basis.T @ layer.weight.double(), bias))
+
+
+def _bias64(layer: nn.Linear) -> Float[Tensor, " out"] | None:
+    bias = cast("Tensor | None", layer.bias)
+    if bias is None:
+        return None
+    return bias.double()
+
+
+def _sum(first: Tensor, second: Tensor | None) -> Tensor:
+    if second is None:
+        return first
+    return first + second
 
 
 def _linear(weight: Float[Tensor, "out in"], bias: Float[Tensor, " out"] | None) -> nn.Linear:

@@ -1,4 +1,4 @@
-"""qat: train the weights as they will be when they are rounded, then round them."""
+"""qat: train the weights through the rounding of the forward pass, then round them."""
 
 from __future__ import annotations
 
@@ -12,30 +12,30 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from jobs.compression import grids, packing
-from jobs.compression.grids import Grid
+from jobs.compression.grids import SMALLEST_SCALE, Grid
+from jobs.compression.packing import Quantization
 from jobs.context import Context
 from jobs.models.layers import check_finite
-from jobs.models.layout import Form, Layout, Packing
+from jobs.models.layout import Form, Packing
 from jobs.models.model import DTYPE, Model
 from jobs.models.placement import on_device
 from jobs.technique import Kind, Need, Technique
 from jobs.training import schedule
 
-_TINY = 2.0**-24  # the smallest fp16
-
 
 @dataclass(frozen=True)
 class Qat(Technique):
-    """Quantization-aware training: every forward pass rounds the weights to the grids that the file will hold,
-    and the original teaches what is left (Liu et al. 2023, LLM-QAT, arXiv:2305.17888, section 2.2).
+    """Quantization-aware training: every forward pass rounds the weights to the grids of the file, while the model
+    learns from the original (Liu et al. 2023, LLM-QAT, arXiv:2305.17888, section 2.2).
 
-    The gradient of the rounded weight is given to the weight as it is (the straight-through estimate of
-    Bengio et al. 2013, arXiv:1308.3432), but for those outside their grid, which get none.
+    The gradient of the rounded weight is used for the weight itself (the straight-through estimator of Bengio et
+    al. 2013, arXiv:1308.3432), except for weights outside their grid, whose gradient is zero.
 
-    A group's grid is fitted at the start, clipped where the squared error of the weights gains by it; its
-    zero point stays, its scale is trained (Esser et al. 2019, LSQ, arXiv:1902.08153, eq. 3). LLM-QAT spans smallest
-    to largest weight at every step instead, so that a group's outlier decides its grid. What is trained is the
-    logarithm of the scale over its start, so that one learning rate serves grids of all sizes.
+    A group's grid is fitted at the start, clipped to the least squared error of the weights. Its zero point is
+    fixed, its scale is trained (Esser et al. 2019, LSQ, arXiv:1902.08153, eq. 3). Where we depart from LLM-QAT:
+    it spans the smallest to the largest weight at every step, so that a group's outlier decides its grid. The
+    trained parameter is the logarithm of the scale over its initial value, so that one learning rate serves
+    grids of all sizes.
 
     Embedding and head are not trained; with embedding_bits they are rounded at the end, as in rtn.
     """
@@ -66,11 +66,12 @@ class Qat(Technique):
 
     @property
     def correction_rank(self) -> int:
-        """None: training does what a correction would."""
+        """0: training already corrects the rounding error."""
         return 0
 
-    def output_layout(self, layout: Layout) -> Layout:
-        return packing.output_layout(self, layout)
+    @property
+    def layout_change(self) -> Quantization:
+        return Quantization(self)
 
     def compress(self, model: Model, context: Context) -> Model:
         self.output_layout(model.layout())
@@ -83,54 +84,55 @@ class Qat(Technique):
         return model
 
 
-def round_in_forward(model: Model, how: Packing, technique: str) -> None:
-    """Let every linear of the blocks compute, in place, with its weight rounded to a grid, until `pack`.
+def round_in_forward(model: Model, target: Packing, technique: str) -> None:
+    """Make every linear of the blocks round its weight in the forward pass, in place, until `pack`.
 
-    What is trained of it is `parametrizations.weight.original` and `parametrizations.weight.0.change`.
+    The trainable parameters of a linear are then `parametrizations.weight.original`, and
+    `parametrizations.weight.0.change` of the scales.
     """
     for name, layer in model.linears().items():
         weight = check_finite(layer.get_parameter("weight").detach(), technique, name)
-        parametrize.register_parametrization(layer, "weight", RoundedWeight(weight, how))
+        parametrize.register_parametrization(layer, "weight", RoundedWeight(weight, target))
 
 
-def pack(model: Model, how: Packing) -> None:
-    """Put a packed linear in the place of each that rounds in its forward pass: it computes the same."""
+def pack(model: Model, target: Packing) -> None:
+    """Replace each linear that rounds in its forward pass, in place, by a packed linear with the same output."""
     for name, layer in model.linears().items():
         parts = cast(parametrize.ParametrizationList, layer.get_submodule("parametrizations.weight"))
         weight, rounded = parts.original.detach(), cast(RoundedWeight, parts[0])
         integers, grid = rounded.integers(weight)
-        packing.pack_linear(model, name, integers, grid, how)
+        packing.pack_linear(model, name, integers, grid, target)
 
 
 class RoundedWeight(nn.Module):
-    """Maps a weight to the nearest values of grids of its own, whose scales can be trained.
+    """Maps a weight to the nearest values of its grids, whose scales can be trained.
 
-    change: the natural logarithm of each scale over the one it had at the start.
+    `change` is the natural logarithm of each scale over its initial value.
     """
 
     start: Tensor
     zeros: Tensor
 
-    def __init__(self, weight: Float[Tensor, "out in"], how: Packing) -> None:
+    def __init__(self, weight: Float[Tensor, "out in"], target: Packing) -> None:
         super().__init__()
-        self.packing = how
-        grouped = grids.grouped(weight.float(), how)
-        grid = grids.fit(grouped, how, torch.ones_like(grouped[0]))
-        # An attempt that goes on from a checkpoint fits the same again.
+        self.packing = target
+        grouped = grids.grouped(weight.float(), target)
+        grid = grids.fit(grouped, target, torch.ones_like(grouped[0]))
+        # Not in checkpoints: an attempt that resumes from one fits the same grids again.
         self.register_buffer("start", grid.scales, persistent=False)
         self.register_buffer("zeros", grid.zeros, persistent=False)
-        still = torch.zeros(grid.scales.shape, dtype=DTYPE, device=weight.device)
-        self.change = nn.Parameter(still, requires_grad=False)
+        unchanged = torch.zeros(grid.scales.shape, dtype=DTYPE, device=weight.device)
+        self.change = nn.Parameter(unchanged, requires_grad=False)
 
     def scales(self) -> Float[Tensor, "out groups"]:
         return self.start * self.change.float().exp()
 
     @torch.no_grad()
     def integers(self, weight: Float[Tensor, "out in"]) -> tuple[Float[Tensor, "out in"], Grid]:
-        """What the forward pass rounds to, as the file holds it."""
-        grid = _stored(self.scales(), self.zeros, self.packing)
-        whole = grid.integers(grids.grouped(weight.float(), self.packing))
-        return whole.flatten(1)[:, : weight.shape[1]], grid
+        """Return the integers and the grid that the forward pass uses, as the file stores them."""
+        grid = _stored_grid(self.scales(), self.zeros, self.packing)
+        integers = grid.integers(grids.grouped(weight.float(), self.packing))
+        return integers.flatten(1)[:, : weight.shape[1]], grid
 
     def forward(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
         return cast(
@@ -139,37 +141,37 @@ class RoundedWeight(nn.Module):
         )
 
 
-def _stored(scales: Tensor, zeros: Tensor, how: Packing) -> Grid:
-    """The grid with its scales as the file holds them."""
-    return Grid(scales.half().float().clamp_(min=_TINY), zeros, how.bits)
+def _stored_grid(scales: Tensor, zeros: Tensor, target: Packing) -> Grid:
+    """Return the grid with its scales rounded to the type that the file stores."""
+    return Grid(scales.half().float().clamp_(min=SMALLEST_SCALE), zeros, target.bits)
 
 
 class _Rounded(torch.autograd.Function):
-    """ŵ = s (q − z), q = clamp(round(w/s) + z, 0, top), with ∂ŵ/∂w = 1 for weights on the grid and 0 beyond it,
-    and ∂ŵ/∂s = q − z − w/s on the grid and q − z beyond it (LSQ, eq. 3).
+    """ŵ = s (q − z), q = clamp(round(w/s) + z, 0, top), with a straight-through gradient.
 
-    Worked out by hand, so that of each weight only the weight itself is kept for the backward pass.
+    ∂ŵ/∂w = 1 for weights within the grid and 0 outside; ∂ŵ/∂s = q − z − w/s within the grid and q − z outside
+    (LSQ, eq. 3). The backward pass is written by hand, so that it saves one tensor of the weight's size only.
     """
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, scales: Tensor, zeros: Tensor, how: Packing) -> Tensor:
-        grid = _stored(scales, zeros, how)
-        ctx.packing = how
+    def forward(ctx: Any, weight: Tensor, scales: Tensor, zeros: Tensor, target: Packing) -> Tensor:
+        grid = _stored_grid(scales, zeros, target)
+        ctx.packing = target
         ctx.save_for_backward(weight, scales, zeros)
-        values = grid.values(grid.integers(grids.grouped(weight.float(), how)))
+        values = grid.values(grid.integers(grids.grouped(weight.float(), target)))
         return values.flatten(1)[:, : weight.shape[1]].to(weight.dtype)
 
     @staticmethod
-    def backward(ctx: Any, *above: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         weight, scales, zeros = ctx.saved_tensors
-        how: Packing = ctx.packing
-        grid = _stored(scales, zeros, how)
-        places = grids.grouped(weight.float(), how)
-        steep = grids.grouped(above[0].float(), how)
-        whole = grid.integers(places).sub_(zeros.unsqueeze(-1))
-        places = places.div_(grid.scales.unsqueeze(-1))
-        low, high = -zeros.unsqueeze(-1), 2**how.bits - 1 - zeros.unsqueeze(-1)
-        inside = (places >= low) & (places <= high)
-        by_scale = (steep * (whole - places * inside)).sum(dim=-1)
-        by_weight = (steep * inside).flatten(1)[:, : weight.shape[1]].to(weight.dtype)
+        target: Packing = ctx.packing
+        grid = _stored_grid(scales, zeros, target)
+        grouped = grids.grouped(weight.float(), target)
+        gradient = grids.grouped(gradients[0].float(), target)
+        centred = grid.integers(grouped).sub_(zeros.unsqueeze(-1))
+        ratios = grouped.div_(grid.scales.unsqueeze(-1))
+        low, high = -zeros.unsqueeze(-1), 2**target.bits - 1 - zeros.unsqueeze(-1)
+        inside = (ratios >= low) & (ratios <= high)
+        by_scale = (gradient * (centred - ratios * inside)).sum(dim=-1)
+        by_weight = (gradient * inside).flatten(1)[:, : weight.shape[1]].to(weight.dtype)
         return by_weight, by_scale, None, None

@@ -9,9 +9,10 @@ from typing import ClassVar, cast
 from torch import nn
 
 from jobs.compression import packing
+from jobs.compression.packing import Quantization
 from jobs.context import Context
 from jobs.models.layers import check_finite
-from jobs.models.layout import Form, Layout, Packing
+from jobs.models.layout import Form, Packing
 from jobs.models.model import Model
 from jobs.models.placement import on_device
 from jobs.technique import Kind, Technique
@@ -19,10 +20,10 @@ from jobs.technique import Kind, Technique
 
 @dataclass(frozen=True)
 class Rtn(Technique):
-    """Rounds each weight of the blocks to the nearest value that `bits` bits can tell apart in its group.
+    """Rounds each weight of the blocks to the nearest of the 2^bits values of its group's grid.
 
-    Needs no data and takes seconds; below 4 bits use gptq. So its correction of low rank counts all inputs
-    alike.
+    It needs no data and takes seconds. Below 4 bits gptq is better. Its low-rank correction minimizes the error
+    of the weights, since the inputs are unknown.
     """
 
     kind: ClassVar[Kind] = "bits"
@@ -30,8 +31,8 @@ class Rtn(Technique):
     paper: ClassVar[str] = "Nagel et al. 2021, A White Paper on Neural Network Quantization, arXiv:2106.08295"
     accepts: ClassVar[frozenset[Form]] = frozenset({"dense", "factored"})
     produces: ClassVar[frozenset[Form]] = frozenset({"packed"})
-    by_block: ClassVar[frozenset[str]] = packing.BY_LINEAR
-    by_linear: ClassVar[frozenset[str]] = packing.BY_LINEAR
+    by_block: ClassVar[frozenset[str]] = packing.OPTIONS_BY_LINEAR
+    by_linear: ClassVar[frozenset[str]] = packing.OPTIONS_BY_LINEAR
 
     bits: int | str = packing.bits_knob(8)
     group: int = packing.group_knob()
@@ -43,14 +44,15 @@ class Rtn(Technique):
     def packing(self) -> Packing:
         return Packing(int(self.bits), self.group, self.symmetric)
 
-    def output_layout(self, layout: Layout) -> Layout:
-        return packing.output_layout(self, layout)
+    @property
+    def layout_change(self) -> Quantization:
+        return Quantization(self)
 
     def compress(self, model: Model, context: Context) -> Model:
         self.output_layout(model.layout())
         linears, steps = model.linears(), self.for_linears(model.layout())
-        for done, (name, layer) in enumerate(linears.items()):
-            context.report(done / len(linears), name)
+        for index, (name, layer) in enumerate(linears.items()):
+            context.report(index / len(linears), name)
             with on_device(model, name):
                 weight = check_finite(cast(nn.Linear, layer).weight.detach().float(), self.name(), name)
                 integers, grid = packing.round_to_nearest(weight, steps[name].packing)

@@ -1,4 +1,4 @@
-"""sparsegpt: remove weights one input after the other, each time mending with those still to come."""
+"""sparsegpt: remove weights input by input, and correct each error with the weights of later inputs."""
 
 from __future__ import annotations
 
@@ -10,24 +10,32 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from jobs.calibration.hessian import inverse_factor
-from jobs.compression.sparsity import PATTERNS, Sparsity, dense_weight, highest, keep
+from jobs.compression.sparsity import (
+    Sparsity,
+    dense_weight,
+    highest,
+    pattern_knob,
+    replace_by_sparse,
+    sparsity_knob,
+)
 from jobs.context import Context
-from jobs.knobs import Choice, Range, Value, knob, sequential_knob
-from jobs.models.layout import Form, Layout
+from jobs.knobs import Range, Value, knob, sequential_knob
+from jobs.models.layout import Form
 from jobs.models.model import Model
 from jobs.technique import Kind, Need, Technique
 
 _BLOCK = 128
-"""Inputs whose weights are chosen together, and treated between two updates of all later ones (the paper's
-Bs and B). A multiple of the m of every n:m."""
+"""Inputs whose weights are selected together, and processed between two updates of all later inputs (the paper's
+Bs and B). A multiple of the m of every n:m pattern."""
 
 
 @dataclass(frozen=True)
 class SparseGpt(Technique):
-    """Removes the weights that change the outputs on calibration text least once the rest has made up for it.
+    """Removes the weights that change the outputs least, after the other weights have corrected the error.
 
-    The inputs' Gram matrix is that of the parent, so that one pass over the text serves every sparsity and
-    pattern; or, where `sequential`, that of what pruned predecessors give, as in the paper's code.
+    Algorithm 1 of Frantar & Alistarh with a greedy selection by w² / [H⁻¹]_jj. The Hessian is the Gram matrix of
+    the parent's inputs on calibration text, so that one pass over the text serves every sparsity and pattern.
+    With `sequential` it is that of the outputs of already pruned blocks, as in the paper's code.
     """
 
     kind: ClassVar[Kind] = "sparsity"
@@ -36,26 +44,19 @@ class SparseGpt(Technique):
     accepts: ClassVar[frozenset[Form]] = frozenset({"dense", "factored"})
     produces: ClassVar[frozenset[Form]] = frozenset({"sparse"})
 
-    sparsity: float = knob(0.5, Range(0.0, 0.95), "share of the weights to remove; half where pattern is n:m")
-    pattern: str = knob("unstructured", Choice(PATTERNS), "where weights may go; n:m keeps n of m neighbours")
+    sparsity: float = sparsity_knob()
+    pattern: str = pattern_knob()
     damping: float = knob(
         0.01, Range(1e-4, 1.0, log=True), "share of the mean diagonal added to the diagonal"
     )
     sequential: bool = sequential_knob()
 
-    def ignored_options(self) -> dict[str, Value]:
-        return {} if self.target.group is None else {"sparsity": 0.5}
-
     @property
-    def target(self) -> Sparsity:
+    def layout_change(self) -> Sparsity:
         return Sparsity(self.sparsity, self.pattern)
 
-    @property
-    def is_noop(self) -> bool:
-        return self.target.is_noop
-
-    def output_layout(self, layout: Layout) -> Layout:
-        return self.target.output_layout(layout, self)
+    def ignored_options(self) -> dict[str, Value]:
+        return self.layout_change.ignored_options()
 
     def compress(self, model: Model, context: Context) -> Model:
         expected = self.output_layout(model.layout()).linears
@@ -70,61 +71,60 @@ class SparseGpt(Technique):
             if not names:
                 continue
             weights = [dense_weight(linears[name], self.name(), name) for name in names]
-            found = prune(weights, gram, self)
-            for name, mended, kept in zip(names, *found, strict=True):
-                keep(model, name, mended, kept)
+            corrected, masks = prune(weights, gram, self)
+            for name, weight, mask in zip(names, corrected, masks, strict=True):
+                replace_by_sparse(model, name, weight, mask)
         return model
 
 
 def prune(
     weights: list[Float[Tensor, "out in"]], gram: Float[Tensor, "in in"], options: SparseGpt
 ) -> tuple[list[Float[Tensor, "out in"]], list[Bool[Tensor, "out in"]]]:
-    """Linears that read the same input, mended, and which of their weights stay (Frantar & Alistarh,
-    algorithm 1).
+    """Return the corrected weights of linears that read the same input, and their masks (algorithm 1).
 
-    They are treated as one of more rows, but each keeps its own number of weights: in a block of inputs as
-    many as floor(sparsity · in) up to its end leaves of those up to its start.
+    The linears are processed as one linear with more rows, but each keeps its own number of weights: in a
+    block of inputs from a to b, floor(sparsity · b) − floor(sparsity · a) weights per row are removed.
     """
-    target = options.target
+    target = options.layout_change
     unused = gram.diagonal() == 0
-    # What is never read may go first, and mends nothing.
+    # The weights of an input that is always zero are removed first and correct nothing.
     weight = torch.where(unused, 0, torch.cat(weights))
     factor = inverse_factor(gram, options.damping, options.name())
-    rows = [len(one) for one in weights]
+    rows = [len(part) for part in weights]
     out_features, in_features = weight.shape
-    # Transposed: one input's weights lie in a row, and all updates are of whole rows.
+    # Transposed, so that the weights of one input are contiguous and all updates are of whole rows.
     columns = weight.T.contiguous()
-    kept = torch.ones_like(columns, dtype=torch.bool)
+    mask = torch.ones_like(columns, dtype=torch.bool)
     errors = torch.empty(_BLOCK, out_features, dtype=weight.dtype, device=weight.device)
-    spread = factor.diagonal()
+    diagonal = factor.diagonal()
     for start in range(0, in_features, _BLOCK):
         stop = min(start + _BLOCK, in_features)
         if target.group is None:
-            removed = target.removed(stop) - target.removed(start)
-            scores = (columns[start:stop] / spread[start:stop, None]).square()
-            kept[start:stop] = _highest_of_each(scores, rows, stop - start - removed)
+            removed = target.removed_per_row(stop) - target.removed_per_row(start)
+            scores = (columns[start:stop] / diagonal[start:stop, None]).square()
+            mask[start:stop] = _highest_by_linear(scores, rows, stop - start - removed)
         for index in range(start, stop):
             if target.group and index % target.group == 0:
-                near = slice(index, index + target.group)
-                scores = (columns[near] / spread[near, None]).square()
-                kept[near] = highest(scores.T, target.group // 2).T
-            # The error is (0 − w)/U_ii where w goes and 0 where it stays, so the mending adds.
+                group = slice(index, index + target.group)
+                scores = (columns[group] / diagonal[group, None]).square()
+                mask[group] = highest(scores.T, target.group // 2).T
+            # The error is (0 − w)/U_ii for removed weights and 0 for kept ones, so the correction is added.
             error = errors[index - start]
-            torch.div(columns[index], -spread[index], out=error).masked_fill_(kept[index], 0)
-            columns[index].masked_fill_(~kept[index], 0)
+            torch.div(columns[index], -diagonal[index], out=error).masked_fill_(mask[index], 0)
+            columns[index].masked_fill_(~mask[index], 0)
             if index + 1 < stop:
                 columns[index + 1 : stop].addr_(factor[index, index + 1 : stop], error)
         if stop < in_features:
             columns[stop:].addmm_(factor[start:stop, stop:].T, errors[: stop - start])
-    return list(torch.split(columns.T, rows)), list(torch.split(kept.T, rows))
+    return list(torch.split(columns.T, rows)), list(torch.split(mask.T, rows))
 
 
-def _highest_of_each(
+def _highest_by_linear(
     scores: Float[Tensor, "block out"], rows: list[int], per_row: int
 ) -> Bool[Tensor, "block out"]:
-    """Of each linear's outputs, `per_row` of highest score a row on average, compared over all of them."""
-    parts = [
+    """Return a mask of the highest scores of each linear: `per_row` of them per row on average."""
+    masks = [
         highest(part.flatten(), per_row * part.shape[1]).view(part.shape)
         for part in torch.split(scores, rows, dim=1)
     ]
-    return torch.cat(parts, dim=1)
+    return torch.cat(masks, dim=1)

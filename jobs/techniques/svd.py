@@ -1,4 +1,4 @@
-"""svd: replace each linear by two thin ones, the best of their rank in the weights alone."""
+"""svd: replace each linear by two thin ones, the best of their rank for the weights alone."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from jobs.compression import low_rank
+from jobs.compression.low_rank import Factorization
 from jobs.context import Context
-from jobs.knobs import knob
-from jobs.models.layout import Form, Layout
+from jobs.models.layout import Form
 from jobs.models.model import Model
 from jobs.technique import Kind, Technique
 
@@ -21,8 +21,8 @@ from jobs.technique import Kind, Technique
 class Svd(Technique):
     """Factorizes every linear of the blocks by its truncated singular value decomposition.
 
-    Needs no data: of all matrices of that rank this is the nearest to the weight itself, all inputs
-    counted alike. What the linears read is far from that, so svd_llm is nearer on text.
+    It needs no data: of all matrices of this rank the result is nearest to W in ‖W − W'‖, as if all inputs
+    were equally strong. They are not, so svd_llm is nearer on text.
     """
 
     kind: ClassVar[Kind] = "rank"
@@ -30,30 +30,25 @@ class Svd(Technique):
     paper: ClassVar[str] = "Eckart and Young 1936, The approximation of one matrix by another of lower rank"
     produces: ClassVar[frozenset[Form]] = frozenset({"factored"})
 
-    keep: float = knob(0.8, low_rank.KEEP, low_rank.KEEP_HELP)
-    allocation: str = knob("uniform", low_rank.ALLOCATION, low_rank.ALLOCATION_HELP)
+    keep: float = low_rank.keep_knob()
+    allocation: str = low_rank.allocation_knob()
 
     @property
-    def is_noop(self) -> bool:
-        return self.keep == 1
-
-    @property
-    def exact(self) -> bool:
-        return self.is_noop or self.allocation == "uniform"
-
-    def output_layout(self, layout: Layout) -> Layout:
-        self.check_forms(layout)
-        return low_rank.output_layout(layout, self.keep, self.allocation)
+    def layout_change(self) -> Factorization:
+        return Factorization(self.keep, self.allocation)
 
     def compress(self, model: Model, context: Context) -> Model:
         layout = model.layout()
         self.output_layout(layout)
         if self.is_noop:
             return model
-        terms = low_rank.decomposed(model, context, self.name(), "svd-plain", lambda: _ones)
-        # Squared changes of weights, summed over the whole model: what this decomposition makes least.
-        importance = dict.fromkeys(layout.linears, 1.0) if self.allocation == "global" else None
-        ranks = low_rank.ranks_of(layout.linears, self.keep, terms, importance)
+        terms = low_rank.decompose(model, context, self.name(), "svd-plain", lambda: _ones)
+
+        def importance() -> dict[str, float]:
+            # Global ranks minimize the squared changes of all weights, as each decomposition does.
+            return dict.fromkeys(layout.linears, 1.0)
+
+        ranks = self.layout_change.ranks(layout.linears, terms, importance)
         low_rank.factorize(model, context, terms, ranks)
         return model
 

@@ -13,24 +13,29 @@ from torch import Tensor, nn
 from jobs.calibration.block_stream import stream
 from jobs.calibration.hessian import cholesky
 from jobs.calibration.statistics import Inputs
-from jobs.compression import importance as importance_module
 from jobs.compression import low_rank
+from jobs.compression.importance import sensitivities
+from jobs.compression.low_rank import Factorization
 from jobs.context import Context
 from jobs.knobs import Choice, knob
 from jobs.models.layers import LowRankLinear
-from jobs.models.layout import Form, Layout
+from jobs.models.layout import Form
 from jobs.models.model import DTYPE, Model
 from jobs.technique import Kind, Need, Technique
+
+_RIDGE = 1e-4
+"""Added to the diagonal when u is solved for, as a share of the mean diagonal."""
 
 
 @dataclass(frozen=True)
 class SvdLlm(Technique):
     """Factorizes every linear of the blocks so that its output on calibration text changes least.
 
-    update, of the factor u (Wang et al., section 3.3):
-        none        leaves it alone: with the parent's own inputs it is already the best there is for its v.
-        sequential  solves for it anew, block by block, with the inputs that the compressed predecessors
-                    give. Costs two passes over the text for every candidate; nothing of it can be shared.
+    W' = U Uᵀ W, with U the first left singular vectors of W S and S Sᵀ the Gram matrix of the inputs. This is
+    the paper's solution without the inverse of S. update, of the factor u (Wang et al., section 3.3):
+        none        keeps u: with the parent's inputs it is already optimal for its v.
+        sequential  solves for u again, block by block, with the outputs of already compressed blocks as inputs.
+                    It needs two passes over the text for every candidate, and candidates share no result.
     """
 
     kind: ClassVar[Kind] = "rank"
@@ -39,34 +44,25 @@ class SvdLlm(Technique):
     needs: ClassVar[frozenset[Need]] = frozenset({"calibration"})
     produces: ClassVar[frozenset[Form]] = frozenset({"factored"})
 
-    keep: float = knob(0.8, low_rank.KEEP, low_rank.KEEP_HELP)
-    allocation: str = knob("uniform", low_rank.ALLOCATION, low_rank.ALLOCATION_HELP)
+    keep: float = low_rank.keep_knob()
+    allocation: str = low_rank.allocation_knob()
     update: str = knob(
-        "none", Choice(("none", "sequential")), "whether to fit u to what compressed predecessors give"
+        "none", Choice(("none", "sequential")), "whether to refit u to the outputs of compressed blocks"
     )
 
     @property
-    def is_noop(self) -> bool:
-        return self.keep == 1
-
-    @property
-    def exact(self) -> bool:
-        return self.is_noop or self.allocation == "uniform"
-
-    def output_layout(self, layout: Layout) -> Layout:
-        self.check_forms(layout)
-        return low_rank.output_layout(layout, self.keep, self.allocation)
+    def layout_change(self) -> Factorization:
+        return Factorization(self.keep, self.allocation)
 
     def compress(self, model: Model, context: Context) -> Model:
         layout = model.layout()
         self.output_layout(layout)
         if self.is_noop:
             return model
-        terms = low_rank.decomposed(
-            model, context, self.name(), "svd-whitened", lambda: _rooting(model, context)
+        terms = low_rank.decompose(
+            model, context, self.name(), "svd-whitened", lambda: _gram_root(model, context)
         )
-        importance = importance_module.sensitivities(model, context) if self.allocation == "global" else None
-        ranks = low_rank.ranks_of(layout.linears, self.keep, terms, importance)
+        ranks = self.layout_change.ranks(layout.linears, terms, lambda: sensitivities(model, context))
         if self.update == "none":
             low_rank.factorize(model, context, terms, ranks)
         else:
@@ -74,7 +70,7 @@ class SvdLlm(Technique):
         return model
 
 
-def _rooting(model: Model, context: Context) -> low_rank.Root:
+def _gram_root(model: Model, context: Context) -> low_rank.Root:
     assert context.calibration is not None
     grams = context.statistics.grams(model, context.calibration, context.report)
     return lambda name, weight: low_rank.root_of(grams.gram(name).to(weight.device)).float()
@@ -86,32 +82,31 @@ def updated(
     v: Float[Tensor, "rank in"],
     gram: Float[Tensor, "in in"],
 ) -> Float[Tensor, "out rank"]:
-    """The u' that makes u' v x nearest to W x over the inputs x of this Gram matrix: W G vᵀ (v G vᵀ)⁻¹
-    (Wang et al., section 3.3), in fp64.
+    """Return the u' that makes u' v x nearest to W x on inputs x with this Gram matrix, computed in fp64.
 
-    What is solved for is the difference to u, with a ridge of 1e-4 of the mean diagonal: where the inputs
-    tell nothing u stays as it is, and the error is never larger than u's.
+    It is W G vᵀ (v G vᵀ)⁻¹ (Wang et al., section 3.3). The solved unknown is the difference to u, with a ridge:
+    where the inputs give no information u stays the same, and the error is never larger than that of u.
     """
-    wide_v, wide_u = v.double(), u.double()
-    half = gram.double() @ wide_v.T
-    inner = wide_v @ half
-    inner.diagonal().add_(1e-4 * inner.diagonal().mean().clamp(min=1e-30))
-    missing = (weight.double() - wide_u @ wide_v) @ half
+    v64, u64 = v.double(), u.double()
+    half = gram.double() @ v64.T
+    inner = v64 @ half
+    inner.diagonal().add_(_RIDGE * inner.diagonal().mean().clamp(min=1e-30))
+    residual = (weight.double() - u64 @ v64) @ half
     factor = cholesky(inner)
     if factor is None:
         raise ValueError(
-            "svd_llm: the Gram matrix of a compressed layer's inputs holds NaN or is not positive"
+            "svd_llm: the Gram matrix of a compressed layer's inputs contains NaN or is not positive"
         )
-    return (wide_u + torch.cholesky_solve(missing.T, factor).T).float()
+    return (u64 + torch.cholesky_solve(residual.T, factor).T).float()
 
 
 def _factorize_in_sequence(
     model: Model, context: Context, terms: Mapping[str, Tensor], ranks: Mapping[str, int]
 ) -> None:
-    """Per block: put all factors in, see what they read, solve for every u, and go on with the outputs.
+    """For each block: replace its linears by factors, collect their inputs, solve for every u, and continue.
 
-    All linears of a block are solved for from one pass, in which those before them in the block are
-    factored, though their u is not updated yet: a pass for each would be four to six times as many.
+    All linears of a block are solved for from one pass, in which the linears before them in the block are
+    factored but not yet updated. One pass for each linear would need four to six times as many passes.
     """
     assert context.calibration is not None
     for visit in stream(model, context.calibration, context.report, "fitting the factors"):
@@ -120,14 +115,15 @@ def _factorize_in_sequence(
             for name, layer in model.linears().items()
             if name.startswith(f"{visit.name}.")
         }
-        thin: dict[str, LowRankLinear] = {}
+        factored: dict[str, LowRankLinear] = {}
         for name, dense in block.items():
-            thin[name] = low_rank.factored(dense, terms[f"{name}.u"], terms[f"{name}.v"], ranks[name], name)
-            model.replace(name, thin[name])
-        inputs = Inputs.of(visit.block, thin, visit.run)
+            u, v = terms[f"{name}.u"], terms[f"{name}.v"]
+            factored[name] = low_rank.factored(dense, u, v, ranks[name], name)
+            model.replace(name, factored[name])
+        inputs = Inputs.of(visit.block, factored, visit.run)
         for owner, names in inputs.sharing().items():
             gram = inputs.sums[owner]
             for name in names:
-                u, v = cast(nn.Linear, thin[name].u), cast(nn.Linear, thin[name].v)
-                better = updated(block[name].weight.detach(), u.weight, v.weight, gram)
-                u.weight.data.copy_(better.to(DTYPE))
+                first, second = cast(nn.Linear, factored[name].v), cast(nn.Linear, factored[name].u)
+                better = updated(block[name].weight.detach(), second.weight, first.weight, gram)
+                second.weight.data.copy_(better.to(DTYPE))

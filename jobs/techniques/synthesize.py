@@ -1,4 +1,4 @@
-"""synthesize: train the smaller model on text that the original writes for it; needs no text of one's own."""
+"""synthesize: train the smaller model on text that the original generates; needs no other training text."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from jobs.context import Context
 from jobs.knobs import Choice, Range, knob
 from jobs.models import loading
 from jobs.models.families import Family, Task
-from jobs.models.layout import Form, Layout
+from jobs.models.layout import Form
 from jobs.models.model import Model
 from jobs.technique import Kind, Need, Technique
 from jobs.training import synthesis, trainer
@@ -25,13 +25,13 @@ from jobs.training.trainer import TrainingPlan
 
 @dataclass(frozen=True)
 class Synthesize(Technique):
-    """Kim & Rush 2016: the student learns from sequences that the teacher wrote, and, with LLM-QAT
-    (arXiv:2305.17888), from what the teacher predicts at each of their tokens.
+    """Trains the student on sequences that the teacher generates (Kim & Rush 2016), to match its predictions.
 
-    The teacher writes `samples` rows once for all students of a study; those that repeat others or themselves
-    are dropped, and of the rest both tails of the teacher's own perplexity (`jobs.training.synthesis.choose`). The loss
-    per token is that of distill at temperature 1: with hard_weight 1 it is Kim & Rush's, with 0 LLM-QAT's.
-    Who wrote what, and how much was dropped, is noted beside the artifact.
+    The second part is that of LLM-QAT (arXiv:2305.17888). The teacher generates `samples` rows once for all
+    students of a study. Rows that repeat other rows or themselves are dropped, and then both tails of the
+    teacher's own perplexity (`jobs.training.synthesis.choose`). The loss per token is that of distill at
+    temperature 1: with hard_weight 1 it is Kim & Rush's, with 0 LLM-QAT's. The artifact's notes contain the
+    teacher, the sampling options and the numbers of dropped rows.
     """
 
     kind: ClassVar[Kind] = "recovery"
@@ -40,73 +40,72 @@ class Synthesize(Technique):
     needs: ClassVar[frozenset[Need]] = frozenset({"teacher"})
     accepts: ClassVar[frozenset[Form]] = frozenset({"dense", "factored"})
 
-    samples: int = knob(256, Range(1, 100_000, integer=True), "rows that the teacher writes")
+    samples: int = knob(256, Range(1, 100_000, integer=True), "number of rows to generate")
     tokens: int = knob(128, Range(16, 4096, integer=True), "tokens of each row")
-    sampling_temperature: float = knob(1.0, Range(0.1, 2.0), "how boldly the teacher writes")
-    top_p: float = knob(1.0, Range(0.05, 1.0), "share of the probability that the next token is drawn from")
+    sampling_temperature: float = knob(1.0, Range(0.1, 2.0), "temperature of the teacher's sampling")
+    top_p: float = knob(
+        1.0, Range(0.05, 1.0), "sample from the most probable tokens with this share of the probability"
+    )
     keep: float = knob(0.9, Range(0.05, 1.0), "share of the rows kept, without the tails of perplexity")
     divergence: str = knob(
-        "forward", Choice(("forward", "reverse", "symmetric")), "how two predictions are compared"
+        "forward", Choice(("forward", "reverse", "symmetric")), "divergence between two predictions"
     )
-    hard_weight: float = knob(0.1, Range(0.0, 1.0), "weight of the tokens that the teacher wrote in the loss")
+    hard_weight: float = knob(0.1, Range(0.0, 1.0), "weight of the generated tokens themselves in the loss")
     learning_rate: float = knob(3e-4, Range(1e-6, 1e-2, log=True), "the highest rate, after the warm-up")
-    steps: int = knob(
-        200, Range(0, 100_000, integer=True), "updates of the weights; 0 leaves them as they are"
-    )
+    steps: int = knob(200, Range(0, 100_000, integer=True), "updates of the weights; 0 trains nothing")
     batch: int = knob(1, Range(1, 1024, integer=True), "sequences per step")
 
     @classmethod
     def refusal(cls, family: Family, task: Task) -> str | None:
-        return None if task == "causal-lm" else "only a model that predicts next tokens can write"
+        if task == "causal-lm":
+            return None
+        return "only a model that predicts next tokens can write"
 
     @property
     def is_noop(self) -> bool:
         return self.steps == 0
 
-    def output_layout(self, layout: Layout) -> Layout:
-        self.check_forms(layout)
-        return layout
-
     def compress(self, model: Model, context: Context) -> Model:
         self.output_layout(model.layout())
         if context.teacher is None or context.teacher_statistics is None:
-            raise ValueError("synthesize needs the teacher and somewhere to keep what it writes")
+            raise ValueError("synthesize needs the teacher and a cache for its text")
         teacher = context.teacher()
         trainer.check_vocabularies(self.name(), model, trainer.vocabulary(teacher))
         stored = context.teacher_statistics.stored(
             f"written-{self.samples}x{self.tokens}-at{self.sampling_temperature!r}-top{self.top_p!r}",
-            lambda: self._write(teacher, context),
+            lambda: self._generate(teacher, context),
         )
-        rows = self._choose(stored, context)
-        aim = DistillationObjective(cast(Divergence, self.divergence), hard_weight=self.hard_weight)
+        rows = self._select(stored, context)
+        objective = DistillationObjective(cast(Divergence, self.divergence), hard_weight=self.hard_weight)
         trainer.require_gradients(model)
         plan = TrainingPlan(self.learning_rate, self.steps, self.batch)
-        trainer.train(model, rows, matching(teacher, rows, aim), plan, context)
+        trainer.train(model, rows, matching(teacher, rows, objective), plan, context)
         return model
 
-    def _write(self, teacher: Model, context: Context) -> tuple[dict[str, Tensor], dict[str, str]]:
+    def _generate(self, teacher: Model, context: Context) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """Return the generated rows with their perplexities, and a JSON text of their origin."""
         longest = getattr(teacher.config, "max_position_embeddings", None) or self.tokens
         if self.tokens > longest:
             raise ValueError(
-                f"synthesize.tokens={self.tokens} is outside [16, {longest}]: the teacher reads no more"
+                f"synthesize.tokens={self.tokens} is outside [16, {longest}], the teacher's context length"
             )
         sampling = synthesis.Sampling(self.samples, self.tokens, self.sampling_temperature, self.top_p)
-        written = synthesis.write(teacher, sampling, context.seed, context.report)
+        generated = synthesis.write(teacher, sampling, context.seed, context.report)
         origin = {
             "teacher": loading.digest(teacher.folder),
             "seed": context.seed,
             **dataclasses.asdict(sampling),
         }
-        return dataclasses.asdict(written), {"origin": json.dumps(origin)}
+        return dataclasses.asdict(generated), {"origin": json.dumps(origin)}
 
-    def _choose(self, stored: Stored, context: Context) -> trainer.Rows:
-        """The rows to learn from; notes down where they come from."""
-        chosen = synthesis.choose(synthesis.GeneratedRows(stored["rows"], stored["surprise"]), self.keep)
+    def _select(self, stored: Stored, context: Context) -> trainer.Rows:
+        """Return the rows to train on; records their origin and the dropped rows in `context.notes`."""
+        selected = synthesis.choose(synthesis.GeneratedRows(stored["rows"], stored["surprise"]), self.keep)
         context.notes["written"] = {
             **json.loads(stored.about["origin"]),
-            "kept": len(chosen.rows),
-            "dropped_as_repeated": chosen.repeated,
-            "dropped_as_too_likely": chosen.too_likely,
-            "dropped_as_too_unlikely": chosen.too_unlikely,
+            "kept": len(selected.rows),
+            "dropped_as_repeated": selected.repeated,
+            "dropped_as_too_likely": selected.too_likely,
+            "dropped_as_too_unlikely": selected.too_unlikely,
         }
-        return chosen.rows
+        return selected.rows

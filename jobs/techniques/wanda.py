@@ -1,4 +1,4 @@
-"""wanda: remove the weights of each output that the inputs' activations make least of."""
+"""wanda: remove, for each output, the weights of least magnitude times activation norm."""
 
 from __future__ import annotations
 
@@ -8,21 +8,27 @@ from typing import ClassVar
 from jaxtyping import Float
 from torch import Tensor
 
-from jobs.compression.sparsity import PATTERNS, Sparsity, dense_weight, keep
+from jobs.compression.sparsity import (
+    Sparsity,
+    dense_weight,
+    pattern_knob,
+    replace_by_sparse,
+    sparsity_knob,
+)
 from jobs.context import Context
-from jobs.knobs import Choice, Range, Value, knob, sequential_knob
-from jobs.models.layout import Form, Layout
+from jobs.knobs import Value, sequential_knob
+from jobs.models.layout import Form
 from jobs.models.model import Model
 from jobs.technique import Kind, Need, Technique
 
 
 @dataclass(frozen=True)
 class Wanda(Technique):
-    """Removes the weights of least |W_ij| · ‖X_j‖₂, compared within each row, and stores the rest sparse.
+    """Removes the weights of least |W_ij| · ‖X_j‖₂, compared within each row, and stores the others as a sparse linear.
 
-    ‖X_j‖₂ is the norm of input j over the calibration text, read from the Gram matrix of the parent, so that
-    one pass serves every sparsity and pattern; or, where `sequential`, of what pruned predecessors give, as
-    in the paper's code.
+    ‖X_j‖₂ is the norm of input j over the calibration text. It is read from the Gram matrix of the parent, so
+    that one pass over the text serves every sparsity and pattern. With `sequential` it is the norm of the
+    outputs of already pruned blocks, as in the paper's code.
     """
 
     kind: ClassVar[Kind] = "sparsity"
@@ -31,23 +37,16 @@ class Wanda(Technique):
     accepts: ClassVar[frozenset[Form]] = frozenset({"dense", "factored"})
     produces: ClassVar[frozenset[Form]] = frozenset({"sparse"})
 
-    sparsity: float = knob(0.5, Range(0.0, 0.95), "share of the weights to remove; half where pattern is n:m")
-    pattern: str = knob("unstructured", Choice(PATTERNS), "where weights may go; n:m keeps n of m neighbours")
+    sparsity: float = sparsity_knob()
+    pattern: str = pattern_knob()
     sequential: bool = sequential_knob()
 
-    def ignored_options(self) -> dict[str, Value]:
-        return {} if self.target.group is None else {"sparsity": 0.5}
-
     @property
-    def target(self) -> Sparsity:
+    def layout_change(self) -> Sparsity:
         return Sparsity(self.sparsity, self.pattern)
 
-    @property
-    def is_noop(self) -> bool:
-        return self.target.is_noop
-
-    def output_layout(self, layout: Layout) -> Layout:
-        return self.target.output_layout(layout, self)
+    def ignored_options(self) -> dict[str, Value]:
+        return self.layout_change.ignored_options()
 
     def compress(self, model: Model, context: Context) -> Model:
         expected = self.output_layout(model.layout()).linears
@@ -63,10 +62,11 @@ class Wanda(Technique):
                 if expected[name].kept is None:
                     continue
                 weight = dense_weight(linears[name], self.name(), name)
-                keep(model, name, weight, self.target.of_rows(scores(weight, energy)))
+                mask = self.layout_change.mask_by_row(scores(weight, energy))
+                replace_by_sparse(model, name, weight, mask)
         return model
 
 
 def scores(weight: Float[Tensor, "out in"], energy: Float[Tensor, " in"]) -> Float[Tensor, "out in"]:
-    """|W_ij| · ‖X_j‖₂ up to a factor (Sun et al., eq. 1); `energy` is E[x_j²]."""
+    """Return |W_ij| · ‖X_j‖₂ up to a common factor (Sun et al., eq. 1); `energy` is E[x_j²]."""
     return weight.abs() * energy.sqrt()

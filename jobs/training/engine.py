@@ -222,9 +222,9 @@ class TrainingRun:
             parts += found
             weight = scale if self.ranks.rank < others else 0.0
             self.engine.backward(loss if weight == 1.0 else loss * weight)
-            self.peak_gib = max(self.peak_gib, memory.held_gib())
+            self.peak_gib = max(self.peak_gib, memory.allocated_gib())
             self.engine.step()
-        self.peak_gib = max(self.peak_gib, memory.held_gib())
+        self.peak_gib = max(self.peak_gib, memory.allocated_gib())
         self.losses.append(fmean(parts))
         # What changes the model between steps raises the loss on purpose.
         _refuse_divergence(self.losses, slack=1.0 if self.after_step is no_op else 5.0)

@@ -61,7 +61,7 @@ def write(model: Model, sampling: Sampling, seed: int, report: Report) -> Genera
     at the start are left out: windows of text have none either.
     """
     generator = torch.Generator().manual_seed(seed)
-    words = tokenizers.tokenizer(model.folder)
+    words = tokenizers.load_tokenizer(model.folder)
     special = set(words.all_special_ids)
     usual = [token for token in sorted(words.get_vocab().values()) if token not in special]
     if not usual:

@@ -142,7 +142,7 @@ def up(
             local_services.up(folder, local_services.Ports(dashboard_port, mlflow_port), show) as both,
         ):
             waiting.stop()
-            _tell_what_is_up(both.place)
+            _tell_what_is_up(both.urls)
             both.watch()
     except KeyboardInterrupt:
         err.print("Ray and MLflow have ended; what MLflow holds is kept.")

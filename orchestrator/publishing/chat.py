@@ -25,7 +25,7 @@ class Chat:
         format = formats.format_of(folder)
         self.runtime = runtimes.runtime_for(format)
         self._runner: Runner = runtimes.load(self.runtime).start(folder, threads)
-        self._words: Tokenizer = tokenizers.tokenizer(folder)
+        self._words: Tokenizer = tokenizers.load_tokenizer(folder)
 
     def reply(self, said: str, tokens: int, temperature: float, seed: int) -> Iterator[str]:
         """What the model writes after `said`, piece by piece, at most so many tokens. Each call starts anew.

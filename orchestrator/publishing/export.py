@@ -55,7 +55,7 @@ def export_member(study: Path, pick: str, out: Path, format: str | None = None) 
         ref = _artifact(study, member["id"], materials, Path(scratch))
         open_store(store_of(study)).fetch(ref, held)
         formats.write(format, held, made, study.parent / CACHE)
-        about = loading.about(held)
+        about = loading.read_provenance(held)
         write_json(made / RECIPE, {"id": member["id"], "text": member["recipe"], **about["recipe"]})
         measurement = {name: member[name] for name in ("metrics", "errors", "environment")}
         known = {"original": found["original"], "materials": studied}

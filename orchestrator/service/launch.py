@@ -13,7 +13,7 @@ from types import FrameType
 
 from cluster.executors.executor import Executor
 from cluster.on_ray.executor import RayExecutor
-from cluster.storage.open import artifact_url, is_remote, open_store
+from cluster.storage.open import artifact_url, is_remote, open_store, prepare_store
 from jobs.measure import environment
 from orchestrator import search
 from orchestrator.persistence.atomic_files import write_json, write_whole
@@ -57,6 +57,7 @@ def launch(
         shutil.rmtree(folder / SCRATCH, ignore_errors=True)  # what a killed process left half done
         ledger = Ledger(folder / "ledger.db")
         _claim(ledger, prepared, overrides)
+        prepare_store(prepared.config.store)
         tracker = _tracker(prepared)
         tracker.start(
             prepared.config.name,

@@ -1,4 +1,4 @@
-"""Contenders: which candidates may still be on the front, by all that is known before they are timed."""
+"""Contenders: the candidates that may be on the front according to everything that is known before timings."""
 
 from __future__ import annotations
 
@@ -14,37 +14,40 @@ from orchestrator.study.latency_estimate import surely_no_slower
 
 @dataclass(frozen=True)
 class Rival:
-    """What a candidate was measured at, and what it costs."""
+    """The metrics and the cost of one measured candidate."""
 
     metrics: Metrics
     cost: Cost
 
 
 def contenders(rivals: Mapping[str, Rival], plan: StudyPlan) -> frozenset[str]:
-    """The ids of those within the limits to which no other is surely at least as good: better by what is measured,
-    and by its cost no slower.
+    """Return the ids of the candidates within the limits that no other one certainly dominates.
 
-    The work grows with the candidates times the contenders, not with the candidates' square.
+    A candidate is certainly dominated if another one is better by the untimed metrics and, by its cost, no slower. The
+    run time is proportional to candidates times contenders.
     """
     untimed = [objective for objective in plan.objectives if objective.metric not in plan.timed]
-    ids, known = list(rivals), list(rivals.values())
-    values = np.array([losses(one.metrics, untimed) for one in known]).reshape(len(known), len(untimed))
-    costs = np.array([[one.cost.decode_macs, one.cost.linears, one.cost.size_bytes] for one in known])
-    alive = np.ones(len(known), dtype=np.bool_)
-    for row in range(len(known)):
-        if alive[row]:
-            # Whatever a beaten one beats in this way, the one that beats it beats too: it needs no look.
+    ids, candidates = list(rivals), list(rivals.values())
+    values = np.array([losses(rival.metrics, untimed) for rival in candidates])
+    values = values.reshape(len(candidates), len(untimed))
+    costs = np.array(
+        [[rival.cost.decode_macs, rival.cost.linears, rival.cost.size_bytes] for rival in candidates]
+    )
+    undominated = np.ones(len(candidates), dtype=np.bool_)
+    for row in range(len(candidates)):
+        # Dominated rows are skipped: the row that dominates one of them also dominates all that it dominates.
+        if undominated[row]:
             worse = (values >= values[row]).all(axis=1) & (values > values[row]).any(axis=1)
-            alive &= ~(worse & (costs >= costs[row]).all(axis=1))
-    found = set()
-    for row in np.flatnonzero(alive).tolist():
-        one = known[row]
-        if any(objective.broken_by(one.metrics[objective.metric]) for objective in untimed):
+            undominated &= ~(worse & (costs >= costs[row]).all(axis=1))
+    contender_ids = set()
+    for row in np.flatnonzero(undominated).tolist():
+        rival = candidates[row]
+        if any(objective.broken_by(rival.metrics[objective.metric]) for objective in untimed):
             continue
         better = (values <= values[row]).all(axis=1) & (values < values[row]).any(axis=1)
         if not any(
-            surely_no_slower(known[other].cost, one.cost, plan.timed, plan.prediction_errors)
-            for other in np.flatnonzero(better).tolist()
+            surely_no_slower(candidates[better_row].cost, rival.cost, plan.timed, plan.prediction_errors)
+            for better_row in np.flatnonzero(better).tolist()
         ):
-            found.add(ids[row])
-    return frozenset(found)
+            contender_ids.add(ids[row])
+    return frozenset(contender_ids)

@@ -1,4 +1,4 @@
-"""Events and commands: what a Study is told, and what it answers. Plain data; events are what the ledger keeps."""
+"""Events, the input of a study, and commands, its output. Plain data; the ledger stores the events."""
 
 from __future__ import annotations
 
@@ -15,30 +15,32 @@ from orchestrator.study.candidate import Candidate
 
 @dataclass(frozen=True)
 class Cost:
-    """What is known of a candidate before anything runs, from its layout alone.
+    """The properties of a candidate that follow from its layout, before execution.
 
-    size_bytes: of the weights' file, exact. Where the data decide what each layer gets, a bound of the artifact, and
-        an estimate of forms that hold its layers otherwise.
-    decode_macs, linears: multiply-adds per token, and into how many layers they are divided: a model with
-        no more of either, and no more bytes, is taken to be no slower.
-    predicted: milliseconds by metric, by a table of operations; empty where there is none. They compare
-        candidates, and are no measurements.
+    A model with no more multiply-adds, layers and bytes than another one is assumed to be no slower.
     """
 
     size_bytes: int
+    """Size of the weights' file, exact. An upper bound of the artifact if the data decide the format of each layer;
+    an estimate for formats that store layers differently."""
     decode_macs: int
+    """Multiply-adds per decoded token."""
     linears: int
+    """Number of linear layers that these multiply-adds are divided into."""
     predicted: Mapping[str, float] = field(default_factory=dict)
+    """Milliseconds by metric, predicted by a latency table; empty without a table. They compare candidates and are no
+    measurements."""
 
 
 @dataclass(frozen=True)
 class CandidateProposed:
-    """The search chose a candidate. `refused` tells why it can't be made at all, from shapes alone."""
+    """The search proposed a candidate."""
 
     recipe: Recipe
     choices: Mapping[str, Value]
     cost: Cost | None
     refused: str | None = None
+    """The reason why the recipe cannot be applied, known from shapes alone."""
 
 
 @dataclass(frozen=True)
@@ -54,23 +56,24 @@ class BudgetAllowance:
 
 @dataclass(frozen=True)
 class ServiceStarted:
-    """A process took the study up, new or where another left it: nothing is running. slots: how many jobs it can run
-    at once; granted: what its budget allows, which may be more than was allowed before."""
+    """A process starts or resumes the study; no job is running."""
 
     slots: int = 1
+    """Number of jobs that can run at the same time."""
     granted: BudgetAllowance = field(default_factory=BudgetAllowance)
+    """The work that the budget allows, which may be more than before."""
 
 
 @dataclass(frozen=True)
 class SlotsChanged:
-    """Now so many jobs can run at once: a cluster could have more, or fewer, than was known before."""
+    """The number of jobs that can run at the same time changed, for instance since the cluster grew."""
 
     slots: int
 
 
 @dataclass(frozen=True)
 class AttemptStarted:
-    """An attempt was handed to the executor."""
+    """The executor accepted an attempt."""
 
     job_id: str
     attempt: int
@@ -78,7 +81,7 @@ class AttemptStarted:
 
 @dataclass(frozen=True)
 class AttemptEnded:
-    """What came of an attempt."""
+    """An attempt succeeded or failed."""
 
     job_id: str
     attempt: int
@@ -87,14 +90,14 @@ class AttemptEnded:
 
 @dataclass(frozen=True)
 class SearchExhausted:
-    """The search has nothing more to propose."""
+    """The search has no more candidates to propose."""
 
     reason: str
 
 
 @dataclass(frozen=True)
 class CandidateStopped:
-    """A candidate under way is given up: its chance to add to the front has become negligible."""
+    """An open candidate is given up, since the probability that it improves the front has become negligible."""
 
     id: str
     reason: str
@@ -114,16 +117,17 @@ Event = (
 
 @dataclass(frozen=True)
 class Run:
-    """Hand this attempt to the executor. alone: with nothing else on its node, for a timing or after memory ran out."""
+    """Submit this attempt to the executor."""
 
     job: Job
     attempt: int
     exclusive: bool
+    """No other job may run on its node: for timings, and after an attempt that ran out of memory."""
 
 
 @dataclass(frozen=True)
 class Cancel:
-    """Nobody needs this attempt any more: end it, or forget it if it waits. What it left behind can go."""
+    """Stop this attempt, or remove it from the queue; its leftovers can be deleted."""
 
     job: Job
     attempt: int
@@ -131,18 +135,17 @@ class Cancel:
 
 @dataclass(frozen=True)
 class Tell:
-    """Tell the search what came of its choices: a failure where they failed, None where they were given up.
-
-    Timings that are not measured yet stand in it as estimates: they steer, and are reported nowhere.
-    """
+    """Report the result of these choices to the search."""
 
     choices: Mapping[str, Value]
     result: Mapping[str, float] | Failure | None
+    """None: the candidate was stopped. Metrics that are timed later are estimates, which are reported to the search
+    only."""
 
 
 @dataclass(frozen=True)
 class Record:
-    """The candidate changed: mirror it to the tracker."""
+    """Report the changed candidate to the tracker."""
 
     candidate: Candidate
 
@@ -153,23 +156,24 @@ Stage = Literal["searching", "racing", "timing", "done"]
 
 @dataclass(frozen=True)
 class StudyPlan:
-    """What a study is to do, fixed when it starts.
-
-    meters: taken of every candidate. timers: exclusive ones, taken in a row once the search has ended, of the
-    original and of what may be on the front, so that a machine that drifts does so for all of them; of the
-    original also at the start, which gives estimates their unit. timed: the objectives that the timers give.
-    prediction_errors: by how much, relatively and by metric, predictions are expected to err.
-    rungs: the shares of the evaluation that candidates are measured on, one after the other as long as they may be on
-    the front; they rise, and the last is 1. The original is measured on all of it at once.
-    """
+    """The task of a study, fixed when it starts."""
 
     original: Recipe
     original_cost: Cost
     objectives: tuple[Objective, ...]
     candidates: int
+    """Number of candidates to propose."""
     meters: tuple[str, ...]
+    """Meters of every candidate."""
     timers: tuple[str, ...]
+    """Exclusive meters. At the end of the study they time the original and the candidates that may be on the front in a
+    row, so that a machine whose speed drifts does so for all of them. The original is also timed at the start, as the
+    reference of all estimates."""
     timed: frozenset[str]
+    """The objectives that the timers measure."""
     materials_digest: str
     prediction_errors: Mapping[str, float] = field(default_factory=dict)
+    """Expected relative errors of predictions, by metric."""
     rungs: tuple[float, ...] = (1.0,)
+    """The shares of the evaluation, in ascending order up to 1. Candidates are measured on the first one and promoted
+    while they may be on the front. The original is measured on the full evaluation at once."""

@@ -1,25 +1,36 @@
-"""Savings: the work that sharing has spared a study, by the seconds that the same work took."""
+"""Savings: the slot time that a study saved by sharing work."""
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
+
+from jobs.job import Success
 
 
 @dataclass(frozen=True)
 class Savings:
-    """Each part in slot time, as if every candidate had been made alone.
-
-    steps: that candidates have in common with one before them; steps_seconds: what making these took, once each.
-    statistics_seconds: what steps would have taken more, had they not found statistics of their parent.
-    jobs: whose results the store held; jobs_seconds: what making and measuring them took whoever ran them.
-    """
+    """The slot time that was saved, compared with building every candidate from the original by itself."""
 
     steps: int = 0
+    """Number of steps that candidates share with an earlier one."""
     steps_seconds: float = 0.0
+    """Time that repeating these steps would have taken."""
     statistics_seconds: float = 0.0
+    """Time that steps would have taken in addition without statistics of their parent."""
     jobs: int = 0
+    """Number of jobs whose results were already in the store."""
     jobs_seconds: float = 0.0
+    """Time that these jobs took when they ran, including their measurements."""
 
     @property
     def seconds(self) -> float:
         return self.steps_seconds + self.statistics_seconds + self.jobs_seconds
+
+    def plus_job(self, success: Success) -> Savings:
+        """Return the savings after this job, apart from those of shared steps."""
+        if success.found:
+            seconds = self.jobs_seconds + success.seconds + success.measurement.seconds
+            return dataclasses.replace(self, jobs=self.jobs + 1, jobs_seconds=seconds)
+        statistics_seconds = self.statistics_seconds + success.saved_seconds
+        return dataclasses.replace(self, statistics_seconds=statistics_seconds)

@@ -1,4 +1,4 @@
-"""Timing order: which candidate is timed next, and which need not be, by what those that were timed say of them."""
+"""Timing order: the candidate to time next, and the candidates that need no timing, given the timings so far."""
 
 from __future__ import annotations
 
@@ -14,113 +14,130 @@ from orchestrator.pareto.front import losses
 from orchestrator.study.contenders import Rival
 from orchestrator.study.events import Cost, StudyPlan
 
-_SURE = 2.0
-"""Standard deviations: chance alone makes as much of a difference in 1 case of 44."""
-_MISFITS = np.geomspace(0.01, 0.3, 12)
-"""By what share of the mean time timings may stray from what is linear in their costs."""
+_CERTAIN_DEVIATIONS = 2.0
+"""A difference of more standard deviations is certain: chance alone makes such a difference in 1 case of 44."""
+_MODEL_ERRORS = np.geomspace(0.01, 0.3, 12)
+"""Candidate values for the standard deviation of timings from the linear model, relative to the mean time: from the
+noise of repeated timings to a model that explains little."""
 _PRIOR_MEAN, _PRIOR_DEVIATION = 0.25, 0.5
-"""Of each coefficient, as a share of the mean time: any of the four may be what most of it goes into."""
+"""Prior of each coefficient, relative to the mean time: each of the four may account for most of it."""
 
 
 @dataclass(frozen=True)
 class Timing:
-    """What one candidate needs of a timed objective. error: as in `Measurement.errors`."""
+    """The timing of one candidate in one objective."""
 
     value: float
     error: float
+    """Standard error, as in `Measurement.errors`."""
 
 
 Timings = Mapping[str, Timing]
-"""By objective, of all that are timed."""
+"""The timings of one candidate, by objective."""
 
 
 def next_timed(
     waiting: Sequence[str], rivals: Mapping[str, Rival], timings: Mapping[str, Timings], plan: StudyPlan
 ) -> str | None:
-    """Which of those waiting is timed next; None where all of them are surely beaten.
+    """Return the candidate to time next; None if all waiting ones are certainly dominated.
 
-    First come those to whom no rival is better in what is measured already: however slow, they will be on the front.
-    Then the likeliest of the others, as long as it may be faster than each timed rival that is better so.
+    Candidates that no rival beats in the untimed objectives come first: they will be on the front at any speed. Of the
+    others, the one with the best chance to be faster than all timed rivals that beat it comes first.
 
-    rivals: all that may be on the front. timings: of those timed reliably, and of the original where its own were.
+    rivals: all candidates that may be on the front. timings: the reliable ones, possibly with those of the original.
     """
     untimed = [objective for objective in plan.objectives if objective.metric not in plan.timed]
     ids = list(rivals)
     values = np.array([losses(rivals[id].metrics, untimed) for id in ids]).reshape(len(ids), len(untimed))
-    places = {id: place for place, id in enumerate(ids)}
-    doubtful: dict[str, list[str]] = {}
+    rows = {id: row for row, id in enumerate(ids)}
+    uncertain: dict[str, list[str]] = {}
     for id in waiting:
-        mine = values[places[id]]
-        better = np.flatnonzero((values <= mine).all(axis=1) & (values < mine).any(axis=1))
+        losses_of_id = values[rows[id]]
+        better = np.flatnonzero((values <= losses_of_id).all(axis=1) & (values < losses_of_id).any(axis=1))
         if not len(better):
             return id
-        doubtful[id] = [ids[place] for place in better if ids[place] in timings]
-    if not doubtful or not timings:
-        return next(iter(doubtful), None)
-    costs = [rivals[id].cost for id in doubtful]
-    known = {id: rivals[id].cost if id in rivals else plan.original_cost for id in timings}
-    expected = {
-        o: predict_latency(
-            [(cost, timings[id][o.metric]) for id, cost in known.items()], costs, plan.original_cost
-        )
-        for o in plan.objectives
-        if o.metric in plan.timed
-    }
+        uncertain[id] = [ids[row] for row in better if ids[row] in timings]
+    if not uncertain or not timings:
+        return next(iter(uncertain), None)
+    predicted = _predict_objectives(list(uncertain), rivals, timings, plan)
+    largest_delay = {}
+    for row, (id, timed_rivals) in enumerate(uncertain.items()):
+        delays = [_delay(row, timings[rival], predicted, plan) for rival in timed_rivals]
+        largest_delay[id] = max(delays, default=-math.inf)
+    best = min(largest_delay, key=lambda id: largest_delay[id])
+    return best if largest_delay[best] < _CERTAIN_DEVIATIONS else None
 
-    def slower(row: int, other: str) -> float:
-        """By how many standard deviations one of the doubtful is worse than another in every timed objective."""
-        return min(
-            objective.loss(mean[row] - timings[other][objective.metric].value)
-            / math.hypot(deviation[row], timings[other][objective.metric].error)
-            for objective, (mean, deviation) in expected.items()
-        )
 
-    surest = {
-        id: max((slower(row, other) for other in better), default=-math.inf)
-        for row, (id, better) in enumerate(doubtful.items())
-    }
-    likeliest = min(surest, key=lambda id: surest[id])
-    return likeliest if surest[likeliest] < _SURE else None
+Prediction = tuple[Float[NDArray[np.float64], " costs"], Float[NDArray[np.float64], " costs"]]
+"""Means and standard deviations."""
+
+
+def _predict_objectives(
+    ids: Sequence[str], rivals: Mapping[str, Rival], timings: Mapping[str, Timings], plan: StudyPlan
+) -> dict[str, Prediction]:
+    """Predict each timed objective of these candidates from the timings of others."""
+    costs = [rivals[id].cost for id in ids]
+    timed_costs = [rivals[id].cost if id in rivals else plan.original_cost for id in timings]
+    predicted = {}
+    for objective in plan.objectives:
+        if objective.metric in plan.timed:
+            values = [timing[objective.metric] for timing in timings.values()]
+            samples = list(zip(timed_costs, values, strict=True))
+            predicted[objective.metric] = predict_latency(samples, costs, plan.original_cost)
+    return predicted
+
+
+def _delay(row: int, rival: Timings, predicted: Mapping[str, Prediction], plan: StudyPlan) -> float:
+    """The smallest difference to a timed rival over all timed objectives, in standard deviations.
+
+    Positive if the candidate in this row of the predictions is expected to be slower in all of them.
+    """
+    delays = []
+    for objective in plan.objectives:
+        if objective.metric in predicted:
+            means, deviations = predicted[objective.metric]
+            timing = rival[objective.metric]
+            deviation = math.hypot(deviations[row], timing.error)
+            delays.append(objective.loss(means[row] - timing.value) / deviation)
+    return min(delays)
 
 
 def predict_latency(
-    known: Sequence[tuple[Cost, Timing]], costs: Sequence[Cost], original: Cost
-) -> tuple[Float[NDArray[np.float64], " costs"], Float[NDArray[np.float64], " costs"]]:
-    """What candidates of these costs are expected to need, and its standard deviation, by what is known of others.
+    samples: Sequence[tuple[Cost, Timing]], costs: Sequence[Cost], original: Cost
+) -> Prediction:
+    """Predict the latency of candidates with these costs from the timings of others: means and standard deviations.
 
-    Bayesian linear regression (Bishop 2006, §3.3) on multiply-adds, layers, bytes and a constant: errors of the timings
-    are known, and beside them all stray by a share of their mean, over which is averaged by its likelihood.
+    Bayesian linear regression (Bishop 2006, §3.3) on multiply-adds, layers, bytes and a constant. The errors of the
+    timings are given. In addition, timings deviate from the linear model by a share of their mean; the result is the
+    average over candidate values of this share, weighted by their likelihood.
     """
-    unit = np.mean([one.value for _, one in known])
-    rows, asked = _features([cost for cost, _ in known], original), _features(costs, original)
-    values = np.array([one.value for _, one in known]) / unit - _PRIOR_MEAN * rows.sum(axis=1)
-    errors = np.array([one.error for _, one in known]) / unit
+    unit = np.mean([timing.value for _, timing in samples])
+    features = _features([cost for cost, _ in samples], original)
+    new_features = _features(costs, original)
+    values = np.array([timing.value for _, timing in samples]) / unit - _PRIOR_MEAN * features.sum(axis=1)
+    errors = np.array([timing.error for _, timing in samples]) / unit
     weights, means, variances = [], [], []
-    for misfit in _MISFITS:
-        covariance = _PRIOR_DEVIATION**2 * rows @ rows.T + np.diag(errors**2 + misfit**2)
-        lower = np.linalg.cholesky(covariance)
-        whitened = np.linalg.solve(lower, values)
-        gain = np.linalg.solve(lower, _PRIOR_DEVIATION**2 * rows @ asked.T)
-        weights.append(-0.5 * whitened @ whitened - np.log(lower.diagonal()).sum())
-        means.append(_PRIOR_MEAN * asked.sum(axis=1) + gain.T @ whitened)
-        prior = _PRIOR_DEVIATION**2 * np.square(asked).sum(axis=1)
-        variances.append(prior - np.square(gain).sum(axis=0) + misfit**2)
-    share = np.exp(np.array(weights) - max(weights))
-    share /= share.sum()
-    mean = share @ np.array(means)
-    variance = share @ (np.array(variances) + np.square(np.array(means) - mean))
+    for model_error in _MODEL_ERRORS:
+        covariance = _PRIOR_DEVIATION**2 * features @ features.T + np.diag(errors**2 + model_error**2)
+        factor = np.linalg.cholesky(covariance)
+        whitened = np.linalg.solve(factor, values)
+        gain = np.linalg.solve(factor, _PRIOR_DEVIATION**2 * features @ new_features.T)
+        weights.append(-0.5 * whitened @ whitened - np.log(factor.diagonal()).sum())
+        means.append(_PRIOR_MEAN * new_features.sum(axis=1) + gain.T @ whitened)
+        prior = _PRIOR_DEVIATION**2 * np.square(new_features).sum(axis=1)
+        variances.append(prior - np.square(gain).sum(axis=0) + model_error**2)
+    probability = np.exp(np.array(weights) - max(weights))
+    probability /= probability.sum()
+    mean = probability @ np.array(means)
+    variance = probability @ (np.array(variances) + np.square(np.array(means) - mean))
     return unit * mean, unit * np.sqrt(variance)
 
 
 def _features(costs: Sequence[Cost], original: Cost) -> Float[NDArray[np.float64], "costs 4"]:
-    return np.array(
-        [
-            (
-                1.0,
-                cost.decode_macs / original.decode_macs,
-                cost.linears / original.linears,
-                cost.size_bytes / original.size_bytes,
-            )
-            for cost in costs
-        ]
-    )
+    """A constant and the costs relative to the original."""
+    rows = []
+    for cost in costs:
+        macs = cost.decode_macs / original.decode_macs
+        linears = cost.linears / original.linears
+        rows.append((1.0, macs, linears, cost.size_bytes / original.size_bytes))
+    return np.array(rows)

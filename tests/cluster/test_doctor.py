@@ -1,4 +1,4 @@
-"""What the doctor says of machines good and bad."""
+"""The doctor's checks of machines, clusters and stores, good and bad."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ GIB = 2**30
 
 
 def test_every_fact_has_a_name_and_a_value() -> None:
-    found = doctor.facts()
-    assert {"processors", "memory", "ray", "gpus"} <= {fact.what for fact in found}
-    assert all(fact.what and fact.value for fact in found)
+    facts = doctor.facts()
+    assert {"processors", "memory", "ray", "gpus"} <= {fact.what for fact in facts}
+    assert all(fact.what and fact.value for fact in facts)
 
 
 @pytest.mark.parametrize(
@@ -55,17 +55,12 @@ def test_without_the_drivers_tool_there_are_no_gpus(monkeypatch: pytest.MonkeyPa
     assert doctor.gpus() == 0
 
 
-@pytest.mark.ray
-def test_a_local_ray_starts_and_works() -> None:
-    assert doctor.ray_works() == doctor.Fact("local ray", "starts and works")
-
-
 def test_a_store_that_works_is_tried_and_left_as_it_was(tmp_path: Path, s3_address: str, s3: Any) -> None:
     for address in (str(tmp_path / "runs"), s3_address):
-        found = {fact.what: fact for fact in doctor.of_store(address)}
-        assert all(fact.ok for fact in found.values()), found
-        assert "MB/s" in found["put 8 MB"].value
-        assert "MB/s" in found["fetch them"].value
+        facts = {fact.what: fact for fact in doctor.of_store(address)}
+        assert all(fact.ok for fact in facts.values()), facts
+        assert "MB/s" in facts["put 8 MB"].value
+        assert "MB/s" in facts["fetch them"].value
     assert not [file for file in (tmp_path / "runs").rglob("*") if file.is_file()]
     bucket = s3_address.removeprefix("s3://").partition("/")[0]
     assert s3.list_objects_v2(Bucket=bucket)["KeyCount"] == 0
@@ -80,18 +75,18 @@ def test_what_a_store_does_not_allow_is_named_and_the_rest_is_tried(s3_address: 
         "Resource": f"arn:aws:s3:::{bucket}/*",
     }
     s3.put_bucket_policy(Bucket=bucket, Policy=json.dumps({"Version": "2012-10-17", "Statement": [denied]}))
-    found = {fact.what: fact for fact in doctor.of_store(s3_address)}
-    assert "may not do s3:GetObject" in found["all that a study does"].value
-    assert "may not do s3:GetObject" in found["read it"].value
-    assert not found["read it"].ok
-    assert found["list records"].ok
-    assert found["put 8 MB"].ok
+    facts = {fact.what: fact for fact in doctor.of_store(s3_address)}
+    assert "may not do s3:GetObject" in facts["all that a study does"].value
+    assert "may not do s3:GetObject" in facts["read it"].value
+    assert not facts["read it"].ok
+    assert facts["list records"].ok
+    assert facts["put 8 MB"].ok
 
 
 @pytest.mark.parametrize("address", ["gs://bucket/prefix", "/proc/none"])
 def test_what_is_no_store_is_one_line(address: str) -> None:
-    (found,) = doctor.of_store(address)
-    assert not found.ok
+    (fact,) = doctor.of_store(address)
+    assert not fact.ok
 
 
 SCALING = """\
@@ -113,28 +108,28 @@ Pending Demands:
 
 
 def test_what_an_autoscaler_waits_for_and_could_not_get_is_told() -> None:
-    found = {fact.what: fact for fact in doctor.autoscaler(SCALING)}
-    assert found["pending"].value == "10.0.0.7: gpu-spot, setting-up"
-    assert found["pending"].ok
-    assert found["recent failures"].value.startswith("gpu: InsufficientInstanceCapacity")
-    assert not found["recent failures"].ok
-    assert found["pending demands"].value == "{'GPU': 1.0}: 3+ pending tasks/actors"
+    facts = {fact.what: fact for fact in doctor.autoscaler(SCALING)}
+    assert facts["pending"].value == "10.0.0.7: gpu-spot, setting-up"
+    assert facts["pending"].ok
+    assert facts["recent failures"].value.startswith("gpu: InsufficientInstanceCapacity")
+    assert not facts["recent failures"].ok
+    assert facts["pending demands"].value == "{'GPU': 1.0}: 3+ pending tasks/actors"
     quiet = "Pending:\n (no pending nodes)\nRecent failures:\n (no failures)\nPending Demands:\n (no resource demands)"
     assert not list(doctor.autoscaler(quiet))
 
 
 def test_a_cluster_that_does_not_answer_is_one_line() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as one:
-        port = one.getsockname()[1]
-    (found,) = doctor.of_cluster(f"http://127.0.0.1:{port}", insecure=False)
-    assert not found.ok
-    assert "no cluster answers" in found.value
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    (fact,) = doctor.of_cluster(f"http://127.0.0.1:{port}", insecure=False)
+    assert not fact.ok
+    assert "no cluster answers" in fact.value
 
 
 def test_nodes_are_counted_by_kind_and_a_head_that_works_beside_others_is_told() -> None:
     head, worker = Node("", True, 4, 0, 16), Node("gpu-spot", False, 8, 1, 32)
-    found = {fact.what: fact.value for fact in doctor.nodes([head, worker, worker])}
-    assert found["nodes"] == "1 head (4 CPUs, 16 GiB); 2 gpu-spot (8 CPUs, 1 GPUs, 32 GiB)"
-    assert found["gpus"] == "2"
-    assert found["head"] == "takes work too"
+    facts = {fact.what: fact.value for fact in doctor.nodes([head, worker, worker])}
+    assert facts["nodes"] == "1 head (4 CPUs, 16 GiB); 2 gpu-spot (8 CPUs, 1 GPUs, 32 GiB)"
+    assert facts["gpus"] == "2"
+    assert facts["head"] == "runs tasks too"
     assert "head" not in {fact.what for fact in doctor.nodes([head])}

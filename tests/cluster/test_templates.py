@@ -20,7 +20,7 @@ from cluster.templates import filling, kuberay
 from cluster.templates.checking import check, problems_of
 from cluster.templates.filling import Choices
 from cluster.templates.instances import table
-from cluster.templates.placed import Document, documents
+from cluster.templates.yaml_lines import Document, documents
 
 GCP = Choices(project="my-project-1")
 SHIPPED = [
@@ -88,7 +88,7 @@ AWS_NUMBERS = [
     ("    min_workers: 0", "    min_workers: -1",
      f"{SPOT}.min_workers: got -1, expected 0 or more"),
     ("    min_workers: 0\n    max_workers: 4", "    min_workers: 5",
-     "max_workers: got 4, expected 5 or more: so many are the min_workers of all types"),
+     "max_workers: got 4, expected 5 or more, the sum of all types' min_workers"),
     ("GPU: 1}", "GPU: 2}", f"{SPOT}.resources.GPU: got 2, but a g6.2xlarge has 1"),
     ("GPU: 1}", "GPU: 16}", f"{SPOT}.resources.GPU: got 16, but a g6.2xlarge has 1 (no type has "
      "more than 8: g5.48xlarge)"),
@@ -103,27 +103,25 @@ AWS_SPOT = [
     ("MarketType: spot", "MarketType: spott",
      f"{MARKET}.MarketType: got spott, expected spot"),
     ("        MarketType: spot\n", "",
-     f"{MARKET}.SpotOptions: got spot options without MarketType: "
-     "spot beside them"),
+     f"{MARKET}.SpotOptions: got spot options without MarketType: spot next to them"),
     ("one-time", "persistent",
      f"{MARKET}.SpotOptions.SpotInstanceType: got persistent, "
-     "expected one-time: AWS would start again what the autoscaler ended"),
+     "expected one-time: AWS would restart machines that the autoscaler ended"),
     ("InstanceInterruptionBehavior: terminate", "InstanceInterruptionBehavior: stop",
      f"{MARKET}.SpotOptions.InstanceInterruptionBehavior: got stop, "
-     "expected terminate: nothing else goes with one-time"),
+     "expected terminate, the only value that one-time allows"),
     ("{SpotInstanceType", "{BlockDurationMinutes: 60, SpotInstanceType",
-     f"{MARKET}.SpotOptions.BlockDurationMinutes: got a duration: AWS takes none for spot any more"),
+     f"{MARKET}.SpotOptions.BlockDurationMinutes: got a duration: AWS no longer accepts one for spot machines"),
     ("{SpotInstanceType", "{MaxPrice: cheap, SpotInstanceType",
      f"{MARKET}.SpotOptions.MaxPrice: got cheap, expected dollars an "
      "hour, as in '0.50'"),
 ]  # fmt: skip
 GCP_WRONG = [
     ("automaticRestart: false", "automaticRestart: true",
-     f"{SPOT}.node_config.scheduling.automaticRestart: got true, expected false: what may be taken "
-     "back is not started again"),
+     f"{SPOT}.node_config.scheduling.automaticRestart: got true, expected false: a spot machine is not restarted"),
     ("        onHostMaintenance: TERMINATE", "        onHostMaintenance: MIGRATE",
-     f"{SPOT}.node_config.scheduling.onHostMaintenance: got MIGRATE, expected TERMINATE: what may be "
-     "taken back is not moved"),
+     f"{SPOT}.node_config.scheduling.onHostMaintenance: got MIGRATE, expected TERMINATE: "
+     "a spot machine cannot be moved"),
     ("provisioningModel: SPOT", "provisioningModel: SPOTS",
      f"{SPOT}.node_config.scheduling.provisioningModel: got SPOTS, expected SPOT"),
     ("        provisioningModel: SPOT\n", "",
@@ -135,12 +133,12 @@ GCP_WRONG = [
     ("machineType: c3-standard-8", "machinType: c3-standard-8",
      "available_node_types.laptop-timing.node_config.machinType: got machinType, expected machineType"),
     ("project_id: my-project-1", "project_id: null",
-     "provider: got no project_id, which must be given: Ray would look for one by itself"),
+     "provider: got no project_id, which must be given: Ray would choose one by itself"),
     ("GPU: 1, memory: ", "GPU: 1, memory: 9",
      f"{SPOT}.resources.memory: got 921646635171, but a g2-standard-8 has 34359738368"),
     ("GPU: 1,", "GPU: 2,", f"{SPOT}.resources.GPU: got 2, but a g2-standard-8 has 1"),
-    (", GPU: 1,", ",", f"{SPOT}.resources: got no GPU, but a g2-standard-8 has 1: no work that needs "
-     "one would start it"),
+    (", GPU: 1,", ",", f"{SPOT}.resources: got no GPU, but a g2-standard-8 has 1: "
+     "no task that needs one would start it"),
 ]  # fmt: skip
 GPU_GROUP = "spec.workerGroupSpecs[0]"
 CLUSTER_WRONG = [
@@ -161,13 +159,13 @@ CLUSTER_WRONG = [
     ("rayStartParams: {}", 'rayStartParams: {num-gpus: "2"}',
      f"{GPU_GROUP}.rayStartParams.num-gpus: got 2, but the pod has 1 (nvidia.com/gpu under limits)"),
     ("nvidia.com/gpu: 1}", "nvidia.com/gpu: 2}",
-     f"{GPU_GROUP}.template.spec.containers[0].resources.requests.nvidia.com/gpu: got 2, expected what stands under "
+     f"{GPU_GROUP}.template.spec.containers[0].resources.requests.nvidia.com/gpu: got 2, expected the number under "
      "limits, 1: Kubernetes refuses others"),
     ("tolerations:", "nodeSelector: {node.kubernetes.io/instance-type: m7i.large}\n          tolerations:",
      f"{GPU_GROUP}.template.spec.containers[0].resources.limits.nvidia.com/gpu: got 1, but a m7i.large has 0"),
     ('limits: {cpu: "6", memory: 24Gi, nvidia.com/gpu: 1}', "limits: {nvidia.com/gpu: 0.5}",
-     f"{GPU_GROUP}.template.spec.containers[0].resources.limits.nvidia.com/gpu: got 0.5, expected a whole number: GPUs "
-     "are not shared out"),
+     f"{GPU_GROUP}.template.spec.containers[0].resources.limits.nvidia.com/gpu: got 0.5, expected a whole number: pods "
+     "cannot share a GPU"),
     ("groupName: laptop-timing", "groupName: gpu", "spec.workerGroupSpecs: got 2 groups of the name gpu"),
     ("  name: slimfront\n", "  name: Slimfront\n",
      "metadata.name: got Slimfront, expected at most 52 of a-z, 0-9 and -, a letter first"),
@@ -230,16 +228,18 @@ def test_gpus_are_attached_to_n1_types_alone(tmp_path: Path) -> None:
     path = written(tmp_path, "gcp", Choices(gpu="T4", project="my-project-1"), "gcp.yaml")
     changed(path, "instance: n1-standard-8", "instance: n2-standard-8")
     (line,) = check(changed(path, "machineType: n1-standard-8", "machineType: n2-standard-8"))
-    assert line.text.endswith("guestAccelerators: got GPUs for n2-standard-8: they go with n1 types alone")
+    assert line.text.endswith(
+        "guestAccelerators: got GPUs for n2-standard-8: only n1 types take attached GPUs"
+    )
 
 
 @pytest.mark.parametrize(
     ("old", "new", "said"),
     [
         ("InstanceType: c7i.2xlarge", "InstanceType: c7i.4xlarge",
-         "laptop-timing.labels.instance: got c7i.2xlarge, expected c7i.4xlarge: by it the node is priced"),
+         "laptop-timing.labels.instance: got c7i.2xlarge, expected c7i.4xlarge: the node's price is found by it"),
         ("region: us-east-1}", "region: us-west-2}",
-         "head.labels.region: got us-west-2, expected us-east-1: by it the node is priced"),
+         "head.labels.region: got us-west-2, expected us-east-1: the node's price is found by it"),
     ],
 )  # fmt: skip
 def test_a_label_that_would_price_another_node_is_wrong(
@@ -275,12 +275,12 @@ def test_what_an_alias_brings_is_told_once_where_it_stands(tmp_path: Path) -> No
         ("aws.yaml", "c7i.2xlarge", "c9i.2xlarge", "does not have (or is it c"),
         ("gcp.yaml", "c3-standard-8", "c3-highcpu-8", "does not have"),
         ("gcp.yaml", "resources: {CPU: 4, memory: 21646635171}", "resources: {CPU: 4}", "got no memory, in bytes"),
-        ("aws.yaml", "c7i.2xlarge", "hpc7g.4xlarge", "what it has is not in the table of"),
-        ("aws.yaml", "    - --env RAY_AUTH_MODE=token\n", "", "whoever reaches the head runs what they like"),
+        ("aws.yaml", "c7i.2xlarge", "hpc7g.4xlarge", "its resources are not in the table of"),
+        ("aws.yaml", "    - --env RAY_AUTH_MODE=token\n", "", "reaches the head may run programs on the cluster"),
         ("aws.yaml", "max_workers: 4  ", "max_workers: 3  ", "but all types together may have 3"),
         ("aws.yaml", "      MetadataOptions", "      InstanceMarketOptions: {MarketType: spot}\n      MetadataOptions",
-         "a head that may be taken back at any time"),
-        ("raycluster.yaml", "mode: token", "mode: disabled", "whoever reaches the head runs what they like"),
+         "a head that the cloud may take back at any time"),
+        ("raycluster.yaml", "mode: token", "mode: disabled", "reaches the head may run programs on the cluster"),
         ("raycluster.yaml", "kind: RayCluster", "kind: RayService", "not checked"),
         ("raycluster.yaml", "apiVersion: ray.io/v1", "apiVersion: v1", "got v1: only ray.io/v1 is checked"),
         ("rayjob.yaml", "  shutdownAfterJobFinishes: true\n  ttlSecondsAfterFinished: 600\n", "", "would stay"),
@@ -304,7 +304,7 @@ def test_what_may_be_meant_is_a_warning(name: str, old: str, new: str, said: str
         ("name: quickstart\nmodel: x", ":1 got neither a file of Ray's launcher"),
         ("cluster_name: x\non: 1", ":2 got 'on' as a key, expected text: put it in quotes"),
         ("cluster_name: {{ name }}", ":1 got a structure as a key"),
-        ("cluster_name: &a\n  b: *a", ":1 got an alias in what it stands for"),
+        ("cluster_name: &a\n  b: *a", ":1 got an alias of a value that contains it"),
         ("a: &a [1,2,3,4,5,6,7,8,9]\n" + "".join(
             f"{n}: &{n} [{', '.join([f'*{b}'] * 9)}]\n" for b, n in zip("abcdef", "bcdefg", strict=True)
         ), " got more than 100000 keys: aliases multiply them"),
@@ -401,7 +401,7 @@ def test_choices_stand_in_the_file() -> None:
         ("aws", Choices(region="US"), "region: got US, expected a region, as in us-east-1 or us-central1"),
         ("gcp", Choices(), "project: got nothing, expected the id of a project of Google Cloud"),
         ("gcp", Choices(project="my-project-1", zone="us-east1-b"), "zone: got us-east1-b, expected a zone of us-c"),
-        ("kuberay", Choices(gpu="L4"), "gpu: got L4, which means nothing to kuberay"),
+        ("kuberay", Choices(gpu="L4"), "gpu: got L4, which does not apply to kuberay"),
     ],
 )  # fmt: skip
 def test_a_wrong_choice_is_refused(template: str, choices: Choices, said: str) -> None:

@@ -7,6 +7,7 @@ import inspect
 import multiprocessing
 import os
 import pkgutil
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -80,6 +81,38 @@ def model(tmp_path: Path) -> Path:
 
 def test_every_store_is_tested_here() -> None:
     assert set(implementations()) == set(ADDRESSES)
+
+
+def test_opening_a_store_and_reading_from_it_creates_nothing(store: ArtifactStore, tmp_path: Path) -> None:
+    ref = ArtifactRef("0" * 64, 1)
+    assert not store.has(ref)
+    assert store.record("results/01") is None
+    assert list(store.records("results/")) == []
+    assert store.holdings() == Holdings((), 0, 0, 0)
+    with pytest.raises(LookupError):
+        store.fetch(ref, tmp_path / "copy")
+    store.remove(ref)
+    store.forget("results/01")
+    store.sweep(0)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_opening_a_store_asks_nobody(tmp_path: Path) -> None:
+    # No server answers at port 9, and no folder can be created below a file.
+    (tmp_path / "file").touch()
+    for address in ("s3://bucket/prefix?endpoint=http://127.0.0.1:9", str(tmp_path / "file" / "store")):
+        open_store(address, tmp_path / "downloads")
+    assert [file.name for file in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_store_that_cannot_be_used_is_refused_before_the_first_write(address: str, tmp_path: Path) -> None:
+    open_store(address).ensure()
+    (tmp_path / "file").touch()
+    unusable = str(tmp_path / "file" / "store")
+    if address.startswith("s3://"):
+        unusable = re.sub("//[^/]*/", "//no-such-bucket/", address, count=1)
+    with pytest.raises(OSError, match=r"no bucket|Not a directory"):
+        open_store(unusable).ensure()
 
 
 def test_what_is_put_is_fetched_whole(store: ArtifactStore, model: Path, tmp_path: Path) -> None:

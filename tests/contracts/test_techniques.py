@@ -82,7 +82,7 @@ def test_it_works_on_every_family_or_says_why_not(
     original = loading.original_layout(folder)
     reason = technique.refusal(family, family.tasks[0])
     if reason is not None:
-        told = rf"{technique.name()} does not do {family.name} \({family.tasks[0]}\): "
+        told = rf"{technique.name()} does not support {family.name} \({family.tasks[0]}\): "
         with pytest.raises(ValueError, match=told) as refused:
             step.output_layout(original)
         assert str(refused.value).endswith(reason)
@@ -117,7 +117,7 @@ def test_it_works_on_a_classifier_or_says_why_not(
         layout = loading.original_layout(folder)
         if technique.refusal(family, "classification") is not None:
             with pytest.raises(
-                ValueError, match=rf"{technique.name()} does not do {name} \(classification\)"
+                ValueError, match=rf"{technique.name()} does not support {name} \(classification\)"
             ):
                 step_of(technique).output_layout(layout)
             continue

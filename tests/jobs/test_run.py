@@ -12,6 +12,7 @@ from jobs.failures import failure
 from jobs.job import Failure, Job
 from jobs.materials import Materials, TextSource
 from jobs.models import loading
+from jobs.models.layout import LAYOUT_FILE
 from jobs.models.model import Model
 from jobs.recipe import Origin, Recipe
 from jobs.run import JobOutput, attempt
@@ -68,7 +69,7 @@ def test_a_step_is_made_from_its_parent_and_says_how(
     assert isinstance(made, JobOutput), made
     assert made.built
     assert len(loading.load(tmp_path / "artifact").blocks) == 3
-    about = json.loads((tmp_path / "artifact" / loading.LAYOUT).read_text())
+    about = json.loads((tmp_path / "artifact" / LAYOUT_FILE).read_text())
     assert Recipe.from_dict(about["recipe"]) == recipe
     assert about["text"] == "drop_layers(count=1)"
     weights = tmp_path / "artifact" / loading.WEIGHTS
@@ -96,7 +97,7 @@ def test_what_a_step_notes_down_stands_beside_its_artifact_and_all_made_from_it(
         made = run(recipe, materials, tmp_path / recipe.id, parent=parent)
         assert isinstance(made, JobOutput), made
         parent = tmp_path / recipe.id / "artifact"
-        told.append(loading.about(parent)["notes"])
+        told.append(loading.read_provenance(parent)["notes"])
     assert told[0] == []
     (note,) = told[1]
     assert note["step"] == str(written.steps[-1])

@@ -52,7 +52,7 @@ def test_the_notice_of_ec2_is_told_with_its_time_here_and_to_the_processes_start
 ) -> None:
     assert latest_notice() is None
     told: list[Notice] = []
-    watch(tell=told.append)
+    watch(announce=told.append)
     time.sleep(0.2)
     assert latest_notice() is None
     assert len(ec2.tokens) > 1, "nobody asked"

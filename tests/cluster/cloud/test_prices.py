@@ -76,7 +76,7 @@ def test_spot_is_the_mean_of_what_its_zones_cost_last(monkeypatch: pytest.Monkey
         {"AvailabilityZone": zone, "SpotPrice": price, "Timestamp": datetime(2026, 11, day, tzinfo=UTC)}
         for zone, price, day in rows
     ]
-    monkeypatch.setattr(prices, "_asked", lambda *_: {"SpotPriceHistory": history})
+    monkeypatch.setattr(prices, "_ask", lambda *_: {"SpotPriceHistory": history})
     price = price_of(SPOT)
     assert price is not None
     assert price.per_hour == pytest.approx(0.3)
@@ -103,7 +103,7 @@ def test_on_demand_is_told_by_the_price_list_where_it_says_one_price(
     listed: list[str], per_hour: float, source: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[Any] = []
-    monkeypatch.setattr(prices, "_asked", lambda *given: asked.append(given) or {"PriceList": listed})
+    monkeypatch.setattr(prices, "_ask", lambda *given: asked.append(given) or {"PriceList": listed})
     price = price_of(ON_DEMAND)
     assert price is not None
     assert (price.per_hour, price.source.endswith(source)) == (per_hour, True)
@@ -118,7 +118,7 @@ def test_what_is_asked_has_the_form_that_aws_takes(monkeypatch: pytest.MonkeyPat
     from botocore.validate import validate_parameters
 
     asked: list[Any] = []
-    monkeypatch.setattr(prices, "_asked", lambda *given: asked.append(given))
+    monkeypatch.setattr(prices, "_ask", lambda *given: asked.append(given))
     price_of(SPOT)
     price_of(ON_DEMAND)
     for (service, _, _, given), operation in zip(

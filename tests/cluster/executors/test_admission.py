@@ -89,7 +89,7 @@ def test_an_executor_needs_a_slot(slots: int) -> None:
 
 
 def test_a_refusal_says_what_is_allowed() -> None:
-    with pytest.raises(ValueError, match=r"memory_gib=9 can never be had here: from 0 to 8"):
+    with pytest.raises(ValueError, match=r"memory_gib=9 is not available here: from 0 to 8"):
         admission(Resources(memory_gib=9))
     with pytest.raises(ValueError, match="memory_gib=nan"):
         admission(Resources(memory_gib=float("nan")))

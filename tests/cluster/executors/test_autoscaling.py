@@ -16,7 +16,7 @@ from cluster.executors.autoscaling import (
     Node,
     Shape,
     WorkerPlan,
-    key_of,
+    label_set,
 )
 from cluster.executors.executor import Capacity, Resources
 
@@ -27,42 +27,44 @@ LAPTOP = {"target": "laptop"}
 class Cluster:
     """A workforce with whoever does what it says, on a clock of its own: nodes come when `place` is called."""
 
-    def __init__(self, limit: int = 100, together: Capacity | None = None) -> None:
-        self.force = WorkerPlan(together)
+    def __init__(self, limit: int = 100, node_capacity: Capacity | None = None) -> None:
+        self.plan = WorkerPlan(node_capacity)
         self.limits: dict[frozenset[tuple[str, str]], int] = {ANY: limit}
         self.now = 0.0
         self.wanted: list[int] = []
+        self.shapes: dict[int, Shape] = {}
         self.running: dict[int, tuple[int, ...]] = {}
         self.hired, self.added = 0, 0
 
     def add(self, *needs: Resources) -> None:
         for one in needs:
-            self.force.add(self.added, one)
+            self.plan.add(self.added, one, self.now)
             self.added += 1
         self.go_on()
 
     def go_on(self) -> None:
-        while (found := self.force.next()) is not None:
+        while (found := self.plan.next(self.now)) is not None:
             self.running[found[0]] = found[1]
-        change = self.force.change(self.limits, self.now)
-        for worker in change.let_go:
-            self.force.lose(worker)
+        change = self.plan.change(self.limits, self.now)
+        for worker in change.release:
+            self.plan.remove(worker)
             self.wanted = [one for one in self.wanted if one != worker]
-        for shape in change.want:
-            self.force.want(self.hired, shape)
+        for shape in change.request:
+            self.plan.request(self.hired, shape)
             self.wanted.append(self.hired)
+            self.shapes[self.hired] = shape
             self.hired += 1
 
     def place(self, node: Node) -> int:
         """The worker that has waited longest is there."""
         worker = self.wanted.pop(0)
-        self.force.ready(worker, node, self.now)
+        self.plan.ready(worker, node, self.now)
         self.go_on()
         return worker
 
     def end(self, ticket: int) -> None:
         del self.running[ticket]
-        self.force.end(ticket, self.now)
+        self.plan.end(ticket, self.now)
         self.go_on()
 
     def later(self, seconds: float) -> None:
@@ -71,7 +73,7 @@ class Cluster:
 
     @property
     def held(self) -> int:
-        return self.force.count({})
+        return self.plan.count({})
 
 
 def nodes(count: int) -> list[Node]:
@@ -110,10 +112,10 @@ def test_who_does_the_next_piece_at_once_stays_and_who_has_nothing_to_do_goes_af
 
 def test_workers_that_nobody_waits_for_any_more_are_not_waited_for() -> None:
     cluster = Cluster()
-    cluster.force.add(1, Resources())
+    cluster.plan.add(1, Resources(), cluster.now)
     cluster.go_on()
     assert cluster.held == 1
-    cluster.force.end(1, cluster.now)
+    cluster.plan.end(1, cluster.now)
     cluster.go_on()
     cluster.later(LINGER_SECONDS)
     assert cluster.held == 0
@@ -133,13 +135,13 @@ def test_what_the_cluster_cannot_have_is_let_go_at_once_but_never_who_is_there()
 def test_workers_hold_what_the_largest_piece_asked_for_so_that_all_kinds_find_them_warm() -> None:
     cluster = Cluster()
     cluster.add(Resources(memory_gib=4, gpus=0.5), Resources(memory_gib=1))
-    assert cluster.force.wanted({}) == [Shape(1, 0.5, 4)] * 1 + [Shape(1, 0.5, 4)]
+    assert cluster.plan.requested({}) == [Shape(1, 0.5, 4)] * 1 + [Shape(1, 0.5, 4)]
 
 
 def test_workers_of_certain_nodes_hold_what_pieces_for_these_asked_for() -> None:
     cluster = Cluster()
     cluster.add(Resources(memory_gib=4, gpus=0.5), Resources(memory_gib=1, labels=LAPTOP))
-    assert cluster.force.wanted(LAPTOP) == [Shape(memory_gib=1, labels=LAPTOP)]
+    assert cluster.plan.requested(LAPTOP) == [Shape(memory_gib=1, labels=LAPTOP)]
 
 
 def test_a_larger_piece_gets_a_larger_worker_in_the_place_of_one_that_is_too_small() -> None:
@@ -152,7 +154,7 @@ def test_a_larger_piece_gets_a_larger_worker_in_the_place_of_one_that_is_too_sma
     assert not cluster.running
     cluster.later(LINGER_SECONDS)
     cluster.later(0)
-    assert cluster.force.wanted({}) == [Shape(memory_gib=4)]
+    assert cluster.plan.requested({}) == [Shape(memory_gib=4)]
 
 
 def test_a_gang_takes_all_its_workers_at_once_and_they_wait_for_it() -> None:
@@ -174,7 +176,7 @@ def test_a_gang_prefers_workers_of_one_node() -> None:
         cluster.end(ticket)
     cluster.add(Resources(ranks=2))
     (workers,) = cluster.running.values()
-    assert [cluster.force.node_of(worker) for worker in workers] == [Node("b")] * 2
+    assert [cluster.plan.node_of(worker) for worker in workers] == [Node("b")] * 2
 
 
 def test_exclusive_pieces_have_a_node_each_and_others_go_on_elsewhere() -> None:
@@ -189,7 +191,7 @@ def test_exclusive_pieces_have_a_node_each_and_others_go_on_elsewhere() -> None:
     cluster.end(on_b)
     assert len(cluster.running) == 2
     alone = cluster.running[[*cluster.running][-1]]
-    assert cluster.force.node_of(alone[0]) == Node("b")
+    assert cluster.plan.node_of(alone[0]) == Node("b")
     cluster.add(Resources())
     assert len(cluster.running) == 3
 
@@ -201,15 +203,15 @@ def test_exclusive_pieces_keep_to_the_kind_of_node_of_the_first() -> None:
     cluster.place(fast)
     cluster.place(slow)
     assert len(cluster.running) == 1
-    cluster.limits[key_of({GROUP: "fast"})] = 2
+    cluster.limits[label_set({GROUP: "fast"})] = 2
     cluster.go_on()
-    assert cluster.force.wanted({GROUP: "fast"}) == [Shape(labels={GROUP: "fast"})]
+    assert cluster.plan.requested({GROUP: "fast"}) == [Shape(labels={GROUP: "fast"})]
 
 
 def test_a_piece_with_labels_gets_a_worker_there_or_one_that_was_placed_there_by_chance() -> None:
     cluster = Cluster()
     cluster.add(Resources(labels=LAPTOP))
-    assert cluster.force.wanted(LAPTOP) == [Shape(labels=LAPTOP)]
+    assert cluster.plan.requested(LAPTOP) == [Shape(labels=LAPTOP)]
     cluster = Cluster()
     cluster.add(Resources())
     cluster.place(Node("a", LAPTOP))
@@ -223,7 +225,7 @@ def test_nothing_starts_on_a_node_that_is_about_to_go() -> None:
     cluster.add(Resources())
     cluster.place(Node("a"))
     cluster.end(next(iter(cluster.running)))
-    cluster.force.leaving = {"a"}
+    cluster.plan.draining_nodes = {"a"}
     cluster.add(Resources())
     assert not cluster.running
     assert len(cluster.wanted) == 1
@@ -241,10 +243,10 @@ def test_who_waits_for_a_worker_that_is_on_its_way_holds_nobody_up() -> None:
 
 
 def test_pieces_of_one_machine_share_its_memory() -> None:
-    cluster = Cluster(together=Capacity(3, 8, 8))
+    cluster = Cluster(node_capacity=Capacity(3, 8, 8))
     for number in range(3):
-        cluster.force.want(number, Shape(8, 0, 8))
-        cluster.force.ready(number, Node("here"), 0)
+        cluster.plan.request(number, Shape(8, 0, 8))
+        cluster.plan.ready(number, Node("here"), 0)
     cluster.add(Resources(memory_gib=5), Resources(memory_gib=5), Resources(memory_gib=3))
     assert len(cluster.running) == 2
 
@@ -252,25 +254,25 @@ def test_pieces_of_one_machine_share_its_memory() -> None:
 def test_room_is_doubled_until_the_autoscaler_refuses() -> None:
     room = CapacityEstimator()
     assert room.limit == FIRST_LIMIT
-    room.take(held=FIRST_LIMIT - 1, refused=0, now=0)
+    room.update(workers=FIRST_LIMIT - 1, refused=0, now=0)
     assert room.limit == FIRST_LIMIT  # it may not even have been asked for more
-    room.take(held=4, refused=0, now=1)
-    room.take(held=8, refused=0, now=2)
+    room.update(workers=4, refused=0, now=1)
+    room.update(workers=8, refused=0, now=2)
     assert room.limit == 16
-    room.take(held=16, refused=5, now=3)
+    room.update(workers=16, refused=5, now=3)
     assert room.limit == 11
-    room.take(held=11, refused=0, now=4)
+    room.update(workers=11, refused=0, now=4)
     assert room.limit == 11
-    room.take(held=11, refused=0, now=3 + AGAIN_SECONDS)
+    room.update(workers=11, refused=0, now=3 + AGAIN_SECONDS)
     assert room.limit == 12
-    room.take(held=12, refused=12, now=200)
+    room.update(workers=12, refused=12, now=200)
     assert room.limit == 1  # one goes on to be asked for
 
 
 def test_room_that_is_given_stays() -> None:
     room = CapacityEstimator(3)
-    room.take(held=3, refused=2, now=0)
-    room.take(held=3, refused=0, now=1)
+    room.update(workers=3, refused=2, now=0)
+    room.update(workers=3, refused=0, now=1)
     assert room.limit == 3
 
 
@@ -290,18 +292,18 @@ def test_whatever_comes_and_goes_every_piece_runs_and_never_beside_what_it_must_
 ) -> None:
     """Nodes of two slots come in any order, and go; as many as the limits say, of either kind."""
     cluster = Cluster(limit)
-    cluster.limits[key_of(LAPTOP)] = 3
+    cluster.limits[label_set(LAPTOP)] = 3
     started: dict[int, int] = {}
     for ticket, piece in enumerate(pieces):
-        cluster.force.add(ticket, piece)
+        cluster.plan.add(ticket, piece, cluster.now)
     cluster.go_on()
     for step in range(3000):
-        if not cluster.running and not list(cluster.force.waiting):
+        if not cluster.running and not list(cluster.plan.waiting):
             break
         _check(cluster, pieces)
         choice = random.choice("pppeel")
         if choice == "p" and cluster.wanted:
-            shape = cluster.force.shape_of(cluster.wanted[0])
+            shape = cluster.shapes[cluster.wanted[0]]
             kind = "laptop" if shape.labels else "any"
             cluster.place(Node(f"{kind} {random.randrange(limit)}", dict(shape.labels), "all alike"))
         elif choice == "e" and cluster.running:
@@ -311,12 +313,12 @@ def test_whatever_comes_and_goes_every_piece_runs_and_never_beside_what_it_must_
             started[ticket] = started.get(ticket, 0) + 1
             lost = cluster.running.pop(ticket)
             for worker in lost:
-                cluster.force.lose(worker)
-            cluster.force.end(ticket, cluster.now)
-            cluster.force.add(ticket, pieces[ticket])
+                cluster.plan.remove(worker)
+            cluster.plan.end(ticket, cluster.now)
+            cluster.plan.add(ticket, pieces[ticket], cluster.now)
         cluster.later(random.choice([0.0, 0.5, LINGER_SECONDS]))
     assert not cluster.running
-    assert not list(cluster.force.waiting)
+    assert not list(cluster.plan.waiting)
 
 
 def _check(cluster: Cluster, pieces: list[Resources]) -> None:
@@ -324,12 +326,12 @@ def _check(cluster: Cluster, pieces: list[Resources]) -> None:
     for ticket, workers in cluster.running.items():
         assert len(set(workers)) == pieces[ticket].ranks
         for worker in workers:
-            node = cluster.force.node_of(worker)
+            node = cluster.plan.node_of(worker)
             assert node is not None
             assert pieces[ticket].labels.items() <= node.labels.items()
-            assert cluster.force.shape_of(worker).covers(pieces[ticket])
+            assert cluster.shapes[worker].covers(pieces[ticket])
             busy.setdefault(node.id, set()).add(ticket)
     for tickets in busy.values():
         assert len(tickets) == 1 or not any(pieces[one].exclusive for one in tickets)
     for key, limit in cluster.limits.items():
-        assert cluster.force.count(dict(key)) <= limit
+        assert cluster.plan.count(dict(key)) <= limit

@@ -167,7 +167,7 @@ def test_a_lost_rank_ends_the_others_and_the_gang_is_lost_once(
 def test_a_running_rank_is_killed_from_another_thread(tmp_path: Path) -> None:
     found: list[TaskResult] = []
     with RankProcess("a", sleep_with_name, (tmp_path,), one()) as process:
-        waiting = threading.Thread(target=lambda: found.append(process.ended()))
+        waiting = threading.Thread(target=lambda: found.append(process.result()))
         waiting.start()
         pid = int(appears(tmp_path / "pid"))
         process.kill()
@@ -179,7 +179,7 @@ def test_a_running_rank_is_killed_from_another_thread(tmp_path: Path) -> None:
 def test_a_rank_that_was_killed_before_it_started_never_starts(tmp_path: Path) -> None:
     process = RankProcess("a", sleep_with_name, (tmp_path,), one())
     process.kill()
-    assert process.ended().error == "rank 0 of 4 was killed before it started"
+    assert process.result().error == "rank 0 of 4 was killed before it started"
     assert not list(tmp_path.iterdir())
 
 

@@ -23,7 +23,8 @@ import sys
 import time
 from pathlib import Path
 
-from cluster.on_ray.cluster_state import ClusterMonitor, connect
+from cluster.on_ray.cluster_state import ClusterMonitor
+from cluster.on_ray.connection import connect
 from cluster.on_ray.worker import Worker
 from cluster.cloud.preemption import latest_notice
 
@@ -38,9 +39,9 @@ def until(wanted, seconds=60):
     return found
 
 ray, _ = connect("local", 1, 0)
-view = ClusterMonitor(ray)
+monitor = ClusterMonitor(ray)
 address = ray.get_runtime_context().gcs_address
-start = [str(Path(sys.executable).with_name("ray")), "start", f"--address={address}", "--num-cpus=1", "--block",
+start = [sys.executable, "-m", "ray.scripts.scripts", "start", f"--address={address}", "--num-cpus=1", "--block",
          "--object-store-memory=80000000"]
 quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
 nodes = {}
@@ -56,12 +57,12 @@ try:
         workers[name] = ray.remote(Worker).options(**options).remote()
     packed = ray.cloudpickle.dumps(sources)
     ask = lambda name: ray.get(workers[name].run.remote("", packed, ())).value
-    before = [ask(name) for name in nodes], sorted(view.seen().leaving)
+    before = [ask(name) for name in nodes], sorted(monitor.snapshot().draining_nodes)
     print("ready", flush=True)
     sys.stdin.readline()
     nodes["pod"].send_signal(signal.SIGTERM)
     told = {name: until(lambda: ask(name)) for name in nodes}
-    drained = until(lambda: view.seen().leaving == set(ids.values()))
+    drained = until(lambda: monitor.snapshot().draining_nodes == set(ids.values()))
     for worker in workers.values():
         ray.kill(worker)
     gone = until(lambda: sum(node["Alive"] for node in ray.nodes()) == 1)

@@ -17,8 +17,8 @@ import pytest
 
 from cluster.executors.executor import NodeType, Resources
 from cluster.executors.task import TaskResult
-from cluster.on_ray.cluster_state import connect
-from cluster.on_ray.executor import RayExecutor, lost
+from cluster.on_ray.connection import connect
+from cluster.on_ray.executor import RayExecutor, call_error
 from cluster.on_ray.nodes import node_type
 
 pytestmark = pytest.mark.ray
@@ -240,8 +240,8 @@ def test_a_machine_that_went_away_is_told_from_work_that_failed(one_ray: None) -
     node = exceptions.RayActorError(error_msg="The actor died because its node has died. Node Id: 1")
     drained = exceptions.RayActorError(error_msg="gone", preempted=True)
     unreachable = exceptions.ActorUnavailableError("no connection", None)
-    assert all(lost("a", error).preempted for error in (node, drained, unreachable))
-    crashed = lost("a", exceptions.ActorDiedError())
+    assert all(call_error("a", error).preempted for error in (node, drained, unreachable))
+    crashed = call_error("a", exceptions.ActorDiedError())
     assert not crashed.preempted
     assert crashed.error
     assert crashed.error.startswith("ActorDiedError: ")

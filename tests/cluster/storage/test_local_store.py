@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from cluster.storage.local_store import LocalStore
-from cluster.storage.open import artifact_url, open_store
+from cluster.storage.open import artifact_url, open_store, prepare_store
 
 # Runs one operation and kills itself at its nth touch of the store's files.
 KILLED_WRITER = textwrap.dedent(
@@ -120,14 +120,14 @@ def test_across_file_systems_files_are_copied(
 
 
 def test_leftovers_go_after_a_day_and_work_in_progress_stays(tmp_path: Path) -> None:
-    LocalStore(tmp_path)
+    prepare_store(str(tmp_path))
     for name in ("old", "new"):
         (tmp_path / "tmp" / name).mkdir()
         (tmp_path / "tmp" / name / "half").write_bytes(b"x")
         (tmp_path / "tmp" / f"{name}-file").write_bytes(b"x")
     for name in ("old", "old-file"):
         os.utime(tmp_path / "tmp" / name, (0, 0))
-    LocalStore(tmp_path)
+    prepare_store(str(tmp_path))
     assert sorted(file.name for file in (tmp_path / "tmp").iterdir()) == ["new", "new-file"]
 
 
@@ -143,6 +143,7 @@ def test_fetching_is_using(tmp_path: Path, model: Path) -> None:
 
 def test_what_is_unfinished_is_told_and_swept(tmp_path: Path) -> None:
     store = LocalStore(tmp_path)
+    store.ensure()
     (tmp_path / "tmp" / "half").mkdir()
     (tmp_path / "tmp" / "half" / "weights").write_bytes(b"x" * 1000)
     assert store.holdings().unfinished_bytes == 1000

@@ -24,8 +24,9 @@ import pytest
 
 from cluster.storage.manifest import ArtifactRef
 from cluster.storage.open import artifact_url, open_store
-from cluster.storage.s3 import parse
-from cluster.storage.s3_store import PART_BYTES, S3Store, part_size
+from cluster.storage.s3_address import parse
+from cluster.storage.s3_store import S3Store
+from cluster.storage.s3_upload import PART_BYTES, part_size
 
 # botocore leaves it to the garbage collector to close connections whose answer was cut short.
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning")

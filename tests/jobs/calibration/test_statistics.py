@@ -17,7 +17,7 @@ from jobs.models import loading
 from jobs.models.layers import PackedLinear, SparseLinear
 from jobs.models.model import DTYPE, Model
 from jobs.progress import Report
-from jobs.techniques.drop_layers import keep
+from jobs.techniques.drop_layers import keep_blocks
 from jobs.techniques.svd_llm import SvdLlm
 
 SILENT: Report = lambda share, what: None  # noqa: E731
@@ -133,7 +133,7 @@ def test_statistics_of_which_a_part_is_gone_are_computed_again(tiny_llama: Path,
 def test_memory_for_gram_matrices_does_not_grow_with_depth(tiny_llama: Path, tmp_path: Path) -> None:
     def peak_bytes(depth: int) -> int:
         model = loading.load(tiny_llama)
-        keep(model, list(range(depth)))
+        keep_blocks(model, list(range(depth)))
         seen = []
 
         def look(share: float, what: str) -> None:

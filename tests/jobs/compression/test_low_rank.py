@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from jobs import techniques
 from jobs.calibration.statistics import Statistics
 from jobs.compression import importance as importance_module
-from jobs.compression.low_rank import allocated, even_rank_of, factored, rank_of, terms_of
+from jobs.compression.low_rank import allocate, even_rank_of, factored, rank_of, terms_of
 from jobs.context import Context
 from jobs.models import families, loading
 from jobs.models.layers import LowRankLinear
@@ -135,7 +135,7 @@ def test_equally_dear_ranks_are_given_out_as_well_as_by_trying_all(seed: int, ke
     linears = specs([(8, 8), (8, 8), (6, 10), (10, 6)])
     spectra, importance = drawn(linears, seed)
     budget = budget_of(linears, keep)
-    ranks = allocated(linears, spectra, importance, budget)
+    ranks = allocate(linears, spectra, importance, budget)
     assert spent(linears, ranks) <= budget
     best = best_by_trying(linears, spectra, importance, budget)
     assert total_error(spectra, importance, ranks) == pytest.approx(best, rel=1e-6)
@@ -149,7 +149,7 @@ def test_unequally_dear_ranks_are_the_best_but_for_less_than_the_dearest_costs(
     linears = specs([(8, 8), (4, 12), (16, 8), (8, 24)])
     spectra, importance = drawn(linears, seed)
     budget, dearest = budget_of(linears, keep), 32
-    ranks = allocated(linears, spectra, importance, budget)
+    ranks = allocate(linears, spectra, importance, budget)
     assert spent(linears, ranks) <= budget
     least = spent(linears, dict.fromkeys(linears, 1))
     ours = total_error(spectra, importance, ranks)
@@ -163,12 +163,12 @@ def test_a_worked_case_of_two_layers() -> None:
     linears = specs([(8, 8), (8, 8)])
     spectra = {"layer0": Tensor([4, 2, 1, 1]), "layer1": Tensor([3, 3, 3, 3]).sqrt()}
     importance = {"layer0": 2.0, "layer1": 1.0}
-    assert allocated(linears, spectra, importance, 64) == {"layer0": 2, "layer1": 2}
-    assert allocated(linears, spectra, importance, 96) == {"layer0": 2, "layer1": 4}
-    assert allocated(linears, spectra, importance, 111) == {"layer0": 2, "layer1": 4}
-    assert allocated(linears, spectra, importance, 112) == {"layer0": 3, "layer1": 4}
-    assert allocated(linears, spectra, importance, 0) == {"layer0": 1, "layer1": 1}
-    assert allocated(linears, spectra, importance, 1000) == {"layer0": 4, "layer1": 4}
+    assert allocate(linears, spectra, importance, 64) == {"layer0": 2, "layer1": 2}
+    assert allocate(linears, spectra, importance, 96) == {"layer0": 2, "layer1": 4}
+    assert allocate(linears, spectra, importance, 111) == {"layer0": 2, "layer1": 4}
+    assert allocate(linears, spectra, importance, 112) == {"layer0": 3, "layer1": 4}
+    assert allocate(linears, spectra, importance, 0) == {"layer0": 1, "layer1": 1}
+    assert allocate(linears, spectra, importance, 1000) == {"layer0": 4, "layer1": 4}
 
 
 # Techniques

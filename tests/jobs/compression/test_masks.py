@@ -38,7 +38,7 @@ def test_recovery_trains_a_sparse_model_and_keeps_it_sparse(
 
 
 def test_recoveries_that_would_fill_the_zeros_are_refused(sparse: Model) -> None:
-    with pytest.raises(ValueError, match=r"finetune\.method=lora would fill"):
+    with pytest.raises(ValueError, match=r"finetune\.method=lora would make"):
         techniques.load("finetune").of({"method": "lora"}).output_layout(sparse.layout())
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from jobs import techniques
 from jobs.calibration.statistics import Statistics
-from jobs.compression.sparsity import Sparsity, cut, highest
+from jobs.compression.sparsity import Sparsity, highest, threshold
 from jobs.context import Context
 from jobs.models import loading
 from jobs.models.model import Model
@@ -98,8 +98,8 @@ def test_a_linear_too_narrow_to_lose_a_weight_stays_dense(tiny_llama: Path, tmp_
 
 
 def test_shares_that_binary_numbers_only_approach_are_counted_right() -> None:
-    assert [Sparsity(share / 100).removed(100) for share in range(96)] == list(range(96))
-    assert Sparsity(0.95).removed(1) == 0
+    assert [Sparsity(share / 100).removed_per_row(100) for share in range(96)] == list(range(96))
+    assert Sparsity(0.95).removed_per_row(1) == 0
 
 
 @given(st.lists(st.integers(-3, 3), min_size=1, max_size=12), st.data())
@@ -111,21 +111,21 @@ def test_the_highest_are_those_that_a_stable_sort_puts_first(values: list[int], 
 
 
 @given(st.integers(0, 99), st.data())
-def test_a_cut_keeps_the_highest_of_all_tensors_together(seed: int, data: st.DataObject) -> None:
+def test_a_threshold_keeps_the_highest_of_all_tensors_together(seed: int, data: st.DataObject) -> None:
     generator = torch.Generator().manual_seed(seed)
     parts = [torch.rand(3, 5, generator=generator) ** 8, torch.rand(7, generator=generator) * 1e-3]
     parts[0][1] = parts[0][0]
     parts[0][2, :3] = torch.tensor([torch.inf, 0.0, -0.0])
     parts[1][:2] = parts[0][1, :2]
     count = data.draw(st.integers(1, 22))
-    remaining = cut(lambda: parts, count)
-    kept = []
+    remaining = threshold(lambda: parts, count)
+    masks = []
     for part in parts:
-        mask, remaining = remaining.of(part)
-        kept.append(mask.flatten())
+        mask, remaining = remaining.mask(part)
+        masks.append(mask.flatten())
     together = torch.cat([part.flatten() for part in parts])
-    assert torch.equal(torch.cat(kept), highest(together, count))
-    assert remaining.room == 0
+    assert torch.equal(torch.cat(masks), highest(together, count))
+    assert remaining.ties == 0
 
 
 def test_magnitude_keeps_the_largest_weights_of_the_whole_linear(tiny_llama: Path, tmp_path: Path) -> None:

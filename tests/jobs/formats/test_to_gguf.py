@@ -46,7 +46,7 @@ and an 8-bit embedding with zero points is written in bf16."""
 def everything(artifact, hear) -> Any:
     made = {name: artifact(family, steps) for name, (family, steps) in CASES.items()}
     return hear(
-        "gguf", made, {name: {"class": "AutoModelForCausalLM", "gguf": to_gguf.FILE} for name in READ}
+        "gguf", made, {name: {"class": "AutoModelForCausalLM", "gguf": to_gguf.GGUF_FILE} for name in READ}
     )
 
 
@@ -70,7 +70,7 @@ def test_stock_transformers_says_what_ours_says(name: str, everything: Any) -> N
 def test_the_library_reads_our_very_weights(name: str, everything: Any) -> None:
     import gguf
 
-    file = gguf.GGUFReader(everything.written[name] / to_gguf.FILE)
+    file = gguf.GGUFReader(everything.written[name] / to_gguf.GGUF_FILE)
     held = {tensor.name: tensor for tensor in file.tensors}
     model = loading.load(everything.made[name])
     layout = model.layout()
@@ -109,7 +109,7 @@ def test_an_embedding_is_packed_where_its_zero_points_have_a_place(everything: A
 
     kinds = {}
     for name in ("8 bits", "packed embedding"):
-        file = gguf.GGUFReader(everything.written[name] / to_gguf.FILE)
+        file = gguf.GGUFReader(everything.written[name] / to_gguf.GGUF_FILE)
         kinds[name] = next(t.tensor_type.name for t in file.tensors if t.name == "token_embd.weight")
         table = next(iter(loading.load(everything.made[name]).tables().values()))
         assert isinstance(table, PackedEmbedding)
@@ -145,7 +145,7 @@ def tokenizer_file(folder: Path, **parts: object) -> Path:
 
 
 def test_every_row_of_the_embedding_has_a_token(tmp_path: Path) -> None:
-    found = gguf_tokenizer.read(tokenizer_file(tmp_path), 5)
+    found = gguf_tokenizer.read_tokenizer(tokenizer_file(tmp_path), 5)
     assert found.tokens == ["a", "b", "<s>", "[PAD3]", "[PAD4]"]
     assert found.types == [
         gguf_tokenizer.NORMAL,
@@ -160,7 +160,7 @@ def test_every_row_of_the_embedding_has_a_token(tmp_path: Path) -> None:
 def test_pieces_get_scores_in_the_order_of_ids(tmp_path: Path) -> None:
     model = {"type": "BPE", "byte_fallback": True, "unk_token": "<unk>",
              "vocab": {"<unk>": 0, "<0x0A>": 1, "▁a": 2}, "merges": []}  # fmt: skip
-    found = gguf_tokenizer.read(
+    found = gguf_tokenizer.read_tokenizer(
         tokenizer_file(tmp_path, model=model, added_tokens=[], normalizer={"type": "Prepend"}), 3
     )
     assert found.types == [gguf_tokenizer.UNKNOWN, gguf_tokenizer.BYTE, gguf_tokenizer.NORMAL]
@@ -170,6 +170,6 @@ def test_pieces_get_scores_in_the_order_of_ids(tmp_path: Path) -> None:
 
 def test_a_tokenizer_unlike_any_of_llama_cpp_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="splits text in a way"):
-        gguf_tokenizer.read(tokenizer_file(tmp_path, pre_tokenizer={"type": "Whitespace"}), 5)
+        gguf_tokenizer.read_tokenizer(tokenizer_file(tmp_path, pre_tokenizer={"type": "Whitespace"}), 5)
     with pytest.raises(ValueError, match="the embedding has 2 rows"):
-        gguf_tokenizer.read(tokenizer_file(tmp_path), 2)
+        gguf_tokenizer.read_tokenizer(tokenizer_file(tmp_path), 2)

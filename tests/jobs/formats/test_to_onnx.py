@@ -261,7 +261,7 @@ def test_a_row_is_cut_into_the_blocks_that_take_the_fewest_bytes(
     width: int, group: int, bits: int, size: int, number: int
 ) -> None:
     spec = LinearSpec(8, width, False, Packing(bits, group, symmetric=True))
-    assert onnx_blocks.of(spec) == onnx_blocks.Blocks(bits, size, number)
+    assert onnx_blocks.blocks_of(spec) == onnx_blocks.Blocks(bits, size, number)
 
 
 def test_groups_that_blocks_cannot_follow_are_refused(tiny_llama: Path) -> None:

@@ -74,7 +74,7 @@ def test_questions_score_as_the_meter_of_choices_scores_them(tiny_llama: Path, f
 def test_a_model_answers_as_lm_eval_has_transformers_answer(tiny_llama: Path, folder: Path) -> None:
     from lm_eval.models.huggingface import HFLM
 
-    words, model = tokenizers.tokenizer(tiny_llama), loading.load(tiny_llama)
+    words, model = tokenizers.load_tokenizer(tiny_llama), loading.load(tiny_llama)
     module: Any = model.module.float()
     theirs: Any = HFLM(pretrained=module, tokenizer=words, batch_size=1)
     ours = lm_eval_tasks._adapter(on_torch.TorchRunner(model), words, 64)

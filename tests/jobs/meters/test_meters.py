@@ -189,7 +189,7 @@ def test_a_classifiers_accuracy_is_the_share_of_texts_it_labels_right(
 ) -> None:
     folder = tiny("bert", "classification")
     texts = ["An expression", "A list of names, and more", "if x: pass"]
-    tokenizer, module = tokenizers.tokenizer(folder), loading.load(folder).module
+    tokenizer, module = tokenizers.load_tokenizer(folder), loading.load(folder).module
     with torch.no_grad():
         said = [module(torch.tensor([tokenizer(one).input_ids])).logits.argmax().item() for one in texts]
     items = [{"text": one, "label": label} for one, label in zip(texts, said, strict=True)]

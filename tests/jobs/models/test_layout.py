@@ -12,7 +12,7 @@ from jobs import techniques
 from jobs.calibration.statistics import Statistics
 from jobs.context import Context
 from jobs.models import loading
-from jobs.models.layout import Layout, LinearSpec, Packing, TensorSpec, file_bytes
+from jobs.models.layout import Layout, LinearSpec, Packing, TensorSpec, safetensors_bytes
 from jobs.recipe import Origin, Recipe
 from jobs.technique import Technique
 
@@ -42,7 +42,7 @@ def test_the_size_of_a_file_counts_what_its_header_escapes(tmp_path: Path) -> No
     names = {torch.bfloat16: "BF16", torch.int64: "I64", torch.float32: "F32", torch.uint8: "U8"}
     save_file(tensors, tmp_path / "some", {"format": "pt"})
     specs = {name: TensorSpec(names[one.dtype], tuple(one.shape)) for name, one in tensors.items()}
-    assert file_bytes(specs) == (tmp_path / "some").stat().st_size
+    assert safetensors_bytes(specs) == (tmp_path / "some").stat().st_size
 
 
 def test_an_originals_layout_is_known_without_its_weights(tiny_llama: Path, tiny_bert: Path) -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from jobs.models import loading, sources, tokenizers
+from jobs.models.layout import LAYOUT_FILE
 
 
 def copied(folder: Path, target: Path) -> Path:
@@ -26,10 +27,10 @@ def test_tied_embeddings_are_written_once_and_tied_again(tiny_llama: Path, tmp_p
     again = loading.load(tmp_path / "made")
     assert "lm_head.weight" not in again.layout().tensors()
     assert again.module.lm_head.weight is again.module.model.embed_tokens.weight
-    assert json.loads((tmp_path / "made" / loading.LAYOUT).read_text())["text"] == "original"
+    assert json.loads((tmp_path / "made" / LAYOUT_FILE).read_text())["text"] == "original"
     assert (
-        tokenizers.tokenizer(again.folder)("print").input_ids
-        == tokenizers.tokenizer(tiny_llama)("print").input_ids
+        tokenizers.load_tokenizer(again.folder)("print").input_ids
+        == tokenizers.load_tokenizer(tiny_llama)("print").input_ids
     )
 
 
@@ -71,8 +72,8 @@ def test_a_model_that_is_not_there_is_refused_with_the_cure(source: str) -> None
 
 def test_weights_that_do_not_match_their_layout_are_refused(tiny_llama: Path, tmp_path: Path) -> None:
     loading.save(loading.load(tiny_llama), tmp_path / "made", {})
-    record = json.loads((tmp_path / "made" / loading.LAYOUT).read_text())
+    record = json.loads((tmp_path / "made" / LAYOUT_FILE).read_text())
     record["layout"]["others"]["model.norm.weight"]["shape"] = [63]
-    (tmp_path / "made" / loading.LAYOUT).write_text(json.dumps(record))
-    with pytest.raises(ValueError, match=r"does not hold what .*model\.norm\.weight"):
+    (tmp_path / "made" / LAYOUT_FILE).write_text(json.dumps(record))
+    with pytest.raises(ValueError, match=r"does not match slimfront\.json.*model\.norm\.weight"):
         loading.load(tmp_path / "made")

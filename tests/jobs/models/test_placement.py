@@ -69,7 +69,7 @@ def noted(monkeypatch: pytest.MonkeyPatch) -> Device:
     device = Device()
 
     monkeypatch.setattr(placement, "_move", lambda part, where: device.move(part, where))
-    monkeypatch.setattr(placement, "_lies_on", lambda part, where: device.holds(part))
+    monkeypatch.setattr(placement, "_is_on", lambda part, where: device.holds(part))
     return device
 
 
@@ -118,7 +118,7 @@ def done(name: str, options: dict[str, Any], model: Model, workdir: Path) -> Mod
 @pytest.mark.parametrize(
     ("name", "options"), [*((name, {}) for name in LAYER_WISE), *SEQUENTIAL.items()], ids=str
 )
-def test_what_lies_on_the_device_does_not_grow_with_depth(
+def test_what_is_on_the_device_does_not_grow_with_depth(
     name: str, options: dict[str, Any], of_depth: Callable[[int], Path], noted: Device, tmp_path: Path
 ) -> None:
     peaks = []
@@ -137,7 +137,7 @@ def test_what_lies_on_the_device_does_not_grow_with_depth(
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "bert", "distilbert"])
-def test_whatever_computes_in_a_stream_lies_on_the_device(name: str, tiny: Tiny, noted: Device) -> None:
+def test_whatever_computes_in_a_stream_is_on_the_device(name: str, tiny: Tiny, noted: Device) -> None:
     model = load(tiny(name))
     strangers: list[str] = []
 

@@ -12,7 +12,7 @@ from jobs.context import Context
 from jobs.models import loading
 from jobs.models.layers import PackedLinear
 from jobs.models.layout import Packing
-from jobs.techniques.awq import Awq, best_stretch, cost_of, stretch_of
+from jobs.techniques.awq import Awq, best_scales, output_error, scales_for
 
 
 def case(seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -29,12 +29,12 @@ def test_the_error_is_that_of_the_outputs_on_real_activations() -> None:
     known = Packing(3, 32, False, input_scales=True)
     gram = x.T @ x / len(x)
     for alpha in (0.0, 0.4, 0.9):
-        stretch = stretch_of(gram, alpha)
+        stretch = scales_for(gram, alpha)
         integers, grid = packing.round_to_nearest(weight * stretch, known)
         zeros = grids.stored_zeros(grid, known)
         layer = PackedLinear.of(integers, grid.scales, zeros, known, None, 1 / stretch)
         expected = (layer(x) - x @ weight.T).square().sum(1).mean().item()
-        assert cost_of(weight, gram, stretch, known) == pytest.approx(expected, rel=1e-3)
+        assert output_error(weight, gram, stretch, known) == pytest.approx(expected, rel=1e-3)
 
 
 def test_without_alpha_it_is_rounding_to_nearest_with_clipping(tiny_llama: Path, tmp_path: Path) -> None:
@@ -55,16 +55,16 @@ def test_without_alpha_it_is_rounding_to_nearest_with_clipping(tiny_llama: Path,
 def test_the_alpha_of_least_error_is_chosen_and_beats_no_scaling() -> None:
     weight, x = case()
     gram, options = x.T @ x / len(x), Awq(bits=3, group=32, trials=20)
-    best = cost_of(weight, gram, best_stretch(weight, gram, options), options.packing)
-    every = [cost_of(weight, gram, stretch_of(gram, n / 20), options.packing) for n in range(20)]
+    best = output_error(weight, gram, best_scales(weight, gram, options), options.packing)
+    every = [output_error(weight, gram, scales_for(gram, n / 20), options.packing) for n in range(20)]
     assert best == min(every)
     assert best < 0.6 * every[0]
 
 
 def test_scales_are_the_activations_magnitudes_to_the_power_alpha() -> None:
     gram = torch.diag(torch.tensor([16.0, 1.0, 0.0625]))  # magnitudes 4, 1 and 1/4
-    torch.testing.assert_close(stretch_of(gram, 0.5), torch.tensor([2.0, 1.0, 0.5]))
-    assert torch.equal(stretch_of(gram, 0.0), torch.ones(3))
+    torch.testing.assert_close(scales_for(gram, 0.5), torch.tensor([2.0, 1.0, 0.5]))
+    assert torch.equal(scales_for(gram, 0.0), torch.ones(3))
 
 
 def test_linears_that_read_the_same_share_their_scales(tiny_llama: Path, tmp_path: Path) -> None:
@@ -81,6 +81,6 @@ def test_inputs_never_seen_do_no_harm() -> None:
     weight, x = case()
     x[:, 5] = 0
     for gram in (x.T @ x / len(x), torch.zeros(64, 64)):
-        stretch = best_stretch(weight, gram, Awq())
+        stretch = best_scales(weight, gram, Awq())
         assert torch.isfinite(stretch).all()
         assert (stretch > 0).all()

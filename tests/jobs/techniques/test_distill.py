@@ -21,7 +21,7 @@ from jobs.models import loading
 from jobs.models.layers import LowRankLinear
 from jobs.models.model import DTYPE, Model
 from jobs.techniques.distill import Distill
-from jobs.techniques.drop_layers import keep
+from jobs.techniques.drop_layers import keep_blocks
 from jobs.training import hidden_states
 from jobs.training.losses import DistillationObjective, Divergence, distillation_loss
 
@@ -42,7 +42,7 @@ def context(original: Path, text_file: Path, seed: int = 0) -> Context:
 def damaged(folder: Path) -> Model:
     """The model without its second block."""
     model = loading.load(folder)
-    keep(model, [index for index in range(len(model.blocks)) if index != 1])
+    keep_blocks(model, [index for index in range(len(model.blocks)) if index != 1])
     return model
 
 

@@ -10,7 +10,7 @@ from jobs.calibration.statistics import Statistics
 from jobs.context import Context
 from jobs.models import loading
 from jobs.models.layout import Packing
-from jobs.techniques.drop_layers import DropLayers, keep
+from jobs.techniques.drop_layers import DropLayers, keep_blocks
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def test_a_block_that_does_nothing_goes_first(tiny_llama: Path, context: Context
 
 def test_the_cache_still_works_after_blocks_are_dropped(tiny_llama: Path, context: Context) -> None:
     model = loading.load(tiny_llama)
-    keep(model, [1, 3])
+    keep_blocks(model, [1, 3])
     assert [block.self_attn.layer_idx for block in model.blocks] == [0, 1]
     assert model.config.num_hidden_layers == 2
     tokens = torch.randint(3, 512, (1, 8))

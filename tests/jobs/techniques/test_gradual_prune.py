@@ -20,7 +20,7 @@ from jobs.models import loading
 from jobs.models.layers import SparseLinear
 from jobs.models.model import Model
 from jobs.parallel import Sharing
-from jobs.techniques.gradual_prune import GradualPrune, kept_at
+from jobs.techniques.gradual_prune import GradualPrune, mask_at
 from jobs.techniques.magnitude import Magnitude
 from jobs.training import schedule
 
@@ -53,11 +53,11 @@ def weights_of(model: Model) -> dict[str, Tensor]:
 def test_a_share_of_what_will_go_is_gone_the_smallest_first(pattern: str) -> None:
     scores = torch.rand(6, 16, generator=torch.Generator().manual_seed(0))
     target = Sparsity(0.5, pattern)
-    final = target.of_whole(scores)
+    final = target.mask_by_linear(scores)
     lost = scores[~final].sort().values
-    assert bool(kept_at(0.0, scores, target).all())
-    assert torch.equal(kept_at(1.0, scores, target), final)
-    quarter = kept_at(0.25, scores, target)
+    assert bool(mask_at(0.0, scores, target).all())
+    assert torch.equal(mask_at(1.0, scores, target), final)
+    quarter = mask_at(0.25, scores, target)
     assert torch.equal(scores[~quarter].sort().values, lost[:12])
 
 

@@ -129,6 +129,6 @@ def test_a_linear_that_matters_more_is_given_more_bits(tiny_llama: Path) -> None
     falling = torch.tensor([1.0, 0.25, 0.06, 0.0])
     errors = dict.fromkeys(layout.linears, falling)
     importance = {name: torch.tensor(1000.0 if name.endswith("o_proj") else 1.0) for name in errors}
-    bits = Mixed(average_bits=3).bits_of(layout.linears, errors, importance)
+    bits = Mixed(average_bits=3).choose_bits(layout.linears, errors, importance)
     assert {bits[name] for name in bits if name.endswith("o_proj")} == {8}
     assert 2 in bits.values()

@@ -37,7 +37,7 @@ def test_on_a_quadratic_the_saliency_is_what_the_loss_rises_by_and_no_other_choi
     for place in range(8):
         one = torch.zeros(8, dtype=torch.bool).index_fill(0, torch.tensor(place), True).view(2, 4)
         assert found[one].item() == pytest.approx(rise(one))
-    ours = rise(~Sparsity(0.5).of_whole(found))
+    ours = rise(~Sparsity(0.5).mask_by_linear(found))
     every = []
     for chosen in combinations(range(8), 4):
         removed = torch.zeros(8, dtype=torch.bool)
@@ -72,7 +72,7 @@ def test_a_saturated_neuron_is_not_emptied() -> None:
         information += torch.autograd.grad(heard, weight)[0].square() / 64
 
     def lost(worth: Tensor) -> float:
-        pruned = weight.detach() * Sparsity(0.25).of_whole(worth)
+        pruned = weight.detach() * Sparsity(0.25).mask_by_linear(worth)
         before, after = (torch.nn.functional.gelu(inputs @ one.T + bias) for one in (weight.detach(), pruned))
         return (after - before).square().mean().item()
 

@@ -30,10 +30,10 @@ def test_sensible_orders_are_accepted(names: tuple[str, ...]) -> None:
 @pytest.mark.parametrize(
     ("names", "reason"),
     [
-        (("gptq", "prune_ffn"), "prune_ffn cannot follow gptq: it works on dense linears"),
+        (("gptq", "prune_ffn"), "prune_ffn cannot follow gptq: it accepts dense linears"),
         (("rtn", "gptq"), "gptq cannot follow rtn"),
         (("svd_llm", "prune_ffn"), "put prune_ffn before svd_llm"),
-        (("svd_llm", "svd_llm"), "svd_llm leaves factored ones"),
+        (("svd_llm", "svd_llm"), "svd_llm produces factored linears"),
         (("distill", "qat"), "distill cannot come first"),
         (("qat", "distill"), "put distill before qat"),
     ],

@@ -77,7 +77,7 @@ def test_values_spread_over_the_blocks_and_more_of_them_than_blocks_are_refused(
     each = [8, 4, 2, 3, 4, 4, 4] + [4] * 20 + [3]
     specs = Rtn(bits=" ".join(map(str, each))).output_layout(layout).linears.values()
     assert [spec.packing.bits for spec in specs if spec.packing is not None] == each
-    with pytest.raises(ValueError, match=r"rtn.bits has 29 values, the model 28 linears"):
+    with pytest.raises(ValueError, match=r"rtn.bits has 29 values, but the model has 28 linears"):
         Rtn(bits=" ".join(map(str, [*each, 2]))).output_layout(layout)
 
 
@@ -112,7 +112,7 @@ def test_feed_forwards_may_be_of_different_widths(tiny_llama: Path, tmp_path: Pa
     assert (tmp_path / "made" / loading.WEIGHTS).stat().st_size == expected.size_bytes()
     tokens = torch.arange(3, 35).unsqueeze(0)
     assert loading.load(tmp_path / "made").answer(tokens).equal(made.answer(tokens))
-    with pytest.raises(ValueError, match=r"prune_ffn.ratio has 5 values, the model 4 blocks"):
+    with pytest.raises(ValueError, match=r"prune_ffn.ratio has 5 values, but the model has 4 blocks"):
         PruneFfn(ratio="0 0.5 0 0.5 0").output_layout(loading.original_layout(tiny_llama))
 
 

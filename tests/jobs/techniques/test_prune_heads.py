@@ -13,7 +13,7 @@ from jobs.calibration.statistics import Statistics
 from jobs.context import Context
 from jobs.models import loading
 from jobs.models.model import Model
-from jobs.techniques.prune_heads import HeadSlices, PruneHeads, groups_of, kept_groups, worths
+from jobs.techniques.prune_heads import HeadSlices, PruneHeads, group_scores, groups_of, kept_groups
 
 FAMILIES = ("llama", "gpt2", "gpt_neox", "bert", "mobilebert", "opt", "gptj", "distilbert")
 
@@ -53,7 +53,7 @@ def test_a_pruned_model_computes_what_the_original_does_with_those_heads_silent(
         gram = context.statistics.grams(original, context.calibration, context.report).gram(name)
         groups = groups_of(layout, block)
         weight = original.module.get_submodule(name).get_parameter("weight").float()
-        ranked = worths(weight, gram, groups).argsort(descending=True, stable=True).tolist()
+        ranked = group_scores(weight, gram, groups).argsort(descending=True, stable=True).tolist()
         dropped.append(ranked[kept_groups(groups, 0.5) :])
     pruned = PruneHeads(ratio=0.5, correction="none").compress(loading.load(folder), context)
     silence(original, dropped)
@@ -65,7 +65,7 @@ def test_a_groups_worth_is_the_energy_of_what_it_adds() -> None:
     generator = torch.Generator().manual_seed(0)
     x, weight = torch.randn(50, 6, generator=generator), torch.randn(4, 6, generator=generator)
     slow = [(x[:, at : at + 2] @ weight[:, at : at + 2].T).square().sum(-1).mean() for at in (0, 2, 4)]
-    torch.testing.assert_close(worths(weight, x.T @ x / 50, 3), torch.stack(slow))
+    torch.testing.assert_close(group_scores(weight, x.T @ x / 50, 3), torch.stack(slow))
 
 
 def test_refitting_the_rest_brings_the_output_nearer(tiny: Callable[..., Path], context: Context) -> None:

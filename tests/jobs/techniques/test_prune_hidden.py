@@ -14,7 +14,7 @@ from jobs.context import Context
 from jobs.models import loading
 from jobs.models.layout import LinearSpec
 from jobs.models.model import Model
-from jobs.techniques.prune_hidden import Parts, PruneHidden, axes, rotate
+from jobs.techniques.prune_hidden import PruneHidden, ResidualStream, axes, rotate
 
 ROWS = torch.randint(3, 512, (8, 32), generator=torch.Generator().manual_seed(0))
 RMS, LAYER = ("llama", "qwen3"), ("gpt2", "gpt_neo", "gpt_neox", "gptj", "opt", "phi")
@@ -50,7 +50,7 @@ def test_a_stream_that_lies_in_the_kept_directions_loses_nothing(
     model = shaken(loading.load(tiny(family)))
     goal = answer(model)
     noise = torch.randn(64, 64, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-    rotate(model, Parts(model.layout()), axes(noise @ noise.T, 64, centred=family in LAYER))
+    rotate(model, ResidualStream(model.layout()), axes(noise @ noise.T, 64, centred=family in LAYER))
     torch.testing.assert_close(answer(model), goal, rtol=1e-4, atol=1e-4)
 
 
@@ -84,7 +84,7 @@ def test_less_is_lost_than_by_cutting_in_random_directions(
     model = PruneHidden(ratio=0.25).compress(loading.load(folder), context(tmp_path))
     noise = torch.randn(64, 64, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     other = loading.load(folder)
-    rotate(other, Parts(other.layout()), axes(noise @ noise.T, 48, centred=family in LAYER))
+    rotate(other, ResidualStream(other.layout()), axes(noise @ noise.T, 48, centred=family in LAYER))
     assert (answer(model) - goal).norm() < (answer(other) - goal).norm()
 
 
@@ -96,5 +96,5 @@ def test_a_tied_head_becomes_a_matrix_of_its_own(tiny: Callable[..., Path], tmp_
 
 def test_norms_in_the_stream_are_refused_with_the_reason(tiny: Callable[..., Path]) -> None:
     for family in ("bert", "gemma3_text"):
-        with pytest.raises(ValueError, match=f"prune_hidden does not do {family} .*residual stream"):
+        with pytest.raises(ValueError, match=f"prune_hidden does not support {family} .*residual stream"):
             PruneHidden().output_layout(loading.original_layout(tiny(family)))

@@ -76,8 +76,8 @@ def test_on_correlated_inputs_it_loses_less_than_wanda_and_wanda_less_than_magni
     gram = x.T @ x / len(x)
     for pattern in ("unstructured", "2:4"):
         target = Sparsity(0.5, pattern)
-        by_magnitude = weight * target.of_whole(weight.abs())
-        by_wanda = weight * target.of_rows(wanda.scores(weight, gram.diagonal()))
+        by_magnitude = weight * target.mask_by_linear(weight.abs())
+        by_wanda = weight * target.mask_by_row(wanda.scores(weight, gram.diagonal()))
         mended, _ = pruned(weight, gram, SparseGpt(sparsity=0.5, pattern=pattern))
         errors = [cost(weight - made, gram) for made in (mended, by_wanda, by_magnitude)]
         assert errors[0] < 0.8 * errors[1]

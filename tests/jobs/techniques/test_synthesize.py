@@ -15,7 +15,7 @@ from jobs.calibration.statistics import Statistics
 from jobs.context import Context
 from jobs.models import families, loading
 from jobs.models.model import Model
-from jobs.techniques.drop_layers import keep
+from jobs.techniques.drop_layers import keep_blocks
 from jobs.techniques.synthesize import Synthesize
 from jobs.training import synthesis
 from jobs.training.synthesis import GeneratedRows, Sampling
@@ -46,7 +46,7 @@ def context(original: Path, place: Path, seed: int = 0) -> Context:
 
 def damaged(folder: Path) -> Model:
     model = loading.load(folder)
-    keep(model, [0, 2, 3])
+    keep_blocks(model, [0, 2, 3])
     return model
 
 

@@ -16,9 +16,9 @@ def test_the_papers_example_comes_out_as_in_its_figure() -> None:
     weight = torch.tensor([[4.0, 0, 1, -1], [3, -2, -1, -3], [-3, 1, 0, 2]])
     found = scores(weight, torch.tensor([1.0, 2, 8, 3]).square())
     assert found.tolist() == [[4, 0, 8, 3], [3, 4, 8, 9], [3, 2, 0, 6]]
-    kept = Sparsity(0.5).of_rows(found)
+    kept = Sparsity(0.5).mask_by_row(found)
     assert (weight * kept).tolist() == [[4, 0, 1, 0], [0, 0, -1, -3], [-3, 0, 0, 2]]
-    paired = Sparsity(0.0, "2:4").of_rows(found)
+    paired = Sparsity(0.0, "2:4").mask_by_row(found)
     assert torch.equal(paired, kept)  # four inputs are one group
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from jobs.models import loading
 from jobs.models.model import Model
-from jobs.techniques.drop_layers import keep
+from jobs.techniques.drop_layers import keep_blocks
 from jobs.training import hidden_states
 from jobs.training.hidden_states import States
 
@@ -87,7 +87,7 @@ def test_a_model_is_at_no_distance_from_itself_and_at_some_from_a_smaller_one(
     family: str, tiny: Tiny
 ) -> None:
     teacher, smaller = sharpened(tiny(family)), sharpened(tiny(family))
-    keep(smaller, [0, 1])
+    keep_blocks(smaller, [0, 1])
     same, others, left = seen(sharpened(tiny(family))), seen(teacher), seen(smaller)
     assert hidden_states.hidden_distance(same, others).item() == 0
     assert abs(hidden_states.attention_distance(same, others).item()) < 1e-6
@@ -98,7 +98,7 @@ def test_a_model_is_at_no_distance_from_itself_and_at_some_from_a_smaller_one(
 def test_the_attention_distance_is_the_mean_divergence_of_the_distributions(tiny: Tiny) -> None:
     """By hand: a loop over heads and positions, each seeing what came before."""
     teacher, student = sharpened(tiny("llama")), sharpened(tiny("llama"))
-    keep(student, [0, 2])
+    keep_blocks(student, [0, 2])
     others, own = seen(teacher), seen(student)
     (goal_q, goal_k), (said_q, said_k) = others.queries_and_keys(), own.queries_and_keys()
     parts = []

@@ -53,7 +53,7 @@ def test_a_plan_runs_nothing(study_file: Path) -> None:
     assert "5 candidates" in done.stdout
     assert "shared" in done.stdout
     assert "by shared steps" in done.stdout
-    assert not list(study_file.parent.glob("runs/records/**/*.json"))
+    assert not (study_file.parent / "runs").exists()
 
 
 def test_a_plan_tells_the_price_and_what_the_budget_allows_and_no_sum_that_nobody_knows(

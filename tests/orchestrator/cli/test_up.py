@@ -165,7 +165,7 @@ def test_what_a_killed_command_left_is_ended_by_its_start_and_another_process_of
         assert parent.stdout is not None
         for _ in range(2):
             parent.stdout.readline()
-        ours = local_services._family(parent.pid)
+        ours = local_services._descendants(parent.pid)
         assert len(ours) == 2
         local_services._end({RecordedProcess(one.pid, one.began - 100) for one in ours})
         assert alive(ours) == ours

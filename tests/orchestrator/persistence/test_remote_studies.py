@@ -12,7 +12,7 @@ import pytest
 
 from cluster.executors.inline import InlineExecutor
 from cluster.storage.open import open_store
-from cluster.storage.s3 import parse
+from cluster.storage.s3_address import parse
 from jobs import run
 from orchestrator.config.problems import InvalidStudyError
 from orchestrator.persistence.study_folder import publish, published, published_report, store_of

@@ -19,7 +19,7 @@ def export(tiny_llama: Path, tmp_path: Path) -> Path:
 
 def test_without_temperature_it_writes_the_likeliest_tokens(export: Path) -> None:
     said = "".join(Chat(export, 1).reply("An expression", 6, temperature=0.0, seed=0))
-    words, module = tokenizers.tokenizer(export), loading.load(export).module
+    words, module = tokenizers.load_tokenizer(export), loading.load(export).module
     row = list(words("An expression").input_ids)
     for _ in range(6):
         with torch.no_grad():

@@ -20,7 +20,7 @@ import pytest
 from cluster.executors.inline import InlineExecutor
 from cluster.on_ray.jobs_api import JobState
 from cluster.storage.open import open_store
-from cluster.storage.s3 import parse
+from cluster.storage.s3_address import parse
 from jobs.job import Job, Outcome
 from orchestrator.config.load import load
 from orchestrator.config.problems import InvalidStudyError
@@ -235,7 +235,7 @@ def test_what_can_not_be_submitted_is_one_line_and_nothing_runs(
         return done.stderr
 
     nowhere = {"RAY_AUTH_TOKEN_PATH": str(tmp_path / "none")}
-    assert "asks for a token and there is none" in refused(code=3, **nowhere)
+    assert "requires a token and there is none" in refused(code=3, **nowhere)
     assert "does not take this token" in refused(code=3, RAY_AUTH_TOKEN="a" * 64)
     elsewhere = refused("store=runs", code=2, RAY_TMPDIR=str(tmp_path))
     assert "expected s3://bucket/prefix" in elsewhere
@@ -270,11 +270,15 @@ def test_a_cluster_that_lets_anybody_in_or_has_other_versions_is_refused_by_name
         "/api/v0/cluster_metadata": {"data": there},
     }
     with answering(answers) as address:
-        assert "lets anybody in; start it with RAY_AUTH_MODE=token" in refusal(address, tmp_path)
+        assert "accepts unauthenticated requests; start it with RAY_AUTH_MODE=token" in refusal(
+            address, tmp_path
+        )
         told = refusal(address, tmp_path, "--insecure")
     assert f"has Ray 2.60.0, Python 3.9.1, this machine Ray {version('ray')}" in told
     with answering({}) as address:
-        assert "lets anybody in" in refusal(address, tmp_path)  # a Ray from before there were tokens
+        assert "accepts unauthenticated requests" in refusal(
+            address, tmp_path
+        )  # a Ray from before there were tokens
 
 
 def test_an_address_where_no_cluster_is_is_told(tmp_path: Path) -> None:
@@ -282,5 +286,5 @@ def test_an_address_where_no_cluster_is_is_told(tmp_path: Path) -> None:
     assert f"no cluster answers at http://127.0.0.1:{port}" in refusal(f"http://127.0.0.1:{port}", tmp_path)
     assert "must be that of the cluster's dashboard" in refusal("auto", tmp_path)
     told = refusal("http://me:hunter2@127.0.0.1", tmp_path)
-    assert "holds no credentials" in told
+    assert "must not contain credentials" in told
     assert "hunter2" not in told

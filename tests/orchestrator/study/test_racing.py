@@ -71,9 +71,9 @@ def order(plan: StudyPlan, original: Runner = OF_ORIGINAL, **runners: Runner) ->
     """Who of these and the original, which has little to win, is promoted, one after the other."""
     race = Race(plan)
     for id, one in {ORIGINAL.id: original, **runners}.items():
-        race.enter(id, measurement(one.items), Cost(one.size, 1000, 10), one.fidelity)
+        race.report(id, measurement(one.items), Cost(one.size, 1000, 10), one.fidelity)
     found: list[str] = []
-    while (id := race.promoted(found)) is not None:
+    while (id := race.next_promotion(found)) is not None:
         found.append(id)
     return found
 
@@ -136,15 +136,15 @@ def test_the_lowest_rung_comes_first_and_of_it_who_adds_most() -> None:
 def test_who_failed_is_out_of_the_race() -> None:
     race = Race(plan())
     for id, one in {ORIGINAL.id: OF_ORIGINAL, "one": runner(HARD, 500)}.items():
-        race.enter(id, measurement(one.items), Cost(one.size, 1000, 10), one.fidelity)
-    assert race.promoted(()) == "one"
-    race.leave("one")
-    assert race.promoted(()) is None
+        race.report(id, measurement(one.items), Cost(one.size, 1000, 10), one.fidelity)
+    assert race.next_promotion(()) == "one"
+    race.remove("one")
+    assert race.next_promotion(()) is None
 
 
 def test_nobody_races_who_cannot_be_compared() -> None:
     with pytest.raises(LookupError, match="before the original"):
-        Race(plan()).enter("one", measurement(HARD), Cost(500, 1000, 10), 1 / 16)
+        Race(plan()).report("one", measurement(HARD), Cost(500, 1000, 10), 1 / 16)
 
 
 # The study
@@ -287,7 +287,7 @@ def test_events_of_a_race_that_was_decided_otherwise_are_taken_as_far_as_they_ar
 ) -> None:
     events: list[Event] = []
     with monkeypatch.context() as earlier:
-        earlier.setattr("orchestrator.study.racing.WORTH", 1e-5)
+        earlier.setattr("orchestrator.study.racing.MIN_IMPROVEMENT", 1e-5)
         raced(40, RUNGS, events=events)
     study, again = Study(plan(40)), Evaluations(40)
     for event in events:

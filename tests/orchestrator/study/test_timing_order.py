@@ -43,7 +43,7 @@ def test_what_is_foretold_is_the_mean_of_all_that_could_be_so_by_its_likelihood(
     unit = np.mean([one.value for _, one in timings])
     rows = np.array([[1, c.decode_macs / 1000, c.linears / 20, c.size_bytes / 200] for c in (*known, *asked)])
     weights, means, squares = [], [], []
-    for misfit in timing_order._MISFITS:
+    for misfit in timing_order._MODEL_ERRORS:
         # The joint normal distribution of all times, given those that were seen (Bishop 2006, eq. 2.81).
         joint = 0.25 * rows @ rows.T + misfit**2 * np.eye(len(rows))
         seen = len(known)
