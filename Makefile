@@ -16,7 +16,7 @@ INSTALLED := $(VENV)/installed-$(DIGEST)
 # Two processes with one thread each: most tests wait for one core, and a contiguous half of the files is run by each.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
-.PHONY: help install quickstart check test test-slow test-cluster test-latest test-oldest wheel upgrade clean
+.PHONY: help install quickstart check test test-slow test-cluster test-latest test-oldest wheel docs upgrade clean
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
 
@@ -64,6 +64,9 @@ wheel: $(INSTALLED)
 	build/wheel/venv/bin/python -c "import shutil, site; shutil.copy('build/wheel/libraries', site.getsitepackages()[0] + '/libraries.pth')"
 	build/wheel/venv/bin/$(PIP) install --no-deps --force-reinstall build/wheel/*.whl
 	cd build/wheel && venv/bin/slimfront doctor && venv/bin/slimfront techniques >/dev/null
+
+docs: $(INSTALLED)  ## the documentation site in build/site; a broken link is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
 
 # uv resolves for every platform and Python that slimfront supports; it has an environment of its own.
 UV := build/uv/bin/uv
