@@ -16,7 +16,7 @@ INSTALLED := $(VENV)/installed-$(DIGEST)
 # Two processes with one thread each: most tests wait for one core, and a contiguous half of the files is run by each.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
-.PHONY: help install quickstart check test test-slow test-cluster test-latest test-oldest wheel docs upgrade clean
+.PHONY: help install quickstart check test test-slow test-cluster test-latest test-oldest wheel docs changelog upgrade clean
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
 
@@ -67,6 +67,9 @@ wheel: $(INSTALLED)
 
 docs: $(INSTALLED)  ## the documentation site in build/site; a broken link is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
+
+changelog: $(INSTALLED)  ## assemble CHANGELOG.md from changelog.d/ for a release: make changelog VERSION=0.2.0
+	$(BIN)/towncrier build --yes --version $(VERSION)
 
 # uv resolves for every platform and Python that slimfront supports; it has an environment of its own.
 UV := build/uv/bin/uv
