@@ -89,7 +89,7 @@ def pack(submitted: Submission, package: Path) -> None:
     ours = {
         f"{room}/{file.relative_to(root).as_posix()}": file
         for room in OURS
-        for root in [Path(__file__).parents[1] / room]
+        for root in [Path(__file__).parents[2] / room]
         for file in sorted(root.rglob("*"))
         if file.is_file() and "__pycache__" not in file.parts
     }

@@ -71,7 +71,7 @@ def test_a_plan_after_a_study_tells_what_it_took_and_what_more_will(study_file: 
     place = WorkerContext(
         ready.materials, ready.config.store, ready.folder.scratch, ready.folder.path / "cache"
     )
-    do = functools.partial(work, workplace=place)
+    do = functools.partial(work, context=place)
     launch.launch(ready, lambda status: None, executor=InlineExecutor(), do=do)
     found = CliRunner().invoke(app.app, ["plan", str(study_file), "cluster.price_per_hour=3600"])
     assert found.exit_code == 0, found.output

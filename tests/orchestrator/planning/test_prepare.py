@@ -354,7 +354,6 @@ def test_as_many_jobs_share_a_gpu_as_its_memory_holds(
     job = Job(ready.plan.original, (), "")
     resources = JobResources.for_study(ready)
     assert resources.of(job, False, 4).gpus == share_of_gpu(resources.memory_gib(job), 2.0) < 1
-    )
     (line,) = problems(study_file, "cluster.gpus=auto")
     assert line.endswith("cluster.gpus: got 'auto', expected cluster.device_gib with it")
 

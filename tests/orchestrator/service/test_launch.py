@@ -332,7 +332,7 @@ def test_a_study_keeps_the_rungs_that_it_began_with(
     ready = prepared("search.rungs=auto", "search.candidates=4", "data.evaluation.window=8")
     assert ready.plan.rungs == (1 / 8, 1 / 2, 1.0)
     run_inline(ready)
-    monkeypatch.setattr("orchestrator.planning.prepare._FEWEST_WINDOWS", 16)
+    monkeypatch.setattr("orchestrator.planning.study_meters._MIN_WINDOWS", 16)
     later = prepared("search.rungs=auto", "search.candidates=4", "data.evaluation.window=8")
     assert later.plan.rungs == (1 / 4, 1.0)
     results = run_inline(later, lambda job: pytest.fail(f"{job.recipe} ran again"))
@@ -348,7 +348,7 @@ def test_a_study_of_an_earlier_version_goes_on_by_its_rungs(
     assert ready.plan.rungs == (1 / 32, 1 / 8, 1 / 2, 1.0)
     earlier = dataclasses.replace(ready, plan=dataclasses.replace(ready.plan, rungs=(1 / 16, 1 / 4, 1.0)))
     run_inline(earlier)
-    db = sqlite3.connectready.folder.ledger
+    db = sqlite3.connect(ready.folder.ledger)
     with db:
         db.execute("delete from about where key = 'rungs'")
     db.close()

@@ -258,7 +258,7 @@ def test_a_training_goes_on_elsewhere_when_its_machine_is_taken_away(
     take_away(lambda: len(steps_of(seen)) > 73)
     stopped = work(job, first)
     assert isinstance(stopped, Failure)
-    assert (stopped.kind, stopped.message) == ("preempted", "Interrupted: a test takes this machine away")
+    assert (stopped.kind, stopped.message) == ("preempted", "JobInterruptedError: a test takes this machine away")
     before = steps_of(seen)
     assert 73 < len(before) < STEPS
     (key,) = keys(store)
