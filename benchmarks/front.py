@@ -50,7 +50,8 @@ from jobs.recipe import Recipe
 from orchestrator.config.load import load
 from orchestrator.pareto.front import Objective, hypervolume, nondominated
 from orchestrator.persistence.ledger import Ledger
-from orchestrator.planning.prepare import Prepared, prepare
+from orchestrator.planning.prepare import prepare
+from orchestrator.planning.prepared_study import PreparedStudy
 from orchestrator.study.events import AttemptEnded, CandidateProposed
 from orchestrator.worker.work import WorkerContext, work
 
@@ -124,7 +125,7 @@ def slimfront(match: Match) -> list[Point]:
     run_until(
         began + match.seconds, [sys.executable, "-m", "orchestrator", "search", str(match.study)], match
     )
-    ledger = Ledger(prepared.folder / "ledger.db", read_only=True)
+    ledger = Ledger(prepared.folder.ledger, read_only=True)
     events = list(ledger.events())
     ledger.close()
     recipes: dict[str, Recipe] = {}
@@ -217,11 +218,11 @@ def write_study(folder: Path, model: Path, texts: Path, seed: int) -> Path:
     return file
 
 
-def _measuring(prepared: Prepared, recipe: Recipe) -> Job:
+def _measuring(prepared: PreparedStudy, recipe: Recipe) -> Job:
     return Job(recipe, prepared.plan.meters, prepared.plan.materials_digest)
 
 
-def measured_by_us(prepared: Prepared, recipe: Recipe, folder: Path) -> Measurement:
+def measured_by_us(prepared: PreparedStudy, recipe: Recipe, folder: Path) -> Measurement:
     place = WorkerContext(
         prepared.materials, str(folder / "store"), folder / "scratch", folder / "statistics"
     )
@@ -234,7 +235,7 @@ def measured_by_us(prepared: Prepared, recipe: Recipe, folder: Path) -> Measurem
     return outcome.measurement
 
 
-def bounds(prepared: Prepared, passages: Sequence[genres.Passage]) -> Bounds:
+def bounds(prepared: PreparedStudy, passages: Sequence[genres.Passage]) -> Bounds:
     """What volumes are bounded by. RuntimeError where a recipe does not come out the same by both routes."""
     original = prepared.plan.original
     recipe = prepared.space.recipe(original.origin, FIXED)

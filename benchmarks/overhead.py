@@ -52,7 +52,8 @@ from jobs.job import Job, Outcome, Success, outcome_to_dict
 from jobs.measurement.measurement import Measurement
 from orchestrator.config.load import load
 from orchestrator.persistence.ledger import Ledger
-from orchestrator.planning.prepare import Prepared, prepare
+from orchestrator.planning.prepare import prepare
+from orchestrator.planning.prepared_study import PreparedStudy
 from orchestrator.service.launch import launch
 from orchestrator.service.status import Status
 from orchestrator.study.events import AttemptEnded, AttemptStarted
@@ -137,7 +138,7 @@ def write_model(folder: Path) -> None:
     transformers.PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(folder)
 
 
-def empty_study(folder: Path, candidates: int, algorithm: str = "random", uri: str = "''") -> Prepared:
+def empty_study(folder: Path, candidates: int, algorithm: str = "random", uri: str = "''") -> PreparedStudy:
     """A study of a tiny model with so many candidates of one step each. uri: `none` does without MLflow."""
     write_model(folder / "model")
     file = folder / "study.yaml"
@@ -206,7 +207,7 @@ def slimfront(duration: str, candidates: int, algorithm: str) -> Row:
         launch(prepared, meter, executor=executor, do=do)
         for process in psutil.Process().children():  # the mirror, which has minutes of work left
             process.terminate()
-        ledger = Ledger(prepared.folder / "ledger.db", read_only=True)
+        ledger = Ledger(prepared.folder.ledger, read_only=True)
         events = list(ledger.events())
         ledger.close()
     first = next(event.job_id for _, event in events if isinstance(event, AttemptStarted))  # the original's

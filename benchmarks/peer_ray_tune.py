@@ -24,8 +24,9 @@ from jobs.materials import Materials
 from jobs.measurement.measurement import Measurement
 from jobs.recipe import Recipe
 from orchestrator.config.load import load
-from orchestrator.planning.job_resources import slots_of
-from orchestrator.planning.prepare import Prepared, prepare
+from orchestrator.planning.job_resources import local_slots
+from orchestrator.planning.prepare import prepare
+from orchestrator.planning.prepared_study import PreparedStudy
 from orchestrator.planning.search_space import SKIP, SearchSpace
 
 
@@ -40,7 +41,7 @@ class Task:
     folder: Path
 
     @staticmethod
-    def of(prepared: Prepared, folder: Path) -> Task:
+    def of(prepared: PreparedStudy, folder: Path) -> Task:
         plan = prepared.plan
         return Task(prepared.space, prepared.materials, plan.original, plan.meters, folder)
 
@@ -73,12 +74,12 @@ class Steps:
     def _attempt(
         self, recipe: Recipe, meters: tuple[str, ...], parent: Path | None, folder: Path
     ) -> run.JobOutput:
-        made = run.attempt(
-            Job(recipe, meters, ""), self._task.materials, parent, None, folder, self._task.folder / "statistics",
-            lambda share, what: None,
-        )  # fmt: skip
+        dirs = run.JobDirs(folder, self._task.folder / "statistics")
+        request = run.WorkRequest(Job(recipe, meters, ""), self._task.materials, dirs, parent=parent)
+        made = run.attempt(request, lambda share, activity: None)
         if isinstance(made, Failure):
             raise RuntimeError(f"{recipe} failed: {made.message}\n{made.traceback}")
+        assert isinstance(made, run.JobOutput)  # this process is the only rank
         return made
 
 
@@ -157,7 +158,7 @@ def search(task: Task, slots: int, seed: int, until: float, out: Path) -> None:
 def main(study: str, seed: str, until: str, out: str) -> None:
     prepared = prepare(load(Path(study)))
     folder = Path(tempfile.mkdtemp(dir=Path(out).parent))
-    search(Task.of(prepared, folder), slots_of(prepared.config), int(seed), float(until), Path(out))
+    search(Task.of(prepared, folder), local_slots(prepared.config), int(seed), float(until), Path(out))
 
 
 if __name__ == "__main__":

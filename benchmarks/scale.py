@@ -49,7 +49,9 @@ from jobs.job import Job, Outcome, Success
 from jobs.measurement.measurement import Measurement
 from orchestrator import search
 from orchestrator.persistence.ledger import Ledger
-from orchestrator.planning.prepare import Prepared
+from orchestrator.planning.candidates import KnownMetrics
+from orchestrator.planning.cost import CostModel
+from orchestrator.planning.prepared_study import PreparedStudy
 from orchestrator.service.launch import launch
 from orchestrator.service.loop import replay
 from orchestrator.service.status import Status
@@ -92,9 +94,9 @@ def many_candidates(candidates: int) -> dict[str, float]:
             "cpu_ms": 1000 * computed / candidates,
             "first_tenth_ms": _cpu_ms([one for one in samples if 0 < one[1] <= candidates / 10]),
             "last_tenth_ms": _cpu_ms([one for one in samples if one[1] > candidates * 0.9]),
-            "ledger_mb": (prepared.folder / "ledger.db").stat().st_size / 1e6,
+            "ledger_mb": prepared.folder.ledger.stat().st_size / 1e6,
         }
-        return {**found, **_replaying(prepared), **_commands(prepared.folder)}
+        return {**found, **_replaying(prepared), **_commands(prepared.folder.path)}
 
 
 def _cpu_ms(samples: list[tuple[float, int, int]]) -> float:
@@ -105,11 +107,12 @@ def _cpu_ms(samples: list[tuple[float, int, int]]) -> float:
     return 1000 * (ended - began) / (last - first)
 
 
-def _replaying(prepared: Prepared) -> dict[str, float]:
+def _replaying(prepared: PreparedStudy) -> dict[str, float]:
     """Seconds of a resume, and milliseconds of one candidate's entry into a front of thousands."""
-    ledger = Ledger(prepared.folder / "ledger.db", read_only=True)
+    ledger = Ledger(prepared.folder.ledger, read_only=True)
     knobs = prepared.space.knobs()
-    searching = search.make("random", knobs, prepared.plan.objectives, prepared.known)
+    known = KnownMetrics(prepared, CostModel.of(prepared))
+    searching = search.make("random", knobs, prepared.plan.objectives, known)
     began = time.perf_counter()
     study = Study(prepared.plan)
     replay(study, ledger, searching)

@@ -33,7 +33,7 @@ from jobs.materials import Materials
 from jobs.measure import environment
 from jobs.models import loading, sources
 from jobs.recipe import Origin, Recipe
-from jobs.run import attempt
+from jobs.run import JobDirs, JobOutput, WorkRequest, attempt
 
 OUT = Path(__file__).parent / "data" / "minilm_sweep.json"
 METERS = ("size", "agreement")
@@ -86,12 +86,14 @@ def _from(
 ) -> Iterator[Row]:
     """The recipe itself, made in `folder` of its parent's artifact, and what later stages make of it."""
     made, cache = folder / "made", folder / "cache"
-    outcome = attempt(
-        Job(recipe, METERS, "sweep"), materials, parent and parent / "made", None, made,
-        cache if parent is None else parent / "cache", lambda share, what: None,
-    )  # fmt: skip
+    dirs = JobDirs(made, cache if parent is None else parent / "cache")
+    request = WorkRequest(
+        Job(recipe, METERS, "sweep"), materials, dirs, parent=None if parent is None else parent / "made"
+    )
+    outcome = attempt(request, lambda share, activity: None)
     if isinstance(outcome, Failure):
         raise RuntimeError(f"{recipe} failed: {outcome.message}\n{outcome.traceback}")
+    assert isinstance(outcome, JobOutput)  # this process is the only rank
     found = outcome.measurement
     seconds = round(outcome.seconds + found.seconds, 3)
     skipped = {**chosen, **{stage: SKIP for stage, _ in later}}

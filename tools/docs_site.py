@@ -1,4 +1,4 @@
-"""Hooks of the documentation site: pages from files outside docs/, one API page for each package folder, and their navigation."""
+"""Hooks of the documentation site: pages from files outside docs/, an API page for each folder, navigation."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 def site_links(text: str, folder: Path) -> str:
     """Rewrite relative links of a text in `folder` (relative to the repository) for the site.
 
-    A link to a page of the site leads there. A link to another file of the repository becomes its text: the site does not
-    contain that file.
+    A link to a page of the site leads there. A link to another file of the repository becomes its text: the site does
+    not contain that file.
     """
     depth = len(folder.relative_to("docs").parts) if folder.parts[:1] == ("docs",) else 0
 

@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 
 if TYPE_CHECKING:
-    from orchestrator.planning.prepare import Prepared
+    from orchestrator.planning.prepared_study import PreparedStudy
 
 StudyFile = Annotated[Path, typer.Argument(metavar="STUDY.yaml", help="The study file.")]
 
@@ -54,14 +54,15 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a ta
 def recorded_overrides(folder: Path) -> list[str]:
     """What the study in this folder was last started with."""
     from orchestrator.persistence.ledger import Ledger
+    from orchestrator.persistence.study_folder import StudyFolder
 
-    ledger = Ledger(folder / "ledger.db", read_only=True)
+    ledger = Ledger(StudyFolder(folder).ledger, read_only=True)
     found: list[str] = json.loads(ledger.noted("overrides") or "[]")
     ledger.close()
     return found
 
 
-def prepared_study(study: Path, overrides: list[str] | None) -> Prepared:
+def prepared_study(study: Path, overrides: list[str] | None) -> PreparedStudy:
     from orchestrator.config.load import load
     from orchestrator.config.problems import InvalidStudyError
     from orchestrator.planning.prepare import prepare

@@ -111,11 +111,12 @@ def sync(
     uri: Annotated[str | None, typer.Option(help="MLflow's address; without it, that of the study.")] = None,
 ) -> None:
     """Bring MLflow up to date with a study, after an outage or to another server."""
+    from orchestrator.persistence.study_folder import StudyFolder
     from orchestrator.tracking import sync as drain
 
-    outbox = folder / "outbox.db"
+    outbox = StudyFolder(folder).outbox
     if not outbox.is_file():
-        fail(f"{folder} has no outbox.db: the study was not tracked")
+        fail(f"{folder} has no {outbox.name}: the study was not tracked")
     try:
         drain(outbox, uri or _tracked_at(folder))
     except OSError as error:
@@ -124,6 +125,8 @@ def sync(
 
 def _tracked_at(folder: Path) -> str:
     from orchestrator.config.load import load
+    from orchestrator.persistence.study_folder import StudyFolder
 
-    given = load(folder / "study.yaml", recorded_overrides(folder)).config.tracking.uri
-    return given or f"sqlite:///{folder.resolve().parent / 'mlflow.db'}"
+    files = StudyFolder(folder)
+    given = load(files.study_file, recorded_overrides(folder)).config.tracking.uri
+    return given or f"sqlite:///{files.tracking_database}"

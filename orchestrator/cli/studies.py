@@ -29,7 +29,7 @@ from orchestrator.cli.remote import connect_cluster, job_status, print_submissio
 from orchestrator.cli.tables import front_cells, megabytes, print_failures, print_json
 
 if TYPE_CHECKING:
-    from orchestrator.planning.prepare import Prepared
+    from orchestrator.planning.prepared_study import PreparedStudy
     from orchestrator.study.results import Results
 
 
@@ -46,17 +46,22 @@ def plan(study: StudyFile, overrides: Overrides = None) -> None:
     """Show what a search would do: jobs, what they share, exact sizes, time. Runs nothing."""
     from cluster.storage.open import open_store
     from orchestrator import search
-    from orchestrator.planning.job_resources import slots_of
+    from orchestrator.planning.candidates import KnownMetrics
+    from orchestrator.planning.cost import CostModel
+    from orchestrator.planning.initial_design import initial_design
+    from orchestrator.planning.job_resources import local_slots
     from orchestrator.service.forecast import costs, forecast
 
     prepared = prepared_study(study, overrides)
     config = prepared.config
     knobs = prepared.space.knobs()
+    cost_model = CostModel.of(prepared)
+    known = KnownMetrics(prepared, cost_model)
     searching = search.make(
-        config.search.algorithm, knobs, prepared.plan.objectives, prepared.known, config.search.seed,
-        prepared.opening(),
+        config.search.algorithm, knobs, prepared.plan.objectives, known, config.search.seed,
+        initial_design(prepared, known),
     )  # fmt: skip
-    found = forecast(prepared, searching, open_store(config.store))
+    found = forecast(prepared, cost_model, searching, open_store(config.store))
     table = Table(
         "recipe",
         "MB",
@@ -71,7 +76,7 @@ def plan(study: StudyFile, overrides: Overrides = None) -> None:
         else:
             size = proposal.cost.size_bytes
             table.add_row(str(proposal.recipe), f"{size / 1e6:.1f}", f"{size / original:.0%}")
-    slots = slots_of(config)
+    slots = local_slots(config)
     source = "from what ran here before" if found.measured else "guessed from the count of operations"
     out = stdout_console()
     out.print(table)
@@ -94,16 +99,18 @@ def search(study: StudyFile, overrides: Overrides = None) -> None:
 
 def resume(folder: Folder, address: OnCluster = None, insecure: Insecure = False) -> None:
     """Go on with an interrupted study, from its folder alone, or with --address by its name on a cluster."""
+    from orchestrator.persistence.study_folder import StudyFolder
     from orchestrator.service import submission
 
     if address is not None:
         with connect_cluster(address, insecure) as jobs:
             print_submission(submission.resume(str(folder), jobs))
         return
-    if not (folder / "ledger.db").is_file():
-        fail(f"{folder} holds no study: there is no ledger.db in it")
+    files = StudyFolder(folder)
+    if not files.ledger.is_file():
+        fail(f"{folder} holds no study: there is no {files.ledger.name} in it")
     overrides = recorded_overrides(folder)
-    _run(prepared_study(folder / "study.yaml", overrides), tuple(overrides))
+    _run(prepared_study(files.study_file, overrides), tuple(overrides))
 
 
 def status(
@@ -111,12 +118,13 @@ def status(
 ) -> None:
     """How far a study is; with --address, how the job of the study of that name is."""
     from orchestrator.persistence.lock import is_running
+    from orchestrator.persistence.study_folder import StudyFolder
     from orchestrator.service.status import Status, line
 
     if address is not None:
         job_status(str(folder), address, insecure, as_json)
         return
-    found = read_json(folder / "status.json")
+    found = read_json(StudyFolder(folder).status)
     running = is_running(folder)
     if as_json:
         print_json({**found, "process": "running" if running else "stopped"})
@@ -171,7 +179,7 @@ def report(
         typer.launch(str(page))
 
 
-def _run(prepared: Prepared, overrides: tuple[str, ...]) -> None:
+def _run(prepared: PreparedStudy, overrides: tuple[str, ...]) -> None:
     from cluster.executors.executor import ExecutorUnavailableError
     from cluster.storage.open import is_remote
     from jobs.failures import disk_is_full
@@ -195,7 +203,7 @@ def _run(prepared: Prepared, overrides: tuple[str, ...]) -> None:
     except (OSError, sqlite3.Error) as error:
         if not disk_is_full(error):
             raise
-        freed = f" (slimfront store {prepared.folder.parent} --trim 5GB removes what can be made again)"
+        freed = f" (slimfront store {prepared.folder.home} --trim 5GB removes what can be made again)"
         fail(
             f"The disk with {prepared.folder} is full. What ended is kept. Make room"
             f"{'' if is_remote(prepared.config.store) else freed}, then go on with: {_resuming(prepared)}"
@@ -206,18 +214,18 @@ def _run(prepared: Prepared, overrides: tuple[str, ...]) -> None:
         )
         raise typer.Exit(1)
     if results.original.measurement is None:
-        print_failures(prepared.folder, results)
+        print_failures(prepared.folder.path, results)
         stderr_console().print("Nothing was measured, the original neither.", style="red")
         raise typer.Exit(1)
     front(str(prepared.folder))
     _publish(prepared, results)
-    print_failures(prepared.folder, results)
-    stderr_console().print(f"Report: {prepared.folder / 'report.html'}")
+    print_failures(prepared.folder.path, results)
+    stderr_console().print(f"Report: {prepared.folder.path / 'report.html'}")
     if not results.members:
         raise typer.Exit(1)
 
 
-def _resuming(prepared: Prepared) -> str:
+def _resuming(prepared: PreparedStudy) -> str:
     """The command that goes on with a study: by its name where it is a cluster's job, whose folder is the cluster's."""
     from cluster.on_ray.jobs_api import in_job
 
@@ -230,7 +238,8 @@ def _report(place: str) -> Path:
     """The report of a study's folder, or that of one in a bucket, written here."""
     from cluster.storage.open import is_remote
     from orchestrator.persistence.atomic_files import write_whole
-    from orchestrator.persistence.study_folder import published_report
+    from orchestrator.persistence.published import published_report
+    from orchestrator.persistence.study_folder import StudyFolder
 
     if is_remote(place):
         page = Path(f"{place.partition('?')[0].rpartition('/')[2]}.html")
@@ -239,7 +248,7 @@ def _report(place: str) -> Path:
         except (LookupError, OSError, ValueError) as error:
             fail(error_message(error))
         return page
-    page = Path(place) / "report.html"
+    page = StudyFolder(Path(place)).report
     if not page.is_file():
         fail(f"{page} is not there: it is written when a search ends")
     return page
@@ -247,22 +256,23 @@ def _report(place: str) -> Path:
 
 def _front(place: str) -> dict[str, Any]:
     from cluster.storage.open import is_remote
-    from orchestrator.persistence.study_folder import published
+    from orchestrator.persistence.published import published
+    from orchestrator.persistence.study_folder import StudyFolder
 
     if not is_remote(place):
-        return read_json(Path(place) / "front.json")
+        return read_json(StudyFolder(Path(place)).front)
     try:
         return published(place)
     except (LookupError, OSError, ValueError) as error:
         fail(error_message(error))
 
 
-def _publish(prepared: Prepared, results: Results) -> None:
-    from orchestrator.persistence.study_folder import publish
+def _publish(prepared: PreparedStudy, results: Results) -> None:
+    from orchestrator.persistence.published import publish
     from orchestrator.study.results import front_json
 
     try:
-        page = (prepared.folder / "report.html").read_text(encoding="utf-8")
+        page = prepared.folder.report.read_text(encoding="utf-8")
         publish(prepared.config.store, prepared.config.name, front_json(results), page)
     except OSError as error:
         said = f"The front is here, and not in the store: {error}. slimfront resume {prepared.folder} puts it there"

@@ -33,9 +33,10 @@ def show_findings(findings: Sequence[Finding | Fact]) -> None:
 
 
 def print_failures(folder: Path, results: Results) -> None:
+    from orchestrator.persistence.study_folder import StudyFolder
     from orchestrator.study.results import indistinguishable_objectives, reasons
 
-    exhausted = read_json(folder / "status.json").get("exhausted")
+    exhausted = read_json(StudyFolder(folder).status).get("exhausted")
     if exhausted is not None:
         stderr_console().print(f"The search ended early: {exhausted}.", soft_wrap=True)
     failed = reasons(results)

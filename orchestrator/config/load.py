@@ -1,4 +1,4 @@
-"""Read a study file key by key, and report every problem with its line."""
+"""Read a study file key by key, and report every problem with its line. The only module that parses with OmegaConf."""
 
 from __future__ import annotations
 
@@ -18,66 +18,83 @@ from orchestrator.config.schema import StudyConfig
 
 @dataclass(frozen=True)
 class Loaded:
-    """A study file as far as it could be read. Keys listed in `problems` hold their defaults in `config`.
-
-    text: the file as it stands, with the overrides as comments; places: where each key was given.
-    """
+    """A study file as far as it is readable."""
 
     config: StudyConfig
+    """Keys that have a problem hold their defaults."""
     problems: tuple[Problem, ...]
     text: str
-    places: Mapping[str, str]
+    """The text of the file, with the overrides as comments."""
+    locations: Mapping[str, str]
+    """The file and line, or `command line`, at which each key was set."""
 
     def located(self, problem: Problem) -> str:
-        """The problem with its place: that of the key, or of the nearest key above it."""
+        """The problem as a line, with the location of its key or of the nearest key above that was set."""
         key = problem.key
-        while key and key not in self.places:
-            key = key.rpartition(".")[0] if "." in key else ""
-        return f"{self.places[key]} {problem.key}: {problem.message}"
+        while key and key not in self.locations:
+            key = key.rpartition(".")[0]
+        return f"{self.locations[key]} {problem.key}: {problem.message}"
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Loaded:
-    """Read a study file and `key=value` overrides.
+    """Read a study file and overrides of the form `key=value`.
 
-    Raises InvalidStudy at once only where the file is no YAML mapping; all else is collected.
+    Raises InvalidStudyError at once if the file is no YAML mapping; all other problems are collected.
     """
     text = _read(path)
-    try:
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
-        given = OmegaConf.to_container(OmegaConf.create(text)) if text.strip() else None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f"{path}:{mark.line + 1}" if mark else str(path)
-        raise InvalidStudyError([f"{place} got {getattr(error, 'problem', error)}, expected YAML"]) from error
-    except OmegaConfBaseException as error:
-        raise InvalidStudyError([f"{path}:1 got {_first_line(error)}, expected a study"]) from error
-    if not isinstance(given, dict) or root is None:
-        raise InvalidStudyError(
-            [f"{path}:1 got {type(given).__name__}, expected a mapping with name, model, data …"]
-        )
-    places = {"": f"{path}:1", **{key: f"{path}:{line}" for key, line in _lines(root)}}
+    root, content = _parsed(path, text)
+    locations = {"": f"{path}:1"}
+    for key, number in _lines(root):
+        locations[key] = f"{path}:{number}"
     problems: list[Problem] = []
     config = OmegaConf.structured(StudyConfig)
-    for key, value in _leaves(given):
+    for key, value in _leaves(content):
         config = _merged(config, key, value, problems)
     for override in overrides:
-        key, equals, _ = override.partition("=")
-        for end in range(1, key.count(".") + 2):
-            places.setdefault(".".join(key.split(".")[:end]), "command line")
-        places[key] = "command line"
-        if not equals:
-            problems.append(Problem(key, f"got {override!r}, expected key=value"))
-            continue
-        value = OmegaConf.to_container(OmegaConf.from_dotlist([override]))
-        for _ in key.split("."):
-            value = next(iter(value.values())) if isinstance(value, dict) else value
-        config = _merged(config, key, value, problems)
+        config = _overridden(config, override, locations, problems)
     wrong = {problem.key for problem in problems}
     for key in sorted(OmegaConf.missing_keys(config) - wrong):
-        problems.append(Problem(key, "got nothing, expected a value: it must be given"))
+        problems.append(Problem(key, "got nothing, expected a value: this key is required"))
         OmegaConf.update(config, key, "")
-    shown = text + "".join(f"\n# {override}" for override in overrides)
-    return Loaded(_to_object(config, problems), tuple(problems), shown, places)
+    commented = text + "".join(f"\n# {override}" for override in overrides)
+    return Loaded(_to_object(config, problems), tuple(problems), commented, locations)
+
+
+def _parsed(path: Path, text: str) -> tuple[yaml.Node, Mapping[Any, Any]]:
+    """The YAML document as nodes, which know their lines, and as plain data."""
+    try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        content = OmegaConf.to_container(OmegaConf.create(text)) if text.strip() else None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        location = f"{path}:{mark.line + 1}" if mark else str(path)
+        raise InvalidStudyError(
+            [f"{location} got {getattr(error, 'problem', error)}, expected YAML"]
+        ) from error
+    except OmegaConfBaseException as error:
+        raise InvalidStudyError([f"{path}:1 got {_first_line(error)}, expected a study"]) from error
+    if not isinstance(content, dict) or root is None:
+        raise InvalidStudyError(
+            [f"{path}:1 got {type(content).__name__}, expected a mapping with name, model, data …"]
+        )
+    return root, content
+
+
+def _overridden(config: Any, override: str, locations: dict[str, str], problems: list[Problem]) -> Any:
+    """`config` with one override applied. Adds the locations of its key and of the keys above, and any problem."""
+    key, equals, _ = override.partition("=")
+    parts = key.split(".")
+    for end in range(1, len(parts)):
+        locations.setdefault(".".join(parts[:end]), "command line")
+    locations[key] = "command line"
+    if not equals:
+        problems.append(Problem(key, f"got {override!r}, expected key=value"))
+        return config
+    value = OmegaConf.to_container(OmegaConf.from_dotlist([override]))
+    for _ in parts:
+        if isinstance(value, dict):
+            value = next(iter(value.values()))
+    return _merged(config, key, value, problems)
 
 
 def _read(path: Path) -> str:
@@ -89,20 +106,20 @@ def _read(path: Path) -> str:
 
 
 def _merged(config: Any, key: str, value: Any, problems: list[Problem]) -> Any:
-    """`config` with one more key set, or as it was and a problem more."""
+    """`config` with one more key set; unchanged, with a problem added, if the key or value is wrong."""
     nested = value
     for part in reversed(key.split(".")):
         nested = {part: nested}
     try:
         try:
             return OmegaConf.merge(config, nested)
-        except TypeError:  # an override that puts a range in the place of a list: nothing to merge
+        except TypeError:  # an override that replaces a list by a range cannot be merged
             OmegaConf.update(config, key, value, merge=False)
             return config
     except ConfigKeyError as error:
         wrong = str(error.full_key)
-        near = re.search(r"Did you mean[^']*'([^']+)'", str(error))
-        hint = f"did you mean {near[1]}?" if near else "there is none of this name here"
+        similar = re.search(r"Did you mean[^']*'([^']+)'", str(error))
+        hint = f"did you mean {similar[1]}?" if similar else "this section has no key of this name"
         problems.append(Problem(wrong, f"got {wrong.rpartition('.')[2]}, expected a known key: {hint}"))
     except OmegaConfBaseException as error:
         problems.append(Problem(key, f"got {value!r}, expected {_expected(error)}"))
@@ -114,6 +131,12 @@ def _expected(error: Exception) -> str:
     converted = re.search(r"could not be converted to (\w+)", str(error))
     if converted:
         return kinds.get(converted[1], converted[1])
+    if "type hint 'Union[" in str(error):
+        return (
+            "auto or a number"
+            if "float" in str(error).rpartition("type hint")[2]
+            else "auto or a whole number"
+        )
     if "ListConfig" in str(error):
         return "a list"
     if "Merge error" in str(error) or "Cannot assign" in str(error):
@@ -128,9 +151,7 @@ def _first_line(error: Exception) -> str:
 def _to_object(config: Any, problems: list[Problem]) -> StudyConfig:
     try:
         loaded = OmegaConf.to_object(config)
-    except (
-        OmegaConfBaseException
-    ) as error:  # an interpolation such as ${oc.env:NAME} that resolves to nothing
+    except OmegaConfBaseException as error:  # an interpolation such as ${oc.env:NAME} without a value
         key = str(getattr(error, "full_key", "") or "")
         problems.append(Problem(key, f"got {_first_line(error)}, expected a value that resolves"))
         return StudyConfig(name="", model="")
@@ -138,9 +159,9 @@ def _to_object(config: Any, problems: list[Problem]) -> StudyConfig:
     return loaded
 
 
-def _leaves(given: Mapping[Any, Any], above: str = "") -> Iterator[tuple[str, Any]]:
-    """Every value with its dotted key. The space is one value: its keys are checked against the techniques."""
-    for name, value in given.items():
+def _leaves(section: Mapping[Any, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield every value with its dotted key. The space is one value: its keys are checked against the techniques."""
+    for name, value in section.items():
         key = f"{above}{name}"
         if isinstance(value, Mapping) and value and key != "space" and not key.endswith(".where"):
             yield from _leaves(value, f"{key}.")
@@ -149,7 +170,7 @@ def _leaves(given: Mapping[Any, Any], above: str = "") -> Iterator[tuple[str, An
 
 
 def _lines(node: yaml.Node, above: str = "") -> Iterator[tuple[str, int]]:
-    """Every key of a YAML document with the line that it stands on, the first being 1."""
+    """Yield every key of a YAML document with its line, counted from 1."""
     if isinstance(node, yaml.MappingNode):
         for name, value in node.value:
             key = f"{above}{name.value}"

@@ -1,4 +1,4 @@
-"""Problems of a study file."""
+"""The problems of a study file, and the error that reports them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 
 class InvalidStudyError(ValueError):
-    """All that is wrong with a study, one line each: `file:line key: got X, expected Y`."""
+    """Every problem of a study, one line each: `file:line key: got X, expected Y`."""
 
     def __init__(self, lines: Sequence[str]) -> None:
         super().__init__("\n".join(lines))
@@ -16,7 +16,8 @@ class InvalidStudyError(ValueError):
 
 @dataclass(frozen=True)
 class Problem:
-    """Something wrong with the study: at which key, what was given, what is expected."""
+    """A problem at one key of a study file."""
 
     key: str
     message: str
+    """`got X, expected Y`."""

@@ -1,150 +1,204 @@
-"""Config: the study file. The one door to OmegaConf; reports every wrong key at once, each with its line."""
+"""The keys of a study file, with their defaults. One class is one section of the file.
+
+A key whose type allows text next to numbers takes a number or `auto`: slimfront chooses the value then.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from omegaconf import MISSING
+
+Number = TypeVar("Number", int, float)
+
+AUTO = "auto"
+
+
+def unless_auto(value: Number | str) -> Number | None:
+    """The number that a checked key holds; None if it holds `auto`."""
+    return None if isinstance(value, str) else value
 
 
 @dataclass
 class Text:
-    """Windows of text: `samples` of `tokens` each, from a .txt, .jsonl, a folder of them, or `package:MODULE`."""
+    """A text that steps read: calibration or training."""
 
     path: str = MISSING
+    """A .txt file, a .jsonl file (field `text`), a folder of them, or `package:MODULE`."""
     samples: int = 128
+    """The number of windows, from 1."""
     tokens: int = 512
+    """The length of each window in tokens."""
     part: list[float] = field(default_factory=lambda: [0.0, 1.0])
+    """The share of the documents at which the text begins and ends, each from 0 to 1."""
     where: dict[str, str] = field(default_factory=dict)
+    """Reads only the .jsonl documents whose fields have these values."""
 
 
 @dataclass
 class Evaluation:
-    """The text that quality is measured on: `tokens` in all, in windows of `window`."""
+    """The text on which quality is measured."""
 
     path: str = MISSING
+    """A .txt file, a .jsonl file (field `text`), a folder of them, or `package:MODULE`."""
     tokens: int = 16384
+    """The length of the whole text in tokens, from 1."""
     window: int = 512
+    """The length of each window in tokens, from 2 to `tokens`."""
     part: list[float] = field(default_factory=lambda: [0.0, 1.0])
+    """The share of the documents at which the text begins and ends, each from 0 to 1."""
     where: dict[str, str] = field(default_factory=dict)
+    """Reads only the .jsonl documents whose fields have these values."""
 
 
 @dataclass
 class Tasks:
-    """Tasks of lm-eval, each `name` or `name:metric`. folder: of task files of your own; items: how many of each are
-    read, all without it; shots: solved examples before each, the task's own number without it."""
+    """Tasks of lm-eval on which quality is measured."""
 
     names: list[str] = field(default_factory=list)
+    """Each `NAME` or `NAME:METRIC`."""
     folder: str | None = None
+    """A folder of further task files; none if null."""
     items: int | None = None
+    """The number of items of each task, from 1; all items if null."""
     shots: int | None = None
+    """The number of solved examples before each item, from 0; the task's own number if null."""
 
 
 @dataclass
 class Data:
-    """choices: a .jsonl of multiple-choice items; labelled: a .jsonl of texts with labels, to classify; tasks:
-    lm-eval's, for task_score."""
+    """The texts and items that a study reads. A study needs only those that its techniques and objectives read."""
 
     evaluation: Evaluation | None = None
+    """The text on which quality is measured."""
     calibration: Text | None = None
+    """The text on which statistics and gradients are computed."""
     train: Text | None = None
+    """The text on which techniques train."""
     choices: str | None = None
+    """A .jsonl file of multiple-choice items."""
     labelled: str | None = None
+    """A .jsonl file of texts with labels, for classification."""
     tasks: Tasks | None = None
+    """Tasks of lm-eval, for the metric `task_score`."""
 
 
 @dataclass
 class ObjectiveSpec:
+    """One objective: its key is the metric."""
+
     goal: str = MISSING
+    """`min` or `max`."""
     limit: float | None = None
+    """The worst value that a candidate of the front may have, in the metric's unit; no limit if null."""
 
 
 @dataclass
 class TargetSpec:
-    """price_per_hour: of such a machine, in any currency, for cost_per_million_tokens."""
+    """The machine and the load for which models are compressed."""
 
     runtime: str = "torch"
+    """The library that runs the model: `slimfront doctor` lists those of this machine."""
     threads: int = 1
+    """The number of CPU threads, from 1 to the cores of the machine."""
     prompt_tokens: int = 128
+    """The length of each prompt in tokens, from 1."""
     new_tokens: int = 32
+    """The number of generated tokens after each prompt, from 1."""
     price_per_hour: float | None = None
+    """The price of such a machine in any currency, above 0, for the metric `cost_per_million_tokens`."""
 
 
 @dataclass
 class SearchSpec:
-    """order: `given` keeps the stages as they stand, `any` searches their order too. table: how many models are
-    timed before the search, at most, to predict how fast all others are (`auto`: 32 where at least 64 candidates
-    are tried; 0: multiply-adds stand in for time). rungs: the shares of the evaluation that candidates are measured on
-    first, as long as they may be on the front (`auto`: by the length of the text; none: all of it at once)."""
+    """The search for the front."""
 
     algorithm: str = "surrogate"
+    """`surrogate`, `gp`, `tpe`, `nsga2`, `random` or `grid`."""
     order: str = "given"
+    """`given` keeps the order of the stages, `any` searches it as well."""
     candidates: int = 24
+    """The number of candidates to try, from 1."""
     seed: int = 0
-    table: Any = "auto"
-    rungs: Any = "auto"
+    """The seed of every random choice, from 0."""
+    table: int | str = AUTO
+    """The number of models, at most, that are timed before the search to predict the latency of all others. 0: none,
+    multiply-adds stand in for time. `auto`: 32 for studies of at least 64 candidates, else 0."""
+    rungs: Any = AUTO
+    """The shares of the evaluation on which candidates are measured in turn as long as they may be on the front: rising
+    numbers between 0 and 1. An empty list: the whole evaluation at once. `auto`: by the length of the text."""
 
 
 @dataclass
 class TrackingSpec:
-    """uri: MLflow's address; without one, SQLite in the study's folder. `none` switches tracking off."""
+    """Tracking with MLflow."""
 
     uri: str | None = None
+    """The address of the MLflow server; `none` for no tracking. If null, an SQLite file in the store's local folder."""
 
 
 @dataclass
 class ClusterSpec:
-    """slots: how many jobs run at once (`auto`: one per core; on a cluster, as many as it could have). memory_gib: what
-    they may use together on this machine. address: a running Ray's; without one, Ray is started here for as long as the
-    study runs. stall_seconds: a job that reports no progress for so long hangs, is ended and tried again; null: never.
-    price_per_hour: of each node, instead of what the cloud or a table says, in any currency.
+    """The machines on which jobs run. Nothing here changes the results of a study."""
 
-    On a cluster, gpus: what each job holds of a GPU, or how many (`auto`: the part of one that its memory takes of
-    device_gib); timing: labels of the nodes on which latency is measured (none: those like the first one that was);
-    start_seconds: how long is waited for the first node, or for another when all are gone.
-
-    Of jobs that train, ranks: the slots that each takes (`auto`: as few as hold it), zero_stage: what these share out
-    (`auto`: as little as fits), micro_batch: rows at once (`auto`: as many as fit), device_gib: the memory that a
-    slot's GPU has, or its share of a node without (`auto`: as the machine says; several ranks only by a GPU of here).
-    They decide nothing of what the study finds."""
-
-    slots: Any = "auto"
+    slots: int | str = AUTO
+    """The number of jobs that run at once, from 1. `auto`: one for each core; on a cluster, as many as it has."""
     memory_gib: float | None = None
+    """The memory in GiB that all jobs of this machine may use together, above 0; no limit if null."""
     address: str | None = None
+    """The address of a running Ray cluster. If null, Ray runs on this machine for the time of the study."""
     stall_seconds: float | None = 3600.0
+    """A job that reports no progress for this time is ended and tried again; never if null."""
     price_per_hour: float | None = None
-    gpus: Any = 0
+    """The price of each node in any currency, above 0; the price that the cloud or a table states if null."""
+    gpus: int | float | str = 0
+    """On a cluster, the number of GPUs that each job holds, from 0. `auto`: the part of one GPU that the job's memory
+    takes of `device_gib`."""
     timing: dict[str, str] = field(default_factory=dict)
+    """On a cluster, the labels of the nodes that measure latency. If empty, nodes like the first that measured it."""
     start_seconds: float = 900.0
-    ranks: Any = "auto"
-    zero_stage: Any = "auto"
-    micro_batch: Any = "auto"
-    device_gib: Any = "auto"
+    """On a cluster, the time to wait for a first node, and for another one when all are gone."""
+    ranks: int | str = AUTO
+    """The number of slots that each training takes, from 1. `auto`: as few as can hold it."""
+    zero_stage: int | str = AUTO
+    """The ZeRO stage of trainings with several ranks, 0 to 3. `auto`: the lowest that fits the memory."""
+    micro_batch: int | str = AUTO
+    """The number of rows of one forward pass, from 1. `auto`: as many as fit the memory."""
+    device_gib: int | float | str = AUTO
+    """The memory in GiB of a slot's GPU, or without GPU its share of the node's memory, above 0. `auto`: as the node
+    reports; then a training takes several ranks only if this machine has a GPU."""
 
 
 @dataclass
 class BudgetSpec:
-    """The most that a study may use, then nothing new is begun. money: in the currency of the nodes' prices; hours: by
-    the clock while it runs."""
+    """Limits of a study. Once a limit is reached, no new work starts."""
 
     money: float | None = None
+    """In the currency of the nodes' prices, above 0; no limit if null."""
     hours: float | None = None
+    """Hours by the clock during which the study runs, above 0; no limit if null."""
 
 
 @dataclass
 class StudyConfig:
-    """store: a folder, or s3://BUCKET/PREFIX with the options that cluster/storage/s3.py tells."""
+    """A study file."""
 
     name: str = MISSING
+    """Letters, digits, '.', '_' and '-'. The name of the study's folder in the store."""
     model: str = MISSING
+    """The original model: a folder, a hub id, or `package:NAME`."""
     task: str = "causal-lm"
+    """`causal-lm`, `classification` or `embedding`."""
     data: Data = field(default_factory=Data)
     objectives: dict[str, ObjectiveSpec] = field(default_factory=dict)
+    """At least one metric with its goal."""
     target: TargetSpec = field(default_factory=TargetSpec)
     space: dict[str, Any] = field(default_factory=dict)
+    """Stages in the order in which they apply; each is a mapping of techniques to their options."""
     search: SearchSpec = field(default_factory=SearchSpec)
     store: str = "runs"
+    """A folder, or s3://BUCKET/PREFIX with the options that cluster/storage/s3.py describes."""
     tracking: TrackingSpec = field(default_factory=TrackingSpec)
     cluster: ClusterSpec = field(default_factory=ClusterSpec)
     budget: BudgetSpec = field(default_factory=BudgetSpec)

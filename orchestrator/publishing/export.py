@@ -17,7 +17,8 @@ from jobs.recipe import Recipe
 from orchestrator.pareto.front import PICKS, Objective, ParetoFront
 from orchestrator.persistence.atomic_files import write_json
 from orchestrator.persistence.ledger import Ledger
-from orchestrator.persistence.study_folder import CACHE, MATERIALS, MEASUREMENT, RECIPE, SCRATCH, store_of
+from orchestrator.persistence.records import ArtifactRecords
+from orchestrator.persistence.study_folder import MEASUREMENT, RECIPE, SCRATCH, StudyFolder
 from orchestrator.publishing.model_card import model_card
 from orchestrator.study.events import CandidateProposed
 from orchestrator.worker.work import WorkerContext, rebuild_artifact
@@ -36,13 +37,14 @@ def export_member(study: Path, pick: str, out: Path, format: str | None = None) 
     start of an id. format: the form that the study's target runs, unless another is given. Raises LookupError where
     nothing is picked, FileExistsError where `out` holds something, ValueError where the format cannot hold the model.
     """
-    file = study / "front.json"
+    files = StudyFolder(study)
+    file = files.front
     if not file.is_file():
         raise FileNotFoundError(
             f"{file} is not there: {study} holds no study, or nothing of it has ended yet"
         )
     found = json.loads(file.read_text())
-    studied = json.loads((study / MATERIALS).read_text())
+    studied = json.loads(files.materials.read_text())
     materials = materials_from_dict(studied)
     format = format or runtimes.load(materials.target.runtime).FORMAT
     formats.load(format)  # refused before anything is fetched
@@ -52,9 +54,9 @@ def export_member(study: Path, pick: str, out: Path, format: str | None = None) 
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent) as scratch:
         held, made = Path(scratch) / "held", Path(scratch) / "made"
-        ref = _artifact(study, member["id"], materials, Path(scratch))
-        open_store(store_of(study)).fetch(ref, held)
-        formats.write(format, held, made, study.parent / CACHE)
+        ref = _artifact(files, member["id"], materials, Path(scratch))
+        open_store(files.store()).fetch(ref, held)
+        formats.write(format, held, made, files.cache)
         about = loading.read_provenance(held)
         write_json(made / RECIPE, {"id": member["id"], "text": member["recipe"], **about["recipe"]})
         measurement = {name: member[name] for name in ("metrics", "errors", "environment")}
@@ -71,22 +73,20 @@ def export_member(study: Path, pick: str, out: Path, format: str | None = None) 
     return member
 
 
-def _artifact(study: Path, id: str, materials: Materials, scratch: Path) -> ArtifactRef:
+def _artifact(study: StudyFolder, id: str, materials: Materials, scratch: Path) -> ArtifactRef:
     """The artifact of this member, made again where it was removed from the store."""
-    store = open_store(store_of(study))
-    record = store.record(f"artifacts/{id}")
-    if record is not None and store.has(ArtifactRef(**record)):
-        return ArtifactRef(**record)
-    place = WorkerContext(materials, store_of(study), scratch / SCRATCH, study.parent / CACHE)
+    store = open_store(study.store())
+    ref = ArtifactRecords(store).named(id)
+    if ref is not None and store.has(ref):
+        return ref
+    place = WorkerContext(materials, study.store(), scratch / SCRATCH, study.cache)
     return rebuild_artifact(_recipe(study, id), place)
 
 
-def _recipe(study: Path, id: str) -> Recipe:
-    if not (study / "ledger.db").is_file():
-        raise LookupError(
-            f"the model of {id} was removed, and without {study / 'ledger.db'} it can't be made again"
-        )
-    ledger = Ledger(study / "ledger.db", read_only=True)
+def _recipe(study: StudyFolder, id: str) -> Recipe:
+    if not study.ledger.is_file():
+        raise LookupError(f"the model of {id} was removed, and without {study.ledger} it can't be made again")
+    ledger = Ledger(study.ledger, read_only=True)
     try:
         proposed = (event.recipe for _, event in ledger.events() if isinstance(event, CandidateProposed))
         recipe = next((step for one in proposed for step in one.lineage() if step.id == id), None)

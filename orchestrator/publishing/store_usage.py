@@ -23,7 +23,8 @@ from cluster.storage.store import ArtifactStore, StoredArtifact
 from jobs.calibration.cache import cached_statistics
 from orchestrator.persistence.ledger import Ledger
 from orchestrator.persistence.lock import is_running, only_one
-from orchestrator.persistence.study_folder import CHECKPOINTS, SCRATCH
+from orchestrator.persistence.records import ArtifactRecords
+from orchestrator.persistence.study_folder import CACHE, CHECKPOINTS, SCRATCH, StudyFolder
 from orchestrator.study.events import CandidateProposed
 from orchestrator.worker import checkpoint_sync
 
@@ -55,7 +56,6 @@ WORTH: dict[Kind, int] = {
 }  # fmt: skip
 """What may go, and the least first; within one rank it is what was used longest ago."""
 
-_CACHE = "cache"
 _GRAPHS = "graphs"
 _UNTOUCHED_SECONDS = 60.0
 """A put that was not touched for so long while no study runs was killed."""
@@ -214,7 +214,7 @@ def inventory(root: Path) -> Inventory:
             f"{root} holds no store; give the folder that `store:` of a study names, such as runs"
         )
     store = open_store(str(root))
-    tenants = [_tenant(file.parent) for file in sorted(root.glob("*/ledger.db"))]
+    tenants = [_tenant(file.parent) for file in sorted(root.glob(f"*/{StudyFolder(root).ledger.name}"))]
     running = any(tenant.running for tenant in tenants)
     sweep = partial(store.sweep, _UNTOUCHED_SECONDS)
     held = store.holdings()
@@ -222,26 +222,26 @@ def inventory(root: Path) -> Inventory:
         *_artifacts(store, held.artifacts, tenants),
         Item("unfinished", "tmp", held.unfinished_bytes, remove=None if running else sweep),
         Item("records", "records", held.records_bytes, number=held.records),
-        *_cached(root / _CACHE, tenants),
+        *_cached(root / CACHE, tenants),
     ]
     for place in sorted(root.iterdir()):
         tenant = next((one for one in tenants if one.folder == place), None)
         if tenant is not None:
             items += _of_study(tenant)
-        elif place.name not in (*LocalStore.FOLDERS, _CACHE):
+        elif place.name not in (*LocalStore.FOLDERS, CACHE):
             items.append(Item("files", place.name, _size(place)))
     return Inventory(tenants, items)
 
 
 def _tenant(folder: Path) -> StudyUsage:
-    front = _json(folder / "front.json")
+    front = _json(StudyFolder(folder).front)
     members = frozenset(member["id"] for member in front.get("members", []))
     running = is_running(folder)
     return StudyUsage(folder, running, members, _needs(folder) if running else frozenset())
 
 
 def _needs(folder: Path) -> frozenset[str] | None:
-    ledger = Ledger(folder / "ledger.db", read_only=True)
+    ledger = Ledger(StudyFolder(folder).ledger, read_only=True)
     try:
         proposed = [event.recipe for _, event in ledger.events() if isinstance(event, CandidateProposed)]
     except ValueError:  # another version of slimfront runs it
@@ -255,8 +255,10 @@ def _artifacts(
     store: ArtifactStore, held: Sequence[StoredArtifact], tenants: Sequence[StudyUsage]
 ) -> Iterator[Item]:
     names: dict[str, list[str]] = {}
-    for key in store.records("artifacts/"):
-        names.setdefault((store.record(key) or {}).get("digest", ""), []).append(key.partition("/")[2])
+    records = ArtifactRecords(store)
+    for id in records.recipe_ids():
+        ref = records.named(id)
+        names.setdefault("" if ref is None else ref.digest, []).append(id)
     originals, measured = _measured(store)
     members = frozenset(id for tenant in tenants for id in tenant.members)
     running = any(tenant.running for tenant in tenants)
@@ -279,21 +281,18 @@ def _artifacts(
 def _measured(store: ArtifactStore) -> tuple[set[str], set[str]]:
     """The digests of the originals, and of all that was measured."""
     originals, measured = set(), set()
-    for key in store.records("results/"):
-        record = store.record(key)
-        if record is None:
-            continue
-        if not record["recipe"]["steps"]:
-            originals.add(record["result"]["artifact"])
-        if record["meters"]:
-            measured.add(record["result"]["artifact"])
+    for result in ArtifactRecords(store).results():
+        if not result.techniques:
+            originals.add(result.artifact)
+        if result.meters:
+            measured.add(result.artifact)
     return originals, measured
 
 
 def _remove_artifact(store: ArtifactStore, held: StoredArtifact, ids: Sequence[str]) -> None:
     # Killed between the two, an artifact that nobody names is left, which is what goes first next time.
     for id in ids:
-        store.forget(f"artifacts/{id}")
+        ArtifactRecords(store).forget(id)
     store.remove(held.ref)
 
 
@@ -310,7 +309,7 @@ def _cached(cache: Path, tenants: Sequence[StudyUsage]) -> Iterator[Item]:
     for left in graphs.iterdir() if graphs.is_dir() else ():
         if left.is_dir():  # where one was written
             emptied = None if running else partial(shutil.rmtree, left, ignore_errors=True)
-            yield Item("scratch", f"{_CACHE}/{_GRAPHS}/{left.name}", _size(left), remove=emptied)
+            yield Item("scratch", f"{CACHE}/{_GRAPHS}/{left.name}", _size(left), remove=emptied)
 
 
 def _of_study(tenant: StudyUsage) -> Iterator[Item]:

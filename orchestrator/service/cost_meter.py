@@ -1,4 +1,4 @@
-"""Accounts: counts the nodes that are up while a study runs, asks what they cost, and keeps the bill in the ledger."""
+"""Measure the cost of a study: count the nodes that are up, look up their prices, keep the bill in the ledger."""
 
 from __future__ import annotations
 
@@ -14,22 +14,21 @@ from orchestrator.study.budget import Bill, Budget, Nodes, allowance, given_pric
 from orchestrator.study.events import BudgetAllowance
 
 NOTED = "bill"
-"""The ledger's note."""
+"""The key of the bill in the ledger."""
 COUNT_SECONDS = 5.0
-"""How often nodes are counted: so much, at most, of what was used is forgotten with a process that is killed."""
+"""How often nodes are counted: at most this much of the usage is lost with a killed process."""
 
 
 def noted_bill(ledger: Ledger) -> Bill:
-    """What a study has used, as its ledger has it."""
+    """The bill of a study as its ledger has it."""
     noted = ledger.noted(NOTED)
     return Bill() if noted is None else Bill.from_dict(json.loads(noted))
 
 
 class CostMeter:
-    """One process's part of a study's bill, on top of what processes before it used.
+    """The bill of a study, which one process continues from the bill of earlier processes.
 
-    Until nodes are counted again, as many are taken to be up as were counted last. price_per_hour: of every node,
-    where the study's file gives one; else each kind's price is asked for when such a node is first seen.
+    Between two counts, as many nodes are assumed to be up as were counted last.
     """
 
     def __init__(
@@ -41,6 +40,7 @@ class CostMeter:
         clock: Callable[[], float] = time.monotonic,
         ask: Callable[[NodeType], Price | None] = price_of,
     ) -> None:
+        """price_per_hour: of every node; None to ask for the price of each kind of node when it is first counted."""
         self.budget = budget
         self._ledger = ledger
         self._executor = executor
@@ -54,19 +54,19 @@ class CostMeter:
         self.count()
 
     def turn(self) -> bool:
-        """Count the nodes if it is time to; whether it was."""
+        """Count the nodes if the last count is too old. Returns whether it did."""
         due = self._clock() - self._counted_at >= COUNT_SECONDS
         if due:
             self.count()
         return due
 
     def count(self) -> None:
-        """Bring the bill up to date and note it."""
-        up = self._executor.nodes()
-        self._note([replace(self._price(kind), up=count) for kind, count in up.items()])
+        """Count the nodes and update the bill."""
+        counts = self._executor.nodes()
+        self._note([replace(self._price(kind), up=count) for kind, count in counts.items()])
 
     def settle(self) -> None:
-        """Note what was used until now, with the nodes that were counted last: the cluster may be gone."""
+        """Update the bill with the nodes of the last count: the cluster may be gone already."""
         self._note(self.bill.nodes)
 
     def _note(self, up: Sequence[Nodes]) -> None:
@@ -76,16 +76,16 @@ class CostMeter:
         self._ledger.note(NOTED, json.dumps(self.bill.to_dict()))
 
     def granted(self, seconds_to_finish: float) -> BudgetAllowance:
-        """What the budget allows now; see `budget.granted`."""
+        """The work that the budget allows now (`budget.allowance`)."""
         return allowance(self.budget, self.bill, seconds_to_finish)
 
     def _price(self, kind: NodeType) -> Nodes:
-        """Nodes of this kind with their price, none of them up."""
+        """Nodes of this kind with their price, and a count of 0."""
         if kind not in self._priced:
-            self._priced[kind] = self._asked(kind)
+            self._priced[kind] = self._look_up_price(kind)
         return self._priced[kind]
 
-    def _asked(self, kind: NodeType) -> Nodes:
+    def _look_up_price(self, kind: NodeType) -> Nodes:
         if self._price_per_hour is not None:
             return Nodes(str(kind), **given_price(self._price_per_hour))
         price = self._ask(kind)

@@ -1,4 +1,4 @@
-"""Launch: put a prepared study together with its executor, store, ledger and tracker, run it, write what came out."""
+"""Launch a prepared study: connect it to its executor, store, ledger and tracker, run it, and publish its results."""
 
 from __future__ import annotations
 
@@ -19,14 +19,18 @@ from orchestrator import search
 from orchestrator.persistence.atomic_files import write_json, write_whole
 from orchestrator.persistence.ledger import Ledger
 from orchestrator.persistence.lock import only_one
-from orchestrator.persistence.study_folder import CACHE, CHECKPOINTS, MATERIALS, SCRATCH, home, note_store
-from orchestrator.planning.job_resources import slots_of
-from orchestrator.planning.prepare import FIRST_RUNG_BEFORE, Prepared, rungs_of
+from orchestrator.persistence.study_folder import StudyFolder, home
+from orchestrator.planning.candidates import KnownMetrics
+from orchestrator.planning.cost import CostModel
+from orchestrator.planning.initial_design import initial_design
+from orchestrator.planning.job_resources import local_slots, sharing_of
+from orchestrator.planning.prepared_study import PreparedStudy
+from orchestrator.planning.study_meters import FIRST_RUNG_OF_OLD_STUDIES, rungs_of
 from orchestrator.publishing.report import report_html
 from orchestrator.service.cost_meter import CostMeter
 from orchestrator.service.fit_predictors import fit_predictors
 from orchestrator.service.loop import Service, Work, replay
-from orchestrator.service.monitor import Show, StudyMonitor, standings_json
+from orchestrator.service.monitor import Show, StudyMonitor, standings_of
 from orchestrator.study.budget import lines
 from orchestrator.study.results import Results
 from orchestrator.study.study import Study
@@ -41,153 +45,183 @@ class OtherStudyError(ValueError):
 
 
 def launch(
-    prepared: Prepared,
+    prepared: PreparedStudy,
     show: Show,
     overrides: tuple[str, ...] = (),
     executor: Executor | None = None,
     do: Work | None = None,
 ) -> Results:
-    """Run the study to its end, or on from where it was left; returns what it found.
+    """Run a study to its end, from its beginning or from the point at which an earlier process stopped.
 
-    executor and do are Ray on this machine and the real work, unless a test gives others.
-    Raises OtherStudy, and BlockingIOError where another process runs this study.
+    executor and do: Ray and the real work by default; tests pass others.
+    Raises OtherStudyError, and BlockingIOError if another process runs this study.
     """
-    folder = prepared.folder
-    with only_one(folder):
-        shutil.rmtree(folder / SCRATCH, ignore_errors=True)  # what a killed process left half done
-        ledger = Ledger(folder / "ledger.db")
-        _claim(ledger, prepared, overrides)
+    with only_one(prepared.folder.path):
+        ledger = _claim_folder(prepared, overrides)
         prepare_store(prepared.config.store)
-        tracker = _tracker(prepared)
-        tracker.start(
-            prepared.config.name,
-            prepared.text,
-            environment(prepared.materials.target),
-            prepared.plan.objectives,
-        )
-        cluster = prepared.config.cluster
-        # How many a cluster has its Ray knows; this machine is only one of it.
-        slots = None if cluster.address and cluster.slots == "auto" else slots_of(prepared.config)
-        leases = {} if cluster.stall_seconds is None else {STALL_SECONDS: str(cluster.stall_seconds)}
-        running = executor or RayExecutor(
-            slots,
-            cluster.memory_gib,
-            address=cluster.address,
-            env=leases,
-            start_seconds=cluster.start_seconds,
-        )
-        with closing(ledger), closing(running), _interruptible():
-            account = CostMeter(ledger, running, prepared.budget, cluster.price_per_hour)
-            prepared = fit_predictors(_as_begun(prepared, ledger), ledger, running)
+        tracker = _start_tracking(prepared)
+        executor = executor or _start_ray(prepared)
+        with closing(ledger), closing(executor), _sigterm_interrupts():
+            meter = CostMeter(ledger, executor, prepared.budget, prepared.config.cluster.price_per_hour)
+            prepared = _restore_rungs(prepared, ledger)
+            prepared = fit_predictors(prepared, ledger, executor)
             study = Study(prepared.plan)
+            costs = CostModel.of(prepared)
+            known = KnownMetrics(prepared, costs, study)
             searching = search.make(
                 prepared.config.search.algorithm,
                 prepared.space.knobs(),
                 prepared.plan.objectives,
-                lambda choices: prepared.known(choices, study),
+                known,
                 prepared.config.search.seed,
-                prepared.opening(),
+                initial_design(prepared, KnownMetrics(prepared, costs)),
             )
             replay(study, ledger, searching)
-            watch = StudyMonitor(prepared, study, show, account)
-            work_on = do or _work(prepared)
+            monitor = StudyMonitor(prepared, study, show, meter)
+            service = Service(
+                study, prepared, costs, searching, executor, ledger, tracker,
+                do or _work(prepared), monitor, meter,
+            )  # fmt: skip
             try:
-                Service(study, prepared, searching, running, ledger, tracker, work_on, watch, account).run()
+                service.run()
             finally:
-                account.settle()
-                watch.write(study)
-        for left in (CHECKPOINTS, SCRATCH):  # of work that was given up
-            shutil.rmtree(folder / left, ignore_errors=True)
-        _forget_trainings(prepared, study)
-        results = standings_json(prepared, study).results()
-        said = [*lines(account.bill, account.budget), *_ended_by_budget(study)]
-        page = report_html(results, prepared.text, study.savings, said)
-        write_whole(folder / "report.html", page)
-        tracker.finish(results, page, account.bill.totals)
-        return results
+                meter.settle()
+                monitor.write(study)
+        _remove_abandoned_work(prepared, study)
+        return _publish(prepared, study, meter, tracker)
 
 
-def _ended_by_budget(study: Study) -> list[str]:
-    """What the budget kept from being done, in words."""
-    if study.granted.reason is None:
-        return []
-    short = [
-        (study.allowed - study.proposed, "candidates were not tried"),
-        (study.waiting, "of those proposed were not measured"),
-        (study.untimed, "that may be on the front were not timed"),
-    ]
-    counts = ", ".join(f"{count} {what}" for count, what in short if count)
-    return [f"It ended early: {study.granted.reason}{f'; {counts}' if counts else ''}."]
-
-
-@contextmanager
-def _interruptible() -> Iterator[None]:
-    """Let SIGTERM end a study as Ctrl-C does. Ray takes the signal when it starts, so this comes after it."""
-
-    def interrupt(signum: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _claim(ledger: Ledger, prepared: Prepared, overrides: tuple[str, ...]) -> None:
-    """Make sure that the folder is new or holds this very study, and note down how to resume it."""
-    held = ledger.noted("digest")
-    if held is not None and held != prepared.digest:
+def _claim_folder(prepared: PreparedStudy, overrides: tuple[str, ...]) -> Ledger:
+    """Open the ledger of a folder that is new or holds this very study, and write the files from which it resumes."""
+    folder = prepared.folder
+    shutil.rmtree(folder.scratch, ignore_errors=True)  # unfinished files of a killed process
+    ledger = Ledger(folder.ledger)
+    claimed = ledger.noted("digest")
+    if claimed is not None and claimed != prepared.digest:
         raise OtherStudyError(
-            f"{prepared.folder} holds a study with another model, data, space or objectives; give this one "
+            f"{folder} holds a study with another model, data, space or objectives; give this one "
             f"another name (name=…), or remove that folder"
         )
     ledger.note("digest", prepared.digest)
     ledger.note("overrides", json.dumps(overrides))
-    write_whole(prepared.folder / "study.yaml", prepared.text)
-    note_store(prepared.folder, prepared.config.store)
-    write_json(prepared.folder / MATERIALS, dataclasses.asdict(prepared.materials))
+    write_whole(folder.study_file, prepared.text)
+    folder.note_store(prepared.config.store)
+    write_json(folder.materials, dataclasses.asdict(prepared.materials))
+    return ledger
 
 
-def _as_begun(prepared: Prepared, ledger: Ledger) -> Prepared:
-    """With the rungs that the study began with, if it does not name its own: they are part of its jobs' names."""
+def _start_tracking(prepared: PreparedStudy) -> Tracker:
+    config = prepared.config
+    tracker: Tracker = NoTracker()
+    if config.tracking.uri != "none":
+        uri = config.tracking.uri or f"sqlite:///{prepared.folder.tracking_database}"
+        url_of = functools.partial(artifact_url, _store_address(prepared))
+        tracker = MLflowTracker(uri, prepared.folder.outbox, url_of)
+    tracker.start(
+        config.name, prepared.text, environment(prepared.materials.target), prepared.plan.objectives
+    )
+    return tracker
+
+
+def _start_ray(prepared: PreparedStudy) -> Executor:
+    cluster = prepared.config.cluster
+    # Ray knows the slots of a cluster; this machine is only one of its nodes.
+    slots = None if cluster.address and cluster.slots == "auto" else local_slots(prepared.config)
+    environment_variables = {}
+    if cluster.stall_seconds is not None:
+        environment_variables[STALL_SECONDS] = str(cluster.stall_seconds)
+    return RayExecutor(
+        slots,
+        cluster.memory_gib,
+        address=cluster.address,
+        env=environment_variables,
+        start_seconds=cluster.start_seconds,
+    )
+
+
+def _restore_rungs(prepared: PreparedStudy, ledger: Ledger) -> PreparedStudy:
+    """The study with the rungs with which it began, unless its file states rungs: they are a part of its job ids."""
     if prepared.config.search.rungs != "auto":
         return prepared
     noted = ledger.noted("rungs")
     if noted is None:
-        rungs, plan = prepared.plan.rungs, prepared.plan
-        if next(ledger.events(), None) is not None:
+        plan, rungs = prepared.plan, prepared.plan.rungs
+        began_earlier = next(ledger.events(), None) is not None
+        if began_earlier:
             names = (*plan.meters, *plan.timers)
-            rungs = rungs_of(prepared.config, prepared.materials, names, FIRST_RUNG_BEFORE)
+            rungs = rungs_of(prepared.config, prepared.materials, names, FIRST_RUNG_OF_OLD_STUDIES)
         noted = json.dumps(rungs)
         ledger.note("rungs", noted)
-    return dataclasses.replace(
-        prepared, plan=dataclasses.replace(prepared.plan, rungs=tuple(json.loads(noted)))
+    plan = dataclasses.replace(prepared.plan, rungs=tuple(json.loads(noted)))
+    return dataclasses.replace(prepared, plan=plan)
+
+
+def _work(prepared: PreparedStudy) -> Work:
+    folder = StudyFolder(home(prepared.config.store).resolve() / prepared.config.name)
+    context = WorkerContext(
+        prepared.materials,
+        _store_address(prepared),
+        folder.scratch,
+        folder.cache,
+        sharing_of(prepared.config.cluster),
     )
+    return functools.partial(work, context=context)
 
 
-def _work(prepared: Prepared) -> Work:
-    store, here = prepared.config.store, home(prepared.config.store).resolve()
-    scratch = here / prepared.config.name / SCRATCH
-    address = store if is_remote(store) else str(here)
-    place = WorkerContext(prepared.materials, address, scratch, here / CACHE, prepared.sharing)
-    return functools.partial(work, workplace=place)
-
-
-def _forget_trainings(prepared: Prepared, study: Study) -> None:
-    """Remove the checkpoints that workers left in a store that is elsewhere: of work that was given up."""
-    if is_remote(prepared.config.store):
-        lineages = [candidate.recipe.lineage() for candidate in study.candidates.values()]
-        with suppress(OSError):
-            made = {step.id for lineage in lineages for step in lineage}
-            checkpoint_sync.drop(made, open_store(prepared.config.store))
-
-
-def _tracker(prepared: Prepared) -> Tracker:
-    uri = prepared.config.tracking.uri
-    if uri == "none":
-        return NoTracker()
-    default = f"sqlite:///{home(prepared.config.store).resolve() / 'mlflow.db'}"
+def _store_address(prepared: PreparedStudy) -> str:
+    """The address of the study's store, which holds in any working directory."""
     store = prepared.config.store
-    held = store if is_remote(store) else str(home(store).resolve())
-    return MLflowTracker(uri or default, prepared.folder / "outbox.db", functools.partial(artifact_url, held))
+    return store if is_remote(store) else str(home(store).resolve())
+
+
+def _remove_abandoned_work(prepared: PreparedStudy, study: Study) -> None:
+    """Remove scratch files and checkpoints of work that was given up, on this machine and in a remote store."""
+    for folder in (prepared.folder.checkpoints, prepared.folder.scratch):
+        shutil.rmtree(folder, ignore_errors=True)
+    if not is_remote(prepared.config.store):
+        return
+    recipe_ids: set[str] = set()
+    for candidate in study.candidates.values():
+        recipe_ids.update(step.id for step in candidate.recipe.lineage())
+    with suppress(OSError):
+        checkpoint_sync.drop(recipe_ids, open_store(prepared.config.store))
+
+
+def _publish(prepared: PreparedStudy, study: Study, meter: CostMeter, tracker: Tracker) -> Results:
+    """Write the report, and send the results to the tracker."""
+    results = standings_of(prepared, study).results()
+    remarks = [*lines(meter.bill, meter.budget), *_effects_of_budget(study)]
+    page = report_html(results, prepared.text, study.savings, remarks)
+    write_whole(prepared.folder.report, page)
+    tracker.finish(results, page, meter.bill.totals)
+    return results
+
+
+def _effects_of_budget(study: Study) -> list[str]:
+    """A sentence on the work that was not done because the budget was used up; none if it was not."""
+    if study.granted.reason is None:
+        return []
+    counts = []
+    for count, description in (
+        (study.allowed - study.proposed, "candidates were not tried"),
+        (study.waiting, "of those proposed were not measured"),
+        (study.untimed, "that may be on the front were not timed"),
+    ):
+        if count:
+            counts.append(f"{count} {description}")
+    details = f"; {', '.join(counts)}" if counts else ""
+    return [f"It ended early: {study.granted.reason}{details}."]
+
+
+@contextmanager
+def _sigterm_interrupts() -> Iterator[None]:
+    """Let SIGTERM end a study as Ctrl-C does. Ray sets its own handler when it starts, so this comes later."""
+
+    def interrupt(signum: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)

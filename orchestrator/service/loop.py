@@ -1,17 +1,19 @@
-"""Service: the one loop. Search, Study, Executor, Ledger and Tracker, one event at a time."""
+"""The event loop of a study: it connects search, study, executor, ledger and tracker, one event at a time."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
-from cluster.executors import executor
 from cluster.executors.executor import Executor
+from cluster.executors.task import TaskResult
 from jobs.job import Failure, Job, Outcome
 from orchestrator.persistence.ledger import Ledger
-from orchestrator.persistence.study_folder import CHECKPOINTS
-from orchestrator.planning.prepare import Prepared
+from orchestrator.planning.candidates import propose
+from orchestrator.planning.cost import CostModel
+from orchestrator.planning.job_resources import JobResources
+from orchestrator.planning.prepared_study import PreparedStudy
 from orchestrator.search.search import Search
 from orchestrator.service.cost_meter import CostMeter
 from orchestrator.study.budget import Budget
@@ -36,73 +38,79 @@ from orchestrator.tracking import Tracker
 from orchestrator.worker.work import forget_training
 
 WAIT_SECONDS = 1.0
-"""How long the loop sleeps at most where nothing ends: how often progress is shown."""
+"""The longest wait for a result: how often progress is shown if no job ends."""
 
 DUPLICATES_IN_A_ROW = 200
-"""So many proposals without a new recipe among them, and the space is taken to be exhausted."""
+"""After this many proposals in a row without a new recipe the space is assumed to be exhausted."""
 
 HOPELESS = 0.001
-"""A candidate under way whose chance to add to the front is less is given up. It is asked for after every result, and
-so is below 1 in 100 at some time for too many that would have added to the front (docs/search.md)."""
+"""A running candidate with a lower probability of improving the front is stopped. The probability is computed after
+every result; a limit of 0.01 would stop too many candidates that would have improved the front (docs/search.md)."""
 
 ALLOWED = ("none", "finish_pending", "all")
-"""What a budget may allow, the least first."""
+"""The work that a budget may allow, in increasing order."""
 
 Work = Callable[[Job], Outcome | None]
-"""None is what ranks but the first return."""
+"""Does a job. Ranks other than the first return None."""
 
 
 class Watch(Protocol):
-    """Looks on. What it does takes time from the loop."""
+    """Observes a study. Its calls block the loop."""
 
     def record(self, candidate: Candidate) -> None:
-        """What is known of a candidate now: it ended, or was timed. The study has it already."""
+        """Called when a candidate ended or was timed, after the study has processed it."""
 
     def turn(self, study: Study) -> None:
-        """The loop has gone round once."""
+        """Called once in each iteration of the loop."""
 
 
 @dataclass
 class Service:
-    """What one process needs to carry a study on. `work` must pickle. account: None where nobody counts the cost."""
+    """The state that one process needs to run a study."""
 
     study: Study
-    prepared: Prepared
+    prepared: PreparedStudy
+    costs: CostModel
     search: Search
     executor: Executor
     ledger: Ledger
     tracker: Tracker
     work: Work
+    """Must pickle: it is sent to workers."""
     watch: Watch
-    account: CostMeter | None = None
+    meter: CostMeter | None = None
+    """Counts the cost; None if no budget applies."""
+    resources: JobResources = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.resources = JobResources.for_study(self.prepared)
 
     def run(self) -> None:
-        """Carry the study on to its end. Interrupted anywhere, the next `run` of a new process goes on there."""
-        self._take(ServiceStarted(self.executor.slots, self._granted()))
+        """Run the study to its end. If this is interrupted anywhere, `run` of a new process resumes there."""
+        self._take(ServiceStarted(self.executor.slots, self._allowance()))
         while self.study.stage != "done":
-            self._mind_the_budget()
+            self._update_allowance()
             if self.study.slots != self.executor.slots:
                 self._take(SlotsChanged(self.executor.slots))
             self._propose()
-            news = self.executor.wait(WAIT_SECONDS)
-            self._take(*map(_event, news))
-            if news:
-                self._stop()
+            results = self.executor.wait(WAIT_SECONDS)
+            self._take(*map(_attempt_ended, results))
+            if results:
+                self._stop_hopeless_candidates()
             self.watch.turn(self.study)
 
-    def _granted(self) -> BudgetAllowance:
-        """What the budget allows now."""
-        if self.account is None or self.account.budget == Budget():
+    def _allowance(self) -> BudgetAllowance:
+        if self.meter is None or self.meter.budget == Budget():
             return BudgetAllowance()
-        return self.account.granted(self.study.seconds_to_finish)
+        return self.meter.granted(self.study.seconds_to_finish)
 
-    def _mind_the_budget(self) -> None:
-        """Allow less when the budget comes to its end; more only when a process takes the study up."""
-        if self.account is None or not self.account.turn():
+    def _update_allowance(self) -> None:
+        """Reduce the allowed work as the budget is used up. It is increased only when a new process starts."""
+        if self.meter is None or not self.meter.turn():
             return
-        now, before = self._granted(), self.study.granted
-        if ALLOWED.index(now.work) < ALLOWED.index(before.work):
-            self._take(now)
+        allowance = self._allowance()
+        if ALLOWED.index(allowance.work) < ALLOWED.index(self.study.granted.work):
+            self._take(allowance)
 
     def _propose(self) -> None:
         duplicates = 0
@@ -115,40 +123,43 @@ class Service:
             if not asked:
                 self._take(SearchExhausted("every choice of the space was proposed"))
                 return
-            proposal = self.prepared.propose(asked[0])
+            proposal = propose(self.prepared, self.costs, asked[0])
             if proposal.recipe.id not in self.study.candidates:
                 duplicates = 0
                 self._take(proposal)
                 continue
-            # Choices that differ only in the knobs of skipped stages are one candidate: it is told, not counted.
+            # Choices that differ only in knobs of skipped stages make the same candidate. The search receives its
+            # result again; the ledger does not record it, and it does not count as a candidate.
             duplicates += 1
             self._carry_out(self.study.handle(proposal))
             if duplicates >= DUPLICATES_IN_A_ROW:
                 self._take(SearchExhausted(f"{duplicates} proposals in a row brought no new recipe"))
                 return
 
-    def _stop(self) -> None:
-        """Give up who can hardly add to the front any more, by what the search believes now."""
-        awaited = self.study.stoppable
-        if not awaited:
+    def _stop_hopeless_candidates(self) -> None:
+        """Stop the candidates that will hardly improve the front, by the current model of the search."""
+        pending = self.study.stoppable
+        if not pending:
             return
-        chances = self.search.probability_of_improvement([candidate.choices for candidate in awaited])
-        for candidate, chance in zip(awaited, chances, strict=True):
+        chances = self.search.probability_of_improvement([candidate.choices for candidate in pending])
+        for candidate, chance in zip(pending, chances, strict=True):
             if chance < HOPELESS:
                 reason = f"its chance to add to the front was down to {chance:.2%}"
                 self._take(CandidateStopped(candidate.id, reason))
 
     def _take(self, *events: Event) -> None:
-        """Record the events and what is to start because of them, then act: a kill between any two loses nothing. What
-        the study knew of events that were not recorded yet, it forgets with its process."""
+        """Record events and the attempts that they start, then act: a kill at any point loses nothing. State of the
+        study that comes from unrecorded events is lost with its process."""
         if not events:
             return
+        commands: list[Command] = []
         with self.ledger.together():
-            commands = [command for event in events for command in self._decide(event)]
+            for event in events:
+                commands += self._decide(event)
         self._carry_out(commands)
 
     def _decide(self, event: Event) -> list[Command]:
-        """Record one event; what it asks for, with what that starts."""
+        """Record one event. Returns its commands, and those of the attempts that it starts."""
         self.ledger.append(event)
         commands: list[Command] = []
         for command in self.study.handle(event):
@@ -170,26 +181,26 @@ class Service:
                 self.watch.record(command.candidate)
 
     def _run(self, command: Run) -> None:
-        resources = self.prepared.resources(command.job, command.exclusive, self.executor.slots)
+        resources = self.resources.of(command.job, command.exclusive, self.executor.slots)
         key = f"{command.job.id}#{command.attempt}"
         self.executor.submit(key, self.work, command.job, resources=resources)
 
     def _cancel(self, command: Cancel) -> None:
         self.executor.cancel(f"{command.job.id}#{command.attempt}")
-        forget_training(command.job.recipe, self.prepared.folder / CHECKPOINTS, self.prepared.config.store)
+        forget_training(command.job.recipe, self.prepared.folder.checkpoints, self.prepared.config.store)
 
 
-def _event(ended: executor.Ended) -> AttemptEnded:
-    """What the executor reports, as the study takes it."""
-    job_id, _, attempt = ended.key.rpartition("#")
-    outcome = ended.value
-    if ended.error is not None:
-        outcome = Failure("preempted" if ended.preempted else "bug", ended.error)
+def _attempt_ended(result: TaskResult) -> AttemptEnded:
+    """The event for a result of the executor."""
+    job_id, _, attempt = result.key.rpartition("#")
+    outcome = result.value
+    if result.error is not None:
+        outcome = Failure("preempted" if result.preempted else "bug", result.error)
     return AttemptEnded(job_id, int(attempt), outcome)
 
 
 def replay(study: Study, ledger: Ledger, search: Search) -> None:
-    """Bring a new study to where the ledger is, and tell the search of all that has ended."""
+    """Restore a new study from its ledger, and tell the search all results."""
     for _, event in ledger.events():
         for command in study.handle(event):
             if isinstance(command, Tell):

@@ -1,4 +1,4 @@
-"""Keep status.json, front.json and the report up to date while a study runs."""
+"""Keep status.json and front.json up to date while a study runs."""
 
 from __future__ import annotations
 
@@ -8,32 +8,33 @@ from collections.abc import Callable
 
 from orchestrator.pareto.front import Objective
 from orchestrator.persistence.atomic_files import write_json
-from orchestrator.planning.prepare import Prepared
+from orchestrator.planning.prepared_study import PreparedStudy
 from orchestrator.service.cost_meter import CostMeter
-from orchestrator.service.status import Status, ended_of, status_of, write_status
+from orchestrator.service.status import Status, ended_of, status_of
 from orchestrator.study.budget import lines, summary
 from orchestrator.study.candidate import Candidate
 from orchestrator.study.results import Results, Standings, front_json
 from orchestrator.study.study import Study
 
 WRITE_SECONDS = 1.0
-"""How often status and front are written, at most: what a person reads need not be newer. Where there are very
-many candidates it is done more seldom, so that it takes no more than a fiftieth of the time."""
+"""The shortest time between two writes of status and front: a person needs nothing newer."""
+_PAUSE_PER_WRITE = 50
+"""The next pause lasts this many times the last write, so that many candidates cost at most a fiftieth of the time."""
 
 Show = Callable[[Status], None]
 
 
 class StudyMonitor:
-    """Writes status.json and front.json and shows progress, no oftener than people can read."""
+    """Writes status.json and front.json, and shows the status, at most once a second."""
 
-    def __init__(self, prepared: Prepared, study: Study, show: Show, account: CostMeter) -> None:
+    def __init__(self, prepared: PreparedStudy, study: Study, show: Show, meter: CostMeter) -> None:
         self._prepared = prepared
         self._show = show
-        self._account = account
+        self._meter = meter
         self._began = time.time()
         self._ended_before = ended_of(study)
         self._written, self._pause = 0.0, 0.0
-        self._standings = standings_json(prepared, study)
+        self._standings = standings_of(prepared, study)
         self._results: Results | None = None
 
     def record(self, candidate: Candidate) -> None:
@@ -45,28 +46,27 @@ class StudyMonitor:
             self.write(study)
 
     def write(self, study: Study) -> None:
-        """Bring the files up to date; called now and then, and at the very end."""
+        """Write both files and show the status. Called regularly, and at the end."""
         began = time.time()
-        folder = self._prepared.folder
-        judged_by = self._standings.objectives, self._standings.fidelity
-        if judged_by != (_objectives(self._prepared, study), _fidelity(study)):
-            self._standings = standings_json(self._prepared, study)
+        criteria = self._standings.objectives, self._standings.fidelity
+        if criteria != (_objectives(self._prepared, study), _fidelity(study)):
+            self._standings = standings_of(self._prepared, study)
             self._results = None
         if study.original.measurement is not None and self._results is None:
             self._results = self._standings.results()
-            write_json(folder / "front.json", front_json(self._results))
+            write_json(self._prepared.folder.front, front_json(self._results))
         status = self._status(study)
-        write_status(folder, status)
+        write_json(self._prepared.folder.status, dataclasses.asdict(status))
         self._show(status)
         self._written = time.time()
-        self._pause = max(WRITE_SECONDS, 50 * (self._written - began))
+        self._pause = max(WRITE_SECONDS, _PAUSE_PER_WRITE * (self._written - began))
 
     def _status(self, study: Study) -> Status:
         name = self._prepared.config.name
-        found = status_of(name, study, self._results, self._began, self._ended_before)
-        bill, budget = self._account.bill, self._account.budget
+        status = status_of(name, study, self._results, self._began, self._ended_before)
+        bill, budget = self._meter.bill, self._meter.budget
         return dataclasses.replace(
-            found,
+            status,
             node_hours=bill.node_hours,
             cost=bill.money,
             currency=bill.currency,
@@ -75,18 +75,19 @@ class StudyMonitor:
         )
 
 
-def standings_json(prepared: Prepared, study: Study) -> Standings:
+def standings_of(prepared: PreparedStudy, study: Study) -> Standings:
     objectives = _objectives(prepared, study)
     return Standings(prepared.config.name, objectives, study.original.id, study.candidates, _fidelity(study))
 
 
-def _objectives(prepared: Prepared, study: Study) -> list[Objective]:
-    """What results are judged by now. While the search goes on nothing is timed yet: by the other objectives."""
+def _objectives(prepared: PreparedStudy, study: Study) -> list[Objective]:
+    """The objectives by which candidates are compared now. While the search runs, nothing is timed yet and
+    timed objectives do not count."""
     plan = prepared.plan
     untimed = [objective for objective in plan.objectives if objective.metric not in plan.timed]
     return untimed if untimed and study.stage in ("searching", "racing") else list(plan.objectives)
 
 
 def _fidelity(study: Study) -> float:
-    """The share of the evaluation that counts at least: while the search goes on, whatever there is."""
+    """The smallest share of the evaluation that counts now. While the search runs, any share counts."""
     return 0.0 if study.stage in ("searching", "racing") else 1.0

@@ -1,11 +1,10 @@
-"""Progress: how far a study is, on a terminal as a live line, elsewhere as plain lines, and in status.json."""
+"""The status of a study: the content of status.json, and its display on a terminal."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from types import TracebackType
 
 from rich.console import Console
@@ -18,53 +17,67 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
-from orchestrator.persistence.atomic_files import write_json
 from orchestrator.study.results import Results
 from orchestrator.study.study import Study
 
 
 @dataclass(frozen=True)
 class Status:
-    """What `slimfront status` shows. at: seconds since 1970; seconds_left: None where nothing is known yet; exhausted:
-    why the search ended before it had tried as many candidates as it might; to_time: the timings left, at most.
-    node_hours, cost: of the nodes that were up while it ran, in `currency`; spent: the same in words, where there is a
-    price or a budget; bill: with each kind of node and its price."""
+    """The content of status.json."""
 
     study: str
     stage: str
     at: float
+    """The time of this status, in seconds since 1970."""
     candidates: int
+    """The number of candidates that the search may propose."""
     measured: int
     running: int
     failed: int
     over_limit: int
+    """The number of proposals that break a limit by their known size, and were not run."""
     steps_shared: int
+    """The number of steps that were reused from other candidates."""
     front: int
+    """The number of candidates on the front."""
     hypervolume: float | None
     seconds: float
+    """The time since this process started."""
     seconds_left: float | None
+    """The estimated time until the search ends; None while there is no estimate."""
     exhausted: str | None = None
+    """Why the search ended before it proposed all candidates; None if it did not."""
     stopped: int = 0
     timings_left: int = 0
+    """The largest number of timings that may still follow."""
     node_hours: float = 0.0
+    """Of all nodes that were up while the study ran."""
     cost: float | None = None
+    """Of these nodes, in `currency`; None without prices."""
     currency: str = ""
     spent: str = ""
+    """The cost as a phrase; empty without a price or a budget."""
     bill: Sequence[str] = ()
+    """The cost as lines, one for each kind of node."""
 
     @property
     def ended(self) -> int:
-        """How many candidates nothing more will come of, but for timings."""
+        """The number of candidates that are finished, except for timings."""
         return self.measured + self.failed + self.stopped
 
 
 def status_of(name: str, study: Study, results: Results | None, began: float, ended_before: int) -> Status:
-    """The status now. Time left is judged by the candidates that ended since this process took over."""
+    """The status now. The remaining time is estimated from the candidates that ended since this process started.
+
+    began: in seconds since 1970; ended_before: the number of candidates that ended before.
+    """
     states = study.states
     ended = ended_of(study)
     elapsed = time.time() - began
-    since = ended - ended_before
-    left = max(0, study.allowed + 1 - ended)
+    ended_since = ended - ended_before
+    seconds_left = None
+    if ended_since > 0 and study.stage == "searching":
+        seconds_left = elapsed / ended_since * max(0, study.allowed + 1 - ended)
     return Status(
         study=name,
         stage=study.stage,
@@ -78,7 +91,7 @@ def status_of(name: str, study: Study, results: Results | None, began: float, en
         front=0 if results is None else len(results.members),
         hypervolume=None if results is None else results.hypervolume,
         seconds=elapsed,
-        seconds_left=elapsed / since * left if since > 0 and study.stage == "searching" else None,
+        seconds_left=seconds_left,
         exhausted=study.exhausted,
         stopped=states["stopped"],
         timings_left=study.timings_left,
@@ -90,12 +103,8 @@ def ended_of(study: Study) -> int:
     return study.states["measured"] + study.states["failed"] + study.states["stopped"]
 
 
-def write_status(folder: Path, status: Status) -> None:
-    write_json(folder / "status.json", asdict(status))
-
-
 class Display:
-    """Shows statuses: one live line on a terminal, one plain line a change elsewhere."""
+    """Shows statuses: as one live line on a terminal, else as one plain line for each change."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -148,7 +157,7 @@ class Display:
 
 
 def line(status: Status) -> str:
-    """The status in a line: what runs, what failed or was stopped, the front, the time left."""
+    """The status as one line: running, failed and stopped candidates, the front, the remaining time."""
     parts = [f"{status.running} running"]
     if status.failed:
         parts.append(f"{status.failed} failed")

@@ -1,4 +1,4 @@
-"""Work: what runs on a worker. Fetch from the store, let `jobs` do it, put back: the one place where both meet."""
+"""Do a job on a worker: fetch from the store, run the job, commit the result. Here `jobs` and `cluster` meet."""
 
 from __future__ import annotations
 
@@ -18,131 +18,155 @@ from cluster.storage.manifest import ArtifactRef
 from cluster.storage.open import is_remote, open_store
 from cluster.storage.store import ArtifactStore
 from jobs import failures, run
-from jobs.job import Failure, Job, Outcome, Success, outcome_from_dict, outcome_to_dict
+from jobs.job import Failure, Job, Outcome, Success
 from jobs.materials import Materials
 from jobs.measurement.measurement import Measurement
 from jobs.parallel import Sharing
 from jobs.progress import JobInterruptedError, Report
 from jobs.recipe import Recipe
+from jobs.run import JobDirs, JobOutput, RankDone, WorkRequest
 from jobs.training import ranks
 from orchestrator.persistence import inputs
-from orchestrator.persistence.records import artifact_of, committed_result, held_artifact, result_key
+from orchestrator.persistence.records import ArtifactRecords
 from orchestrator.persistence.study_folder import CHECKPOINTS, DOWNLOADS
 from orchestrator.worker import checkpoint_sync
 from orchestrator.worker.watchdog import Lease
 
 LEAVING_SECONDS = 5.0
-"""So long work waits that is handed to a machine which is about to go, before it is given back."""
-_PUT_SECONDS = 0.5
-"""How often a rank looks whether the first has put what both have made."""
+"""A job that reaches a machine with a termination notice waits this long before it is returned. The scheduler learns of
+the notice a little later, and would send the job back at once."""
+_POLL_SECONDS = 0.5
+"""How often a rank checks whether the first rank has put the artifact that both have made."""
 
 
 @dataclass(frozen=True)
 class WorkerContext:
-    """What all work of a study shares.
-
-    scratch: where jobs in progress lie, best on the store's file system; it is the study's own. Beside it
-        lie the checkpoints of trainings, which outlive attempts and a study that was killed.
-    cache: where statistics lie that any study's jobs may share.
-    sharing: how trainings are spread over ranks.
-    """
+    """The settings that all jobs of a study share on one machine."""
 
     materials: Materials
     store: str
+    """The address of the store."""
     scratch: Path
+    """The study's folder for jobs in progress, best on the store's file system."""
     cache: Path
+    """The folder of statistics that the jobs of all studies share."""
     sharing: Sharing = field(default_factory=Sharing)
+    """How trainings are spread over ranks."""
+
+    @property
+    def checkpoints(self) -> Path:
+        """The study's folder of training checkpoints, which outlive attempts and a killed study."""
+        return self.scratch.with_name(CHECKPOINTS)
+
+    @property
+    def downloads(self) -> Path:
+        """The folder of copies of artifacts, if the store is remote."""
+        return self.cache.with_name(DOWNLOADS)
+
+    @property
+    def home(self) -> Path:
+        """The local folder of all studies of the store."""
+        return self.cache.parent
 
 
-def work(job: Job, workplace: WorkerContext) -> Outcome | None:
-    """Do one job, or find it done. Its result exists from the moment its record is committed, and only then.
+def work(job: Job, context: WorkerContext) -> Outcome | None:
+    """Do a job, or find its result. The result exists from the moment its record is committed.
 
-    Any number of attempts may run at once or after each other: the first to commit wins, all return what won. Of
-    several ranks the first returns the outcome; another one returns None, or why it could not go on.
+    Any number of attempts may run at once or in turn: the first to commit wins, and all return its result. Of several
+    ranks the first returns the outcome; another rank returns None, or its own failure.
     """
     lease = Lease()
     try:
-        outcome = _work(job, workplace)
+        outcome = _work(job, context)
     except Exception as error:  # noqa: BLE001 - the worker boundary: failures cross it as data
         outcome = failures.failure(error)
     finally:
         lease.end()
+    if isinstance(outcome, RankDone):
+        return None
     if isinstance(outcome, Success):
-        # For whoever measures on from here, who finds it in the store.
+        # Observations of single items stay in the store, where the next, longer measurement reads them.
         return dataclasses.replace(outcome, measurement=dataclasses.replace(outcome.measurement, observed={}))
-    if outcome is not None and outcome.kind == "disk_full":
-        return dataclasses.replace(outcome, message=f"{outcome.message}; {_cure(workplace)}")
+    if outcome.kind == "disk_full":
+        return dataclasses.replace(outcome, message=f"{outcome.message}; {_advice_for_full_disk(context)}")
     return outcome
 
 
-def rebuild_artifact(recipe: Recipe, workplace: WorkerContext) -> ArtifactRef:
-    """Where this recipe's model is held; what was removed of its lineage is made again. RuntimeError if it can't be."""
-    store = open_artifact(workplace)
-    held = artifact_of(recipe, store)
-    if held is not None:
-        return held
-    inputs.bring(workplace.materials, store, workplace.cache.parent)
-    with _scratch(workplace) as scratch:
-        outcome = _attempt(Job(recipe, (), ""), workplace, store, Path(scratch))
+def rebuild_artifact(recipe: Recipe, context: WorkerContext) -> ArtifactRef:
+    """The artifact of a recipe. If it was removed it is made again, with its removed ancestors. RuntimeError if that
+    fails."""
+    store = _open(context)
+    existing = ArtifactRecords(store).find(recipe)
+    if existing is not None:
+        return existing
+    inputs.bring(context.materials, store, context.home)
+    with _scratch(context) as scratch:
+        outcome = _attempt(Job(recipe, (), ""), context, store, Path(scratch))
     if isinstance(outcome, Failure):
         raise RuntimeError(f"{recipe} could not be made again: {outcome.message}")
-    assert outcome is not None  # a single process does this
+    assert isinstance(outcome, Success)  # this process is the only rank
     return ArtifactRef(outcome.artifact, outcome.size_bytes)
 
 
-def open_artifact(workplace: WorkerContext) -> ArtifactStore:
-    """The store, with copies on this machine where it is elsewhere. One in a bucket is kept: its client takes 0.1 s to
-    make."""
-    downloads = workplace.cache.with_name(DOWNLOADS)
-    opening = _kept_open if is_remote(workplace.store) else open_store
-    return opening(workplace.store, downloads)
+def forget_training(recipe: Recipe, checkpoints: Path, store: str) -> None:
+    """Remove the checkpoints of a training that no attempt will resume, from the study's folder of checkpoints and from
+    its store. If the store cannot be reached they are removed when the study ends."""
+    shutil.rmtree(checkpoints / recipe.id, ignore_errors=True)
+    if _uses_stored_checkpoints(recipe, store):
+        with contextlib.suppress(OSError):
+            checkpoint_sync.drop({recipe.id}, _cached_store(store, None))
+
+
+def _open(context: WorkerContext) -> ArtifactStore:
+    """The store. If it is remote, artifacts are copied to this machine, and the open store is kept: its client takes
+    0.1 s to create."""
+    if is_remote(context.store):
+        return _cached_store(context.store, context.downloads)
+    return open_store(context.store, context.downloads)
 
 
 @functools.lru_cache(2)
-def _kept_open(address: str, downloads: Path | None) -> ArtifactStore:
+def _cached_store(address: str, downloads: Path | None) -> ArtifactStore:
     return open_store(address, downloads)
 
 
-def _cure(workplace: WorkerContext) -> str:
-    full = "a disk is full: make room, then resume the study"
-    if is_remote(workplace.store):
-        return f"{full}. {workplace.cache.parent} holds what is kept here; cache_gb of the store's address bounds it"
-    return f"{full}. `slimfront store {workplace.store} --trim SIZE` removes what can be made again"
+def _advice_for_full_disk(context: WorkerContext) -> str:
+    advice = "a disk is full: make room, then resume the study"
+    if is_remote(context.store):
+        return f"{advice}. {context.home} holds the local copies; cache_gb of the store's address limits their size"
+    return f"{advice}. `slimfront store {context.store} --trim SIZE` removes artifacts that can be made again"
 
 
-def _work(job: Job, workplace: WorkerContext) -> Outcome | None:
-    store = open_artifact(workplace)
-    # Only the first rank looks whether there is anything to do: if there is, all must take part.
-    done = store.record(result_key(job)) if ranks.here().first else None
-    if done is not None:
-        return _found(outcome_from_dict(done["result"]))
+def _work(job: Job, context: WorkerContext) -> Outcome | RankDone:
+    store = _open(context)
+    records = ArtifactRecords(store)
+    if ranks.here().first:  # if this rank finds no result, all ranks must take part
+        existing = records.result(job)
+        if existing is not None:
+            return dataclasses.replace(existing, found=True) if isinstance(existing, Success) else existing
     if latest_notice() is not None:
-        # Who hands out work learns of the notice too, a little later: until then it would come back at once.
         time.sleep(LEAVING_SECONDS)
         _stop_at_notice()
-    inputs.bring(workplace.materials, store, workplace.cache.parent)
-    with _scratch(workplace) as scratch:
-        outcome = _attempt(job, workplace, store, Path(scratch))
+    inputs.bring(context.materials, store, context.home)
+    with _scratch(context) as scratch:
+        outcome = _attempt(job, context, store, Path(scratch))
     if not isinstance(outcome, Success):
-        return outcome  # another attempt may go better: only results are committed
-    record = {"result": outcome_to_dict(outcome), "recipe": job.recipe.to_dict(), "meters": list(job.meters)}
-    if store.commit(result_key(job), record):
-        return outcome
-    return outcome_from_dict(committed_result(store, result_key(job))["result"])
+        return outcome  # another attempt may succeed: only results are committed
+    return records.commit_result(job, outcome)
 
 
-def _scratch(workplace: WorkerContext) -> tempfile.TemporaryDirectory[str]:
-    """A folder of this process; what others that are gone left on this machine, killed half way, is removed."""
-    workplace.scratch.mkdir(parents=True, exist_ok=True)
+def _scratch(context: WorkerContext) -> tempfile.TemporaryDirectory[str]:
+    """A temporary folder of this process. Folders of processes of this machine that no longer exist are removed."""
+    context.scratch.mkdir(parents=True, exist_ok=True)
     machine = socket.gethostname()
-    for left in workplace.scratch.iterdir():
-        name = left.name.split("~")
-        if len(name) == 3 and name[0] == machine and not _runs(int(name[1])):
-            shutil.rmtree(left, ignore_errors=True)
-    return tempfile.TemporaryDirectory(prefix=f"{machine}~{os.getpid()}~", dir=workplace.scratch)
+    for folder in context.scratch.iterdir():
+        parts = folder.name.split("~")
+        if len(parts) == 3 and parts[0] == machine and not _process_exists(int(parts[1])):
+            shutil.rmtree(folder, ignore_errors=True)
+    return tempfile.TemporaryDirectory(prefix=f"{machine}~{os.getpid()}~", dir=context.scratch)
 
 
-def _runs(process: int) -> bool:
+def _process_exists(process: int) -> bool:
     try:
         os.kill(process, 0)
     except ProcessLookupError:
@@ -152,68 +176,141 @@ def _runs(process: int) -> bool:
     return True
 
 
-def _found(outcome: Outcome) -> Outcome:
-    return dataclasses.replace(outcome, found=True) if isinstance(outcome, Success) else outcome
+@dataclass(frozen=True)
+class _LocalArtifact:
+    """An artifact of the store, and a folder of this machine that holds its files."""
+
+    ref: ArtifactRef
+    folder: Path
+    output: JobOutput | None = None
+    """The output of the job that made it; None if it was fetched."""
 
 
-def _attempt(job: Job, workplace: WorkerContext, store: ArtifactStore, scratch: Path) -> Outcome | None:
-    outcome = _done(job, workplace, store, scratch)
-    if outcome is None:
-        return None
-    if isinstance(outcome, Success) or outcome.kind in ("invalid", "diverged"):
-        # No other attempt will follow.
-        forget_training(job.recipe, workplace.scratch.with_name(CHECKPOINTS), workplace.store)
+def _attempt(job: Job, context: WorkerContext, store: ArtifactStore, scratch: Path) -> Outcome | RankDone:
+    """Fetch or make the artifact of a job's recipe, then measure it."""
+    artifact = _fetched(job.recipe, store, scratch) if ranks.here().first else None
+    if artifact is None:
+        made = _make(job.recipe, context, store, scratch)
+        if not isinstance(made, _LocalArtifact):
+            _forget_after(made, job.recipe, context)
+            return made
+        artifact = made
+    if artifact.output is not None and not job.meters:
+        outcome: Outcome = _success(artifact, artifact.output)
+    else:
+        measured = _measure(job, context, store, artifact, scratch)
+        if not isinstance(measured, JobOutput):
+            _forget_after(measured, job.recipe, context)
+            return measured
+        outcome = _success(artifact, artifact.output or measured)
+        outcome = dataclasses.replace(outcome, measurement=measured.measurement)
+    _forget_after(outcome, job.recipe, context)
     return outcome
 
 
-def _done(job: Job, workplace: WorkerContext, store: ArtifactStore, scratch: Path) -> Outcome | None:
-    scratch.mkdir(exist_ok=True)
-    built = _fetched(job.recipe, store, scratch / "built") if ranks.here().first else None
-    if built is not None:
-        return _measured(job, workplace, store, built, scratch)
-    parent = _parent(job, workplace, store, scratch)
-    if isinstance(parent, Failure):
-        return parent
-    made = _made(job.recipe, workplace, parent, scratch)
-    if made is None or isinstance(made, Failure):
-        return made
-    # Put before it is measured: an interruption of that does not undo what was made.
-    ref = store.put(scratch / "made")
-    if held_artifact(job.recipe, ref, store) != ref:
-        # Somebody else's copy of this model came first and differs in its last bits: what counts is
-        # measured on the copy that counts.
-        return _attempt(job, workplace, store, scratch / "again")
-    success = Success(ref.digest, ref.size_bytes, made.measurement, made.seconds, made.saved_seconds)
-    if not job.meters:
-        return success
-    outcome = _measured(job, workplace, store, _Fetched(ref, scratch / "made"), scratch)
-    if not isinstance(outcome, Success):
-        return outcome
-    return dataclasses.replace(success, measurement=outcome.measurement)
-
-
-def _made(
-    recipe: Recipe, workplace: WorkerContext, parent: _Fetched | None, scratch: Path
-) -> run.JobOutput | Failure | None:
-    """Make the recipe's model from its parent's, in `scratch / "made"`. A training goes on from where another attempt
-    left it, wherever that was. None on ranks that are not the first."""
-    folder = _checkpoints(recipe, workplace)
-    sending = None
-    if _travels(recipe, workplace.store) and ranks.here().first:
-        store = _kept_open(workplace.store, None)
-        checkpoint_sync.bring(recipe.id, store, folder)
-        sending = checkpoint_sync.Sending(recipe.id, store, folder, scratch)
-    made = run.attempt(
-        Job(recipe, (), ""),
-        workplace.materials,
-        parent=None if parent is None else parent.folder,
-        built=None,
-        folder=scratch / "made",
-        cache=workplace.cache,
-        report=_reporting(sending),
-        checkpoints=folder,
-        sharing=workplace.sharing,
+def _success(artifact: _LocalArtifact, output: JobOutput) -> Success:
+    return Success(
+        artifact.ref.digest, artifact.ref.size_bytes, output.measurement, output.seconds, output.saved_seconds
     )
+
+
+def _forget_after(outcome: object, recipe: Recipe, context: WorkerContext) -> None:
+    """Remove the checkpoints of a recipe if no attempt will follow this outcome."""
+    is_final_failure = isinstance(outcome, Failure) and outcome.kind in ("invalid", "diverged")
+    if is_final_failure or isinstance(outcome, Success | _LocalArtifact):
+        forget_training(recipe, context.checkpoints, context.store)
+
+
+def _make(
+    recipe: Recipe, context: WorkerContext, store: ArtifactStore, scratch: Path
+) -> _LocalArtifact | Failure | RankDone:
+    """Make the artifact of a recipe. Ancestors that were removed from the store are made first, the oldest first."""
+    ancestors, parent = _missing_ancestors(recipe, store, scratch)
+    for ancestor in ancestors:
+        made = _make_step(ancestor, parent, context, store, scratch)
+        _forget_after(made, ancestor, context)
+        if isinstance(made, Failure):
+            return dataclasses.replace(made, message=f"{ancestor} could not be made again: {made.message}")
+        if isinstance(made, RankDone):
+            if made.interrupted:
+                return made
+            made = _wait_for(ancestor, store, scratch)
+        if parent is not None:
+            shutil.rmtree(parent.folder, ignore_errors=True)
+        parent = made
+    return _make_step(recipe, parent, context, store, scratch)
+
+
+def _missing_ancestors(
+    recipe: Recipe, store: ArtifactStore, scratch: Path
+) -> tuple[list[Recipe], _LocalArtifact | None]:
+    """The ancestors without an artifact, the oldest first; and the artifact of the ancestor before them, fetched. None
+    if they begin with the original."""
+    missing: list[Recipe] = []
+    ancestor = recipe.parent
+    while ancestor is not None:
+        artifact = _fetched(ancestor, store, scratch)
+        if artifact is not None:
+            return missing, artifact
+        missing.insert(0, ancestor)
+        ancestor = ancestor.parent
+    return missing, None
+
+
+def _wait_for(recipe: Recipe, store: ArtifactStore, scratch: Path) -> _LocalArtifact:
+    """The artifact that the first rank is about to put."""
+    while True:
+        artifact = _fetched(recipe, store, scratch)
+        if artifact is not None:
+            return artifact
+        time.sleep(_POLL_SECONDS)
+
+
+def _make_step(
+    recipe: Recipe,
+    parent: _LocalArtifact | None,
+    context: WorkerContext,
+    store: ArtifactStore,
+    scratch: Path,
+) -> _LocalArtifact | Failure | RankDone:
+    """Make the artifact of a recipe from its parent's, and put it into the store. It is put before it is measured, so
+    that an interruption of the measurement does not lose it."""
+    folder = scratch / f"made-{recipe.id}"
+    made = _run_step(recipe, parent, context, folder)
+    if not isinstance(made, JobOutput):
+        return made
+    ref = store.put(folder)
+    committed = ArtifactRecords(store).commit(recipe, ref)
+    if committed == ref:
+        return _LocalArtifact(ref, folder, made)
+    # Another attempt committed its copy of this model first, and the copies differ in their last bits: only the
+    # committed copy is measured.
+    shutil.rmtree(folder, ignore_errors=True)
+    artifact = _fetched(recipe, store, scratch)
+    if artifact is None:  # removed in the meantime
+        return _make_step(recipe, parent, context, store, scratch)
+    return artifact
+
+
+def _run_step(
+    recipe: Recipe, parent: _LocalArtifact | None, context: WorkerContext, folder: Path
+) -> JobOutput | Failure | RankDone:
+    """Make the model of a recipe in `folder`. A training resumes from the checkpoint of another attempt, whichever
+    machine wrote it."""
+    checkpoints = context.checkpoints / recipe.id
+    sending = None
+    if _uses_stored_checkpoints(recipe, context.store) and ranks.here().first:
+        store = _cached_store(context.store, None)
+        checkpoint_sync.bring(recipe.id, store, checkpoints)
+        sending = checkpoint_sync.Sending(recipe.id, store, checkpoints, folder.parent)
+    request = WorkRequest(
+        Job(recipe, (), ""),
+        context.materials,
+        JobDirs(folder, context.cache, checkpoints),
+        parent=None if parent is None else parent.folder,
+        sharing=context.sharing,
+    )
+    made = run.attempt(request, _reporting(sending))
     if sending is not None:
         if isinstance(made, Failure) and made.kind == "preempted":
             sending.last()
@@ -222,29 +319,45 @@ def _made(
     return made
 
 
-def _measured(
-    job: Job, workplace: WorkerContext, store: ArtifactStore, built: _Fetched, scratch: Path
-) -> Outcome | None:
-    made = run.attempt(
+def _measure(
+    job: Job, context: WorkerContext, store: ArtifactStore, artifact: _LocalArtifact, scratch: Path
+) -> JobOutput | Failure | RankDone:
+    request = WorkRequest(
         job,
-        workplace.materials,
-        parent=None,
-        built=built.folder,
-        folder=scratch / "measured",
-        cache=workplace.cache,
-        report=_reporting(None),
-        before=_before(job, built.ref, store),
+        context.materials,
+        JobDirs(scratch / "measured", context.cache),
+        built=artifact.folder,
+        previous=_previous_measurement(job, artifact.ref, store),
     )
-    if not isinstance(made, run.JobOutput):
-        return made
-    return Success(built.ref.digest, built.ref.size_bytes, made.measurement, made.seconds)
+    return run.attempt(request, _reporting(None))
+
+
+def _previous_measurement(job: Job, ref: ArtifactRef, store: ArtifactStore) -> Measurement | None:
+    """The measurement of `job.before` on this very artifact; None if there is none."""
+    outcome = None if job.before is None else ArtifactRecords(store).result(job.before)
+    if isinstance(outcome, Success) and outcome.artifact == ref.digest:
+        return outcome.measurement
+    return None
+
+
+def _fetched(recipe: Recipe, store: ArtifactStore, scratch: Path) -> _LocalArtifact | None:
+    """The artifact of a recipe, fetched into a folder of `scratch`; None if the store has none."""
+    ref = ArtifactRecords(store).find(recipe)
+    if ref is None:
+        return None
+    folder = scratch / f"fetched-{recipe.id}"
+    try:
+        store.fetch(ref, folder)
+    except LookupError:  # removed at this moment
+        return None
+    return _LocalArtifact(ref, folder)
 
 
 def _reporting(sending: checkpoint_sync.Sending | None) -> Report:
-    """Stops the job where its machine is to be taken away, and lets checkpoints be sent meanwhile."""
+    """A report that renews the lease of this process, stops the job at a termination notice, and sends checkpoints."""
     lease = Lease()
 
-    def report(share: float, what: str) -> None:
+    def report(share: float, activity: str) -> None:
         lease.renew()
         _stop_at_notice()
         if sending is not None:
@@ -259,68 +372,7 @@ def _stop_at_notice() -> None:
         raise JobInterruptedError(f"{notice.source} takes this machine away")
 
 
-def forget_training(recipe: Recipe, folder: Path, store: str) -> None:
-    """Remove what a training that nobody goes on with would have gone on from, in the folder of a study's checkpoints
-    and in its store. What a store that is out of reach keeps goes when the study ends."""
-    shutil.rmtree(folder / recipe.id, ignore_errors=True)
-    if _travels(recipe, store):
-        with contextlib.suppress(OSError):
-            checkpoint_sync.drop({recipe.id}, _kept_open(store, None))
-
-
-def _travels(recipe: Recipe, store: str) -> bool:
-    """Whether this recipe's checkpoints are put into the store: one in a folder is seen from where they lie anyway."""
+def _uses_stored_checkpoints(recipe: Recipe, store: str) -> bool:
+    """Whether this recipe's checkpoints are put into the store. If the store is a folder, all machines see the study's
+    folder of checkpoints anyway."""
     return is_remote(store) and bool(recipe.steps) and recipe.steps[-1].trains()
-
-
-def _before(job: Job, ref: ArtifactRef, store: ArtifactStore) -> Measurement | None:
-    """What the job before found of this very artifact; None where its result is not there."""
-    record = None if job.before is None else store.record(result_key(job.before))
-    outcome = None if record is None else outcome_from_dict(record["result"])
-    if isinstance(outcome, Success) and outcome.artifact == ref.digest:
-        return outcome.measurement
-    return None
-
-
-@dataclass(frozen=True)
-class _Fetched:
-    """An artifact and the folder that it was fetched into."""
-
-    ref: ArtifactRef
-    folder: Path
-
-
-def _parent(
-    job: Job, workplace: WorkerContext, store: ArtifactStore, scratch: Path
-) -> _Fetched | Failure | None:
-    """The parent's artifact; where it was removed it is made again first, from its own parent. None of the original."""
-    recipe = job.recipe.parent
-    if recipe is None:
-        return None
-    found = _fetched(recipe, store, scratch / "parent")
-    if found is not None:
-        return found
-    step = dataclasses.replace(job, recipe=recipe, meters=())
-    outcome = _attempt(step, workplace, store, scratch / "lineage")
-    shutil.rmtree(scratch / "lineage", ignore_errors=True)
-    if isinstance(outcome, Failure):
-        return dataclasses.replace(outcome, message=f"{recipe} could not be made again: {outcome.message}")
-    while outcome is None and artifact_of(recipe, store) is None:
-        time.sleep(_PUT_SECONDS)  # the first rank is about to put it
-    return _fetched(recipe, store, scratch / "parent")
-
-
-def _fetched(recipe: Recipe, store: ArtifactStore, folder: Path) -> _Fetched | None:
-    """This recipe's artifact in `folder`; None where it is not held."""
-    ref = artifact_of(recipe, store)
-    if ref is None:
-        return None
-    try:
-        store.fetch(ref, folder)
-    except LookupError:  # removed at this moment
-        return None
-    return _Fetched(ref, folder)
-
-
-def _checkpoints(recipe: Recipe, workplace: WorkerContext) -> Path:
-    return workplace.scratch.with_name(CHECKPOINTS) / recipe.id

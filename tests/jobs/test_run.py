@@ -15,7 +15,7 @@ from jobs.models import loading
 from jobs.models.layout import LAYOUT_FILE
 from jobs.models.model import Model
 from jobs.recipe import Origin, Recipe
-from jobs.run import JobOutput, attempt
+from jobs.run import JobDirs, JobOutput, RankDone, WorkRequest, attempt
 from jobs.techniques.distill import Distill
 from jobs.techniques.drop_layers import DropLayers
 from jobs.techniques.synthesize import Synthesize
@@ -40,9 +40,10 @@ def run(
     built: Path | None = None,
 ) -> JobOutput | Failure:
     job = Job(recipe, ("text", "size"), "materials")
-    return attempt(
-        job, materials, parent, built, place / "artifact", place / "cache", lambda share, what: None
-    )
+    dirs = JobDirs(place / "artifact", place / "cache")
+    output = attempt(WorkRequest(job, materials, dirs, parent, built), lambda share, activity: None)
+    assert not isinstance(output, RankDone)
+    return output
 
 
 @pytest.fixture
@@ -124,7 +125,10 @@ def test_a_training_cut_off_goes_on_in_the_next_attempt(
 
         place = tmp_path / name
         job = Job(recipe, ("size",), "materials")
-        return attempt(job, materials, root, None, place / "artifact", place / "cache", report, checkpoints)
+        dirs = JobDirs(place / "artifact", place / "cache", checkpoints)
+        output = attempt(WorkRequest(job, materials, dirs, parent=root), report)
+        assert not isinstance(output, RankDone)
+        return output
 
     assert isinstance(attempted("whole", tmp_path / "unused", 1000), JobOutput)
     assert isinstance(attempted("first", tmp_path / "kept", 55), Failure)
@@ -163,14 +167,14 @@ def test_a_step_that_leaves_nan_diverged(
     assert failed.kind == "diverged"
 
 
-def test_a_step_that_leaves_what_its_outline_did_not_say_is_a_bug(
+def test_a_step_whose_model_differs_from_its_predicted_layout_is_a_bug(
     root: Path, materials: Materials, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(DropLayers, "output_layout", lambda self, layout: layout)
     failed = run(ROOT.then(DropLayers(count=1)), materials, tmp_path, parent=root)
     assert isinstance(failed, Failure)
     assert failed.kind == "bug"
-    assert "outline" in failed.message
+    assert "of another layout than it predicted" in failed.message
 
 
 def test_a_text_that_is_too_short_is_invalid(materials: Materials, root: Path, tmp_path: Path) -> None:

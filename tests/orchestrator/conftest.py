@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from orchestrator.config.load import load
-from orchestrator.planning.prepare import Prepared, prepare
+from orchestrator.planning.prepare import prepare
+from orchestrator.planning.prepared_study import PreparedStudy
 
 STUDY = """\
 name: tiny
@@ -38,6 +39,6 @@ def study_file(tmp_path: Path, tiny_llama: Path, text_file: Path) -> Path:
 
 
 @pytest.fixture
-def prepared(study_file: Path) -> Callable[..., Prepared]:
+def prepared(study_file: Path) -> Callable[..., PreparedStudy]:
     """Prepares the tiny study with overrides."""
     return lambda *overrides: prepare(load(study_file, overrides))

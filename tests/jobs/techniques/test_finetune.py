@@ -90,7 +90,9 @@ def test_thin_linears_get_corrections_too_and_ranks_above_theirs_are_refused(
     v, u = (nn.Linear(*shape, bias=False, dtype=DTYPE) for shape in ((64, 8), (8, 160)))
     model.replace(name, LowRankLinear(v, u).requires_grad_(False))
     before, layout = v.weight.clone(), model.layout()
-    with pytest.raises(ValueError, match=rf"finetune\.rank=9 is outside \[1, 8\], the possible ranks of {name}\.v"):
+    with pytest.raises(
+        ValueError, match=rf"finetune\.rank=9 is outside \[1, 8\], the possible ranks of {name}\.v"
+    ):
         Finetune(rank=9).output_layout(layout)
     Finetune(rank=8, steps=3, learning_rate=1e-2).compress(model, context)
     assert model.layout() == layout

@@ -69,9 +69,9 @@ def test_a_plan_tells_the_price_and_what_the_budget_allows_and_no_sum_that_nobod
 def test_a_plan_after_a_study_tells_what_it_took_and_what_more_will(study_file: Path) -> None:
     ready = prepare(load(study_file, ("search.candidates=1",)))
     place = WorkerContext(
-        ready.materials, ready.config.store, ready.folder / "scratch", ready.folder / "cache"
+        ready.materials, ready.config.store, ready.folder.scratch, ready.folder.path / "cache"
     )
-    do = functools.partial(work, workplace=place)
+    do = functools.partial(work, context=place)
     launch.launch(ready, lambda status: None, executor=InlineExecutor(), do=do)
     found = CliRunner().invoke(app.app, ["plan", str(study_file), "cluster.price_per_hour=3600"])
     assert found.exit_code == 0, found.output

@@ -15,14 +15,15 @@ from cluster.storage.open import open_store
 from cluster.storage.s3_address import parse
 from jobs import run
 from orchestrator.config.problems import InvalidStudyError
-from orchestrator.persistence.study_folder import publish, published, published_report, store_of
-from orchestrator.planning.prepare import Prepared
+from orchestrator.persistence.published import publish, published, published_report
+from orchestrator.persistence.study_folder import StudyFolder
+from orchestrator.planning.prepared_study import PreparedStudy
 from orchestrator.publishing.export import export_member
 from orchestrator.service.launch import launch
 from orchestrator.study.results import Results
 
 
-def run_inline(prepared: Prepared) -> Results:
+def run_inline(prepared: PreparedStudy) -> Results:
     return launch(prepared, lambda status: None, executor=InlineExecutor())
 
 
@@ -37,7 +38,7 @@ def in_bucket(s3: Any, bucket: str) -> Iterator[bytes]:
 
 
 def test_a_study_keeps_models_and_results_in_a_bucket_and_its_own_files_here(
-    prepared: Callable[..., Prepared],
+    prepared: Callable[..., PreparedStudy],
     s3: Any,
     s3_address: str,
     tmp_path: Path,
@@ -53,13 +54,13 @@ def test_a_study_keeps_models_and_results_in_a_bucket_and_its_own_files_here(
     for member in found["members"]:
         assert store.record(f"artifacts/{member['id']}") is not None
     assert not (tmp_path / "runs" / "objects").exists()
-    assert store_of(study) == s3_address
+    assert StudyFolder(study).store() == s3_address
 
     # What another study made is found, and not made again.
     made = []
     attempt = run.attempt
     monkeypatch.setattr(
-        run, "attempt", lambda job, *rest, **more: made.append(job) or attempt(job, *rest, **more)
+        run, "attempt", lambda request, report: made.append(request.job) or attempt(request, report)
     )
     run_inline(prepared(f"store={s3_address}", "name=other"))
     assert made == []
@@ -93,7 +94,7 @@ def test_a_front_in_a_bucket_is_seen_from_elsewhere(s3_address: str, tmp_path: P
 
 
 def test_a_bucket_that_is_not_there_is_one_line_and_nothing_starts(
-    prepared: Callable[..., Prepared], s3_address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    prepared: Callable[..., PreparedStudy], s3_address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     gone = s3_address.replace(parse(s3_address).bucket, "no-such-bucket")
@@ -106,7 +107,7 @@ def test_a_bucket_that_is_not_there_is_one_line_and_nothing_starts(
 
 
 def test_an_address_that_holds_credentials_is_refused_without_repeating_them(
-    prepared: Callable[..., Prepared],
+    prepared: Callable[..., PreparedStudy],
 ) -> None:
     with pytest.raises(InvalidStudyError, match="credentials") as told:
         prepared("store=s3://me:hidden@bucket/runs")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,12 @@ from cluster.executors.inline import InlineExecutor
 from jobs.prediction.layer_sensitivity import LayerSensitivity
 from orchestrator.config.load import load
 from orchestrator.persistence.ledger import Ledger
+from orchestrator.planning.candidates import KnownMetrics, propose
+from orchestrator.planning.cost import CostModel
+from orchestrator.planning.initial_design import initial_design
 from orchestrator.planning.layer_sensitivity import PREDICTED_KL, Allocations, Levels, uniform_steps
-from orchestrator.planning.prepare import Prepared, prepare
+from orchestrator.planning.prepare import prepare
+from orchestrator.planning.prepared_study import PreparedStudy
 from orchestrator.planning.search_space import Depth, parse
 from orchestrator.service import fit_predictors
 
@@ -39,11 +44,15 @@ def choices_of(bits: tuple[int, ...], embedding_bits: int = 16) -> dict[str, Any
     return {"bits": "rtn", "bits.rtn.embedding_bits": embedding_bits, **each}
 
 
+def known_of(ready: PreparedStudy) -> KnownMetrics:
+    return KnownMetrics(ready, CostModel.of(ready))
+
+
 @pytest.fixture
-def study_of(study_file: Path) -> Callable[..., Prepared]:
+def study_of(study_file: Path) -> Callable[..., PreparedStudy]:
     """Prepares the tiny study with one stage alone, `bits`."""
 
-    def made(stage: str, *overrides: str) -> Prepared:
+    def made(stage: str, *overrides: str) -> PreparedStudy:
         before, after = study_file.read_text().split("space:"), "search:"
         text = f"{before[0]}space: {{bits: {stage}}}\n{after}{before[1].partition(after)[2]}"
         study_file.write_text(text)
@@ -53,12 +62,12 @@ def study_of(study_file: Path) -> Callable[..., Prepared]:
 
 
 @pytest.fixture
-def ready(study_of: Callable[..., Prepared]) -> Prepared:
+def ready(study_of: Callable[..., PreparedStudy]) -> PreparedStudy:
     plain = study_of(EACH)
-    return plain.with_levels(levels_of(plain.space))
+    return dataclasses.replace(plain, levels=levels_of(plain.space))
 
 
-def test_every_level_of_every_setting_is_one_uniform_step(ready: Prepared) -> None:
+def test_every_level_of_every_setting_is_one_uniform_step(ready: PreparedStudy) -> None:
     told = {
         (step.options()["bits"], step.options()["embedding_bits"])
         for step in uniform_steps(ready.space).values()
@@ -69,19 +78,21 @@ def test_every_level_of_every_setting_is_one_uniform_step(ready: Prepared) -> No
     assert uniform_steps(parse({"bits": endless}, depth=Depth(4, 28))[0]) == {}
 
 
-def test_what_is_foretold_is_the_sum_of_what_each_block_does_alone(ready: Prepared) -> None:
-    assert ready.known(choices_of((2, 4, 8, 4)))[PREDICTED_KL] == pytest.approx(4 + 1 / 16 + 2 / 256 + 1 / 16)
-    assert ready.known(choices_of((8, 8, 8, 8), 8))[PREDICTED_KL] == pytest.approx(8 / 256 + 0.5)
-    assert ready.known({**choices_of((2, 2, 2, 2)), "bits": "skip"})[PREDICTED_KL] == 0.0
+def test_what_is_foretold_is_the_sum_of_what_each_block_does_alone(ready: PreparedStudy) -> None:
+    assert known_of(ready)(choices_of((2, 4, 8, 4)))[PREDICTED_KL] == pytest.approx(
+        4 + 1 / 16 + 2 / 256 + 1 / 16
+    )
+    assert known_of(ready)(choices_of((8, 8, 8, 8), 8))[PREDICTED_KL] == pytest.approx(8 / 256 + 0.5)
+    assert known_of(ready)({**choices_of((2, 2, 2, 2)), "bits": "skip"})[PREDICTED_KL] == 0.0
 
 
-def test_runs_of_blocks_count_for_all_their_blocks(study_of: Callable[..., Prepared]) -> None:
+def test_runs_of_blocks_count_for_all_their_blocks(study_of: Callable[..., PreparedStudy]) -> None:
     plain = study_of(EACH.replace("each: layer", "each: layer, groups: 2"))
-    ready = plain.with_levels(levels_of(plain.space))
-    assert ready.known(choices_of((2, 8)))[PREDICTED_KL] == pytest.approx(5 + 3 / 256)
+    ready = dataclasses.replace(plain, levels=levels_of(plain.space))
+    assert known_of(ready)(choices_of((2, 8)))[PREDICTED_KL] == pytest.approx(5 + 3 / 256)
 
 
-def test_of_a_technique_that_is_the_same_for_all_blocks_nothing_is_foretold(ready: Prepared) -> None:
+def test_of_a_technique_that_is_the_same_for_all_blocks_nothing_is_foretold(ready: PreparedStudy) -> None:
     both = {"bits": {"rtn": {"bits": {"choices": [2, 4, 8], "each": "layer"}}, "hqq": {"bits": 4}}}
     space, _ = parse(both, depth=Depth(4, 28))
     found = levels_of(parse({"bits": {"rtn": both["bits"]["rtn"]}}, depth=Depth(4, 28))[0])
@@ -90,21 +101,22 @@ def test_of_a_technique_that_is_the_same_for_all_blocks_nothing_is_foretold(read
 
 
 def test_allocations_spread_over_the_sizes_within_budgets_and_are_the_best_of_all_mixes(
-    ready: Prepared,
+    ready: PreparedStudy,
 ) -> None:
     assert ready.levels is not None
-    size = lambda choices: ready.known(choices).get("size_bytes")  # noqa: E731
+    known = known_of(ready)
+    size = known.size_bytes
     solver = Allocations.of(ready.space, ready.levels, size)
     found = solver.spread(None, 5)
     sizes = [size(choices) for choices in found]
     assert 3 <= len(found) <= 5
     assert sizes == sorted(sizes)
     every = [
-        ready.known(choices_of((a, b, c, d), e))
+        known(choices_of((a, b, c, d), e))
         for a in (2, 4, 8) for b in (2, 4, 8) for c in (2, 4, 8) for d in (2, 4, 8) for e in (16, 8)
     ]  # fmt: skip
     for choices in found:
-        told = ready.known(choices)
+        told = known(choices)
         # The file's header differs by a few bytes with the bits of the blocks.
         within = [one for one in every if one["size_bytes"] < told["size_bytes"] - 64]
         assert all(one[PREDICTED_KL] > told[PREDICTED_KL] for one in within)
@@ -116,14 +128,16 @@ def test_allocations_spread_over_the_sizes_within_budgets_and_are_the_best_of_al
 
 
 def test_the_damage_is_measured_once_and_the_search_begins_with_what_is_solved_from_it(
-    study_of: Callable[..., Prepared], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    study_of: Callable[..., PreparedStudy], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain, ledger = study_of(EACH, "search.candidates=16"), Ledger(tmp_path / "ledger.db")
-    before = plain.opening()
+    before = initial_design(plain, known_of(plain))
     first = fit_predictors.fit_predictors(plain, ledger, InlineExecutor())
     monkeypatch.setattr(fit_predictors, "measure_layer_sensitivity", lambda *_: pytest.fail("measured again"))
     second = fit_predictors.fit_predictors(plain, ledger, InlineExecutor())
     assert first.levels == second.levels
-    assert 0 < len(second.opening()) <= 4
-    assert second.opening() != before
-    assert all(second.propose(choices).refused is None for choices in second.opening())
+    design = initial_design(second, known_of(second))
+    assert 0 < len(design) <= 4
+    assert design != before
+    costs = CostModel.of(second)
+    assert all(propose(second, costs, choices).refused is None for choices in design)

@@ -13,14 +13,19 @@ import pytest
 from cluster.executors.executor import Resources
 from jobs.job import Job
 from jobs.measurement import energy_counters, machine
+from jobs.parallel import Sharing
 from jobs.prediction.latency_model import Table, amounts
 from jobs.recipe import Recipe
 from jobs.techniques.distill import Distill
 from jobs.techniques.drop_layers import DropLayers
 from orchestrator.config.load import load
 from orchestrator.config.problems import InvalidStudyError
-from orchestrator.planning.job_resources import share_of_gpu
-from orchestrator.planning.prepare import Prepared, prepare
+from orchestrator.planning.candidates import KnownMetrics, propose
+from orchestrator.planning.cost import CostModel
+from orchestrator.planning.initial_design import initial_design
+from orchestrator.planning.job_resources import JobResources, share_of_gpu, sharing_of
+from orchestrator.planning.prepare import prepare, with_table
+from orchestrator.planning.prepared_study import PreparedStudy
 from orchestrator.study.budget import Budget
 
 
@@ -30,14 +35,14 @@ def problems(file: Path, *overrides: str) -> list[str]:
     return raised.value.lines
 
 
-def test_a_valid_study_is_prepared(prepared: Callable[..., Prepared]) -> None:
+def test_a_valid_study_is_prepared(prepared: Callable[..., PreparedStudy]) -> None:
     ready = prepared()
     assert ready.plan.meters == ("size", "text")
     assert ready.plan.timers == ()
     assert ready.plan.original_cost.size_bytes == ready.layout.size_bytes()
 
 
-def test_an_override_replaces_what_the_file_says(prepared: Callable[..., Prepared]) -> None:
+def test_an_override_replaces_what_the_file_says(prepared: Callable[..., PreparedStudy]) -> None:
     assert prepared("search.candidates=3", "name=other").config.search.candidates == 3
     assert prepared("search.candidates=3").digest == prepared().digest
     assert prepared("search.seed=3").digest != prepared().digest
@@ -49,10 +54,12 @@ def test_an_override_replaces_what_the_file_says(prepared: Callable[..., Prepare
         ("search.candidats=3", "command line search.candidats: got candidats, expected a known key: did you mean cand"),
         ("search.candidates=many", "command line search.candidates: got 'many', expected a whole number"),
         ("search.candidates=0", "command line search.candidates: got 0, expected at least 1"),
-        ("search.algorithm=magic", "command line search.algorithm: got magic, expected one of gp, grid, nsga2"),
-        ("task=poetry", "command line task: got poetry, expected one of causal-lm, classification, embedding"),
+        ("search.algorithm=magic", "command line search.algorithm: got 'magic', expected one of gp, grid, nsga2"),
+        ("task=poetry", "command line task: got 'poetry', expected one of causal-lm, classification, embedding"),
         ("target.threads=1000", "expected 1 to"),
-        ("target.runtime=abacus", "got abacus, expected one of"),
+        ("target.runtime=abacus", "got 'abacus', expected one of"),
+        ("cluster.slots=true", "cluster.slots: got True, expected auto or a whole number"),
+        ("cluster.gpus=[1]", "cluster.gpus: got [1], expected auto or a number"),
         ("cluster.slots=some", "got 'some', expected auto or a whole number from 1"),
         ("cluster.ranks=0", "cluster.ranks: got 0, expected auto or a whole number from 1"),
         ("cluster={slots: 2, ranks: 3}", "cluster.ranks: got 3, expected at most the 2 slots"),
@@ -87,7 +94,7 @@ def test_an_override_replaces_what_the_file_says(prepared: Callable[..., Prepare
         ("budget.hours=soon", "budget.hours: got 'soon', expected a number"),
         ("budget.money=20", "budget.money: got 20.0, expected cluster.price_per_hour with it: what an hour of this"),
         ("budget.euros=20", "budget.euros: got euros, expected a known key"),
-        ("objectives={load_share: {goal: min}}", "load_share, which tells of the machine and not of a model"),
+        ("objectives={load_share: {goal: min}}", "load_share, which describes the machine and not a model"),
         ("objectives={cost_per_million_tokens: {goal: min}}", "the study gives no target.price_per_hour"),
         ("space.later={distill: {steps: 3}}", "distill cannot follow rtn"),
     ],
@@ -101,12 +108,12 @@ def test_bad_input_is_told_with_its_key_what_was_got_and_what_was_expected(
 
 @pytest.mark.parametrize("given", ["cluster.price_per_hour=2", "cluster.address=auto"])
 def test_money_needs_a_price_of_this_machine_or_the_nodes_of_a_cluster(
-    prepared: Callable[..., Prepared], given: str
+    prepared: Callable[..., PreparedStudy], given: str
 ) -> None:
     assert prepared("budget={money: 20, hours: 2}", given).budget == Budget(20, 2)
 
 
-def test_a_larger_budget_makes_no_other_study(prepared: Callable[..., Prepared]) -> None:
+def test_a_larger_budget_makes_no_other_study(prepared: Callable[..., PreparedStudy]) -> None:
     assert prepared().digest == prepared("budget.hours=2", "cluster.price_per_hour=3").digest
 
 
@@ -164,15 +171,17 @@ def test_data_that_a_technique_needs_must_be_given(study_file: Path) -> None:
     text = study_file.read_text()
     study_file.write_text("\n".join(line for line in text.splitlines() if "calibration" not in line))
     (line,) = problems(study_file)
-    assert "data.calibration: got nothing, expected a text: drop_layers, prune_ffn needs it" in line
+    assert "data.calibration: got nothing, expected a text: drop_layers, prune_ffn need it" in line
 
 
-def test_the_known_size_of_choices_is_that_of_the_layout(prepared: Callable[..., Prepared]) -> None:
+def test_the_known_size_of_choices_is_that_of_the_layout(prepared: Callable[..., PreparedStudy]) -> None:
     ready = prepared()
     choices = {knob: domain.values[-1] for knob, domain in ready.space.knobs().items()}  # type: ignore[union-attr]
     recipe = ready.space.recipe(ready.plan.original.origin, choices)
     assert [step.name() for step in recipe.steps] == ["drop_layers", "prune_ffn", "rtn"]
-    assert ready.known(choices) == {"size_bytes": recipe.layout(ready.layout).size_bytes()}
+    assert KnownMetrics(ready, CostModel.of(ready))(choices) == {
+        "size_bytes": recipe.layout(ready.layout).size_bytes()
+    }
 
 
 def test_energy_is_refused_where_the_machine_has_no_counter(
@@ -185,7 +194,7 @@ def test_energy_is_refused_where_the_machine_has_no_counter(
 
 
 def test_all_that_one_timing_can_tell_is_measured_with_it(
-    prepared: Callable[..., Prepared], monkeypatch: pytest.MonkeyPatch
+    prepared: Callable[..., PreparedStudy], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(energy_counters, "counters", lambda *_: [])
     memory = ["memory"] if machine.peak_memory_bytes() else []
@@ -195,27 +204,27 @@ def test_all_that_one_timing_can_tell_is_measured_with_it(
     assert priced.timed == {"decode_ms"}
 
 
-def test_tasks_are_measured_wherever_they_are_given(prepared: Callable[..., Prepared]) -> None:
+def test_tasks_are_measured_wherever_they_are_given(prepared: Callable[..., PreparedStudy]) -> None:
     ready = prepared("data.tasks={names: [arc_easy, 'hellaswag:acc_norm'], items: 20}")
     assert ready.plan.meters == ("lm_eval_tasks", "size", "text")
     fewer = prepared("data.tasks={names: [arc_easy], items: 20}")
     assert fewer.plan.materials_digest != ready.plan.materials_digest
 
 
-def test_a_table_predicts_the_cost_of_what_is_proposed(prepared: Callable[..., Prepared]) -> None:
+def test_a_table_predicts_the_cost_of_what_is_proposed(prepared: Callable[..., PreparedStudy]) -> None:
     ready = prepared("objectives.decode_ms={goal: min}")
     choices = {knob: domain.values[-1] for knob, domain in ready.space.knobs().items()}  # type: ignore[union-attr]
-    without = ready.propose(choices).cost
+    without = propose(ready, CostModel.of(ready), choices).cost
     units = dict.fromkeys([*amounts(ready.layout), "linear packed 8", "weights packed 8 group 64"], 1.0)
-    told = ready.with_table(Table({"decode_ms": units}, {"decode_ms": 0.05}))
+    told = with_table(ready, Table({"decode_ms": units}, {"decode_ms": 0.05}))
     assert without is not None
     assert without.predicted == {}
-    found = told.propose(choices).cost
+    found = propose(told, CostModel.of(told), choices).cost
     assert found is not None
     assert found.predicted["decode_ms"] < told.plan.original_cost.predicted["decode_ms"]
     assert told.plan.prediction_errors == {"decode_ms": 0.05}
-    few = ready.with_table(Table({"decode_ms": dict.fromkeys(amounts(ready.layout), 1.0)}, {}))
-    assert few.propose(choices).cost == without
+    few = with_table(ready, Table({"decode_ms": dict.fromkeys(amounts(ready.layout), 1.0)}, {}))
+    assert propose(few, CostModel.of(few), choices).cost == without
 
 
 def test_a_tokenizer_of_another_model_is_refused(study_file: Path, tiny_llama: Path, tmp_path: Path) -> None:
@@ -233,12 +242,15 @@ def test_a_classifier_needs_texts_with_labels(study_file: Path, tiny: Callable[.
 
 
 def test_the_surrogate_begins_with_each_technique_by_itself_as_little_and_as_much_as_it_may(
-    prepared: Callable[..., Prepared],
+    prepared: Callable[..., PreparedStudy],
 ) -> None:
     def first(*overrides: str) -> list[tuple[str, float]]:
         ready = prepared("search.candidates=40", "search.algorithm=surrogate", *overrides)
-        sizes = [ready.known(choices)["size_bytes"] for choices in ready.opening()]
-        recipes = [str(ready.propose(choices).recipe) for choices in ready.opening()]
+        costs = CostModel.of(ready)
+        known = KnownMetrics(ready, costs)
+        design = initial_design(ready, known)
+        sizes = [known(choices)["size_bytes"] for choices in design]
+        recipes = [str(propose(ready, costs, choices).recipe) for choices in design]
         return list(zip(recipes, sizes, strict=True))
 
     every = dict(first())
@@ -257,7 +269,9 @@ def test_in_the_opening_all_blocks_choose_alike(study_file: Path) -> None:
         text.replace("bits: [3, 4, 8]", "bits: {choices: [3, 4, 8], each: layer, groups: 2}")
     )
     ready = prepare(load(study_file, ["search.candidates=40", "search.algorithm=surrogate"]))
-    found = {str(ready.propose(choices).recipe) for choices in ready.opening()}
+    costs = CostModel.of(ready)
+    design = initial_design(ready, KnownMetrics(ready, costs))
+    found = {str(propose(ready, costs, choices).recipe) for choices in design}
     assert {"rtn(bits=8, group=32)", "rtn(bits=3)"} < found
 
 
@@ -290,18 +304,18 @@ def test_only_what_trains_is_spread_over_ranks_and_by_itself_no_further_than_it_
     origin = ready.plan.original.origin
     dropped, distilled = (Recipe(origin, steps) for steps in ((DropLayers(1),), (DropLayers(1), Distill())))
     train = Job(distilled, ("size", "text"), "materials")
-    assert ready.ranks(train, 4) == 1
+    assert JobResources.for_study(ready).ranks(train, 4) == 1
     asked = prepare(load(spread, ("cluster={slots: 4, ranks: 3}",)))
-    assert asked.ranks(train, 4) == 3
-    assert asked.ranks(Job(dropped, ("size",), "materials"), 4) == 1
-    assert asked.ranks(Job(ready.plan.original, ("size",), "materials"), 4) == 1
+    assert JobResources.for_study(asked).ranks(train, 4) == 3
+    assert JobResources.for_study(asked).ranks(Job(dropped, ("size",), "materials"), 4) == 1
+    assert JobResources.for_study(asked).ranks(Job(ready.plan.original, ("size",), "materials"), 4) == 1
     # Its model is there already.
-    assert asked.ranks(dataclasses.replace(train, fidelity=1.0, after=0.5), 4) == 1
+    assert JobResources.for_study(asked).ranks(dataclasses.replace(train, fidelity=1.0, after=0.5), 4) == 1
     # A device that holds the training but for a part of the optimizer's states.
-    alone = ready.memory_gib(train)
+    alone = JobResources.for_study(ready).memory_gib(train)
     tight = prepare(load(spread, (f"cluster={{slots: 4, device_gib: {alone - 0.001}}}",)))
-    assert tight.ranks(train, 4) == 2
-    assert tight.memory_gib(train, 2) < alone
+    assert JobResources.for_study(tight).ranks(train, 4) == 2
+    assert JobResources.for_study(tight).memory_gib(train, 2) < alone
 
 
 def test_how_trainings_are_spread_makes_no_other_study(study_file: Path) -> None:
@@ -309,34 +323,39 @@ def test_how_trainings_are_spread_makes_no_other_study(study_file: Path) -> None
     cluster = "cluster={slots: 2, ranks: 2, zero_stage: 3, micro_batch: 2, device_gib: 80}"
     spread = prepare(load(file, (cluster,)))
     assert spread.digest == prepare(load(file)).digest
-    assert (spread.sharing.zero_stage, spread.sharing.micro_batch, spread.sharing.device_gib) == (3, 2, 80)
+    assert sharing_of(spread.config.cluster) == Sharing(zero_stage=3, micro_batch=2, device_gib=80)
 
 
-def test_what_a_job_asks_of_a_cluster_is_told_by_the_study(prepared: Callable[..., Prepared]) -> None:
+def test_what_a_job_asks_of_a_cluster_is_told_by_the_study(prepared: Callable[..., PreparedStudy]) -> None:
     given = ["cluster.timing={target: laptop}", "cluster.gpus=2"]
     timed = ["objectives={size_bytes: {goal: min}, prefill_ms: {goal: min}}", "target.threads=1"]
     ready = prepared(*given, *timed, "cluster.address=auto")
     job, timing = (Job(ready.plan.original, meters, "") for meters in (("size",), ready.plan.timers))
-    memory_gib = ready.memory_gib(job)
-    assert ready.resources(job, False, 4) == Resources(gpus=2, memory_gib=memory_gib)
+    memory_gib = JobResources.for_study(ready).memory_gib(job)
+    assert JobResources.for_study(ready).of(job, False, 4) == Resources(gpus=2, memory_gib=memory_gib)
     # Tried again alone, since memory ran out.
-    assert ready.resources(job, True, 4) == Resources(gpus=2, memory_gib=memory_gib, exclusive=True)
+    assert JobResources.for_study(ready).of(job, True, 4) == Resources(
+        gpus=2, memory_gib=memory_gib, exclusive=True
+    )
     on_laptop = Resources(memory_gib=memory_gib, exclusive=True, labels={"target": "laptop"})
-    assert ready.resources(timing, True, 4) == on_laptop
+    assert JobResources.for_study(ready).of(timing, True, 4) == on_laptop
     here = prepared(*given, *timed)
-    assert here.resources(timing, True, 4) == Resources(memory_gib=memory_gib, exclusive=True)
+    assert JobResources.for_study(here).of(timing, True, 4) == Resources(
+        memory_gib=memory_gib, exclusive=True
+    )
 
 
 def test_as_many_jobs_share_a_gpu_as_its_memory_holds(
-    prepared: Callable[..., Prepared], study_file: Path
+    prepared: Callable[..., PreparedStudy], study_file: Path
 ) -> None:
     assert [share_of_gpu(each, 24.0) for each in (24.0, 12.1, 12.0, 7.0, 40.0)] == [1, 1, 0.5, 0.3333, 1]
     assert all(jobs * share_of_gpu(24.0 / jobs, 24.0) <= 1 for jobs in range(1, 40))
     ready = prepared("cluster.address=auto", "cluster.gpus=auto", "cluster.device_gib=2")
     job = Job(ready.plan.original, (), "")
-    assert ready.resources(job, False, 4).gpus == share_of_gpu(ready.memory_gib(job), 2.0) < 1
+    resources = JobResources.for_study(ready)
+    assert resources.of(job, False, 4).gpus == share_of_gpu(resources.memory_gib(job), 2.0) < 1
     (line,) = problems(study_file, "cluster.gpus=auto")
-    assert line.endswith("cluster.gpus: got auto, expected cluster.device_gib with it")
+    assert line.endswith("cluster.gpus: got 'auto', expected cluster.device_gib with it")
 
 
 def test_the_head_of_a_cluster_need_not_have_the_targets_cores(study_file: Path) -> None:

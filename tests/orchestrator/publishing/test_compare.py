@@ -13,7 +13,7 @@ from cluster.executors.inline import InlineExecutor
 from jobs import formats
 from orchestrator.cli.app import app
 from orchestrator.persistence.study_folder import MEASUREMENT
-from orchestrator.planning.prepare import Prepared
+from orchestrator.planning.prepared_study import PreparedStudy
 from orchestrator.publishing import compare as module
 from orchestrator.publishing.compare import compare
 from orchestrator.publishing.export import export_member
@@ -21,12 +21,12 @@ from orchestrator.service.launch import launch
 
 
 @pytest.fixture
-def exports(prepared: Callable[..., Prepared], tmp_path: Path) -> tuple[Path, Path]:
+def exports(prepared: Callable[..., PreparedStudy], tmp_path: Path) -> tuple[Path, Path]:
     """The smallest member of a study, in two forms."""
     ready = prepared("search.candidates=2")
     launch(ready, lambda status: None, executor=InlineExecutor())
-    export_member(ready.folder, "smallest", tmp_path / "ours", "slimfront")
-    export_member(ready.folder, "smallest", tmp_path / "theirs", "openvino")
+    export_member(ready.folder.path, "smallest", tmp_path / "ours", "slimfront")
+    export_member(ready.folder.path, "smallest", tmp_path / "theirs", "openvino")
     return tmp_path / "ours", tmp_path / "theirs"
 
 

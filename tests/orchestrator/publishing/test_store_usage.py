@@ -14,9 +14,11 @@ from cluster.storage.local_store import LocalStore
 from cluster.storage.open import open_store
 from jobs import run
 from jobs.job import Job, Outcome
+from jobs.progress import Report
 from orchestrator.config.load import load
 from orchestrator.persistence.lock import only_one
-from orchestrator.planning.prepare import Prepared, prepare
+from orchestrator.planning.prepare import prepare
+from orchestrator.planning.prepared_study import PreparedStudy
 from orchestrator.publishing.export import export_member
 from orchestrator.publishing.store_usage import Inventory, Item, inventory, parse_size, remove
 from orchestrator.service.launch import launch
@@ -25,7 +27,7 @@ from orchestrator.worker.work import WorkerContext, work
 
 
 @pytest.fixture
-def prepared(study_file: Path) -> Callable[..., Prepared]:
+def prepared(study_file: Path) -> Callable[..., PreparedStudy]:
     """Prepares the tiny study with overrides; its choices are of several steps from the start, and all different."""
     return lambda *overrides: prepare(load(study_file, ("search.algorithm=random", *overrides)))
 
@@ -36,17 +38,17 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[Job]:
     found: list[Job] = []
     attempt = run.attempt
 
-    def noted(job: Job, *given: object, **named: object) -> object:
-        found.append(job)
-        return attempt(job, *given, **named)  # type: ignore[arg-type]
+    def noted(request: run.WorkRequest, report: Report) -> object:
+        found.append(request.job)
+        return attempt(request, report)
 
     monkeypatch.setattr(run, "attempt", noted)
     return found
 
 
-def run_inline(ready: Prepared) -> Results:
+def run_inline(ready: PreparedStudy) -> Results:
     root = Path(ready.config.store)
-    place = WorkerContext(ready.materials, str(root), ready.folder / "scratch", root / "cache")
+    place = WorkerContext(ready.materials, str(root), ready.folder.scratch, root / "cache")
 
     def do(job: Job) -> Outcome:
         return work(job, place)
@@ -70,12 +72,12 @@ SPACE = "space={depth: {drop_layers: {count: 1}}, bits: {gptq: {bits: [3, 4, 8]}
 """Every candidate has the same intermediate, or none, and its statistics."""
 
 
-def test_all_that_a_store_holds_is_told_by_what_it_is(prepared: Callable[..., Prepared]) -> None:
+def test_all_that_a_store_holds_is_told_by_what_it_is(prepared: Callable[..., PreparedStudy]) -> None:
     ready = prepared()
     results = run_inline(ready)
     root = Path(ready.config.store)
-    (ready.folder / "checkpoints" / "0123").mkdir(parents=True)
-    (ready.folder / "checkpoints" / "0123" / "state").write_bytes(b"x" * 1000)
+    (ready.folder.checkpoints / "0123").mkdir(parents=True)
+    (ready.folder.checkpoints / "0123" / "state").write_bytes(b"x" * 1000)
     held = inventory(root)
     found = kinds(held)
     assert found["originals"] == 1
@@ -90,7 +92,7 @@ def test_all_that_a_store_holds_is_told_by_what_it_is(prepared: Callable[..., Pr
 
 
 def test_a_trimmed_store_keeps_fronts_originals_and_results_and_a_study_goes_on(
-    prepared: Callable[..., Prepared], made: list[Job], tmp_path: Path
+    prepared: Callable[..., PreparedStudy], made: list[Job], tmp_path: Path
 ) -> None:
     ready = prepared("search.candidates=4")
     before = run_inline(ready)
@@ -102,7 +104,7 @@ def test_a_trimmed_store_keeps_fronts_originals_and_results_and_a_study_goes_on(
 
     assert run_inline(ready).members == before.members
     assert made == []
-    export_member(ready.folder, "smallest", tmp_path / "out")
+    export_member(ready.folder.path, "smallest", tmp_path / "out")
     assert made == []
 
     results = run_inline(prepared("search.candidates=8"))
@@ -116,7 +118,7 @@ def test_a_trimmed_store_keeps_fronts_originals_and_results_and_a_study_goes_on(
 
 
 def test_a_removed_parent_is_made_again_for_its_child_and_is_the_same(
-    prepared: Callable[..., Prepared], made: list[Job]
+    prepared: Callable[..., PreparedStudy], made: list[Job]
 ) -> None:
     ready = prepared(SPACE, "search.candidates=2")
     run_inline(ready)
@@ -135,7 +137,7 @@ def test_a_removed_parent_is_made_again_for_its_child_and_is_the_same(
 
 
 def test_what_was_removed_by_hand_is_made_again_though_its_record_is_left(
-    prepared: Callable[..., Prepared], tmp_path: Path, made: list[Job]
+    prepared: Callable[..., PreparedStudy], tmp_path: Path, made: list[Job]
 ) -> None:
     ready = prepared(
         SPACE, "search.candidates=7"
@@ -146,31 +148,31 @@ def test_what_was_removed_by_hand_is_made_again_though_its_record_is_left(
         store.remove(held.ref)
     made.clear()
     member = next(c for c in results.candidates if c.id in results.members and len(c.recipe.steps) == 2)
-    export_member(ready.folder, member.id, tmp_path / "out")
+    export_member(ready.folder.path, member.id, tmp_path / "out")
     assert [job.recipe for job in made] == member.recipe.lineage()
     assert "made again" not in (tmp_path / "out" / "README.md").read_text()
     assert {held.ref.digest for held in store.holdings().artifacts} >= {member.artifact}
 
 
 def test_an_export_tells_that_its_files_are_not_those_that_were_measured(
-    prepared: Callable[..., Prepared], tmp_path: Path
+    prepared: Callable[..., PreparedStudy], tmp_path: Path
 ) -> None:
     ready = prepared("search.candidates=1")
     run_inline(ready)
-    front = json.loads((ready.folder / "front.json").read_text())
+    front = json.loads(ready.folder.front.read_text())
     for member in front["members"]:
         member["artifact"] = "0" * 64
-    (ready.folder / "front.json").write_text(json.dumps(front))
-    export_member(ready.folder, "smallest", tmp_path / "out")
+    ready.folder.front.write_text(json.dumps(front))
+    export_member(ready.folder.path, "smallest", tmp_path / "out")
     assert "these were made again" in (tmp_path / "out" / "README.md").read_text()
 
 
-def test_the_least_worth_goes_first_and_no_more_than_has_to(prepared: Callable[..., Prepared]) -> None:
+def test_the_least_worth_goes_first_and_no_more_than_has_to(prepared: Callable[..., PreparedStudy]) -> None:
     ready = prepared(SPACE, "search.candidates=3")
     run_inline(ready)
     root = Path(ready.config.store)
-    (ready.folder / "scratch" / "left").mkdir(parents=True)
-    (ready.folder / "scratch" / "left" / "half").write_bytes(b"x" * 1000)
+    (ready.folder.scratch / "left").mkdir(parents=True)
+    (ready.folder.scratch / "left" / "half").write_bytes(b"x" * 1000)
     held = inventory(root)
     order = [item.kind for item in held.beyond(0)]
     assert order[0] == "scratch"
@@ -186,40 +188,40 @@ def test_the_least_worth_goes_first_and_no_more_than_has_to(prepared: Callable[.
     assert [item.name for item in inventory(root).beyond(held.size_bytes - 1001)][1] == statistics[-1].name
 
 
-def test_what_a_running_study_may_need_stays(prepared: Callable[..., Prepared]) -> None:
+def test_what_a_running_study_may_need_stays(prepared: Callable[..., PreparedStudy]) -> None:
     ready = prepared(SPACE, "search.candidates=3")
     results = run_inline(ready)
     run_inline(prepared("name=other", "search.candidates=3"))
     root = Path(ready.config.store)
-    (ready.folder / "scratch").mkdir(exist_ok=True)
-    (ready.folder / "scratch" / "half").write_bytes(b"x")
+    ready.folder.scratch.mkdir(exist_ok=True)
+    (ready.folder.scratch / "half").write_bytes(b"x")
     store = open_store(ready.config.store)
     before = set(store.records("artifacts/"))
-    with only_one(ready.folder):
+    with only_one(ready.folder.path):
         gone = trimmed(root)
         assert {item.kind for item in gone} == {"intermediates", "candidates", "statistics"}
-        assert (ready.folder / "scratch" / "half").exists()
+        assert (ready.folder.scratch / "half").exists()
         lineages = [candidate.recipe.lineage() for candidate in results.candidates]
         mine = {step.id for lineage in lineages for step in lineage}
         assert {f"artifacts/{id}" for id in mine} <= set(store.records("artifacts/")) < before
         assert list((root / "cache").glob(f"{results.original.id}-*"))
 
 
-def test_scratch_of_a_study_that_starts_at_this_moment_stays(prepared: Callable[..., Prepared]) -> None:
+def test_scratch_of_a_study_that_starts_at_this_moment_stays(prepared: Callable[..., PreparedStudy]) -> None:
     ready = prepared("search.candidates=1")
     run_inline(ready)
-    (ready.folder / "scratch").mkdir(exist_ok=True)
-    (ready.folder / "scratch" / "half").write_bytes(b"x")
+    ready.folder.scratch.mkdir(exist_ok=True)
+    (ready.folder.scratch / "half").write_bytes(b"x")
     found = [item for item in inventory(Path(ready.config.store)).items if item.kind == "scratch"]
-    with only_one(ready.folder):
+    with only_one(ready.folder.path):
         assert remove(found) == []
-    assert (ready.folder / "scratch" / "half").exists()
+    assert (ready.folder.scratch / "half").exists()
     assert remove(found) == found
-    assert not (ready.folder / "scratch").exists()
+    assert not ready.folder.scratch.exists()
 
 
 def test_a_trim_killed_between_record_and_artifact_leaves_a_sound_store(
-    prepared: Callable[..., Prepared], monkeypatch: pytest.MonkeyPatch
+    prepared: Callable[..., PreparedStudy], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ready = prepared(SPACE, "search.candidates=2")
     run_inline(ready)

@@ -11,20 +11,20 @@ from cluster.executors.inline import InlineExecutor
 from jobs import formats
 from jobs.measurement.measurement import Measurement
 from orchestrator.persistence.study_folder import MEASUREMENT, RECIPE
-from orchestrator.planning.prepare import Prepared
+from orchestrator.planning.prepared_study import PreparedStudy
 from orchestrator.publishing.export import export_member
 from orchestrator.publishing.verify import compare, verify
 from orchestrator.service.launch import launch
 
 
 @pytest.fixture
-def exported(prepared: Callable[..., Prepared], tmp_path: Path) -> Callable[..., Path]:
+def exported(prepared: Callable[..., PreparedStudy], tmp_path: Path) -> Callable[..., Path]:
     """Runs a small study for a runtime and exports its smallest member."""
 
     def export(runtime: str) -> Path:
         ready = prepared("search.candidates=2", f"target.runtime={runtime}")
         launch(ready, lambda status: None, executor=InlineExecutor())
-        export_member(ready.folder, "smallest", tmp_path / "out")
+        export_member(ready.folder.path, "smallest", tmp_path / "out")
         return tmp_path / "out"
 
     return export

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -14,7 +13,9 @@ from cluster.executors.inline import InlineExecutor
 from jobs.job import Job, Outcome
 from orchestrator import search
 from orchestrator.persistence.ledger import Ledger
-from orchestrator.planning.prepare import Prepared
+from orchestrator.planning.candidates import KnownMetrics
+from orchestrator.planning.cost import CostModel
+from orchestrator.planning.prepared_study import PreparedStudy
 from orchestrator.service.cost_meter import CostMeter, noted_bill
 from orchestrator.service.loop import Service, replay
 from orchestrator.study.budget import HOUR, Budget
@@ -137,11 +138,11 @@ class Unseen:
 
 
 def carried_on(
-    ready: Prepared, budget: Budget, clock: Clock, seconds: float, done: list[Job], nodes: int = 1
+    ready: PreparedStudy, budget: Budget, clock: Clock, seconds: float, done: list[Job], nodes: int = 1
 ) -> Study:
     """The study, run by a process with such a budget until it ends; each job takes so many seconds."""
     place = WorkerContext(
-        ready.materials, ready.config.store, ready.folder / "scratch", ready.folder / "cache"
+        ready.materials, ready.config.store, ready.folder.scratch, ready.folder.path / "cache"
     )
 
     def do(job: Job) -> Outcome:
@@ -150,13 +151,14 @@ def carried_on(
         return work(job, place)
 
     study = Study(ready.plan)
-    known = functools.partial(ready.known, study=study)
+    costs = CostModel.of(ready)
+    known = KnownMetrics(ready, costs, study)
     searching = search.make("random", ready.space.knobs(), ready.plan.objectives, known, 0)
-    ledger = Ledger(ready.folder / "ledger.db")
+    ledger = Ledger(ready.folder.ledger)
     replay(study, ledger, searching)
     executor = Cluster({GPU: nodes})
     account = CostMeter(ledger, executor, budget, None, clock, Asked())
-    Service(study, ready, searching, executor, ledger, NoTracker(), do, Unseen(), account).run()
+    Service(study, ready, costs, searching, executor, ledger, NoTracker(), do, Unseen(), account).run()
     account.settle()
     ledger.close()
     return study
@@ -164,7 +166,7 @@ def carried_on(
 
 @pytest.mark.parametrize("budget", [Budget(hours=1.0), Budget(money=0.6 * 2)])
 def test_a_study_ends_with_its_budget_and_goes_on_with_a_larger_one(
-    prepared: Callable[..., Prepared], budget: Budget
+    prepared: Callable[..., PreparedStudy], budget: Budget
 ) -> None:
     ready, clock, done = prepared("search.algorithm=random"), Clock(), list[Job]()
     study = carried_on(ready, budget, clock, 1000.0, done, nodes=2)
@@ -183,7 +185,7 @@ def test_a_study_ends_with_its_budget_and_goes_on_with_a_larger_one(
 
 
 def test_what_has_no_price_ends_a_study_that_must_keep_to_money(
-    prepared: Callable[..., Prepared], monkeypatch: pytest.MonkeyPatch
+    prepared: Callable[..., PreparedStudy], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Asked, "__call__", lambda self, kind: None)
     ready, done = prepared("search.algorithm=random"), list[Job]()
@@ -192,7 +194,7 @@ def test_what_has_no_price_ends_a_study_that_must_keep_to_money(
     assert "what an hour of g6.2xlarge in us-east-1 (spot) costs is not known" in str(study.exhausted)
 
 
-def test_hours_are_those_that_a_study_runs(prepared: Callable[..., Prepared]) -> None:
+def test_hours_are_those_that_a_study_runs(prepared: Callable[..., PreparedStudy]) -> None:
     ready, clock = prepared("search.candidates=1", "search.algorithm=random"), Clock()
     carried_on(ready, Budget(), clock, 100.0, [])
     clock.seconds += 1e6
@@ -200,5 +202,5 @@ def test_hours_are_those_that_a_study_runs(prepared: Callable[..., Prepared]) ->
         prepared("search.candidates=2", "search.algorithm=random"), Budget(hours=1), clock, 100.0, []
     )
     assert study.granted == BudgetAllowance()
-    with_bill = Ledger(ready.folder / "ledger.db", read_only=True)
+    with_bill = Ledger(ready.folder.ledger, read_only=True)
     assert 0 < noted_bill(with_bill).seconds < HOUR

@@ -10,7 +10,8 @@ from jobs.materials import Materials
 from jobs.models.layout import Layout
 from jobs.prediction.latency_model import Table, amounts
 from orchestrator.persistence.ledger import Ledger
-from orchestrator.planning.prepare import Prepared, table_models
+from orchestrator.planning.prepare import table_models
+from orchestrator.planning.prepared_study import PreparedStudy
 from orchestrator.service import fit_predictors
 from orchestrator.study.events import Cost
 from orchestrator.study.latency_estimate import share
@@ -34,7 +35,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def test_a_table_is_made_once_and_noted(
-    prepared: Callable[..., Prepared], made: list[int], tmp_path: Path
+    prepared: Callable[..., PreparedStudy], made: list[int], tmp_path: Path
 ) -> None:
     ready, ledger = prepared(TIMED, "search.table=7"), Ledger(tmp_path / "ledger.db")
     first = fit_predictors.fit_predictors(ready, ledger, InlineExecutor())
@@ -45,7 +46,7 @@ def test_a_table_is_made_once_and_noted(
 
 
 def test_a_study_that_times_nothing_or_tries_little_makes_no_table(
-    prepared: Callable[..., Prepared], made: list[int], tmp_path: Path
+    prepared: Callable[..., PreparedStudy], made: list[int], tmp_path: Path
 ) -> None:
     ledger = Ledger(tmp_path / "ledger.db")
     for ready in (prepared("search.table=7"), prepared(TIMED)):
@@ -56,7 +57,7 @@ def test_a_study_that_times_nothing_or_tries_little_makes_no_table(
 
 
 def test_a_table_that_cannot_be_made_ends_the_study_with_the_cure(
-    prepared: Callable[..., Prepared], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    prepared: Callable[..., PreparedStudy], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object) -> Table:
         raise RuntimeError("the timing process failed")
@@ -68,7 +69,9 @@ def test_a_table_that_cannot_be_made_ends_the_study_with_the_cure(
         )
 
 
-def test_the_models_to_choose_from_are_distinct_and_of_the_space(prepared: Callable[..., Prepared]) -> None:
+def test_the_models_to_choose_from_are_distinct_and_of_the_space(
+    prepared: Callable[..., PreparedStudy],
+) -> None:
     ready = prepared()
     layouts = fit_predictors.sampled(ready, 30, seed=0)
     # Of 3 × 3 × 7 combinations.

@@ -28,7 +28,11 @@ from orchestrator.cli import app
 from orchestrator.config.load import load
 from orchestrator.persistence.ledger import Ledger
 from orchestrator.persistence.lock import only_one
-from orchestrator.planning.prepare import Prepared, prepare
+from orchestrator.planning.candidates import KnownMetrics, propose
+from orchestrator.planning.cost import CostModel
+from orchestrator.planning.initial_design import initial_design
+from orchestrator.planning.prepare import prepare
+from orchestrator.planning.prepared_study import PreparedStudy
 from orchestrator.publishing.export import export_member
 from orchestrator.service.fit_predictors import fit_predictors
 from orchestrator.service.launch import OtherStudyError, launch
@@ -44,12 +48,12 @@ def unseen(status: object) -> None:
     pass
 
 
-def workplace(prepared: Prepared) -> WorkerContext:
+def workplace(prepared: PreparedStudy) -> WorkerContext:
     store = Path(prepared.config.store)
-    return WorkerContext(prepared.materials, str(store), prepared.folder / "scratch", store / "cache")
+    return WorkerContext(prepared.materials, str(store), prepared.folder.scratch, store / "cache")
 
 
-def counted(prepared: Prepared, done: list[Job]) -> Callable[[Job], Outcome]:
+def counted(prepared: PreparedStudy, done: list[Job]) -> Callable[[Job], Outcome]:
     """The real work, which notes what it does."""
 
     def do(job: Job) -> Outcome:
@@ -59,17 +63,17 @@ def counted(prepared: Prepared, done: list[Job]) -> Callable[[Job], Outcome]:
     return do
 
 
-def run_inline(prepared: Prepared, do: Callable[[Job], Outcome] | None = None) -> Results:
+def run_inline(prepared: PreparedStudy, do: Callable[[Job], Outcome] | None = None) -> Results:
     return launch(prepared, unseen, executor=InlineExecutor(), do=do)
 
 
-def test_a_study_ends_with_a_front_of_measured_files(prepared: Callable[..., Prepared]) -> None:
+def test_a_study_ends_with_a_front_of_measured_files(prepared: Callable[..., PreparedStudy]) -> None:
     ready = prepared()
     results = run_inline(ready)
     assert [c.state for c in results.candidates] == ["measured"] * 6
     assert results.members
     store = open_store(ready.config.store)
-    written = json.loads((ready.folder / "front.json").read_text())
+    written = json.loads(ready.folder.front.read_text())
     assert [member["id"] for member in written["members"]] == results.members
     for member in written["members"]:
         assert store.record(f"artifacts/{member['id']}") is not None
@@ -80,10 +84,10 @@ def test_a_study_ends_with_a_front_of_measured_files(prepared: Callable[..., Pre
         assert candidate.measurement is not None
         assert candidate.measurement.metrics["size_bytes"] == candidate.size_bytes
     assert results.original.recipe.steps == ()
-    assert (ready.folder / "report.html").stat().st_size > 1000
+    assert ready.folder.report.stat().st_size > 1000
 
 
-def test_what_another_study_made_is_found_and_not_made_again(prepared: Callable[..., Prepared]) -> None:
+def test_what_another_study_made_is_found_and_not_made_again(prepared: Callable[..., PreparedStudy]) -> None:
     run_inline(prepared())
     ran: list[Job] = []
 
@@ -94,75 +98,76 @@ def test_what_another_study_made_is_found_and_not_made_again(prepared: Callable[
     attempted: list[Job] = []
     original_attempt = run.attempt
     try:
-        run.attempt = lambda job, *rest, **more: attempted.append(job) or original_attempt(job, *rest, **more)  # type: ignore[assignment,func-returns-value]
+        run.attempt = lambda request, report: (
+            attempted.append(request.job) or original_attempt(request, report)
+        )  # type: ignore[assignment,func-returns-value]
         run_inline(prepared("name=other"), count)
     finally:
         run.attempt = original_attempt
     assert len(ran) >= 6
     assert attempted == []
-    page = (prepared("name=other").folder / "report.html").read_text()
+    page = prepared("name=other").folder.report.read_text()
     assert f"{len(ran)} jobs were done in the store already" in page
 
 
-def test_a_finished_study_runs_nothing_when_it_is_started_again(prepared: Callable[..., Prepared]) -> None:
+def test_a_finished_study_runs_nothing_when_it_is_started_again(
+    prepared: Callable[..., PreparedStudy],
+) -> None:
     first = run_inline(prepared())
     second = run_inline(prepared(), lambda job: pytest.fail(f"{job.recipe} ran again"))
     assert second.members == first.members
 
 
-def test_a_study_goes_on_with_more_candidates(prepared: Callable[..., Prepared]) -> None:
+def test_a_study_goes_on_with_more_candidates(prepared: Callable[..., PreparedStudy]) -> None:
     run_inline(prepared("search.candidates=2"))
     results = run_inline(prepared("search.candidates=4"))
     assert [c.state for c in results.candidates] == ["measured"] * 5
 
 
 def test_a_study_tells_what_it_took(
-    prepared: Callable[..., Prepared], monkeypatch: pytest.MonkeyPatch
+    prepared: Callable[..., PreparedStudy], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ready = prepared("search.candidates=1", "cluster.price_per_hour=3600", "budget.money=1e6")
     run_inline(ready)
-    status = json.loads((ready.folder / "status.json").read_text())
+    status = json.loads(ready.folder.status.read_text())
     assert status["cost"] == pytest.approx(3600 * status["node_hours"])
     assert 0 < status["node_hours"] < 0.1
     assert line(Status(**status)).endswith(f"{status['cost']:.2f} of 1000000.00")
     told = CliRunner().invoke(app.app, ["status", str(ready.folder)]).output
-    page = (ready.folder / "report.html").read_text()
+    page = ready.folder.report.read_text()
     for where in (told, page):
         assert "node: 0.00 node-hours, 3600.00 each (cluster.price_per_hour)" in where
     assert "It ended early" not in page
 
 
 def test_a_study_whose_budget_is_spent_tells_what_was_not_done_and_a_larger_one_goes_on(
-    prepared: Callable[..., Prepared],
+    prepared: Callable[..., PreparedStudy],
 ) -> None:
     short = prepared("budget.hours=1e-9")
     results = run_inline(short, lambda job: pytest.fail(f"{job.recipe} ran"))
     assert [one.state for one in results.candidates] == ["waiting"]
-    page = (short.folder / "report.html").read_text()
+    page = short.folder.report.read_text()
     assert "It ended early: the budget of 1e-09 hours is spent; 5 candidates were not tried" in page
-    assert (
-        json.loads((short.folder / "status.json").read_text())["exhausted"]
-        == "the budget of 1e-09 hours is spent"
-    )
+    assert json.loads(short.folder.status.read_text())["exhausted"] == "the budget of 1e-09 hours is spent"
     results = run_inline(prepared("budget.hours=100"))
     assert [one.state for one in results.candidates] == ["measured"] * 6
-    assert "It ended early" not in (short.folder / "report.html").read_text()
+    assert "It ended early" not in short.folder.report.read_text()
 
 
-def test_a_folder_that_holds_another_study_is_refused(prepared: Callable[..., Prepared]) -> None:
+def test_a_folder_that_holds_another_study_is_refused(prepared: Callable[..., PreparedStudy]) -> None:
     run_inline(prepared("search.candidates=1"))
     with pytest.raises(OtherStudyError, match="holds a study with another model"):
         run_inline(prepared("search.candidates=1", "search.seed=5"))
 
 
-def test_two_processes_never_run_one_study(prepared: Callable[..., Prepared]) -> None:
+def test_two_processes_never_run_one_study(prepared: Callable[..., PreparedStudy]) -> None:
     ready = prepared()
-    with only_one(ready.folder), pytest.raises(BlockingIOError):
+    with only_one(ready.folder.path), pytest.raises(BlockingIOError):
         run_inline(ready)
 
 
 def test_a_candidate_that_fails_is_recorded_with_its_reason_and_the_study_goes_on(
-    prepared: Callable[..., Prepared],
+    prepared: Callable[..., PreparedStudy],
 ) -> None:
     ready = prepared()
 
@@ -178,7 +183,7 @@ def test_a_candidate_that_fails_is_recorded_with_its_reason_and_the_study_goes_o
     assert len(failed) + sum(c.state == "measured" for c in results.candidates) == 6
 
 
-def test_a_lost_worker_is_tried_again(prepared: Callable[..., Prepared]) -> None:
+def test_a_lost_worker_is_tried_again(prepared: Callable[..., PreparedStudy]) -> None:
     ready = prepared("search.candidates=2")
     tries: Counter[str] = Counter()
 
@@ -193,7 +198,7 @@ def test_a_lost_worker_is_tried_again(prepared: Callable[..., Prepared]) -> None
     assert all(c.attempts >= 2 for c in results.candidates)
 
 
-def test_a_limit_on_the_size_binds(prepared: Callable[..., Prepared]) -> None:
+def test_a_limit_on_the_size_binds(prepared: Callable[..., PreparedStudy]) -> None:
     limit = prepared().plan.original_cost.size_bytes * 0.6
     results = run_inline(prepared(f"objectives.size_bytes.limit={limit}"))
     smaller = [c for c in results.candidates if c is not results.original]
@@ -203,13 +208,13 @@ def test_a_limit_on_the_size_binds(prepared: Callable[..., Prepared]) -> None:
 
 
 def test_an_exported_member_is_read_back_to_the_model_that_was_measured(
-    prepared: Callable[..., Prepared], tmp_path: Path
+    prepared: Callable[..., PreparedStudy], tmp_path: Path
 ) -> None:
     import torch
 
     ready = prepared()
     results = run_inline(ready)
-    member = export_member(ready.folder, "smallest", tmp_path / "out")
+    member = export_member(ready.folder.path, "smallest", tmp_path / "out")
     exported = loading.load(tmp_path / "out")
     record = open_store(ready.config.store).record(f"artifacts/{member['id']}")
     assert record is not None
@@ -222,9 +227,9 @@ def test_an_exported_member_is_read_back_to_the_model_that_was_measured(
     assert size == member["metrics"]["size_bytes"]
     assert json.loads((tmp_path / "out" / "recipe.json").read_text())["id"] == results.members[0]
     with pytest.raises(FileExistsError):
-        export_member(ready.folder, "smallest", tmp_path / "out")
+        export_member(ready.folder.path, "smallest", tmp_path / "out")
     with pytest.raises(LookupError, match="no member is called"):
-        export_member(ready.folder, "prettiest", tmp_path / "other")
+        export_member(ready.folder.path, "prettiest", tmp_path / "other")
 
 
 KILLS = 14
@@ -268,7 +273,7 @@ def _run_until(file: Path, log: Path, kill_at: int) -> None:
 
 @pytest.mark.timeout(240)
 def test_killed_anywhere_the_same_command_goes_on_and_no_committed_candidate_runs_again(
-    study_file: Path, tmp_path: Path, prepared: Callable[..., Prepared]
+    study_file: Path, tmp_path: Path, prepared: Callable[..., PreparedStudy]
 ) -> None:
     processes = multiprocessing.get_context("forkserver")
     processes.set_forkserver_preload(
@@ -303,7 +308,7 @@ def test_killed_anywhere_the_same_command_goes_on_and_no_committed_candidate_run
 
 
 def test_a_study_in_rungs_measures_on_all_of_the_evaluation_what_ends_on_the_front(
-    prepared: Callable[..., Prepared],
+    prepared: Callable[..., PreparedStudy],
 ) -> None:
     done: list[Job] = []
     ready = prepared("search.rungs=[0.25]", "search.candidates=8")
@@ -322,12 +327,12 @@ def test_a_study_in_rungs_measures_on_all_of_the_evaluation_what_ends_on_the_fro
 
 
 def test_a_study_keeps_the_rungs_that_it_began_with(
-    prepared: Callable[..., Prepared], monkeypatch: pytest.MonkeyPatch
+    prepared: Callable[..., PreparedStudy], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ready = prepared("search.rungs=auto", "search.candidates=4", "data.evaluation.window=8")
     assert ready.plan.rungs == (1 / 8, 1 / 2, 1.0)
     run_inline(ready)
-    monkeypatch.setattr("orchestrator.planning.prepare._FEWEST_WINDOWS", 16)
+    monkeypatch.setattr("orchestrator.planning.study_meters._MIN_WINDOWS", 16)
     later = prepared("search.rungs=auto", "search.candidates=4", "data.evaluation.window=8")
     assert later.plan.rungs == (1 / 4, 1.0)
     results = run_inline(later, lambda job: pytest.fail(f"{job.recipe} ran again"))
@@ -335,7 +340,7 @@ def test_a_study_keeps_the_rungs_that_it_began_with(
 
 
 def test_a_study_of_an_earlier_version_goes_on_by_its_rungs(
-    prepared: Callable[..., Prepared], monkeypatch: pytest.MonkeyPatch
+    prepared: Callable[..., PreparedStudy], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ready = prepared(
         "search.rungs=auto", "search.candidates=4", "data.evaluation.window=4", "data.evaluation.tokens=1024"
@@ -343,7 +348,7 @@ def test_a_study_of_an_earlier_version_goes_on_by_its_rungs(
     assert ready.plan.rungs == (1 / 32, 1 / 8, 1 / 2, 1.0)
     earlier = dataclasses.replace(ready, plan=dataclasses.replace(ready.plan, rungs=(1 / 16, 1 / 4, 1.0)))
     run_inline(earlier)
-    db = sqlite3.connect(ready.folder / "ledger.db")
+    db = sqlite3.connect(ready.folder.ledger)
     with db:
         db.execute("delete from about where key = 'rungs'")
     db.close()
@@ -364,15 +369,17 @@ def test_a_study_whose_bits_differ_by_layer_begins_with_what_is_solved_and_resum
         "orchestrator.service.fit_predictors.measure_layer_sensitivity",
         lambda *_: pytest.fail("measured again"),
     )
-    told = fit_predictors(ready, Ledger(ready.folder / "ledger.db"), InlineExecutor())
-    first = [ready.propose(choices).recipe.id for choices in told.opening()]
+    told = fit_predictors(ready, Ledger(ready.folder.ledger), InlineExecutor())
+    costs = CostModel.of(told)
+    design = initial_design(told, KnownMetrics(told, costs))
+    first = [propose(told, costs, choices).recipe.id for choices in design]
     assert first == [candidate.id for candidate in results.candidates[1:]][: len(first)]
     again = run_inline(prepare(load(study_file, ("search.candidates=10",))))
     assert len(again.candidates) == 11
 
 
 def test_on_a_cluster_there_are_as_many_slots_as_it_has_cores(
-    prepared: Callable[..., Prepared], monkeypatch: pytest.MonkeyPatch
+    prepared: Callable[..., PreparedStudy], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Asked(Exception):  # noqa: N818
         pass

@@ -13,8 +13,8 @@ from jobs.job import Job, Outcome
 from jobs.knobs import Value
 from jobs.recipe import Recipe
 from orchestrator.persistence.ledger import Ledger
-from orchestrator.persistence.study_folder import CHECKPOINTS
-from orchestrator.planning.prepare import Prepared
+from orchestrator.planning.cost import CostModel
+from orchestrator.planning.prepared_study import PreparedStudy
 from orchestrator.search.search import Choices, Result
 from orchestrator.service.loop import Service, replay
 from orchestrator.service.status import line, status_of
@@ -79,9 +79,9 @@ class MortalLedger(Ledger):
         self.stopped = isinstance(event, CandidateStopped)
 
 
-def service(ready: Prepared, ledger: Ledger, searching: Listed, done: list[Job]) -> Service:
+def service(ready: PreparedStudy, ledger: Ledger, searching: Listed, done: list[Job]) -> Service:
     place = WorkerContext(
-        ready.materials, ready.config.store, ready.folder / "scratch", ready.folder / "cache"
+        ready.materials, ready.config.store, ready.folder.scratch, ready.folder.path / "cache"
     )
 
     def do(job: Job) -> Outcome:
@@ -91,24 +91,24 @@ def service(ready: Prepared, ledger: Ledger, searching: Listed, done: list[Job])
     study = Study(ready.plan)
     replay(study, ledger, searching)
     executor = InlineExecutor(slots=2)
-    return Service(study, ready, searching, executor, ledger, NoTracker(), do, Unseen())
+    return Service(study, ready, CostModel.of(ready), searching, executor, ledger, NoTracker(), do, Unseen())
 
 
-def recipe(ready: Prepared, choices: Choices) -> Recipe:
+def recipe(ready: PreparedStudy, choices: Choices) -> Recipe:
     return ready.space.recipe(ready.plan.original.origin, choices)
 
 
 @pytest.fixture
-def ready(prepared: Callable[..., Prepared], monkeypatch: pytest.MonkeyPatch) -> Prepared:
+def ready(prepared: Callable[..., PreparedStudy], monkeypatch: pytest.MonkeyPatch) -> PreparedStudy:
     monkeypatch.setattr(studies, "WORTH_STOPPING_SECONDS", 0.0)  # a tiny model's jobs take less
     return prepared("search.candidates=2")
 
 
-def test_a_hopeless_candidate_is_ended_forgotten_and_written_down(ready: Prepared) -> None:
+def test_a_hopeless_candidate_is_ended_forgotten_and_written_down(ready: PreparedStudy) -> None:
     doomed = recipe(ready, DOOMED)
     searching, done = Listed([FIRST, DOOMED], DOOMED), list[Job]()
-    ledger = Ledger(ready.folder / "ledger.db")
-    left = ready.folder / CHECKPOINTS / recipe(ready, {**DOOMED, "bits": "skip"}).id
+    ledger = Ledger(ready.folder.ledger)
+    left = ready.folder.checkpoints / recipe(ready, {**DOOMED, "bits": "skip"}).id
     left.mkdir(parents=True)
     running = service(ready, ledger, searching, done)
     running.run()
@@ -125,15 +125,17 @@ def test_a_hopeless_candidate_is_ended_forgotten_and_written_down(ready: Prepare
     assert "1 stopped" in line(status)
 
 
-def test_killed_before_it_could_end_what_is_stopped_the_next_process_does_not_run_it(ready: Prepared) -> None:
+def test_killed_before_it_could_end_what_is_stopped_the_next_process_does_not_run_it(
+    ready: PreparedStudy,
+) -> None:
     doomed = recipe(ready, DOOMED)
     done: list[Job] = []
-    ledger = MortalLedger(ready.folder / "ledger.db")
+    ledger = MortalLedger(ready.folder.ledger)
     with pytest.raises(Killed):
         service(ready, ledger, Listed([FIRST, DOOMED], DOOMED), done).run()
     ledger.close()
     searching = Listed([], DOOMED)
-    again = service(ready, Ledger(ready.folder / "ledger.db"), searching, done)
+    again = service(ready, Ledger(ready.folder.ledger), searching, done)
     again.run()
     assert again.study.stage == "done"
     assert again.study.candidates[doomed.id].state == "stopped"
@@ -141,7 +143,7 @@ def test_killed_before_it_could_end_what_is_stopped_the_next_process_does_not_ru
     assert [job.recipe for job in done] == [ready.plan.original, recipe(ready, FIRST)]
 
 
-def test_the_study_follows_a_cluster_that_turns_out_to_be_larger(ready: Prepared) -> None:
+def test_the_study_follows_a_cluster_that_turns_out_to_be_larger(ready: PreparedStudy) -> None:
     class Growing(InlineExecutor):
         """Could have one slot more after each turn."""
 
@@ -149,7 +151,7 @@ def test_the_study_follows_a_cluster_that_turns_out_to_be_larger(ready: Prepared
             self._slots += 1
             return super().wait(timeout)
 
-    ledger = Ledger(ready.folder / "ledger.db")
+    ledger = Ledger(ready.folder.ledger)
     running = service(ready, ledger, Listed([FIRST, DOOMED], {}), [])
     running.executor = Growing(slots=1)
     running.run()
@@ -159,8 +161,8 @@ def test_the_study_follows_a_cluster_that_turns_out_to_be_larger(ready: Prepared
     assert running.study.slots == told[-1]
 
 
-def test_who_has_a_chance_is_not_stopped(ready: Prepared) -> None:
+def test_who_has_a_chance_is_not_stopped(ready: PreparedStudy) -> None:
     done: list[Job] = []
-    running = service(ready, Ledger(ready.folder / "ledger.db"), Listed([FIRST, DOOMED], {}), done)
+    running = service(ready, Ledger(ready.folder.ledger), Listed([FIRST, DOOMED], {}), done)
     running.run()
     assert running.study.states["measured"] == 3

@@ -149,11 +149,11 @@ def test_what_is_too_large_for_a_package_goes_through_the_store_and_is_fetched_b
     there = prepare(load(study_file, overrides))
     assert there.plan.original.id == prepare(load(study_file, ours)).plan.original.id
 
-    def on_a_bare_machine(job: Job, workplace: WorkerContext) -> Outcome:
+    def on_a_bare_machine(job: Job, context: WorkerContext) -> Outcome:
         shutil.rmtree(cluster / "runs" / "inputs", ignore_errors=True)
-        return work(job, workplace)
+        return work(job, context)
 
-    doing = functools.partial(on_a_bare_machine, workplace=_work(there).keywords["workplace"])  # type: ignore[attr-defined]
+    doing = functools.partial(on_a_bare_machine, context=_work(there).keywords["context"])  # type: ignore[attr-defined]
     results = launch(there, lambda status: None, executor=InlineExecutor(), do=doing)
     assert [one.state for one in results.candidates] == ["measured"] * 2
 

@@ -25,7 +25,7 @@ from jobs.models import loading
 from jobs.progress import Report
 from jobs.recipe import Recipe
 from jobs.techniques.distill import Distill
-from orchestrator.planning.prepare import Prepared
+from orchestrator.planning.prepared_study import PreparedStudy
 from orchestrator.publishing import store_usage
 from orchestrator.service.launch import launch
 from orchestrator.worker import checkpoint_sync
@@ -217,12 +217,12 @@ Place = Callable[[str], WorkerContext]
 
 
 @pytest.fixture
-def root(prepared: Callable[..., Prepared]) -> Recipe:
+def root(prepared: Callable[..., PreparedStudy]) -> Recipe:
     return prepared().plan.original
 
 
 @pytest.fixture
-def machine(prepared: Callable[..., Prepared], s3_address: str, tmp_path: Path) -> Place:
+def machine(prepared: Callable[..., PreparedStudy], s3_address: str, tmp_path: Path) -> Place:
     """A machine of this name, which shares the bucket alone with others."""
     ready = prepared()
 
@@ -337,7 +337,7 @@ def test_a_model_that_was_made_is_only_measured_when_its_machine_is_taken_away_m
 
 
 def test_checkpoints_of_what_was_given_up_go_and_those_of_others_stay(
-    prepared: Callable[..., Prepared], s3_address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    prepared: Callable[..., PreparedStudy], s3_address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     store = open_store(s3_address)

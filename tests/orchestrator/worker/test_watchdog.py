@@ -14,7 +14,7 @@ import pytest
 
 from jobs.job import Job, Success
 from jobs.meters import text
-from orchestrator.planning.prepare import Prepared
+from orchestrator.planning.prepared_study import PreparedStudy
 from orchestrator.worker.watchdog import STALL_SECONDS, Lease
 from orchestrator.worker.work import WorkerContext, work
 
@@ -49,7 +49,7 @@ def test_what_hangs_is_ended_and_says_where(tmp_path: Path) -> None:
 
 
 def test_a_job_renews_its_lease_at_each_report_and_has_none_when_it_is_done(
-    prepared: Callable[..., Prepared], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    prepared: Callable[..., PreparedStudy], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(text, "_TOKENS_AT_ONCE", 64)  # eight batches
     renewed, cancelled = list[float](), list[int]()

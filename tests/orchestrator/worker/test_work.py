@@ -20,19 +20,20 @@ from jobs import run
 from jobs.job import Failure, Job, Outcome, Success
 from jobs.measurement.measurement import Measurement
 from jobs.meters import text
-from jobs.progress import JobInterruptedError
+from jobs.progress import JobInterruptedError, Report
 from jobs.recipe import Recipe
+from jobs.run import JobDirs, JobOutput, RankDone, WorkRequest
 from jobs.runtimes import Runner
 from jobs.techniques.drop_layers import DropLayers
 from jobs.techniques.finetune import Finetune
 from jobs.techniques.prune_ffn import PruneFfn
 from jobs.techniques.rtn import Rtn
-from orchestrator.planning.prepare import Prepared
+from orchestrator.planning.prepared_study import PreparedStudy
 from orchestrator.worker.work import WorkerContext, work
 
 
 def test_checkpoints_are_kept_until_the_training_has_gone_well(
-    prepared: Callable[..., Prepared], tmp_path: Path
+    prepared: Callable[..., PreparedStudy], tmp_path: Path
 ) -> None:
     ready = prepared()
     place = WorkerContext(ready.materials, ready.config.store, tmp_path / "scratch", tmp_path / "cache")
@@ -42,13 +43,13 @@ def test_checkpoints_are_kept_until_the_training_has_gone_well(
     attempt, seen = run.attempt, []
     assert isinstance(work(Job(root, (), "materials"), place), Success)
 
-    def watched(*given: object, **named: object) -> object:
-        made = attempt(*given, **named)  # type: ignore[arg-type]
+    def watched(request: WorkRequest, report: Report) -> JobOutput | Failure | RankDone:
+        made = attempt(request, report)
         seen.append([file.name for file in folder.iterdir()])
         return made
 
     try:
-        run.attempt = watched  # type: ignore[assignment]
+        run.attempt = watched
         assert isinstance(work(Job(recipe, (), "materials"), place), Success)
     finally:
         run.attempt = attempt
@@ -58,13 +59,13 @@ def test_checkpoints_are_kept_until_the_training_has_gone_well(
 
 
 @pytest.fixture
-def place(prepared: Callable[..., Prepared], tmp_path: Path) -> WorkerContext:
+def place(prepared: Callable[..., PreparedStudy], tmp_path: Path) -> WorkerContext:
     ready = prepared()
     return WorkerContext(ready.materials, ready.config.store, tmp_path / "scratch", tmp_path / "cache")
 
 
 @pytest.fixture
-def root(prepared: Callable[..., Prepared]) -> Recipe:
+def root(prepared: Callable[..., PreparedStudy]) -> Recipe:
     return prepared().plan.original
 
 
@@ -149,7 +150,7 @@ def measured(outcome: Outcome) -> Measurement:
 
 
 @pytest.fixture
-def at_once(prepared: Callable[..., Prepared], root: Recipe, tmp_path: Path) -> Measurement:
+def at_once(prepared: Callable[..., PreparedStudy], root: Recipe, tmp_path: Path) -> Measurement:
     """What measuring all of the evaluation at once finds of the original, by another store."""
     elsewhere = WorkerContext(
         prepared().materials, str(tmp_path / "elsewhere"), tmp_path / "other", tmp_path / "cache"
@@ -224,7 +225,7 @@ def test_a_full_disk_is_told_with_the_cure(
 
 
 def test_a_gang_makes_a_model_and_what_is_gone_of_its_lineage_and_its_first_rank_alone_stores_it(
-    place: WorkerContext, prepared: Callable[..., Prepared]
+    place: WorkerContext, prepared: Callable[..., PreparedStudy]
 ) -> None:
     recipe = Recipe(prepared().plan.original.origin, (DropLayers(count=1), Finetune(steps=3, batch=2)))
     job = Job(recipe, ("size",), "materials")
@@ -255,7 +256,7 @@ def test_what_a_rank_alone_meets_becomes_of_the_job_and_what_all_meet_the_first_
     raised: Exception,
     kind: str | None,
     place: WorkerContext,
-    prepared: Callable[..., Prepared],
+    prepared: Callable[..., PreparedStudy],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     recipe = Recipe(prepared().plan.original.origin, (DropLayers(count=1),))
@@ -266,20 +267,19 @@ def test_what_a_rank_alone_meets_becomes_of_the_job_and_what_all_meet_the_first_
     monkeypatch.setattr(run, "_compressed", raising)
     monkeypatch.setenv("RANK", str(rank))
     parent, made = Path(place.materials.model), place.scratch / "made"
-    told = run.attempt(
-        Job(recipe, (), "materials"),
-        place.materials,
-        parent,
-        None,
-        made,
-        place.cache,
-        lambda share, what: None,
+    request = WorkRequest(
+        Job(recipe, (), "materials"), place.materials, JobDirs(made, place.cache), parent=parent
     )
-    assert (told and told.kind) == kind
+    outcome = run.attempt(request, lambda share, activity: None)
+    if kind is None:
+        assert outcome == RankDone(interrupted=True)
+    else:
+        assert isinstance(outcome, Failure)
+        assert outcome.kind == kind
     assert not made.exists()
 
 
-def test_ranks_but_the_first_leave_what_is_made_to_it(place: WorkerContext, prepared: Callable[..., Prepared],
+def test_ranks_but_the_first_leave_what_is_made_to_it(place: WorkerContext, prepared: Callable[..., PreparedStudy],
                                                       monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
     monkeypatch.setenv("RANK", "1")
     job = Job(prepared().plan.original, (), "materials")
