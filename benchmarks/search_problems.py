@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from jobs.knobs import Choice, Domain, Range, Value
 from orchestrator.pareto.front import Metrics, Objective, losses
-from orchestrator.search.search import Choices, Known, nothing_known
+from orchestrator.search.search import Choices, KnownMetrics, nothing_known
 
 DATA = Path(__file__).parent / "data"
 TABLES = {
@@ -59,7 +59,7 @@ class Problem:
     evaluate: Callable[[Choices], Metrics]
     reference: Metrics
     front: Callable[[], Front]
-    known: Known = nothing_known
+    known: KnownMetrics = nothing_known
     noise: Mapping[str, float] = field(default_factory=dict)
 
     def losses(self, choices: Choices) -> tuple[float, ...]:

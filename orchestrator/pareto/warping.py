@@ -1,4 +1,4 @@
-"""Scale: losses as a belief sees them, so that their differences are about as telling everywhere."""
+"""Warping: a monotone transformation of losses that makes equal differences about equally informative."""
 
 from __future__ import annotations
 
@@ -11,48 +11,51 @@ from numpy.typing import NDArray
 
 Vector = Float[NDArray[np.float64], " losses"]
 
-_TINY = 1e-300
+_MIN_LOSS = 1e-300
+"""Losses below this count as this, so that their logarithm is finite."""
 _REACH = 2.0
-"""So many times the distance from the best tenth to the median, and a loss is far out."""
+"""A loss is far worse than usual beyond this many distances from the best tenth to the median; chosen by hand."""
 
 
 @dataclass(frozen=True)
-class Scale:
-    """Losses, or their logarithms; what is far worse than the median by its logarithm once more, for how bad a
-    failure is says little of what is good (after Golovin et al. 2017, §3: what is bad is warped, what is good is not).
+class Warping:
+    """Losses or their logarithms, with values far worse than the median compressed by a logarithm.
 
-    middle, reach: beyond their sum, distances from the middle grow by their logarithm.
+    Only bad values are compressed (after Golovin et al. 2017, §3): how bad a choice is says little about good ones.
     """
 
     logarithm: bool = False
     middle: float = 0.0
     reach: float = math.inf
+    """Values more than this above `middle` are compressed: their distance from it grows logarithmically."""
 
     @classmethod
-    def of(cls, losses: Vector, logarithm: bool) -> Scale:
-        seen = np.log(np.maximum(losses, _TINY)) if logarithm else losses
-        best, middle = (float(q) for q in np.quantile(seen, [0.1, 0.5]))
+    def fit(cls, losses: Vector, logarithm: bool) -> Warping:
+        """Return the warping for a sample of typical losses."""
+        values = np.log(np.maximum(losses, _MIN_LOSS)) if logarithm else losses
+        best, middle = (float(quantile) for quantile in np.quantile(values, [0.1, 0.5]))
         reach = _REACH * (middle - best)
         return cls(logarithm, middle, reach) if reach > 0 else cls(logarithm)
 
-    def seen(self, losses: Vector) -> Vector:
-        values = np.log(np.maximum(losses, _TINY)) if self.logarithm else losses
+    def warp(self, losses: Vector) -> Vector:
+        values = np.log(np.maximum(losses, _MIN_LOSS)) if self.logarithm else losses
         far = values - self.middle > self.reach
         if not far.any():
             return values
-        out = np.maximum((values - self.middle) / self.reach, 1.0)
-        return np.where(far, self.middle + self.reach * (1 + np.log(out)), values)
+        distance = np.maximum((values - self.middle) / self.reach, 1.0)
+        return np.where(far, self.middle + self.reach * (1 + np.log(distance)), values)
 
-    def losses(self, seen: Vector) -> Vector:
-        """The losses that are seen so."""
-        far = seen - self.middle > self.reach
+    def unwarp(self, warped: Vector) -> Vector:
+        """Return the losses with these warped values."""
+        far = warped - self.middle > self.reach
         if far.any():
-            out = np.minimum(np.maximum((seen - self.middle) / self.reach, 1.0) - 1, 50.0)
-            seen = np.where(far, self.middle + self.reach * np.exp(out), seen)
-        return np.exp(np.minimum(seen, 700.0)) if self.logarithm else seen
+            exponent = np.minimum(np.maximum((warped - self.middle) / self.reach, 1.0) - 1, 50.0)
+            warped = np.where(far, self.middle + self.reach * np.exp(exponent), warped)
+        return np.exp(np.minimum(warped, 700.0)) if self.logarithm else warped
 
-    def stretch(self, losses: Vector) -> float:
-        """Σ ln |d seen / d loss|: what the density of the seen values is to be multiplied by."""
-        values = np.log(np.maximum(losses, _TINY)) if self.logarithm else losses
-        out = np.maximum((values - self.middle) / self.reach, 1.0)
-        return -float(np.log(out).sum()) - (float(values.sum()) if self.logarithm else 0.0)
+    def log_derivative(self, losses: Vector) -> float:
+        """Return Σ ln |d warped / d loss|, which turns a log density of warped values into one of losses."""
+        values = np.log(np.maximum(losses, _MIN_LOSS)) if self.logarithm else losses
+        distance = np.maximum((values - self.middle) / self.reach, 1.0)
+        compression = -float(np.log(distance).sum())
+        return compression - (float(values.sum()) if self.logarithm else 0.0)

@@ -1,7 +1,7 @@
-"""Searches: what to try next. One file, one algorithm: `NAME_search.py` is the algorithm called NAME.
+"""Search algorithms, which decide which choices to evaluate next. The algorithm NAME is in `NAME_search.py`.
 
-The suffix keeps `random` and the like from shadowing modules of the same name, and tells algorithms from
-what they share. A search knows nothing of models: it sees knobs, numbers and limits.
+The suffix avoids shadowing modules such as `random`, and separates algorithms from shared modules. A search is
+independent of models: its inputs are knobs, numbers and limits.
 """
 
 from __future__ import annotations
@@ -15,69 +15,74 @@ from jobs.plugins import module_of
 from orchestrator.pareto.front import Objective
 from orchestrator.search.initial_points import InitialPoints
 from orchestrator.search.proposals import Proposals
-from orchestrator.search.search import Choices, Known, Search, Space, nothing_known
+from orchestrator.search.search import Choices, KnownMetrics, Search, Space, nothing_known
 
 SUFFIX = "_search"
 
 
 def names() -> list[str]:
-    """Every algorithm there is, in alphabetical order, read from the files of this folder."""
-    found = (module.name for module in pkgutil.iter_modules(__path__))
-    return sorted(name.removesuffix(SUFFIX) for name in found if name.endswith(SUFFIX))
+    """Return the names of all algorithms, in alphabetical order, from the files in this folder."""
+    modules = (module.name for module in pkgutil.iter_modules(__path__))
+    return sorted(name.removesuffix(SUFFIX) for name in modules if name.endswith(SUFFIX))
 
 
 def make(
     name: str,
     space: Mapping[str, Domain | Mapping[str, Any]],
     objectives: Sequence[Objective],
-    known: Known = nothing_known,
+    known_metrics: KnownMetrics = nothing_known,
     seed: int = 0,
-    first: Sequence[Choices] = (),
+    initial: Sequence[Choices] = (),
 ) -> Search:
-    """A new search of that algorithm.
+    """Return a new search.
 
     space: each knob's domain, or plain data for it: `{"low": 1, "high": 8, "type": "int"}` (also
-        `"log": true`) or `{"choices": [...], "ordered": true}`; ordered choices may be given in any order.
-    known: the metrics of a choice that need no evaluation, exact; asked often, so it must be quick. Where it also gives
-        `seconds`, a search may prefer what adds more for each of them; they may change from call to call. What else it
-        tells beside objectives are hints: numbers that what must be measured is taken to go with.
-    first: choices to ask before any others.
+        `"log": true`) or `{"choices": [...], "ordered": true}`; ordered choices may be in any order.
+    known_metrics: returns the metrics of choices that need no evaluation, exactly. It is called often, so it must be
+        fast. `seconds` in its result is the expected duration of the evaluation, which may change between calls;
+        searches may prefer a larger improvement per second. Other numbers that are no objectives are hints, which
+        measured objectives are expected to correlate with.
+    initial: choices to propose before all others.
 
-    Raises LookupError for an unknown name, ValueError for a space or objectives that cannot be searched.
+    LookupError for an unknown name, ValueError for an invalid space or no objectives.
     """
     algorithm = _algorithm(name)
     if not objectives:
         raise ValueError("a search needs at least one objective")
-    domains = {knob: _domain(knob, given) for knob, given in space.items()}
-    search: Search = algorithm(domains, tuple(objectives), known, seed)
-    if not first:
+    domains = {knob: _domain(knob, specification) for knob, specification in space.items()}
+    search: Search = algorithm(domains, tuple(objectives), known_metrics, seed)
+    if not initial:
         return search
+    return InitialPoints(search, initial, Proposals(objectives, known_metrics))
 
-    return InitialPoints(search, first, Proposals(objectives, known))
 
-
-def _algorithm(name: str) -> Callable[[Space, tuple[Objective, ...], Known, int], Search]:
+def _algorithm(name: str) -> Callable[[Space, tuple[Objective, ...], KnownMetrics, int], Search]:
     module = module_of("search", name, names(), f"{__name__}.{name}{SUFFIX}")
-    found = [
+    classes = [
         value
         for value in vars(module).values()
         if isinstance(value, type) and value.__module__ == module.__name__ and hasattr(value, "tell")
     ]
-    if len(found) != 1:
-        raise LookupError(f"{module.__name__} must define exactly one search, it defines {len(found)}")
-    return found[0]
+    if len(classes) != 1:
+        raise LookupError(f"{module.__name__} must define exactly one search, it defines {len(classes)}")
+    return classes[0]
 
 
-def _domain(knob: str, given: Domain | Mapping[str, Any]) -> Domain:
-    if isinstance(given, Range | Choice):
-        domain = given
-    elif "choices" in given:
-        values = sorted(given["choices"]) if given.get("ordered") else given["choices"]
+def _domain(knob: str, specification: Domain | Mapping[str, Any]) -> Domain:
+    if isinstance(specification, Range | Choice):
+        domain = specification
+    elif "choices" in specification:
+        values = specification["choices"]
+        if specification.get("ordered"):
+            values = sorted(values)
         domain = Choice(tuple(values))
-    elif "low" in given and "high" in given:
-        domain = Range(given["low"], given["high"], given.get("type") == "int", bool(given.get("log")))
+    elif "low" in specification and "high" in specification:
+        is_integer = specification.get("type") == "int"
+        domain = Range(
+            specification["low"], specification["high"], is_integer, bool(specification.get("log"))
+        )
     else:
-        raise ValueError(f"{knob}={dict(given)} is no domain; give low and high, or choices")
+        raise ValueError(f"{knob}={dict(specification)} is no domain; give low and high, or choices")
     if isinstance(domain, Choice) and not domain.values:
         raise ValueError(f"{knob} has no values to choose from")
     if isinstance(domain, Range) and not domain.low <= domain.high:

@@ -1,4 +1,4 @@
-"""Survey: what is known of choices before they are measured, and the rows by which beliefs compare them."""
+"""The candidate pool: choices with their properties that need no measurement, and their features."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from jobs.knobs import Range
 from orchestrator.pareto.front import Objective
 from orchestrator.search.encoding import Axis, Points, SpaceEncoder
 from orchestrator.search.features import Features, Rows
-from orchestrator.search.search import SECONDS, Known
+from orchestrator.search.search import SECONDS, KnownMetrics
 
-_DRAWN = 100
-"""So many choices of each kind stand for all."""
-
-_HELD = 2_000
-"""So many rows are remembered, about."""
-_LEAST_SECONDS = 1e-3
-_FAR = 10.0
-"""Hints that differ by such a factor are compared by their ratios."""
+_SAMPLE_SIZE = 100
+"""Number of uniform and of levelled points in the sample of the space, enough for quantiles up to 0.9."""
+_CACHED_ROWS = 2_000
+"""Clear the cache of rows beyond this number, which is above the number of results that models learn from."""
+_MIN_SECONDS = 1e-3
+"""Expected durations below this count as this, so that divisions are defined."""
+_LOG_RATIO = 10.0
+"""Hints whose maximum is more than this factor above the minimum are compared by their ratios."""
 
 Hints = Float[NDArray[np.float64], "points hints"]
 Losses = Float[NDArray[np.float64], "points objectives"]
@@ -31,142 +31,165 @@ Losses = Float[NDArray[np.float64], "points objectives"]
 
 @dataclass(frozen=True)
 class Pool:
-    """Choices as points; known: their losses, NaN where they have to be measured; seconds: what trying each would take,
-    1 where nothing is known of that."""
+    """Points with their properties before measurement, one row each."""
 
     points: Points
     rows: Rows
-    known: Losses
+    """Features."""
+    losses: Losses
+    """The losses that are known without a measurement, else NaN."""
     seconds: NDArray[np.float64]
+    """Expected duration of the evaluation; 1 if nothing is known of it."""
 
     def __len__(self) -> int:
         return len(self.points)
 
-    def take(self, which: NDArray[np.intp] | NDArray[np.bool_]) -> Pool:
-        return Pool(self.points[which], self.rows[which], self.known[which], self.seconds[which])
+    def take(self, selection: NDArray[np.intp] | NDArray[np.bool_]) -> Pool:
+        return Pool(
+            self.points[selection], self.rows[selection], self.losses[selection], self.seconds[selection]
+        )
 
     def joined(self, other: Pool) -> Pool:
         return Pool(
             np.concatenate([self.points, other.points]),
             np.concatenate([self.rows, other.rows]),
-            np.concatenate([self.known, other.known]),
+            np.concatenate([self.losses, other.losses]),
             np.concatenate([self.seconds, other.seconds]),
         )
 
 
 class CandidateEvaluator:
-    """Which objectives are known beforehand shows as they appear. They are features too, beside the knobs: what has to
-    be measured mostly goes with them (quality with size), and that is learned from few results. So are hints, whatever
-    else is known from the start: what is measured is then learned as what it does beside them.
+    """Determines everything about choices that needs no measurement: deterministic objectives, hints, features.
 
-    everywhere: some choices of the whole space, drawn without looking at results.
+    Deterministic objectives are those with known values, such as the size; the evaluator detects them when values
+    appear. They and the hints are features beside the knobs, since measured objectives often correlate with them
+    (quality with size), and the correlation is learned from few results.
     """
 
     def __init__(
         self,
-        places: SpaceEncoder,
+        encoder: SpaceEncoder,
         objectives: Sequence[Objective],
-        known: Known,
+        known_metrics: KnownMetrics,
         generator: np.random.Generator,
     ) -> None:
-        self._places = places
+        self._encoder = encoder
         self._objectives = tuple(objectives)
-        self._known = known
-        self._limits = np.array([np.inf if o.limit is None else o.loss(o.limit) for o in objectives])
-        self._lines: dict[int, Axis] = {}
-        self.foreknown: Bool[NDArray[np.bool_], " objectives"] = np.zeros(len(objectives), dtype=np.bool_)
-        drawn = places.uniform(_DRAWN, generator), places.levelled(_DRAWN, generator)
-        self._everywhere = np.concatenate(drawn)
-        told = self._told(self._everywhere)
-        self._hints = self._hinting(told)
-        self._held: dict[bytes, NDArray[np.float64]] = {}
-        self.features = Features([*places.axes, *self._hints.values()])
-        self.everywhere = self._entered(self._everywhere, told)
+        self._known_metrics = known_metrics
+        limits = []
+        for objective in objectives:
+            limits.append(np.inf if objective.limit is None else objective.loss(objective.limit))
+        self._limits = np.array(limits)
+        self._objective_axes: dict[int, Axis] = {}
+        self.deterministic_objectives: Bool[NDArray[np.bool_], " objectives"] = np.zeros(
+            len(objectives), dtype=np.bool_
+        )
+        uniform = encoder.uniform(_SAMPLE_SIZE, generator)
+        self._sample_points = np.concatenate([uniform, encoder.levelled(_SAMPLE_SIZE, generator)])
+        metrics = self._metrics_of(self._sample_points)
+        self._hint_axes = self._axes_of_hints(metrics)
+        self._cached_rows: dict[bytes, NDArray[np.float64]] = {}
+        self.features = Features([*encoder.axes, *self._hint_axes.values()])
+        self.space_sample = self._pool(self._sample_points, metrics)
+        """Points of the whole space, drawn independently of results."""
 
-    def enter(self, points: Points) -> Pool:
-        return self._entered(points, self._told(points))
+    def evaluate(self, points: Points) -> Pool:
+        return self._pool(points, self._metrics_of(points))
 
     def rows(self, points: Points) -> Rows:
-        """The rows of points that are asked for again and again, such as what was told: each is made once."""
-        marks = [point.tobytes() for point in points]
-        if len(self._held) > _HELD:
-            self._held = {}
-        new = {mark: point for mark, point in zip(marks, points, strict=True) if mark not in self._held}
+        """Return the features of points that are needed repeatedly, such as those of results; they are cached."""
+        keys = [point.tobytes() for point in points]
+        if len(self._cached_rows) > _CACHED_ROWS:
+            self._cached_rows = {}
+        new = {}
+        for key, point in zip(keys, points, strict=True):
+            if key not in self._cached_rows:
+                new[key] = point
         if new:
-            self._held |= dict(zip(new, self.enter(np.array(list(new.values()))).rows, strict=True))
-        return np.array([self._held[mark] for mark in marks])
+            rows = self.evaluate(np.array(list(new.values()))).rows
+            self._cached_rows |= dict(zip(new, rows, strict=True))
+        return np.array([self._cached_rows[key] for key in keys])
 
-    def _told(self, points: Points) -> list[Mapping[str, float]]:
-        return [self._known(choices) for choices in self._places.choices_at(points)]
+    def update_deterministic_objectives(self, pool: Pool) -> bool:
+        """Return whether the pool has known values of an objective that had none before.
 
-    def _entered(self, points: Points, told: Sequence[Mapping[str, float]]) -> Pool:
-        losses = [
-            [o.loss(values[o.metric]) if o.metric in values else np.nan for o in self._objectives]
-            for values in told
-        ]
-        known = np.array(losses, dtype=np.float64).reshape(len(points), len(self._objectives))
-        seconds = np.array([max(values.get(SECONDS, 1.0), _LEAST_SECONDS) for values in told])
-        hints = np.array([[one.get(name, np.nan) for name in self._hints] for one in told], dtype=np.float64)
-        return Pool(
-            points, self._rows(points, known, hints.reshape(len(points), len(self._hints))), known, seconds
-        )
-
-    def _hinting(self, told: Sequence[Mapping[str, float]]) -> dict[str, Axis]:
-        """A line for each hint, over what it is anywhere; of ratios where these are far apart."""
-        metrics = {SECONDS, *(objective.metric for objective in self._objectives)}
-        found = {}
-        for name in sorted({name for one in told for name in one} - metrics):
-            values = np.array([one[name] for one in told if math.isfinite(one.get(name, math.nan))])
-            above = values[values > 0]
-            log = len(above) > 0 and values.min() >= 0 and values.max() > _FAR * above.min()
-            low, high = float((above if log else values).min()), float(values.max())
-            if low < high:
-                found[name] = Axis(name, Range(low, high, log=log), (), 0, ordered=True, hint=True)
-        return found
-
-    def discovers(self, pool: Pool) -> bool:
-        """Whether an objective turns out to be known that was not. Then rows are made otherwise than before: what was
-        entered until now is to be entered anew, this pool too."""
-        found = np.isfinite(pool.known).any(axis=0) & ~self.foreknown
-        if not found.any():
+        The features change then, so all pools must be evaluated again, this one too.
+        """
+        new = np.isfinite(pool.losses).any(axis=0) & ~self.deterministic_objectives
+        if not new.any():
             return False
-        self.foreknown = self.foreknown | found
-        known = self.enter(np.concatenate([self._everywhere, pool.points])).known
-        for column in np.flatnonzero(self.foreknown):
-            low, high = float(np.nanmin(known[:, column])), float(np.nanmax(known[:, column]))
+        self.deterministic_objectives = self.deterministic_objectives | new
+        losses = self.evaluate(np.concatenate([self._sample_points, pool.points])).losses
+        for column in np.flatnonzero(self.deterministic_objectives):
+            low, high = float(np.nanmin(losses[:, column])), float(np.nanmax(losses[:, column]))
             if low < high:
-                self._lines[int(column)] = Axis(
-                    self._objectives[column].metric, Range(low, high), (), 0, ordered=True
-                )
-        self.features = Features([*self._places.axes, *self._hints.values(), *self._lines.values()])
-        self.everywhere = self.enter(self._everywhere)
-        self._held = {}
+                metric = self._objectives[column].metric
+                self._objective_axes[int(column)] = Axis(metric, Range(low, high), (), 0, ordered=True)
+        self.features = Features(
+            [*self._encoder.axes, *self._hint_axes.values(), *self._objective_axes.values()]
+        )
+        self.space_sample = self.evaluate(self._sample_points)
+        self._cached_rows = {}
         return True
 
-    def within(self, pool: Pool) -> Pool:
-        """Without what breaks a limit that is known, or lacks what is known of others: no such model can be made."""
-        good = np.isfinite(pool.known) & (pool.known <= self._limits) | ~self.foreknown
-        return pool.take(np.asarray(good.all(axis=1)))
+    def feasible(self, pool: Pool) -> Pool:
+        """Return the pool without points whose deterministic objectives break a limit or are unknown.
 
-    def _rows(self, points: Points, known: Losses, hints: Hints) -> Rows:
-        lines = [
-            np.nan_to_num((known[:, column] - axis.domain.low) / (axis.domain.high - axis.domain.low))
-            for column, axis in self._lines.items()
-            if isinstance(axis.domain, Range)
-        ]
-        acting = np.ones((len(points), len(lines)), dtype=np.bool_)
-        places = [_along(line, hints[:, at]) for at, line in enumerate(self._hints.values())]
-        return self.features.rows(
-            np.column_stack([points, *places, *lines]),
-            np.column_stack([self._places.active(points), np.isfinite(hints), acting]),
-        )
+        Unknown ones belong to models that cannot be built.
+        """
+        keeps_limits = np.isfinite(pool.losses) & (pool.losses <= self._limits)
+        feasible = keeps_limits | ~self.deterministic_objectives
+        return pool.take(np.asarray(feasible.all(axis=1)))
+
+    def _metrics_of(self, points: Points) -> list[Mapping[str, float]]:
+        return [self._known_metrics(choices) for choices in self._encoder.choices_at(points)]
+
+    def _pool(self, points: Points, metrics: Sequence[Mapping[str, float]]) -> Pool:
+        losses = np.full((len(points), len(self._objectives)), np.nan)
+        hints = np.full((len(points), len(self._hint_axes)), np.nan)
+        seconds = np.ones(len(points))
+        for row, values in enumerate(metrics):
+            for column, objective in enumerate(self._objectives):
+                if objective.metric in values:
+                    losses[row, column] = objective.loss(values[objective.metric])
+            for column, name in enumerate(self._hint_axes):
+                hints[row, column] = values.get(name, np.nan)
+            seconds[row] = max(values.get(SECONDS, 1.0), _MIN_SECONDS)
+        return Pool(points, self._rows(points, losses, hints), losses, seconds)
+
+    def _axes_of_hints(self, metrics: Sequence[Mapping[str, float]]) -> dict[str, Axis]:
+        """An axis per hint: known metrics that are no objective and vary over the sample."""
+        names = {name for values in metrics for name in values}
+        names -= {SECONDS, *(objective.metric for objective in self._objectives)}
+        axes = {}
+        for name in sorted(names):
+            hints = np.array([values.get(name, math.nan) for values in metrics], dtype=np.float64)
+            hints = hints[np.isfinite(hints)]
+            positive = hints[hints > 0]
+            log = len(positive) > 0 and hints.min() >= 0 and hints.max() > _LOG_RATIO * positive.min()
+            low, high = float((positive if log else hints).min()), float(hints.max())
+            if low < high:
+                axes[name] = Axis(name, Range(low, high, log=bool(log)), (), 0, ordered=True, hint=True)
+        return axes
+
+    def _rows(self, points: Points, losses: Losses, hints: Hints) -> Rows:
+        columns = [points]
+        for column, axis in enumerate(self._hint_axes.values()):
+            columns.append(_hint_positions(axis, hints[:, column])[:, None])
+        for column, axis in self._objective_axes.items():
+            assert isinstance(axis.domain, Range)
+            low, high = axis.domain.low, axis.domain.high
+            columns.append(np.nan_to_num((losses[:, column] - low) / (high - low))[:, None])
+        always = np.ones((len(points), len(self._objective_axes)), dtype=np.bool_)
+        active = np.column_stack([self._encoder.active(points), np.isfinite(hints), always])
+        return self.features.rows(np.column_stack(columns), active)
 
 
-def _along(line: Axis, values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Places on a hint's line, its ends for what lies beyond them; 0 where there is no hint."""
-    assert isinstance(line.domain, Range)
-    low, high = float(line.domain.low), float(line.domain.high)
+def _hint_positions(axis: Axis, values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Positions on the axis of a hint; values beyond its ends are at the ends, and missing ones at 0."""
+    assert isinstance(axis.domain, Range)
+    low, high = float(axis.domain.low), float(axis.domain.high)
     clipped = np.nan_to_num(np.clip(values, low, high), nan=low)
-    if line.domain.log:
+    if axis.domain.log:
         return np.asarray(np.log(clipped / low) / math.log(high / low))
     return np.asarray((clipped - low) / (high - low))

@@ -1,4 +1,4 @@
-"""Features: points as rows of numbers by which a belief compares them."""
+"""Features: points as rows of numbers that a Gaussian process compares."""
 
 from __future__ import annotations
 
@@ -12,50 +12,62 @@ from numpy.typing import NDArray
 from orchestrator.search.encoding import Active, Axis, Points
 
 LEVELS = 9
-"""A knob with more values than that is told apart at so many places along its range, straight lines between."""
+"""A knob with more values is represented by its effect at this number of evenly spaced positions, with linear
+interpolation between them."""
 
 Rows = Float[NDArray[np.float64], "points features"]
 
 
 class Features:
-    """Each row has two parts, `effects` and `distances`, and in each every knob has some columns, `knobs` tells which.
+    """Computes rows of features. A row has two parts, and each knob has some columns in both.
 
-    effects: their inner products are what knobs do by themselves. Steps up along the values where they have an order,
-        so that near values have near effects, else one column a value; centred, and 0 where the knob does nothing.
-    distances: their Euclidean distance is 1 from one end of a knob's range to the other, and between any two values
-        without an order; half the way (or half the square) to where the knob does nothing.
+    The inner product of the first part of two rows is the covariance of the additive effects of knobs. An ordered knob
+    has one column per step between neighbouring values, so that similar values have similar effects, others have
+    one column per value. Columns are centred, and 0 if the knob is inactive.
+
+    The second part measures distances. The distance between the ends of an ordered knob, and between any two values of
+    an unordered one, is 1. An inactive ordered knob is in the middle, an inactive unordered one at the origin.
     """
 
     def __init__(self, axes: Sequence[Axis]) -> None:
         self._axes = [(column, axis) for column, axis in enumerate(axes) if axis.count != 1]
         self.count = len(self._axes)
+        """Number of knobs with more than one value."""
         self.hints = np.array([axis.hint for _, axis in self._axes], dtype=np.bool_)
-        effects = [
-            min(axis.count or LEVELS, LEVELS) - 1 if axis.ordered else axis.count for _, axis in self._axes
-        ]
-        distances = [1 if axis.ordered else axis.count for _, axis in self._axes]
+        effects, distances = [], []
+        for _, axis in self._axes:
+            if axis.ordered:
+                effects.append(min(axis.count or LEVELS, LEVELS) - 1)
+                distances.append(1)
+            else:
+                effects.append(axis.count)
+                distances.append(axis.count)
         self.effects = slice(0, sum(effects))
+        """The columns of the first part."""
         self.distances = slice(sum(effects), sum(effects) + sum(distances))
-        each = np.arange(self.count)
-        self.knobs = np.concatenate([np.repeat(each, effects), np.repeat(each, distances)]).astype(np.int64)
+        """The columns of the second part."""
+        knobs = np.arange(self.count)
+        self.knobs = np.concatenate([np.repeat(knobs, effects), np.repeat(knobs, distances)]).astype(np.int64)
+        """The index of the knob of each column."""
 
     def rows(self, points: Points, active: Active) -> Rows:
-        parts = [self._effects(axis, points[:, at], active[:, at]) for at, axis in self._axes]
-        parts += [self._distances(axis, points[:, at], active[:, at]) for at, axis in self._axes]
+        parts = [self._effects(axis, points[:, column], active[:, column]) for column, axis in self._axes]
+        parts += [self._distances(axis, points[:, column], active[:, column]) for column, axis in self._axes]
         return np.concatenate([np.zeros((len(points), 0)), *parts], axis=1)
 
-    def _effects(self, axis: Axis, places: NDArray[np.float64], acting: NDArray[np.bool_]) -> Rows:
+    def _effects(self, axis: Axis, positions: NDArray[np.float64], active: NDArray[np.bool_]) -> Rows:
         if axis.ordered:
             steps = min(axis.count or LEVELS, LEVELS) - 1
-            climbed = np.clip(places[:, None] * steps - np.arange(steps), 0.0, 1.0)
-            return (climbed - 0.5) / math.sqrt(steps) * acting[:, None]
-        return (_one_of(axis, places) - 1 / axis.count) * acting[:, None]
+            passed = np.clip(positions[:, None] * steps - np.arange(steps), 0.0, 1.0)
+            return (passed - 0.5) / math.sqrt(steps) * active[:, None]
+        return (_one_hot(axis, positions) - 1 / axis.count) * active[:, None]
 
-    def _distances(self, axis: Axis, places: NDArray[np.float64], acting: NDArray[np.bool_]) -> Rows:
+    def _distances(self, axis: Axis, positions: NDArray[np.float64], active: NDArray[np.bool_]) -> Rows:
         if axis.ordered:
-            return np.where(acting, places, 0.5)[:, None]
-        return _one_of(axis, places) / math.sqrt(2) * acting[:, None]
+            return np.where(active, positions, 0.5)[:, None]
+        return _one_hot(axis, positions) / math.sqrt(2) * active[:, None]
 
 
-def _one_of(axis: Axis, places: NDArray[np.float64]) -> Rows:
-    return np.asarray(np.round(places[:, None] * (axis.count - 1)) == np.arange(axis.count), dtype=np.float64)
+def _one_hot(axis: Axis, positions: NDArray[np.float64]) -> Rows:
+    indices = np.round(positions[:, None] * (axis.count - 1))
+    return np.asarray(indices == np.arange(axis.count), dtype=np.float64)

@@ -1,4 +1,4 @@
-"""Belief: what a number is expected to be at choices that were not tried, and how surely."""
+"""Gaussian processes: predictions, with their uncertainty, of metrics at choices that were not measured."""
 
 from __future__ import annotations
 
@@ -11,37 +11,43 @@ from numpy.typing import NDArray
 from scipy import linalg, optimize
 from scipy.special import ndtr
 
-from orchestrator.pareto.expected_improvement import Expected
-from orchestrator.pareto.warping import Scale
+from orchestrator.pareto.expected_improvement import Prediction
+from orchestrator.pareto.warping import Warping
 from orchestrator.search.features import Features, Rows
 
 Vector = Float[NDArray[np.float64], " points"]
 Matrix = Float[NDArray[np.float64], "points others"]
 
-_LEARNED_FROM = 160
-"""Variances and lengths are found from so many results at most: that costs their number cubed, many times."""
-_GROWTH = 1.1
-_EXTENDED = 200
-"""With more results than that, the factor of their covariance is extended. A whole one takes little with fewer, and
-comes out the same bit for bit however results came."""
-_ROUNDS = 40
-_LEAST_NOISE = 1e-6
-_HINTED = 2.0
-"""The variance of a hint's effect before any results: that of all knobs together, from which it is foretold."""
-_APART = 1.5
-"""Positive losses this many times apart may be believed about by their logarithms."""
+_MAX_HYPERPARAMETER_RESULTS = 160
+"""Maximum number of results that hyperparameters are fitted to, a random subset of all: the time of each step of
+the optimizer grows with the cube of this number."""
+_REFIT_GROWTH = 1.1
+"""Fit hyperparameters again when the number of results has grown by this factor: a tenth more changes them little."""
+_MIN_EXTENDED_RESULTS = 200
+"""With more results than this, new rows are appended to the Cholesky factor. A complete factorization of fewer takes
+little time, and its bits do not depend on the order in which results arrived."""
+_OPTIMIZER_ITERATIONS = 40
+"""Maximum per fit. Fits start from the last hyperparameters, so that later ones continue where this one stopped."""
+_MIN_NOISE = 1e-6
+"""Smallest noise variance of standardized values, which keeps the covariance positive definite."""
+_HINT_VARIANCE = 2.0
+"""Prior variance of the effect of a hint: that of all knobs together, since a hint is predicted from all of them."""
+_MIN_LOGARITHM_RATIO = 1.5
+"""Positive losses whose maximum is more than this factor above the minimum may be modelled by their logarithms. Within
+a smaller range, both models are nearly the same."""
 
 
 class GaussianProcess:
-    """A Gaussian process (Rasmussen & Williams 2006, eq. 2.25 and 2.26) whose covariance is a sum of three: each knob
-    by itself, knobs in pairs as far as they do something by themselves, and all at once by their distance (Matérn 5/2,
-    with a length for each knob):
+    """A Gaussian process (Rasmussen & Williams 2006, eq. 2.25 and 2.26) with a covariance of three terms.
+
+    The terms are the additive effects of knobs, products of pairs of these effects, and a Matérn 5/2 covariance of all
+    knobs with a length scale per knob:
 
         e(x, y) = Σ_b v_b f_b(x)·f_b(y),    k(x, y) = e(x, y) + p e(x, y)² + s M(‖(x − y) / ℓ‖)
 
-    Knobs that act alone are learned from few results, and how they act together is not missed. The variances v, p, s,
-    the lengths ℓ and the noise are those of the highest posterior, with log-normal priors: what explains nothing
-    shrinks. Values are standardized.
+    The first term is learned from few results, the others describe interactions. The hyperparameters (variances v, p,
+    s, length scales ℓ, noise) maximize the posterior with log-normal priors, so that terms that explain nothing shrink.
+    Values are standardized.
     """
 
     def __init__(self, features: Features) -> None:
@@ -49,7 +55,7 @@ class GaussianProcess:
         count = max(features.count, 1)
         # Logarithms of v, ℓ, p, s and the noise.
         self._means = np.concatenate([
-            np.where(features.hints, math.log(_HINTED), math.log(2.0 / count)),
+            np.where(features.hints, math.log(_HINT_VARIANCE), math.log(2.0 / count)),
             np.full(features.count, math.log(0.7 * math.sqrt(count))),
             [math.log(0.1), math.log(0.2), math.log(1e-3)],
         ])  # fmt: skip
@@ -60,248 +66,278 @@ class GaussianProcess:
         self._results = 0
         self._factor: Matrix = np.zeros((0, 0))
         self.learned_from = 0
+        """Number of results that `evidence` refers to."""
         self.evidence = -math.inf
+        """Logarithm of the posterior density of the hyperparameters and the values."""
 
     def fit(self, rows: Rows, values: Vector) -> None:
-        """Take in all results."""
-        self.learn(rows, values)
-        self._mean, self._scale, y = _standardized(values)
+        """Condition the process on all results."""
+        self.fit_hyperparameters(rows, values)
+        self._mean, self._scale, y = _standardize(values)
         self._factorize(rows)
         self._weights = linalg.cho_solve((self._factor, True), y, check_finite=False)
 
-    def learn(self, rows: Rows, values: Vector) -> None:
-        """Find variances and lengths anew, where there are a tenth more results than last time. That is all that
-        `evidence` needs; to predict takes a fit."""
-        if len(values) < _GROWTH * self._results:
+    def fit_hyperparameters(self, rows: Rows, values: Vector) -> None:
+        """Fit the hyperparameters and `evidence` if there are a tenth more results than last time.
+
+        `predict` needs `fit`.
+        """
+        if len(values) < _REFIT_GROWTH * self._results:
             return
-        _, scale, y = _standardized(values)
-        some = np.arange(len(y))
-        if len(y) > _LEARNED_FROM:
-            some = np.random.default_rng(len(y)).choice(len(y), _LEARNED_FROM, replace=False)
-        self._optimize(rows[some], y[some])
-        self.evidence -= len(some) * math.log(scale)
-        self._results, self.learned_from = len(values), len(some)
+        _, scale, y = _standardize(values)
+        sample = np.arange(len(y))
+        if len(y) > _MAX_HYPERPARAMETER_RESULTS:
+            generator = np.random.default_rng(len(y))
+            sample = generator.choice(len(y), _MAX_HYPERPARAMETER_RESULTS, replace=False)
+        self._optimize(rows[sample], y[sample])
+        self.evidence -= len(sample) * math.log(scale)
+        self._results, self.learned_from = len(values), len(sample)
         self._covariance = _Covariance.of(self._logarithms, self._features)
         self._rows = rows[:0]
 
     def mean(self, rows: Rows) -> Vector:
-        """Of what is there; as `predict` has it, without what deviations take."""
+        """Return the means of `predict` alone, which takes less time."""
         return np.asarray(
             self._mean + self._scale * (self._covariance.between(rows, self._rows) @ self._weights)
         )
 
-    def predict(self, rows: Rows, awaited: Rows | None = None) -> tuple[Vector, Vector]:
-        """Mean and standard deviation of what is there, without the noise of measuring it.
+    def predict(self, rows: Rows, pending: Rows | None = None) -> tuple[Vector, Vector]:
+        """Return the mean and standard deviation at these rows, without the noise of a measurement.
 
-        awaited: what is being measured. That it comes out as believed would change no mean, but whatever comes out
-        leaves less to be told by choices like it (Ginsbourger et al. 2010, Kriging is well-suited to parallelize
-        optimization, §4.2).
+        pending: rows that are being measured. Their results, assumed to equal the mean, would change no mean, but they
+        reduce the deviations (Ginsbourger et al. 2010, Kriging is well-suited to parallelize optimization, §4.2).
         """
         across = self._covariance.between(rows, self._rows)
-        half = self._halved(across)
-        left = self._covariance.own(rows) - (half**2).sum(axis=0)
-        if awaited is not None and len(awaited):
-            theirs = self._halved(self._covariance.between(awaited, self._rows))
-            covariance = self._covariance.between(awaited, awaited) - theirs.T @ theirs
-            covariance[np.diag_indices(len(awaited))] += self._covariance.noise
+        half = self._whiten(across)
+        variance = self._covariance.diagonal(rows) - (half**2).sum(axis=0)
+        if pending is not None and len(pending):
+            pending_half = self._whiten(self._covariance.between(pending, self._rows))
+            covariance = self._covariance.between(pending, pending) - pending_half.T @ pending_half
+            covariance[np.diag_indices(len(pending))] += self._covariance.noise
             factor = linalg.cholesky(covariance, lower=True, check_finite=False)
-            shared = self._covariance.between(awaited, rows) - theirs.T @ half
-            left -= (linalg.solve_triangular(factor, shared, lower=True, check_finite=False) ** 2).sum(axis=0)
-        left = np.maximum(left, 1e-10)
-        return self._mean + self._scale * (across @ self._weights), self._scale * np.sqrt(left)
+            shared = self._covariance.between(pending, rows) - pending_half.T @ half
+            explained = linalg.solve_triangular(factor, shared, lower=True, check_finite=False)
+            variance -= (explained**2).sum(axis=0)
+        variance = np.maximum(variance, 1e-10)
+        return self._mean + self._scale * (across @ self._weights), self._scale * np.sqrt(variance)
 
-    def outcome(self, rows: Rows) -> tuple[Vector, Vector]:
-        """Mean and standard deviation of what measuring there would give. It is taken to err no less than it did, on
-        average, of each result by all others (Rasmussen & Williams 2006, eq. 5.12), neither by itself nor as a multiple
-        of what it claimed."""
+    def predict_result(self, rows: Rows) -> tuple[Vector, Vector]:
+        """Return the mean and standard deviation of measurements at these rows, with calibrated deviations.
+
+        They are at least as large as the leave-one-out errors of the results so far (Rasmussen & Williams 2006,
+        eq. 5.12): neither the mean error nor the mean ratio of error to predicted deviation is smaller.
+        """
         mean, deviation = self.predict(rows)
         inverse = linalg.solve_triangular(
             self._factor, np.eye(len(self._rows)), lower=True, check_finite=False
         )
         precision = (inverse**2).sum(axis=0)
-        surprise = math.sqrt(float((self._weights**2 / precision).mean()))
-        usual = self._scale * math.sqrt(float(((self._weights / precision) ** 2).mean()))
-        claimed = np.hypot(deviation, self._scale * math.sqrt(self._covariance.noise))
-        return mean, np.maximum(max(surprise, 1.0) * claimed, usual)
+        error_ratio = math.sqrt(float((self._weights**2 / precision).mean()))
+        mean_error = self._scale * math.sqrt(float(((self._weights / precision) ** 2).mean()))
+        predicted = np.hypot(deviation, self._scale * math.sqrt(self._covariance.noise))
+        return mean, np.maximum(max(error_ratio, 1.0) * predicted, mean_error)
 
-    def _halved(self, across: Matrix) -> Matrix:
-        """L⁻¹ of these covariances with the results, a column for each row."""
+    def _whiten(self, across: Matrix) -> Matrix:
+        """L⁻¹ times these covariances with the results: one column per row of `across`."""
         return np.asarray(linalg.solve_triangular(self._factor, across.T, lower=True, check_finite=False))
 
-    def below(self, rows: Rows, bound: float) -> Vector:
-        """The probability that what is there is below a bound."""
+    def probability_below(self, rows: Rows, bound: float) -> Vector:
+        """Return the probability that the value at these rows is below a bound."""
         mean, deviation = self.predict(rows)
         return np.asarray(ndtr((bound - mean) / deviation))
 
     def _factorize(self, rows: Rows) -> None:
-        """The Cholesky factor of the results' covariance. Where there are many, only more than last time, and nothing
-        was learned since, it is the last one with rows added: its upper left part is the same."""
-        had = len(self._rows)
-        if had < _EXTENDED or not np.array_equal(self._rows, rows[:had]):
-            had = 0
-        new = rows[had:]
+        """Compute the Cholesky factor of the results' covariance.
+
+        The last factor is extended if there are many results, the hyperparameters are the same, and rows were only
+        appended: then its upper left part stays the same.
+        """
+        reused = len(self._rows)
+        if reused < _MIN_EXTENDED_RESULTS or not np.array_equal(self._rows, rows[:reused]):
+            reused = 0
+        new = rows[reused:]
         factor = np.zeros((len(rows), len(rows)), order="F")
-        left = self._covariance.between(new, new)
-        left[np.diag_indices(len(new))] += self._covariance.noise
-        if had:
-            factor[:had, :had] = self._factor
-            half = self._halved(self._covariance.between(new, self._rows))
-            factor[had:, :had] = half.T
-            left -= half.T @ half
-        factor[had:, had:] = linalg.cholesky(left, lower=True, overwrite_a=True, check_finite=False)
+        corner = self._covariance.between(new, new)
+        corner[np.diag_indices(len(new))] += self._covariance.noise
+        if reused:
+            factor[:reused, :reused] = self._factor
+            half = self._whiten(self._covariance.between(new, self._rows))
+            factor[reused:, :reused] = half.T
+            corner -= half.T @ half
+        factor[reused:, reused:] = linalg.cholesky(corner, lower=True, overwrite_a=True, check_finite=False)
         self._rows, self._factor = rows, factor
 
     def _optimize(self, rows: Rows, y: Vector) -> None:
         bounds = [(mean - 6.0, mean + 6.0) for mean in self._means]
-        bounds[-1] = (math.log(_LEAST_NOISE), 0.0)
+        bounds[-1] = (math.log(_MIN_NOISE), 0.0)
 
         def loss(logarithms: Vector) -> tuple[float, Vector]:
-            evidence, slope = _Covariance.of(logarithms, self._features).evidence(rows, y)
-            away = (logarithms - self._means) / self._widths
-            return 0.5 * float(away @ away) - evidence, away / self._widths - slope
+            evidence, gradient = _Covariance.of(logarithms, self._features).evidence(rows, y)
+            deviation = (logarithms - self._means) / self._widths
+            return 0.5 * float(deviation @ deviation) - evidence, deviation / self._widths - gradient
 
-        found = optimize.minimize(
-            loss, self._logarithms, jac=True, method="L-BFGS-B", bounds=bounds, options={"maxiter": _ROUNDS}
+        result = optimize.minimize(
+            loss,
+            self._logarithms,
+            jac=True,
+            method="L-BFGS-B",
+            bounds=bounds,
+            options={"maxiter": _OPTIMIZER_ITERATIONS},
         )
-        self._logarithms = found.x
-        self.evidence = -float(found.fun)
+        self._logarithms = result.x
+        self.evidence = -float(result.fun)
 
 
 class ObjectiveModel:
-    """A belief of a metric's losses, or of their logarithms where these are explained better: a perplexity's
-    differences are its logarithm's."""
+    """A Gaussian process of an objective's warped losses or of their logarithms, whichever explains the results better.
+
+    The logarithm suits metrics such as perplexity, whose ratios are comparable.
+    """
 
     def __init__(self, features: Features) -> None:
         self._plain, self._logarithm = GaussianProcess(features), GaussianProcess(features)
-        self._belief, self._scale = self._plain, Scale()
+        self._process, self._warping = self._plain, Warping()
 
-    def fit(self, rows: Rows, losses: Vector, everywhere: Rows) -> None:
-        """Take in all results. everywhere: rows of choices that were drawn without looking at results. What is usual is
-        told by what is believed of these: by results it would be what the search likes."""
-        usual = losses if not self._belief.learned_from else self._scale.losses(self._belief.mean(everywhere))
-        plain = Scale.of(usual, logarithm=False)
-        self._plain.learn(rows, plain.seen(losses))
-        used = self._plain, plain
-        if losses.min() > 0 and losses.max() > _APART * losses.min():
-            logarithm = Scale.of(usual, logarithm=True)
-            self._logarithm.learn(rows, logarithm.seen(losses))
-            if _density(self._logarithm, logarithm, losses) >= _density(self._plain, plain, losses):
-                used = self._logarithm, logarithm
-        # The other one is not fitted: nothing is predicted by it.
-        self._belief, self._scale = used
-        self._belief.fit(rows, self._scale.seen(losses))
+    def fit(self, rows: Rows, losses: Vector, space_sample: Rows) -> None:
+        """Fit the model to all results.
 
-    def predict(self, rows: Rows, awaited: Rows | None = None) -> Expected:
-        return Expected(*self._belief.predict(rows, awaited), self._scale)
+        space_sample: rows of choices that were drawn independently of results. Their predictions determine the
+        warping; the results themselves are no fair sample, since the search prefers good choices.
+        """
+        typical = losses
+        if self._process.learned_from:
+            typical = self._warping.unwarp(self._process.mean(space_sample))
+        plain = Warping.fit(typical, logarithm=False)
+        self._plain.fit_hyperparameters(rows, plain.warp(losses))
+        process, warping = self._plain, plain
+        if losses.min() > 0 and losses.max() > _MIN_LOGARITHM_RATIO * losses.min():
+            logarithm = Warping.fit(typical, logarithm=True)
+            self._logarithm.fit_hyperparameters(rows, logarithm.warp(losses))
+            if _log_density(self._logarithm, logarithm, losses) >= _log_density(self._plain, plain, losses):
+                process, warping = self._logarithm, logarithm
+        # The other process is not conditioned on the results, since it predicts nothing.
+        self._process, self._warping = process, warping
+        self._process.fit(rows, self._warping.warp(losses))
+
+    def predict(self, rows: Rows, pending: Rows | None = None) -> Prediction:
+        """See `GaussianProcess.predict`."""
+        return Prediction(*self._process.predict(rows, pending), self._warping)
 
     def mean(self, rows: Rows) -> Vector:
-        """What is expected there, as seen on the scale."""
-        return self._belief.mean(rows)
+        """Return the means of the warped losses."""
+        return self._process.mean(rows)
 
-    def outcome(self, rows: Rows) -> Expected:
-        """What measuring would give, no surer than this belief has been right so far."""
-        return Expected(*self._belief.outcome(rows), self._scale)
+    def predict_result(self, rows: Rows) -> Prediction:
+        """See `GaussianProcess.predict_result`."""
+        return Prediction(*self._process.predict_result(rows), self._warping)
 
 
-def _standardized(values: Vector) -> tuple[float, float, Vector]:
-    """Mean, standard deviation (1 where they are all equal), and the values with these taken out."""
+def _standardize(values: Vector) -> tuple[float, float, Vector]:
+    """The mean, the standard deviation (1 if all values are equal), and the standardized values."""
     mean, scale = float(values.mean()), float(values.std()) or 1.0
     return mean, scale, (values - mean) / scale
 
 
-def _density(belief: GaussianProcess, scale: Scale, losses: Vector) -> float:
-    """For each result, the logarithm of the losses' density by what this belief learned on this scale."""
-    return belief.evidence / belief.learned_from + scale.stretch(losses) / len(losses)
+def _log_density(process: GaussianProcess, warping: Warping, losses: Vector) -> float:
+    """The logarithm of the density of the losses, not warped, per result."""
+    return process.evidence / process.learned_from + warping.log_derivative(losses) / len(losses)
 
 
 @dataclass(frozen=True)
 class _Covariance:
-    """A covariance with its numbers; variances and lengths are one a knob."""
+    """The covariance function with its hyperparameters."""
 
     features: Features
     variances: Vector
+    """v, one per knob."""
     lengths: Vector
+    """ℓ, one per knob."""
     pairs: float
-    whole: float
+    """p."""
+    joint: float
+    """s."""
     noise: float
 
     @classmethod
     def of(cls, logarithms: Vector, features: Features) -> _Covariance:
         values, count = np.exp(logarithms), features.count
-        return cls(
-            features, values[:count], values[count : 2 * count], *(float(v) for v in values[2 * count :])
-        )
+        scalars = (float(value) for value in values[2 * count :])
+        return cls(features, values[:count], values[count : 2 * count], *scalars)
 
     def between(self, left: Rows, right: Rows) -> Matrix:
-        each = self._alone(left, right)
-        return np.asarray(each + self.pairs * each**2 + self.whole * _matern(self._apart(left, right)))
+        """Return k(x, y) for all rows x on the left and y on the right."""
+        effects = self._effects(left, right)
+        matern = _matern(self._squared_distances(left, right))
+        return np.asarray(effects + self.pairs * effects**2 + self.joint * matern)
 
-    def own(self, rows: Rows) -> Vector:
-        """The covariance of each point with itself."""
+    def diagonal(self, rows: Rows) -> Vector:
+        """Return k(x, x) for each row x."""
         part = self.features.effects
-        each = rows[:, part] ** 2 @ self.variances[self.features.knobs[part]]
-        return np.asarray(each + self.pairs * each**2 + self.whole)
+        effects = rows[:, part] ** 2 @ self.variances[self.features.knobs[part]]
+        return np.asarray(effects + self.pairs * effects**2 + self.joint)
 
     def evidence(self, rows: Rows, y: Vector) -> tuple[float, Vector]:
-        """The logarithm of the marginal likelihood (eq. 5.8), and its slope (eq. 5.9) by the numbers' logarithms."""
-        each = self._alone(rows, rows)
-        apart = self._apart(rows, rows)
-        smooth, fall = _matern(apart), _fall(apart)
-        covariance = each + self.pairs * each**2 + self.whole * smooth
+        """Return the log marginal likelihood (eq. 5.8) and its gradient (eq. 5.9) by the log hyperparameters."""
+        effects = self._effects(rows, rows)
+        squares = self._squared_distances(rows, rows)
+        smooth, slope = _matern(squares), _matern_slope(squares)
+        covariance = effects + self.pairs * effects**2 + self.joint * smooth
         covariance[np.diag_indices(len(y))] += self.noise
         factor = linalg.cholesky(covariance, lower=True, check_finite=False)
         inverse = linalg.cho_solve((factor, True), np.eye(len(y)), check_finite=False)
         alpha = inverse @ y
-        found = (
+        likelihood = (
             -0.5 * float(y @ alpha)
             - float(np.log(np.diag(factor)).sum())
             - 0.5 * len(y) * math.log(2 * math.pi)
         )
-        pull = 0.5 * (np.outer(alpha, alpha) - inverse)
-        slope = np.concatenate([
-            self._by_variance(rows, pull * (1 + 2 * self.pairs * each)),
-            self._by_length(rows, self.whole * pull * fall),
+        # The derivative of the likelihood by the covariance.
+        sensitivity = 0.5 * (np.outer(alpha, alpha) - inverse)
+        gradient = np.concatenate([
+            self._variance_gradient(rows, sensitivity * (1 + 2 * self.pairs * effects)),
+            self._length_gradient(rows, self.joint * sensitivity * slope),
             [
-                self.pairs * float((pull * each**2).sum()),
-                self.whole * float((pull * smooth).sum()),
-                self.noise * float(np.trace(pull)),
+                self.pairs * float((sensitivity * effects**2).sum()),
+                self.joint * float((sensitivity * smooth).sum()),
+                self.noise * float(np.trace(sensitivity)),
             ],
         ])  # fmt: skip
-        return found, slope
+        return likelihood, gradient
 
-    def _by_variance(self, rows: Rows, pull: Matrix) -> Vector:
+    def _variance_gradient(self, rows: Rows, sensitivity: Matrix) -> Vector:
         part = self.features.effects
-        columns = (rows[:, part] * (pull @ rows[:, part])).sum(axis=0)
+        columns = (rows[:, part] * (sensitivity @ rows[:, part])).sum(axis=0)
         return self.variances * np.bincount(self.features.knobs[part], columns, self.features.count)
 
-    def _by_length(self, rows: Rows, pull: Matrix) -> Vector:
-        """Σ_ij pull_ij (x_i − x_j)² of each column, for a symmetric pull."""
+    def _length_gradient(self, rows: Rows, sensitivity: Matrix) -> Vector:
+        """Σ_ij sensitivity_ij (x_i − x_j)² of each column, for a symmetric matrix."""
         part = self.features.distances
-        places = rows[:, part]
-        columns = 2 * (pull.sum(axis=0) @ places**2) - 2 * (places * (pull @ places)).sum(axis=0)
+        x = rows[:, part]
+        columns = 2 * (sensitivity.sum(axis=0) @ x**2) - 2 * (x * (sensitivity @ x)).sum(axis=0)
         return np.bincount(self.features.knobs[part], columns, self.features.count) / self.lengths**2
 
-    def _alone(self, left: Rows, right: Rows) -> Matrix:
+    def _effects(self, left: Rows, right: Rows) -> Matrix:
+        """e(x, y)."""
         part = self.features.effects
         return np.asarray((left[:, part] * self.variances[self.features.knobs[part]]) @ right[:, part].T)
 
-    def _apart(self, left: Rows, right: Rows) -> Matrix:
-        """Squared distances, each knob's in its own length."""
+    def _squared_distances(self, left: Rows, right: Rows) -> Matrix:
+        """‖(x − y) / ℓ‖²."""
         part = self.features.distances
         lengths = self.lengths[self.features.knobs[part]]
-        one, other = left[:, part] / lengths, right[:, part] / lengths
-        squares = (one**2).sum(axis=1)[:, None] + (other**2).sum(axis=1)[None, :]
-        return np.asarray(np.maximum(squares - 2 * one @ other.T, 0.0))
+        x, y = left[:, part] / lengths, right[:, part] / lengths
+        squares = (x**2).sum(axis=1)[:, None] + (y**2).sum(axis=1)[None, :]
+        return np.asarray(np.maximum(squares - 2 * x @ y.T, 0.0))
 
 
 def _matern(squares: Matrix) -> Matrix:
-    """The Matérn 5/2 covariance (eq. 4.17)."""
+    """The Matérn 5/2 covariance (eq. 4.17) of squared distances."""
     root = np.sqrt(5.0 * squares)
     return np.asarray((1 + root + root**2 / 3) * np.exp(-root))
 
 
-def _fall(squares: Matrix) -> Matrix:
-    """What the Matérn 5/2 covariance changes by a length's logarithm, for each unit of the squared distance along that
-    length."""
+def _matern_slope(squares: Matrix) -> Matrix:
+    """The derivative of the Matérn 5/2 covariance by the logarithm of a length scale, per unit of the squared distance
+    along that knob."""
     root = np.sqrt(5.0 * squares)
     return np.asarray((5.0 / 3.0) * (1 + root) * np.exp(-root))

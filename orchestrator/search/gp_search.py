@@ -1,5 +1,4 @@
-"""Gaussian processes, and what a choice is expected to add to the hypervolume (Daulton et al. 2020,
-arXiv:2006.05078), by Optuna."""
+"""Gaussian processes and expected hypervolume improvement (Daulton et al. 2020, arXiv:2006.05078) by Optuna."""
 
 from __future__ import annotations
 
@@ -7,19 +6,20 @@ from collections.abc import Sequence
 
 from orchestrator.pareto.front import Objective
 from orchestrator.search.on_optuna import Draws, OptunaSearch, gp
-from orchestrator.search.search import Known, Space
+from orchestrator.search.search import KnownMetrics, Space
 
 FIRST = 10
-"""Results before processes are fitted; Optuna's own number."""
+"""Number of results before processes are fitted; Optuna's default."""
 
 TRIES = 2
-"""Draws by the processes before a proposal turns to uniform ones. Each fits every objective anew and takes a
-tenth of a second and more, and what comes out a second time is mostly what came out before."""
+"""Maximum number of draws by the processes per proposal, before uniform draws. Each draw fits all processes again,
+which takes a tenth of a second or more, and later draws mostly repeat the first one."""
 
 
 class GpSearch(OptunaSearch):
-    """One process per objective and per limit on what was measured; outstanding choices count as far as the
-    processes foretell them."""
+    """One process per objective and per limit of a measured metric. Pending choices are predicted by the processes."""
 
-    def __init__(self, space: Space, objectives: Sequence[Objective], known: Known, seed: int) -> None:
-        super().__init__(space, objectives, known, seed, Draws(gp(FIRST, seed), FIRST, TRIES))
+    def __init__(
+        self, space: Space, objectives: Sequence[Objective], known_metrics: KnownMetrics, seed: int
+    ) -> None:
+        super().__init__(space, objectives, known_metrics, seed, Draws(gp(FIRST, seed), FIRST, TRIES))

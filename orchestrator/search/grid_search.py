@@ -1,4 +1,4 @@
-"""Grid search: every choice of a grid once, in an order whose beginning is spread over the whole space."""
+"""Grid search: all choices of a grid once, in an order whose first ones are spread over the whole space."""
 
 from __future__ import annotations
 
@@ -10,62 +10,65 @@ import numpy as np
 from jobs.knobs import Choice, Domain, Value
 from orchestrator.pareto.front import Objective
 from orchestrator.search.proposals import Proposals
-from orchestrator.search.search import Choices, Known, Result, Space
+from orchestrator.search.search import Choices, KnownMetrics, Result, Space
 
 VALUES = 9
-"""How many values stand for a range that has more: evenly spaced, both ends among them, by ratio on a log scale."""
+"""Number of grid values of a range that has more values: evenly spaced (by ratio on a logarithmic scale), with both
+ends."""
 
 
 class GridSearch:
-    """Nothing is learned from results. Once all of the grid was proposed there is nothing more to ask for.
+    """Proposes all choices of the grid and learns nothing from results.
 
-    The grid is never held: each place in the order is computed. Limits are looked at as choices come up, so
-    where hardly any choice keeps them, a long run of others ends the search early.
+    The choices at each index are computed, and the grid is never stored. Limits are checked when choices come up; if
+    hardly any choices are within them, `proposals.TRIES` others in a row end the search early.
     """
 
-    def __init__(self, space: Space, objectives: Sequence[Objective], known: Known, seed: int) -> None:
-        self._proposals = Proposals(objectives, known)
+    def __init__(
+        self, space: Space, objectives: Sequence[Objective], known_metrics: KnownMetrics, seed: int
+    ) -> None:
+        self._proposals = Proposals(objectives, known_metrics)
         self._values = {knob: _values(domain) for knob, domain in space.items()}
         self._size = math.prod(len(values) for values in self._values.values())
         self._seed = seed
-        self._place = 0
-        self._kept = False
+        self._index = 0
+        self._any_within_limits = False
 
     def ask(self, n: int) -> list[dict[str, Value]]:
-        asked: list[dict[str, Value]] = []
-        while len(asked) < n and self._place < self._size:
+        proposals: list[dict[str, Value]] = []
+        while len(proposals) < n and self._index < self._size:
             try:
-                asked += self._proposals.draw(1, self._next)
+                proposals += self._proposals.draw(1, self._next)
             except LookupError:
-                if not self._kept:
+                if not self._any_within_limits:
                     raise
                 break
-            self._kept = self._kept or bool(asked)
-        return asked
+            self._any_within_limits = self._any_within_limits or bool(proposals)
+        return proposals
 
     def tell(self, results: Sequence[Result]) -> None:
-        self._proposals.news(results)
+        self._proposals.new_results(results)
 
-    def probability_of_improvement(self, awaited: Sequence[Choices]) -> list[float]:
-        return [1.0] * len(awaited)
+    def probability_of_improvement(self, pending: Sequence[Choices]) -> list[float]:
+        return [1.0] * len(pending)
 
     def _next(self) -> dict[str, Value]:
-        choices = self._at(self._place % self._size)
-        self._place += 1
+        choices = self._at(self._index % self._size)
+        self._index += 1
         return choices
 
-    def _at(self, place: int) -> dict[str, Value]:
-        """The choices at this place of the order; every combination is at exactly one.
+    def _at(self, index: int) -> dict[str, Value]:
+        """The choices at this index of the order. Each combination has exactly one index.
 
-        Place is a number in mixed radix, one digit a knob, fastest first. Each digit is shifted by some number that
-        follows from the faster ones, which leaves every combination at one place. The shifts go through all of
-        the knob's values, each time in another random order, so that slow digits do not stand still.
+        The index is a number in mixed radix with one digit per knob, the fastest first. Each digit is shifted by a
+        number that depends on the faster digits alone, which is a permutation of all combinations. The shifts pass
+        through all values of the knob in random orders, so that slow digits vary from the start.
         """
-        choices, slower, faster = {}, place, 1
+        choices, slower, faster = {}, index, 1
         for number, (knob, values) in enumerate(self._values.items()):
             count = len(values)
-            turn, step = divmod(place % faster, count)
-            shift = int(np.random.default_rng((self._seed, number, turn)).permutation(count)[step])
+            cycle, step = divmod(index % faster, count)
+            shift = int(np.random.default_rng((self._seed, number, cycle)).permutation(count)[step])
             choices[knob] = values[(slower + shift) % count]
             slower, faster = slower // count, faster * count
         return choices
@@ -77,7 +80,8 @@ def _values(domain: Domain) -> Sequence[Value]:
     if domain.integer and math.floor(domain.high) - math.ceil(domain.low) < VALUES:
         return range(math.ceil(domain.low), math.floor(domain.high) + 1)
     space = np.geomspace if domain.log else np.linspace
-    points = (
-        float(min(max(point, domain.low), domain.high)) for point in space(domain.low, domain.high, VALUES)
-    )
-    return tuple(dict.fromkeys(domain.normal(round(point) if domain.integer else point) for point in points))
+    values = []
+    for number in space(domain.low, domain.high, VALUES):
+        value = float(min(max(number, domain.low), domain.high))
+        values.append(domain.normal(round(value) if domain.integer else value))
+    return tuple(dict.fromkeys(values))

@@ -1,4 +1,4 @@
-"""Opening: choices that a search is to begin with, whatever the algorithm."""
+"""Initial points: choices that a search proposes first, whatever its algorithm."""
 
 from __future__ import annotations
 
@@ -10,38 +10,40 @@ from orchestrator.search.search import Choices, Result, Search
 
 
 class InitialPoints:
-    """A search that asks some choices before its own. Those that break a limit that is known, or were told already,
-    are passed over."""
+    """A search that proposes given choices before those of another search.
 
-    def __init__(self, search: Search, first: Sequence[Choices], proposals: Proposals) -> None:
+    Choices that break a known limit or were already reported are skipped.
+    """
+
+    def __init__(self, search: Search, initial: Sequence[Choices], proposals: Proposals) -> None:
         self._search = search
         self._proposals = proposals
-        self._first = {key(choices): dict(choices) for choices in reversed(first)}
-        self._asked: set[Key] = set()
+        self._initial = {key(choices): dict(choices) for choices in reversed(initial)}
+        self._proposed: set[Key] = set()
 
     def ask(self, n: int) -> list[dict[str, Value]]:
-        found: list[dict[str, Value]] = []
-        while self._first and len(found) < n:
-            mark, choices = self._first.popitem()
-            if not self._proposals.broken(choices):
-                self._asked.add(mark)
-                found.append(choices)
-        while len(found) < n:
+        proposals: list[dict[str, Value]] = []
+        while self._initial and len(proposals) < n:
+            choices_key, choices = self._initial.popitem()
+            if not self._proposals.broken_limits(choices):
+                self._proposed.add(choices_key)
+                proposals.append(choices)
+        while len(proposals) < n:
             try:
-                own = self._search.ask(n - len(found))
+                more = self._search.ask(n - len(proposals))
             except LookupError:
-                if not found:
+                if not proposals:
                     raise
                 break
-            if not own:
+            if not more:
                 break
-            found += [choices for choices in own if key(choices) not in self._asked]
-        return found
+            proposals += [choices for choices in more if key(choices) not in self._proposed]
+        return proposals
 
     def tell(self, results: Sequence[Result]) -> None:
         for choices, _ in results:
-            self._first.pop(key(choices), None)
+            self._initial.pop(key(choices), None)
         self._search.tell(results)
 
-    def probability_of_improvement(self, awaited: Sequence[Choices]) -> list[float]:
-        return self._search.probability_of_improvement(awaited)
+    def probability_of_improvement(self, pending: Sequence[Choices]) -> list[float]:
+        return self._search.probability_of_improvement(pending)

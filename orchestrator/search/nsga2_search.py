@@ -6,18 +6,22 @@ from collections.abc import Sequence
 
 from orchestrator.pareto.front import Objective
 from orchestrator.search.on_optuna import Draws, OptunaSearch, nsga2
-from orchestrator.search.search import Known, Space
+from orchestrator.search.search import KnownMetrics, Space
 
 POPULATION = 20
-"""Small against the usual 50 to 100: an evaluation costs minutes, and a study has some hundred of them."""
+"""Fewer than the usual 50 to 100, since an evaluation takes minutes and a study has some hundred of them."""
 
 CHILDREN = 100
-"""Draws from the population before a proposal turns to uniform ones."""
+"""Maximum number of draws from the population per proposal, before uniform draws."""
 
 
 class Nsga2Search(OptunaSearch):
-    """The first generation is uniform; later ones are bred from what was told. A choice that breaks a limit on
-    what was measured ranks behind all that keep it."""
+    """The first generation is uniform; later ones descend from earlier results. Choices whose measurements break a
+    limit rank behind all others."""
 
-    def __init__(self, space: Space, objectives: Sequence[Objective], known: Known, seed: int) -> None:
-        super().__init__(space, objectives, known, seed, Draws(nsga2(POPULATION, seed), POPULATION, CHILDREN))
+    def __init__(
+        self, space: Space, objectives: Sequence[Objective], known_metrics: KnownMetrics, seed: int
+    ) -> None:
+        super().__init__(
+            space, objectives, known_metrics, seed, Draws(nsga2(POPULATION, seed), POPULATION, CHILDREN)
+        )

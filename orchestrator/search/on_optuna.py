@@ -1,4 +1,4 @@
-"""Searches by Optuna's samplers: what they share, and the only file that imports Optuna."""
+"""The shared part of searches by Optuna's samplers, and the only file that imports Optuna."""
 
 from __future__ import annotations
 
@@ -21,21 +21,19 @@ from optuna.trial import TrialState, create_trial
 from jobs.knobs import Choice, Domain, Value
 from orchestrator.pareto.front import Metrics, Objective
 from orchestrator.search.proposals import Proposals, key, uniform
-from orchestrator.search.search import Choices, Known, Result, Space
+from orchestrator.search.search import Choices, KnownMetrics, Result, Space
 
 
 @dataclass(frozen=True)
 class Draws:
-    """Where proposals come from.
-
-    first: results to wait for before the sampler is asked; until then choices are uniform.
-    tries: draws by the sampler for one proposal. Where it keeps drawing what was seen or what breaks a known
-        limit, uniform draws follow, lest a converged sampler stall the study.
-    """
+    """The source of proposals."""
 
     sampler: BaseSampler
     first: int
+    """Number of results before the sampler is used; choices are uniform until then."""
     tries: int
+    """Maximum number of draws by the sampler per proposal. If all of them were proposed before or break a known limit,
+    uniform draws follow, so that a converged sampler does not stall the study."""
 
 
 def nsga2(population: int, seed: int) -> BaseSampler:
@@ -43,7 +41,7 @@ def nsga2(population: int, seed: int) -> BaseSampler:
 
 
 def tpe(first: int, seed: int) -> BaseSampler:
-    """All knobs together: techniques do more to each other than Optuna's default for several objectives allows for."""
+    """Return a sampler of all knobs together, since techniques interact; Optuna's default treats knobs separately."""
     return TPESampler(n_startup_trials=first, multivariate=True, constant_liar=True, seed=seed)
 
 
@@ -52,22 +50,27 @@ def gp(first: int, seed: int) -> BaseSampler:
 
 
 class OptunaSearch:
-    """The first proposals are uniform within the limits; later ones are drawn by the sampler from what was told.
+    """The first proposals are uniform within the limits; later ones are drawn by an Optuna sampler.
 
-    Limits on what is known keep choices from being proposed, limits on what was measured are Optuna's
-    constraints. Outstanding choices are running trials, so a sampler that looks at these does not propose
-    their neighbours meanwhile. Failures are left out: the samplers know no place for them.
+    Choices that break a limit by known metrics are not proposed; limits of measured metrics are constraints of trials.
+    Pending choices are running trials, so that samplers that consider these do not propose similar ones. Failures are
+    not reported to the sampler.
     """
 
     def __init__(
-        self, space: Space, objectives: Sequence[Objective], known: Known, seed: int, draws: Draws
+        self,
+        space: Space,
+        objectives: Sequence[Objective],
+        known_metrics: KnownMetrics,
+        seed: int,
+        draws: Draws,
     ) -> None:
         self._space = space
-        self._proposals = Proposals(objectives, known)
+        self._proposals = Proposals(objectives, known_metrics)
         self._generator = np.random.default_rng(seed)
         self._draws = draws
         self._distributions = {knob: _distribution(domain) for knob, domain in space.items()}
-        self._outstanding: dict[object, int] = {}
+        self._pending: dict[object, int] = {}
         self._complete = 0
         with _silence():
             self._study = optuna.create_study(
@@ -76,39 +79,46 @@ class OptunaSearch:
             )
 
     def ask(self, n: int) -> list[dict[str, Value]]:
-        asked = []
+        proposals = []
         with _silence():
             for _ in range(n):
                 for choices in self._proposals.draw(1, self._sample()):
-                    self._outstanding[key(choices)] = self._enter(choices, {})
-                    asked.append(choices)
-        return asked
+                    self._pending[key(choices)] = self._add_running_trial(choices, {})
+                    proposals.append(choices)
+        return proposals
 
     def tell(self, results: Sequence[Result]) -> None:
         with _silence():
-            for choices in (choices for choices, outcome in results if outcome is None):
-                self._end(choices)
-            for choices, metrics in self._proposals.news(results):
-                self._end(choices)
-                # A study may be resumed with a narrower space; what lies outside it cannot be learned from.
+            for stopped, outcome in results:
+                if outcome is None:
+                    self._end_trial(stopped)
+            for choices, metrics in self._proposals.new_results(results):
+                self._end_trial(choices)
+                # Results outside the space, which may be smaller in a resumed study, are ignored.
                 if metrics is not None and self._inside(choices):
-                    self._count(choices, metrics)
+                    self._add_result(choices, metrics)
 
-    def probability_of_improvement(self, awaited: Sequence[Choices]) -> list[float]:
-        return [1.0] * len(awaited)
+    def probability_of_improvement(self, pending: Sequence[Choices]) -> list[float]:
+        return [1.0] * len(pending)
 
-    def _end(self, choices: Choices) -> None:
-        """These choices are outstanding no more."""
-        if key(choices) in self._outstanding:
-            self._study.tell(self._outstanding.pop(key(choices)), state=TrialState.FAIL)
+    def _end_trial(self, choices: Choices) -> None:
+        """End the running trial of these choices, if there is one."""
+        if key(choices) in self._pending:
+            self._study.tell(self._pending.pop(key(choices)), state=TrialState.FAIL)
 
     def _sample(self) -> Callable[[], dict[str, Value]]:
-        """Draws for one proposal: the sampler's, once there is something to go by, then uniform ones."""
+        """The draws of one proposal: first those of the sampler, if there are enough results, then uniform ones."""
         tries = self._draws.tries if self._complete >= self._draws.first else 0
-        drawn = itertools.count()
-        return lambda: self._sampled() if next(drawn) < tries else uniform(self._space, self._generator)
+        draws = itertools.count()
 
-    def _sampled(self) -> dict[str, Value]:
+        def draw() -> dict[str, Value]:
+            if next(draws) < tries:
+                return self._draw_from_sampler()
+            return uniform(self._space, self._generator)
+
+        return draw
+
+    def _draw_from_sampler(self) -> dict[str, Value]:
         trial = self._study.ask(self._distributions)
         self._study.tell(trial, state=TrialState.FAIL)
         return {knob: _decoded(self._space[knob], trial.params[knob]) for knob in self._space}
@@ -118,8 +128,8 @@ class OptunaSearch:
             choices[knob] in domain for knob, domain in self._space.items()
         )
 
-    def _enter(self, choices: Choices, constraints: dict[str, float]) -> int:
-        """The number of a running trial of these choices."""
+    def _add_running_trial(self, choices: Choices, constraints: dict[str, float]) -> int:
+        """Add a running trial of these choices and return its number."""
         self._study.add_trial(
             create_trial(
                 state=TrialState.RUNNING,
@@ -130,15 +140,18 @@ class OptunaSearch:
         )
         return len(self._study.get_trials(deepcopy=False)) - 1
 
-    def _count(self, choices: Choices, metrics: Metrics) -> None:
-        """Enters the result as a trial of its own: what a trial was begun with cannot be told its constraints."""
+    def _add_result(self, choices: Choices, metrics: Metrics) -> None:
+        """Add the result as a new trial, since constraints cannot be added to an existing one."""
         objectives = self._proposals.objectives
-        number = self._enter(
-            choices, {o.metric: _excess(o, metrics) for o in objectives if o.limit is not None}
-        )
+        constraints = {
+            objective.metric: _excess(objective, metrics)
+            for objective in objectives
+            if objective.limit is not None
+        }
+        number = self._add_running_trial(choices, constraints)
         if isinstance(self._draws.sampler, BaseGASampler):
-            # A result joins the generation that is open when it is told. Optuna would decide that when it is
-            # asked, but then a resumed study, and one with many asks outstanding, would breed otherwise.
+            # A result joins the current generation when it is reported. Optuna would assign the generation at the next
+            # draw, which depends on the number of pending choices and differs in a resumed study.
             self._draws.sampler.get_trial_generation(
                 self._study, self._study.get_trials(deepcopy=False)[number]
             )
@@ -147,24 +160,24 @@ class OptunaSearch:
 
 
 def _excess(objective: Objective, metrics: Metrics) -> float:
-    """How far the value is beyond the limit, as a share of it; at most 0 where it is kept."""
+    """The distance of the value beyond the limit, as a share of the limit; at most 0 if the limit is kept."""
     assert objective.limit is not None
-    beyond = objective.loss(metrics[objective.metric]) - objective.loss(objective.limit)
-    return beyond / (abs(objective.limit) or 1.0)
+    excess = objective.loss(metrics[objective.metric]) - objective.loss(objective.limit)
+    return excess / (abs(objective.limit) or 1.0)
 
 
 def _distribution(domain: Domain) -> BaseDistribution:
     if isinstance(domain, Choice):
-        # By position: Optuna compares values with ==, to which 1 and True are one.
-        places = range(len(domain.values))
-        return IntDistribution(0, places[-1]) if _ordered(domain) else CategoricalDistribution(places)
+        # By index, since Optuna compares values with ==, and 1 == True.
+        indices = range(len(domain.values))
+        return IntDistribution(0, indices[-1]) if _ordered(domain) else CategoricalDistribution(indices)
     if domain.integer:
         return IntDistribution(int(domain.low), int(domain.high), log=domain.log)
     return FloatDistribution(domain.low, domain.high, log=domain.log)
 
 
 def _ordered(choice: Choice) -> bool:
-    """Whether neighbours among the values are alike: numbers in their order."""
+    """Whether the values are numbers in ascending or descending order, so that neighbours are similar."""
     numbers = [
         value for value in choice.values if isinstance(value, int | float) and not isinstance(value, bool)
     ]
@@ -173,7 +186,7 @@ def _ordered(choice: Choice) -> bool:
 
 def _encoded(domain: Domain, value: Value) -> Value:
     if isinstance(domain, Choice):
-        return next(place for place, known in enumerate(domain.values) if value in Choice((known,)))
+        return next(index for index, choice in enumerate(domain.values) if value in Choice((choice,)))
     return domain.normal(value)
 
 
@@ -183,7 +196,7 @@ def _decoded(domain: Domain, value: Value) -> Value:
 
 @contextmanager
 def _silence() -> Iterator[None]:
-    """Optuna reports each trial on stderr, and its level is one for the whole process: put it back after."""
+    """Suppress Optuna's message per trial. The log level is global, so restore it afterwards."""
     level = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     try:

@@ -1,4 +1,4 @@
-"""Random search: uniform choices within the limits. The yardstick for every other algorithm."""
+"""Random search: uniform choices within the limits, the baseline of every other algorithm."""
 
 from __future__ import annotations
 
@@ -9,20 +9,24 @@ import numpy as np
 from jobs.knobs import Value
 from orchestrator.pareto.front import Objective
 from orchestrator.search.proposals import Proposals, uniform
-from orchestrator.search.search import Choices, Known, Result, Space
+from orchestrator.search.search import Choices, KnownMetrics, Result, Space
 
 
 class RandomSearch:
-    def __init__(self, space: Space, objectives: Sequence[Objective], known: Known, seed: int) -> None:
+    """Learns nothing from results."""
+
+    def __init__(
+        self, space: Space, objectives: Sequence[Objective], known_metrics: KnownMetrics, seed: int
+    ) -> None:
         self._space = space
-        self._proposals = Proposals(objectives, known)
+        self._proposals = Proposals(objectives, known_metrics)
         self._generator = np.random.default_rng(seed)
 
     def ask(self, n: int) -> list[dict[str, Value]]:
         return self._proposals.draw(n, lambda: uniform(self._space, self._generator))
 
     def tell(self, results: Sequence[Result]) -> None:
-        self._proposals.news(results)
+        self._proposals.new_results(results)
 
-    def probability_of_improvement(self, awaited: Sequence[Choices]) -> list[float]:
-        return [1.0] * len(awaited)
+    def probability_of_improvement(self, pending: Sequence[Choices]) -> list[float]:
+        return [1.0] * len(pending)

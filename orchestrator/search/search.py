@@ -1,4 +1,4 @@
-"""The protocol of a search: asked for choices, told their results."""
+"""The protocol of a search: `ask` returns choices, `tell` reports their results."""
 
 from __future__ import annotations
 
@@ -9,42 +9,46 @@ from jobs.job import Failure
 from jobs.knobs import Domain, Value
 
 Choices = Mapping[str, Value]
+"""A value per knob."""
 Result = tuple[Choices, Mapping[str, float] | Failure | None]
-Known = Callable[[Choices], Mapping[str, float]]
+"""Choices with their metrics, their failure, or None if they were given up."""
+KnownMetrics = Callable[[Choices], Mapping[str, float]]
+"""Returns the metrics of choices that need no evaluation; see `orchestrator.search.make`."""
 Space = Mapping[str, Domain]
 
 SECONDS = "seconds"
-"""What `known` may give beside metrics: how long evaluating a choice would take, as far as that is known now."""
+"""The key in the result of `KnownMetrics` for the expected duration of an evaluation."""
 
 
 class Search(Protocol):
-    """Asked for choices, told what came of them; in any order, with any number of asks outstanding.
+    """Proposes choices and learns from results, in any order and with any number of pending choices.
 
-    The same seed and the same calls in the same order give the same choices.
+    The same seed and the same calls in the same order lead to the same choices.
     """
 
     def ask(self, n: int) -> list[dict[str, Value]]:
-        """Up to n choices that were neither asked nor told before; fewer where no new ones are found.
+        """Return up to n choices that were neither proposed nor reported before; fewer if no new ones were found.
 
-        None of them breaks a limit by its known values. Raises LookupError where every choice does.
+        Their known metrics are within all limits. LookupError if no choices in the space are.
         """
         ...
 
     def tell(self, results: Sequence[Result]) -> None:
-        """Learn from results, asked for or not, in any order; each choice's result counts once.
+        """Learn from results of proposed or other choices, in any order. Each result counts once.
 
-        NaN and infinite metrics count as failures. A result without some objective waits for one that
-        has them all, and a success takes the place of an earlier failure. None: what was asked is given up, from which
-        nothing is learned.
+        NaN and infinite metrics count as failures. A result without some objective is ignored until one with all of
+        them is reported. A success replaces an earlier failure. Nothing is learned from choices that were given up.
         """
         ...
 
-    def probability_of_improvement(self, awaited: Sequence[Choices]) -> list[float]:
-        """Of choices that are under way, how likely each is to add to the front of what was told, by what is believed
-        now; 1 where nothing is believed."""
+    def probability_of_improvement(self, pending: Sequence[Choices]) -> list[float]:
+        """Return, for each of the pending choices, the probability that it improves the front of the results.
+
+        1 if the search has no model.
+        """
         ...
 
 
 def nothing_known(choices: Choices) -> Mapping[str, float]:
-    """The `known` of a study in which everything has to be measured."""
+    """The `KnownMetrics` of a study in which every metric must be measured."""
     return {}

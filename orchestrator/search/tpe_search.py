@@ -7,18 +7,21 @@ from collections.abc import Sequence
 
 from orchestrator.pareto.front import Objective
 from orchestrator.search.on_optuna import Draws, OptunaSearch, tpe
-from orchestrator.search.search import Known, Space
+from orchestrator.search.search import KnownMetrics, Space
 
 FIRST = 10
-"""Results before the densities of good and bad choices are told apart; Optuna's own number."""
+"""Number of results before the densities of good and bad choices are fitted; Optuna's default."""
 
 TRIES = 20
-"""Draws from the density of good choices before a proposal turns to uniform ones; each takes milliseconds."""
+"""Maximum number of draws from the density of good choices per proposal, before uniform draws; each takes
+milliseconds."""
 
 
 class TpeSearch(OptunaSearch):
-    """Draws from the density of good choices where it is high against that of the others, all knobs at once.
-    Outstanding choices count as bad ones meanwhile (a constant lie)."""
+    """Draws choices with a high ratio of the density of good choices to that of bad ones, all knobs together. Pending
+    choices count as bad ones (a constant lie)."""
 
-    def __init__(self, space: Space, objectives: Sequence[Objective], known: Known, seed: int) -> None:
-        super().__init__(space, objectives, known, seed, Draws(tpe(FIRST, seed), FIRST, TRIES))
+    def __init__(
+        self, space: Space, objectives: Sequence[Objective], known_metrics: KnownMetrics, seed: int
+    ) -> None:
+        super().__init__(space, objectives, known_metrics, seed, Draws(tpe(FIRST, seed), FIRST, TRIES))

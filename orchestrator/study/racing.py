@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from numpy.typing import NDArray
 
 from jobs.measurement.measurement import Measurement, first_items
-from orchestrator.pareto.expected_improvement import Expected, expected_improvement
+from orchestrator.pareto.expected_improvement import Prediction, expected_improvement
 from orchestrator.pareto.front import Objective, hypervolume, nondominated
 from orchestrator.study.events import Cost, StudyPlan
 from orchestrator.study.latency_estimate import share
@@ -144,17 +144,17 @@ class Race:
         unknown = waiting[~np.isfinite(self._errors[waiting]).all(axis=1)]
         if len(unknown):
             return int(unknown[0])
-        expected = self._expected(waiting, front_rows)
-        improvements = expected_improvement(front, reference, expected)
+        predictions = self._predict(waiting, front_rows)
+        improvements = expected_improvement(front, reference, predictions)
         best = int(improvements.argmax())
-        means = np.column_stack([objective.mean for objective in expected])
+        means = np.column_stack([prediction.mean for prediction in predictions])
         total = hypervolume(np.vstack([front, means]), reference)
         missing = total - hypervolume(front, reference)
         if improvements[best] > MIN_IMPROVEMENT * total or missing > max_missing * total:
             return int(waiting[best])
         return None
 
-    def _expected(self, waiting: Rows, front_rows: Rows) -> list[Expected]:
+    def _predict(self, waiting: Rows, front_rows: Rows) -> list[Prediction]:
         """The losses of the waiting candidates on the full evaluation, for each objective.
 
         Evaluated objectives are the loss of the nearest member of the front plus the paired difference to it: that
@@ -167,14 +167,14 @@ class Race:
             for values, front_values, scale in zip(points.T, front.T, extent, strict=True)
         ]
         nearest = front_rows[np.maximum.reduce(distances).argmin(axis=1)]
-        expected = []
+        predictions = []
         for column, objective in enumerate(self._plan.objectives):
             mean, error = points[:, column], self._errors[waiting, column]
             if _is_evaluated(objective, self._plan):
                 difference, error = self._paired_difference(waiting, nearest, column)
                 mean = self._points[nearest, column] + difference
-            expected.append(Expected(mean, error))
-        return expected
+            predictions.append(Prediction(mean, error))
+        return predictions
 
     def _add_row(self, id: str) -> None:
         self._rows[id] = len(self._ids)

@@ -68,13 +68,13 @@ def next_timed(
     return best if largest_delay[best] < _CERTAIN_DEVIATIONS else None
 
 
-Prediction = tuple[Float[NDArray[np.float64], " costs"], Float[NDArray[np.float64], " costs"]]
-"""Means and standard deviations."""
+MeansAndDeviations = tuple[Float[NDArray[np.float64], " costs"], Float[NDArray[np.float64], " costs"]]
+"""By candidate."""
 
 
 def _predict_objectives(
     ids: Sequence[str], rivals: Mapping[str, Rival], timings: Mapping[str, Timings], plan: StudyPlan
-) -> dict[str, Prediction]:
+) -> dict[str, MeansAndDeviations]:
     """Predict each timed objective of these candidates from the timings of others."""
     costs = [rivals[id].cost for id in ids]
     timed_costs = [rivals[id].cost if id in rivals else plan.original_cost for id in timings]
@@ -87,7 +87,7 @@ def _predict_objectives(
     return predicted
 
 
-def _delay(row: int, rival: Timings, predicted: Mapping[str, Prediction], plan: StudyPlan) -> float:
+def _delay(row: int, rival: Timings, predicted: Mapping[str, MeansAndDeviations], plan: StudyPlan) -> float:
     """The smallest difference to a timed rival over all timed objectives, in standard deviations.
 
     Positive if the candidate in this row of the predictions is expected to be slower in all of them.
@@ -104,7 +104,7 @@ def _delay(row: int, rival: Timings, predicted: Mapping[str, Prediction], plan: 
 
 def predict_latency(
     samples: Sequence[tuple[Cost, Timing]], costs: Sequence[Cost], original: Cost
-) -> Prediction:
+) -> MeansAndDeviations:
     """Predict the latency of candidates with these costs from the timings of others: means and standard deviations.
 
     Bayesian linear regression (Bishop 2006, §3.3) on multiply-adds, layers, bytes and a constant. The errors of the

@@ -10,7 +10,7 @@ from orchestrator.pareto.front import Objective
 from orchestrator.search.candidate_pool import CandidateEvaluator
 from orchestrator.search.encoding import SpaceEncoder
 from orchestrator.search.gaussian_process import ObjectiveModel
-from orchestrator.search.search import Choices, Known
+from orchestrator.search.search import Choices, KnownMetrics
 
 SPACE = {f"bits.{block}": Choice((2, 3, 4, 8)) for block in range(24)}
 WEIGHTS = {knob: float(weight) for knob, weight in zip(SPACE, np.geomspace(1, 100, 24), strict=True)}
@@ -29,28 +29,28 @@ def hinting(choices: Choices) -> dict[str, float]:
     return {**plain(choices), "foretold": harm(choices)}
 
 
-def survey(known: Known) -> tuple[SpaceEncoder, CandidateEvaluator]:
+def survey(known: KnownMetrics) -> tuple[SpaceEncoder, CandidateEvaluator]:
     places = SpaceEncoder(SPACE)
     made = CandidateEvaluator(places, OBJECTIVES, known, np.random.default_rng(0))
-    made.discovers(made.everywhere)
+    made.update_deterministic_objectives(made.space_sample)
     return places, made
 
 
 def test_a_hint_is_one_feature_more_and_no_objective() -> None:
     (_, without), (_, with_hint) = survey(plain), survey(hinting)
     assert with_hint.features.count == without.features.count + 1
-    assert with_hint.foreknown.tolist() == [True, False]
+    assert with_hint.deterministic_objectives.tolist() == [True, False]
 
 
 def test_what_goes_with_a_hint_is_learned_from_few_results() -> None:
-    def error(known: Known, seed: int) -> float:
+    def error(known: KnownMetrics, seed: int) -> float:
         places, made = survey(known)
         generator = np.random.default_rng(seed)
         few, others = places.levelled(20, generator), places.levelled(200, generator)
         loss = [np.array([1 + harm(places.choices(point)) for point in points]) for points in (few, others)]
         belief = ObjectiveModel(made.features)
-        belief.fit(made.enter(few).rows, loss[0], made.everywhere.rows)
-        foretold = belief.predict(made.enter(others).rows).median
+        belief.fit(made.evaluate(few).rows, loss[0], made.space_sample.rows)
+        foretold = belief.predict(made.evaluate(others).rows).median
         return float(np.abs(np.log(foretold) - np.log(loss[1])).mean())
 
     with_hint, without = (sum(error(known, seed) for seed in (1, 2, 3)) for known in (hinting, plain))

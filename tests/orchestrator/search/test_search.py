@@ -59,21 +59,21 @@ def test_a_whole_number_on_a_log_scale_stays_in_range() -> None:
 def test_a_success_takes_the_place_of_a_failure_and_nothing_takes_its_own() -> None:
     proposals = Proposals([ERROR], nothing_known)
     choices: dict[str, Value] = {"bits": 4}
-    assert proposals.news([(choices, Failure("timeout", "slow"))]) == [(choices, None)]
-    assert proposals.news([(choices, {"error": 1.0})]) == [(choices, {"error": 1.0})]
-    assert proposals.news([(choices, {"error": 2.0}), (choices, Failure("bug", ""))]) == []
+    assert proposals.new_results([(choices, Failure("timeout", "slow"))]) == [(choices, None)]
+    assert proposals.new_results([(choices, {"error": 1.0})]) == [(choices, {"error": 1.0})]
+    assert proposals.new_results([(choices, {"error": 2.0}), (choices, Failure("bug", ""))]) == []
 
 
 def test_a_result_waits_until_every_objective_has_a_value() -> None:
     proposals = Proposals([ERROR, Objective("decode_ms")], nothing_known)
     choices: dict[str, Value] = {"bits": 4}
-    assert proposals.news([(choices, {"error": 1.0})]) == []
-    assert proposals.news([(choices, {"error": 1.0, "decode_ms": 2.0})]) != []
+    assert proposals.new_results([(choices, {"error": 1.0})]) == []
+    assert proposals.new_results([(choices, {"error": 1.0, "decode_ms": 2.0})]) != []
 
 
 def test_what_is_known_completes_a_result() -> None:
     proposals = Proposals([ERROR, Objective("size_bytes")], lambda choices: {"size_bytes": 7.0})
-    assert proposals.news([({}, {"error": 1.0})]) == [({}, {"error": 1.0, "size_bytes": 7.0})]
+    assert proposals.new_results([({}, {"error": 1.0})]) == [({}, {"error": 1.0, "size_bytes": 7.0})]
 
 
 def test_true_and_one_are_different_choices() -> None:

@@ -15,9 +15,14 @@ from scipy import stats
 from jobs.job import Failure
 from jobs.knobs import Choice, Range, Value
 from orchestrator import search
-from orchestrator.pareto.expected_improvement import Expected, cells, chance_to_add, expected_improvement
+from orchestrator.pareto.expected_improvement import (
+    Prediction,
+    cells,
+    expected_improvement,
+    probability_of_improvement,
+)
 from orchestrator.pareto.front import Objective, ParetoFront
-from orchestrator.pareto.warping import Scale
+from orchestrator.pareto.warping import Warping
 from orchestrator.search.encoding import SpaceEncoder
 from orchestrator.search.features import Features
 from orchestrator.search.gaussian_process import GaussianProcess, ObjectiveModel, _Covariance
@@ -225,8 +230,8 @@ def test_what_multiplies_is_believed_by_its_logarithm_and_what_adds_is_not() -> 
     multiplied, added = ObjectiveModel(features), ObjectiveModel(features)
     multiplied.fit(rows, np.exp(2 * total), rows)
     added.fit(rows, total, rows)
-    assert multiplied.predict(rows).scale.logarithm
-    assert not added.predict(rows).scale.logarithm
+    assert multiplied.predict(rows).warping.logarithm
+    assert not added.predict(rows).warping.logarithm
 
 
 def test_one_result_and_equal_results_can_be_believed() -> None:
@@ -240,16 +245,16 @@ def test_one_result_and_equal_results_can_be_believed() -> None:
 def test_what_is_far_out_is_seen_nearer_and_in_the_same_order() -> None:
     losses = np.array([1.0, 1.1, 1.2, 1.3, 1.4, 5.0, 1e3, 1e9])
     for logarithm in (False, True):
-        scale = Scale.of(losses[:6], logarithm)
-        seen = scale.seen(losses)
+        warping = Warping.fit(losses[:6], logarithm)
+        seen = warping.warp(losses)
         assert (np.diff(seen) > 0).all()
-        np.testing.assert_allclose(scale.losses(seen), losses, rtol=1e-9)
+        np.testing.assert_allclose(warping.unwarp(seen), losses, rtol=1e-9)
         assert np.ptp(seen) < 40 * np.ptp(seen[:5])
-        slopes = (scale.seen(losses * (1 + 1e-7)) - scale.seen(losses * (1 - 1e-7))) / (2e-7 * losses)
-        assert scale.stretch(losses) == pytest.approx(float(np.log(slopes).sum()), rel=1e-5)
+        slopes = (warping.warp(losses * (1 + 1e-7)) - warping.warp(losses * (1 - 1e-7))) / (2e-7 * losses)
+        assert warping.log_derivative(losses) == pytest.approx(float(np.log(slopes).sum()), rel=1e-5)
 
 
-# Expected improvement
+# Prediction improvement
 
 fronts = st.integers(1, 4).flatmap(
     lambda objectives: st.lists(
@@ -275,7 +280,7 @@ def test_what_is_known_improves_by_what_it_adds_to_the_hypervolume(front: list[l
     points = np.array(front, dtype=np.float64)
     reference = np.full(points.shape[1], 7.0)
     candidates = np.random.default_rng(seed).uniform(0, 9, size=(5, points.shape[1]))
-    known = [Expected(column, np.zeros(5)) for column in candidates.T]
+    known = [Prediction(column, np.zeros(5)) for column in candidates.T]
     before = moocore.hypervolume(points, ref=reference)
     added = [moocore.hypervolume(np.vstack([points, one]), ref=reference) - before for one in candidates]
     np.testing.assert_allclose(expected_improvement(points, reference, known), added, atol=1e-9)
@@ -288,7 +293,7 @@ def test_an_expected_improvement_is_the_mean_of_improvements() -> None:
     size, quality = 1.5, generator.normal(3.0, 1.0, size=4000)
     before = moocore.hypervolume(front, ref=reference)
     drawn = [moocore.hypervolume(np.vstack([front, [size, one]]), ref=reference) - before for one in quality]
-    expected = [Expected(np.array([size]), np.zeros(1)), Expected(np.array([3.0]), np.ones(1))]
+    expected = [Prediction(np.array([size]), np.zeros(1)), Prediction(np.array([3.0]), np.ones(1))]
     assert expected_improvement(front, reference, expected)[0] == pytest.approx(np.mean(drawn), rel=0.05)
 
 
@@ -426,7 +431,7 @@ def test_a_belief_is_no_surer_of_outcomes_than_it_was_right_of_each_result_by_th
     surprise = math.sqrt(np.mean(np.square(np.divide(errors, claimed))))
     spread = max(surprise, 1.0) * np.hypot(belief.predict(new)[1], values.std() * math.sqrt(noise))
     usual = values.std() * math.sqrt(np.mean(np.square(errors)))
-    mean, deviation = belief.outcome(new)
+    mean, deviation = belief.predict_result(new)
     np.testing.assert_allclose(mean, belief.predict(new)[0])
     np.testing.assert_allclose(deviation, np.maximum(spread, usual), rtol=1e-6)
 
@@ -438,14 +443,14 @@ def test_the_chance_to_add_to_a_front_is_that_of_many_draws_or_more(uncertain: i
     limits = np.array([np.inf, np.inf, 0.9])
     means = generator.uniform(0.2, 1.0, (20, 3))
     deviations = np.array([0.0, 0.2 * (uncertain > 1), 0.2])
-    foretold = [Expected(mean, np.full(20, one)) for mean, one in zip(means.T, deviations, strict=True)]
-    found = chance_to_add(front, limits, foretold)
+    foretold = [Prediction(mean, np.full(20, one)) for mean, one in zip(means.T, deviations, strict=True)]
+    found = probability_of_improvement(front, limits, foretold)
     drawn = means + deviations * generator.normal(size=(20_000, 20, 3))
     beaten = (drawn[:, :, None] >= front).all(axis=3).any(axis=2)
     happened = (~beaten & (drawn <= limits).all(axis=2)).mean(axis=0)
     assert (found >= happened - 0.015).all()
     assert found.min() < 0.2
-    alone = chance_to_add(front, np.full(3, np.inf), foretold)
+    alone = probability_of_improvement(front, np.full(3, np.inf), foretold)
     if uncertain == 1:
         np.testing.assert_allclose(alone, 1 - beaten.mean(axis=0), atol=0.015)
 
