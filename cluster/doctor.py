@@ -136,7 +136,9 @@ def autoscaler(report: str) -> Iterator[Fact]:
     }
     for header, hint in hints.items():
         section = re.search(rf"^{header}\n((?: .*\n?)*)", report, re.MULTILINE)
-        lines = [line.strip() for line in section[1].splitlines()] if section else []
+        if section is None:
+            continue
+        lines = [line.strip() for line in section[1].splitlines()]
         if lines and not lines[0].startswith("(no "):
             yield Fact(header.rstrip(":").lower(), "; ".join(lines), not header.startswith("Recent"), hint)
 
@@ -210,7 +212,9 @@ def _timed(name: str, operation: Callable[[], object], size_bytes: int = 0) -> F
 
 
 def _kind(node: Node) -> str:
-    return "head" if node.head else node.type or "worker"
+    if node.head:
+        return "head"
+    return node.type or "worker"
 
 
 def _resources(node: Node) -> str:

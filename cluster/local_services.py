@@ -258,9 +258,11 @@ def _token(file: Path) -> tuple[str, Path | None]:
 
 
 def _answers(url: str, token: str | None) -> bool:
-    headers = {"Authorization": f"Bearer {token}"} if token else {}
+    request = urllib.request.Request(url)
+    if token:
+        request.add_header("Authorization", f"Bearer {token}")
     try:
-        with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=5):
+        with urllib.request.urlopen(request, timeout=5):
             return True
     except urllib.error.HTTPError as error:
         error.close()
@@ -355,4 +357,6 @@ def _forget_cluster(gcs_port: int) -> None:
 
 def _last_line(log: Path) -> str:
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    return lines[-1].strip() if lines else "it wrote nothing"
+    if not lines:
+        return "it wrote nothing"
+    return lines[-1].strip()

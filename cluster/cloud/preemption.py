@@ -39,7 +39,9 @@ class Notice:
 
     @property
     def seconds_left(self) -> float | None:
-        return None if self.ends_at is None else max(0.0, self.ends_at - time.time())
+        if self.ends_at is None:
+            return None
+        return max(0.0, self.ends_at - time.time())
 
 
 Source = Callable[[], Notice | None]
@@ -76,9 +78,11 @@ def watch(sources: Sequence[Source] = (), announce: Announce | None = None) -> N
 
 def _watch(file: Path, sources: Sequence[Source], announce: Announce | None) -> None:
     cloud = metadata_service()
-    every_source = [*sources] if cloud is None else [*sources, cloud]
-    while every_source:
-        notice = _first_notice(every_source)
+    asked_sources = [*sources]
+    if cloud is not None:
+        asked_sources.append(cloud)
+    while asked_sources:
+        notice = _first_notice(asked_sources)
         if notice is not None:
             _write(file, notice)
             if announce is not None:
@@ -120,8 +124,10 @@ def _ec2() -> Notice | None:
         return None
     headers = {"X-aws-ec2-metadata-token": token}
     answer = _answer(f"{_ec2_endpoint()}/latest/meta-data/spot/instance-action", headers)
+    if answer is None:
+        return None
     try:
-        action = json.loads(answer.body if answer else "null")
+        action = json.loads(answer.body)
         ends_at = datetime.fromisoformat(action["time"]).timestamp()
         return Notice(f"EC2 ({action['action']})", ends_at)
     except (ValueError, TypeError, KeyError):  # no notice, or an answer that is not EC2's
@@ -143,7 +149,9 @@ def _ec2_endpoint() -> str:
 
 def _gce() -> Notice | None:
     """Return GCE's notice of a spot machine's end, 30 s before it."""
-    return Notice("GCE", time.time() + GCE_SECONDS) if _gce_flag() == "TRUE" else None
+    if _gce_flag() != "TRUE":
+        return None
+    return Notice("GCE", time.time() + GCE_SECONDS)
 
 
 def _gce_flag() -> str | None:

@@ -61,8 +61,9 @@ def price_of(node: NodeType) -> Price | None:
     """
     if not _EC2_TYPE.fullmatch(node.name) or not node.region:
         return tabled(node)
-    price = _spot(node) if node.spot else _on_demand(node)
-    return price or tabled(node)
+    if node.spot:
+        return _spot(node) or tabled(node)
+    return _on_demand(node) or tabled(node)
 
 
 def tabled(node: NodeType) -> Price | None:

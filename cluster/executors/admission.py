@@ -96,6 +96,8 @@ class Admission:
         if needs.exclusive:
             fits = not running
         else:
-            is_locked = any(other.exclusive for other in running)
+            is_locked = any(task.exclusive for task in running)
             fits = not is_locked and self.capacity.fits([*running, needs])
-        return needs if fits else None
+        if not fits:
+            return None
+        return needs

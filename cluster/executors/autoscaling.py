@@ -48,12 +48,12 @@ class Shape:
     def covers(self, needs: Resources) -> bool:
         return needs.cpus <= self.cpus and needs.gpus <= self.gpus and needs.memory_gib <= self.memory_gib
 
-    def joined(self, other: Shape) -> Shape:
-        """Return the smallest shape that is at least as large as both, with the labels of this one."""
+    def grown_to(self, needs: Resources) -> Shape:
+        """Return the smallest shape that covers this one and a task, with the labels of this one."""
         return Shape(
-            max(self.cpus, other.cpus),
-            max(self.gpus, other.gpus),
-            max(self.memory_gib, other.memory_gib),
+            max(self.cpus, needs.cpus),
+            max(self.gpus, needs.gpus),
+            max(self.memory_gib, needs.memory_gib),
             self.labels,
         )
 
@@ -117,7 +117,7 @@ class WorkerPlan:
             self.progress_at = now
         self._queue.add(ticket, needs)
         key = label_set(needs.labels)
-        self._largest[key] = self._largest.get(key, Shape(labels=needs.labels)).joined(_shape(needs))
+        self._largest[key] = self._largest.get(key, Shape(labels=needs.labels)).grown_to(needs)
 
     def end(self, ticket: int, now: float) -> None:
         """Remove a waiting or running task; its workers are ready again."""
@@ -155,7 +155,8 @@ class WorkerPlan:
         return [worker for worker, slot in self._slots.items() if slot.ticket is None]
 
     def node_of(self, worker: int) -> Node | None:
-        return self._slots[worker].node if worker in self._slots else None
+        slot = self._slots.get(worker)
+        return None if slot is None else slot.node
 
     def is_needed(self, worker: int) -> bool:
         """Return whether this worker could run any of the waiting tasks."""
@@ -250,7 +251,7 @@ class WorkerPlan:
         """
         node = self._exclusive_node
         if needs.exclusive and not needs.labels and node is not None and GROUP in node.labels:
-            return Shape(labels={GROUP: node.labels[GROUP]}).joined(_shape(needs))
+            return Shape(labels={GROUP: node.labels[GROUP]}).grown_to(needs)
         return self._largest[label_set(needs.labels)]
 
     def _can_run(self, slot: WorkerSlot, needs: Resources) -> bool:
@@ -286,7 +287,9 @@ class WorkerPlan:
             free.sort(key=lambda worker: self._slots[worker].free_since, reverse=True)
             while free and len(workers) < needs.ranks and self._fits(running[node], needs, len(workers) + 1):
                 workers.append(free.pop(0))
-        return (needs, tuple(workers)) if len(workers) == needs.ranks else None
+        if len(workers) < needs.ranks:
+            return None
+        return needs, tuple(workers)
 
     def _running_on(self, nodes: Collection[str]) -> dict[str, set[int]]:
         """Return the tickets of the tasks that run on each of these nodes."""
@@ -333,7 +336,3 @@ class CapacityEstimator:
 
 def label_set(labels: Labels) -> LabelSet:
     return frozenset(labels.items())
-
-
-def _shape(needs: Resources) -> Shape:
-    return Shape(needs.cpus, needs.gpus, needs.memory_gib)

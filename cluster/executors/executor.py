@@ -80,7 +80,7 @@ class Executor(Protocol):
         """Stop or remove a task; its result is not reported. Unknown keys are ignored."""
 
     def nodes(self) -> Mapping[NodeType, int]:
-        """Count the nodes that are up now, by type, whoever uses them. Asks the cluster, so call it rarely."""
+        """Count the nodes that are up now, by type, with or without tasks. Asks the cluster, so call it rarely."""
 
     def close(self) -> None:
         """Stop all workers and drop all tasks. May be called twice."""

@@ -58,6 +58,10 @@ class ClusterSnapshot:
     largest_node: str
     """The largest amounts that nodes have had so far, in words; empty if no worker node was up."""
 
+    def has_node_for(self, request: Demand) -> bool:
+        """Return whether one of the nodes could hold a request if it were idle."""
+        return any(request.fits(node) for node in self.nodes)
+
 
 class ClusterMonitor:
     """Reads the state of a cluster from its head, and remembers the largest amounts that nodes have had."""
@@ -83,7 +87,10 @@ class ClusterMonitor:
         totals = [dict(node.total_resources) for node in alive]
         free = [dict(node.available_resources) for node in alive]
         self._remember_largest(totals)
-        sums = {name: sum(total.get(name, 0.0) for total in totals) for name in _NAMES}
+        sums = dict.fromkeys(_NAMES, 0.0)
+        for total in totals:
+            for name in _NAMES:
+                sums[name] += total.get(name, 0.0)
         plural = "s" * (len(alive) != 1)
         return ClusterSnapshot(
             has_autoscaler=autoscaler.autoscaler_state_version > 0,
@@ -102,7 +109,9 @@ class ClusterMonitor:
         """Return when this monitor read the latest state up to a version, and forget the earlier ones."""
         times = [read_at for read_version, read_at in self._versions if read_version <= version]
         self._versions = self._versions[max(0, len(times) - 1) :]
-        return times[-1] if times else -math.inf
+        if not times:
+            return -math.inf
+        return times[-1]
 
     def _remember_largest(self, totals: Sequence[Mapping[str, float]]) -> None:
         for total in totals:

@@ -39,7 +39,9 @@ def _ray_notice() -> Notice | None:
         ends_at_ms = _deadlines().get(ray.get_runtime_context().get_node_id())
     except Exception:  # noqa: BLE001 - the head is out of reach
         return None
-    return None if ends_at_ms is None else Notice("Ray", ends_at_ms / 1000 or None)
+    if ends_at_ms is None:
+        return None
+    return Notice("Ray", ends_at_ms / 1000 or None)
 
 
 def _drain(notice: Notice) -> None:

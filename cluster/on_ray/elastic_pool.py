@@ -151,7 +151,7 @@ class ElasticPool:
         requested = Counter(demand(bundle(shape), labels) for shape in self.plan.requested(labels))
         if not snapshot.has_autoscaler:
             estimator.limit = self._fixed_limit or max(1, snapshot.cpus)
-            return sum(not any(request.fits(node) for node in snapshot.nodes) for request in requested)
+            return sum(not snapshot.has_node_for(request) for request in requested)
         if snapshot.autoscaler_saw <= self._requested_at + SEEN_SECONDS:
             return 0  # the autoscaler may not have seen the latest requests
         refused = (requested & Counter(snapshot.infeasible)).total()

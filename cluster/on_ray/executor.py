@@ -62,7 +62,7 @@ class RayExecutor:
     A task is sent to an idle worker only: it starts a call's latency (about a millisecond) after the previous one, and
     no task waits behind a long one while another slot is free. A thread sends the tasks, so that slots stay busy while
     the caller computes. A function is pickled at its first use: one that is submitted again must be unchanged. Neither
-    tasks nor `env` may contain secrets: Ray shows them to all who can read its state.
+    tasks nor `env` may contain secrets: Ray shows them to all users that can read its state.
 
     `env` is set before a worker's process starts, as thread counts require; by default each worker computes with one
     thread.
@@ -140,9 +140,9 @@ class RayExecutor:
         with self._changed:
             self._results.pop(key, None)
             ticket = self._tickets.pop(key, None)
-            task = None if ticket is None else self._tasks.get(ticket)
-            if ticket is None or task is None:
+            if ticket is None or ticket not in self._tasks:
                 return
+            task = self._tasks[ticket]
             if task.workers:
                 # It keeps its slot until its process has ended: the next task may be exclusive.
                 task.is_cancelled = True
@@ -212,9 +212,10 @@ class RayExecutor:
         if len(actors) == 1:
             return {task.workers[0]: actors[0].run.remote(task.key, pickled_fn, task.args).future()}
         nodes = [self._pool.plan.node_of(worker) for worker in task.workers]
-        first = self._workers.location(task.workers[0])
+        location = self._workers.location(task.workers[0])
+        address = LOOPBACK if location is None else location.address
         # Ray passes the answer of the first worker on to the others, without a wait in this process.
-        meeting_point = actors[0].meeting_point.remote(LOOPBACK if first is None else first.address)
+        meeting_point = actors[0].meeting_point.remote(address)
         calls = {}
         for rank, (worker, actor) in enumerate(zip(task.workers, actors, strict=True)):
             ranks = (rank, len(actors), nodes[:rank].count(nodes[rank]))

@@ -81,7 +81,8 @@ def local_capacity(
     The GPUs are divided evenly among the slots.
     """
     count = int(slots or max(1, ray_resources.get("CPU", 1)))
-    total_gpus = ray_resources.get("GPU", 0.0) if gpus is None else gpus
+    if gpus is None:
+        gpus = ray_resources.get("GPU", 0.0)
     if memory_gib is None:
         memory_gib = ray_resources.get("memory", math.inf) / 2**30
-    return Capacity(count, max(count, ray_resources.get("CPU", 1), cores()), memory_gib, total_gpus / count)
+    return Capacity(count, max(count, ray_resources.get("CPU", 1), cores()), memory_gib, gpus / count)

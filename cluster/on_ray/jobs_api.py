@@ -91,7 +91,7 @@ class Jobs:
         return (sessions / str(self._get("/api/version")["session_name"])).is_dir()
 
     def nodes(self) -> list[Node]:
-        """Return the nodes that are up now, the head first. This API does not know what an autoscaler could start."""
+        """Return the nodes that are up now, the head first; nodes that an autoscaler could add are not known here."""
         raylets = [entry["raylet"] for entry in self._get("/nodes?view=summary")["data"]["summary"]]
         nodes = [_node(raylet) for raylet in raylets if raylet["state"] == "ALIVE"]
         return sorted(nodes, key=lambda node: (not node.head, node.type))
@@ -103,7 +103,7 @@ class Jobs:
     def submit(self, id: str, entrypoint: str, package: Path, metadata: Mapping[str, str]) -> None:
         """Run `entrypoint` on the head, in the unpacked .zip `package`. FileExistsError if a job has this id.
 
-        The arguments must contain no secrets: Ray shows them to all who can read the cluster's state.
+        The arguments must contain no secrets: Ray shows them to all users that can read the cluster's state.
         """
         self._submit(id, entrypoint, str(package), metadata)
 
@@ -140,10 +140,10 @@ class Jobs:
 
     def follow(self, id: str, show: Callable[[str], None]) -> JobState:
         """Show a job's output from its beginning until it ends. Ctrl-C leaves the job running."""
-        shown = 0
+        shown_characters = 0
         while True:
             with self._one_line_errors():
-                shown = asyncio.run(self._tail(id, show, shown))
+                shown_characters = asyncio.run(self._tail(id, show, shown_characters))
             if (state := self.state(id)).ended:
                 return state
             time.sleep(1)  # a proxy may cut the connection; the job continues, so this connects again
@@ -171,19 +171,19 @@ class Jobs:
                     raise
                 raise FileExistsError(f"the cluster has a job {id} already") from None
 
-    async def _tail(self, id: str, show: Callable[[str], None], shown: int) -> int:
-        """Show the output after its first `shown` characters; return the total number of characters."""
+    async def _tail(self, id: str, show: Callable[[str], None], shown_characters: int) -> int:
+        """Show the output after its first `shown_characters` characters; return the total number of characters."""
         received = 0
         try:
             async with aclosing(self._client.tail_job_logs(id)) as chunks:  # type: ignore[type-var]
                 async for chunk in chunks:
-                    if received + len(chunk) > shown:
-                        show(chunk[max(0, shown - received) :])
+                    if received + len(chunk) > shown_characters:
+                        show(chunk[max(0, shown_characters - received) :])
                     received += len(chunk)
         except RuntimeError as error:
             if "closed unexpectedly" not in str(error):
                 raise
-        return max(received, shown)
+        return max(received, shown_characters)
 
     def _check_versions(self) -> None:
         cluster = self._get("/api/v0/cluster_metadata")["data"]

@@ -200,7 +200,7 @@ class LocalStore:
 
     @contextlib.contextmanager
     def _staged_folder(self) -> Iterator[Path]:
-        """Create a folder under tmp/, and remove what is left of it at the end of the block."""
+        """Create a folder under tmp/, and remove it at the end of the block unless it was moved."""
         staged = self._temporary()
         try:
             staged.mkdir()

@@ -33,7 +33,7 @@ class Address:
 
 
 def parse(address: str) -> Address:
-    """Read an address. ValueError says what is wrong with it, without parts that may be a secret."""
+    """Read an address. ValueError describes a problem, without parts of the address that may be a secret."""
     url = urlsplit(address)
     options = parse_qs(url.query, keep_blank_values=True)
     endpoint = options["endpoint"][-1] if "endpoint" in options else None
@@ -71,7 +71,9 @@ def _path_style(options: Mapping[str, Sequence[str]]) -> bool | None:
     text = options.get("path_style", [""])[-1]
     if text not in ("", "true", "false"):
         raise ValueError(f"path_style={text} is neither true nor false")
-    return text == "true" if text else None
+    if not text:
+        return None
+    return text == "true"
 
 
 def _cache_gb(options: Mapping[str, Sequence[str]]) -> float:

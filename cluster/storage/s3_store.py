@@ -201,15 +201,15 @@ class S3Store:
 
     def sweep(self, seconds: float) -> None:
         """Abort uploads that were not completed, and delete files without a manifest."""
-        before = time.time() - seconds
+        latest_change = time.time() - seconds
         for upload, _, touched_at in self._uploads():
-            if touched_at <= before:
+            if touched_at <= latest_change:
                 with contextlib.suppress(AbsentError):
                     upload_id = {"UploadId": upload["UploadId"]}
                     self._bucket.call("abort_multipart_upload", upload["Key"], upload_id)
         for group in self._object_groups():
             last_change = max(item["LastModified"].timestamp() for item in group.items)
-            if group.used_at is None and last_change <= before:
+            if group.used_at is None and last_change <= latest_change:
                 for item in group.items:
                     self._bucket.call("delete_object", item["Key"])
 
@@ -317,7 +317,9 @@ class S3Store:
             yield _ObjectGroup(ArtifactRef(digest, sum(item["Size"] for item in files)), items, used_at)
 
     def _key(self, name: str) -> str:
-        return f"{self.address.prefix}/{name}" if self.address.prefix else name
+        if not self.address.prefix:
+            return name
+        return f"{self.address.prefix}/{name}"
 
     def _object(self, ref: ArtifactRef, name: str) -> str:
         key = self._key(f"objects/{check_digest(ref.digest)}/{name}")

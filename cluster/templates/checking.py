@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.templates import kuberay, launcher
-from cluster.templates.yaml_lines import Document, Problem, documents, shown
+from cluster.templates.yaml_lines import Document, Problem, documents, notation
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,6 @@ def _check_document(path: Path, document: Document) -> list[Line]:
     by_line: dict[tuple[int, str], Line] = {}
     for problem in problems:
         line = document.line(problem.key)
-        text = f"{path}:{line} {shown(problem.key) or 'file'}: {problem.message}"
+        text = f"{path}:{line} {notation(problem.key) or 'file'}: {problem.message}"
         by_line.setdefault((line, problem.message), Line(text, problem.certain))
     return [line for _, line in sorted(by_line.items(), key=lambda entry: entry[0][0])]

@@ -73,7 +73,9 @@ def _value(content: dict[str, Any], value: str | list[str]) -> dict[str, Any]:
         return {"type": "array", "items": _value(content, value[0])}
     if value in _WORDS:
         return _WORDS[value]
-    return _object(content, value) if value in content else {"enum": value.split("|")}
+    if value in content:
+        return _object(content, value)
+    return {"enum": value.split("|")}
 
 
 def _name(metadata: dict[str, Any], kind: str) -> Iterator[Problem]:

@@ -27,22 +27,24 @@ def check_machine(cloud: str, node_type: dict[str, Any], at: Key) -> Iterator[Pr
         if "LaunchTemplate" not in config:
             yield Problem((*at, "node_config"), f"got no {TYPE_KEY[cloud]}, which must be given")
         return
-    name, known = type_of(cloud, config), table(cloud)
-    if name not in known.types:
-        names = known.types.keys() | (ec2.instance_types() if cloud == "aws" else set())
-        yield _unknown_type(name, names, known.as_of, (*at, "node_config", TYPE_KEY[cloud]))
+    name, machine_table = type_of(cloud, config), table(cloud)
+    if name not in machine_table.types:
+        names = set(machine_table.types)
+        if cloud == "aws":
+            names |= ec2.instance_types()
+        yield _unknown_type(name, names, machine_table.as_of, (*at, "node_config", TYPE_KEY[cloud]))
         return
-    attached = _attached_gpus(config)
+    instance, attached = machine_table.types[name], _attached_gpus(config)
     available = {
-        "CPU": _cpus(known.types[name], config),
-        "GPU": known.types[name].gpus + attached,
-        "memory": known.types[name].memory_gib * 2**30,
+        "CPU": _cpus(instance, config),
+        "GPU": instance.gpus + attached,
+        "memory": instance.memory_gib * 2**30,
     }
     resources = node_type["resources"]
     for resource, amount in available.items():
         claimed = resources.get(resource, 0)
         if claimed > amount:
-            hint = _most_gpus(known, claimed) if resource == "GPU" else ""
+            hint = _most_gpus(machine_table, claimed) if resource == "GPU" else ""
             message = f"got {claimed}, but a {name} has {int(amount)}{hint}"
             yield Problem((*at, "resources", resource), message)
     if attached and not name.startswith("n1-"):
@@ -77,7 +79,7 @@ def _unknown_type(name: str, names: Set[str], as_of: str, at: Key) -> Problem:
     if name in names:
         message = f"got {name}: its resources are not in the table of {as_of}, CPUs and GPUs are not checked"
         return Problem(at, message, certain=False)
-    family = [known for known in names if _family(known) == _family(name)]
+    family = [candidate for candidate in names if _family(candidate) == _family(name)]
     intended = nearest(name, family, 0.8)
     if intended is not None:
         return Problem(at, f"got {name}, expected {intended}")
@@ -91,9 +93,12 @@ def _family(name: str) -> str:
     return re.split(r"[.-]", name)[0]
 
 
-def _most_gpus(known: Table, claimed: float) -> str:
-    maximum = known.types[known.most_gpus].gpus
-    return f" (no type has more than {maximum}: {known.most_gpus})" if claimed > maximum else ""
+def _most_gpus(machine_table: Table, claimed: float) -> str:
+    largest = machine_table.most_gpus
+    maximum = machine_table.types[largest].gpus
+    if claimed <= maximum:
+        return ""
+    return f" (no type has more than {maximum}: {largest})"
 
 
 def _cpus(instance: Instance, config: dict[str, Any]) -> int:
@@ -102,7 +107,9 @@ def _cpus(instance: Instance, config: dict[str, Any]) -> int:
     if {"CoreCount", "ThreadsPerCore"} <= options.keys():
         return min(instance.cpus, options["CoreCount"] * options["ThreadsPerCore"])
     one_thread = config.get("advancedMachineFeatures", {}).get("threadsPerCore") == 1
-    return instance.cpus // 2 if one_thread else instance.cpus
+    if one_thread:
+        return instance.cpus // 2
+    return instance.cpus
 
 
 def _attached_gpus(config: dict[str, Any]) -> int:
@@ -141,8 +148,9 @@ def _spot_of_gcp(config: dict[str, Any], at: Key) -> tuple[bool, list[Problem]]:
     problems, is_spot, maintenance = [], False, "MIGRATE"
     for key, scheduling in _schedulings(config):
         spot = scheduling.get("provisioningModel") == "SPOT" or scheduling.get("preemptible") is True
-        is_spot = is_spot or spot
-        maintenance = scheduling.get("onHostMaintenance", "TERMINATE" if spot else maintenance)
+        if spot:
+            is_spot, maintenance = True, "TERMINATE"  # the default of spot machines
+        maintenance = scheduling.get("onHostMaintenance", maintenance)
         if spot and scheduling.get("automaticRestart") is True:
             message = "got true, expected false: a spot machine is not restarted"
             problems.append(Problem((*at, *key, "automaticRestart"), message))

@@ -28,29 +28,33 @@ def against(schema: Mapping[str, Any], data: object, at: Key = ()) -> tuple[list
     return problems, all(error.validator == "additionalProperties" for error in errors)
 
 
-def unknown(name: object, known: Iterable[str]) -> str:
-    """Return the message for an unknown name, with the nearest known one or all of them."""
-    names = sorted(known)
+def unknown(name: object, allowed: Iterable[str]) -> str:
+    """Return the message for an unknown name, with the nearest allowed one or all of them."""
+    names = sorted(allowed)
     near = nearest(name, names)
     if near is not None:
         return f"got {name}, expected {near}"
-    return f"got {name}, expected one of {', '.join(names)}" if names else f"got {name}, expected no key here"
+    if not names:
+        return f"got {name}, expected no key here"
+    return f"got {name}, expected one of {', '.join(names)}"
 
 
-def nearest(name: object, known: Iterable[str], likeness: float = 0.6) -> str | None:
-    """Return the known name that is most similar to `name`; None if its similarity (0 to 1) is below `likeness`."""
-    by_lower = {candidate.lower(): candidate for candidate in known}
+def nearest(name: object, names: Iterable[str], likeness: float = 0.6) -> str | None:
+    """Return the one of `names` that is most similar to `name`; None if its similarity (0 to 1) is below `likeness`."""
+    by_lower = {candidate.lower(): candidate for candidate in names}
     matches = difflib.get_close_matches(str(name).lower(), by_lower, 1, likeness)
-    return by_lower[matches[0]] if matches else None
+    if not matches:
+        return None
+    return by_lower[matches[0]]
 
 
 def _problems(error: ValidationError, key: Key) -> Iterator[Problem]:
     expected, value = error.validator_value, error.instance
     if error.validator == "additionalProperties":
-        known = error.schema.get("properties", {})
+        properties = error.schema.get("properties", {})
         for name in value:
-            if name not in known:
-                yield Problem((*key, name), unknown(name, known))
+            if name not in properties:
+                yield Problem((*key, name), unknown(name, properties))
     elif error.validator == "required":
         # One error for each missing name; only its message contains the name.
         for name in expected:

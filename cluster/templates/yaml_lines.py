@@ -62,7 +62,7 @@ def documents(path: Path) -> list[Document]:
     return read
 
 
-def shown(key: Key) -> str:
+def notation(key: Key) -> str:
     """Return a key in the usual notation: available_node_types.gpu.max_workers, containers[0].image."""
     text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in key)
     return text.removeprefix(".")
