@@ -1,4 +1,4 @@
-"""Context: what a technique may use besides the model itself."""
+"""The data and services that a technique gets besides the model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from jobs.parallel import Sharing
-from jobs.progress import Report
+from jobs.progress import Report, no_report
 
 if TYPE_CHECKING:
     from jobs.calibration.statistics import Statistics
@@ -20,24 +20,25 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Context:
-    """Everything a technique may read. What its `needs` do not name may be missing.
-
-    calibration, training: token ids, one sequence of equal length per row.
-    teacher: loads the original model anew at each call, whole on its device; the caller owns it.
-    teacher_statistics: what depends on the original and the training text alone, shared by all students.
-    checkpoints: a folder for a training's checkpoints that outlives the attempt, and is this recipe's own.
-    sharing: how a training is spread over ranks; it decides nothing of what comes of it.
-    notes: what the technique wants told beside the model of how it was made; plain JSON, written by it.
-    """
+    """The inputs of a technique. Optional fields may be None unless the technique's `needs` name them."""
 
     statistics: Statistics
+    """Statistics of the parent model."""
     workdir: Path
+    """A scratch folder of this attempt."""
     seed: int
     calibration: Int[Tensor, "samples tokens"] | None = None
+    """Token ids, one sequence of equal length per row."""
     training: Int[Tensor, "samples tokens"] | None = None
+    """Token ids, one sequence of equal length per row."""
     teacher: Callable[[], Model] | None = None
+    """Loads a new copy of the original at each call, whole on its device. The caller owns it."""
     teacher_statistics: Statistics | None = None
+    """Statistics that depend on the original and the training text alone, shared by all students."""
     checkpoints: Path | None = None
+    """A folder for checkpoints of this recipe. It outlives the attempt."""
     sharing: Sharing = field(default_factory=Sharing)
+    """How training is divided among ranks. It does not affect the result."""
     notes: dict[str, Any] = field(default_factory=dict)
-    report: Report = lambda share, what: None
+    """Facts about the compression that the technique records next to the model, as plain JSON."""
+    report: Report = no_report

@@ -12,7 +12,7 @@ from jobs.progress import JobInterruptedError
 
 
 def failure(error: BaseException) -> Failure:
-    """The failure that an exception means: whether trying again can help follows from its kind."""
+    """Return the failure that an exception stands for. Its kind decides whether the job is tried again."""
     trace = "".join(traceback.format_exception(error))
     return Failure(_kind(error), f"{type(error).__name__}: {error}", trace)
 
@@ -26,18 +26,23 @@ def _kind(error: BaseException) -> FailureKind:
         return "out_of_memory"
     if disk_is_full(error):
         return "disk_full"
-    return "invalid" if isinstance(error, ValueError) else "bug"
+    if isinstance(error, ValueError):
+        return "invalid"
+    return "bug"
 
 
 def _allocation_failed(error: BaseException) -> bool:
-    # So the CPU's allocator and CUDA's libraries report it, as a RuntimeError.
-    told = ("can't allocate memory", "_STATUS_ALLOC_FAILED")
-    return isinstance(error, RuntimeError) and any(text in str(error) for text in told)
+    # The CPU's allocator and CUDA's libraries raise RuntimeError with these texts.
+    texts = ("can't allocate memory", "_STATUS_ALLOC_FAILED")
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
 
 
 def disk_is_full(error: BaseException | None) -> bool:
-    """Whether an error came of a full disk: libraries raise their own, and what cleans up may raise another."""
-    told = (
+    """Return whether a full disk caused an error.
+
+    Libraries raise errors of their own, and cleaning up may raise another one, so the chain of causes is searched.
+    """
+    texts = (
         "database or disk is full",
         "No space left on device",
         "Disk quota exceeded",
@@ -47,7 +52,7 @@ def disk_is_full(error: BaseException | None) -> bool:
     while error is not None:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             return True
-        if any(text in str(error) for text in told):
+        if any(text in str(error) for text in texts):
             return True
         error = error.__cause__ or error.__context__
     return False

@@ -1,4 +1,4 @@
-"""What a study gives every job: the target, the texts, the tasks."""
+"""The data that a study gives to all its jobs: original, texts, tasks, target."""
 
 from __future__ import annotations
 
@@ -11,51 +11,50 @@ from jobs.models.families import Task
 
 @dataclass(frozen=True)
 class Target:
-    """What the model is to run on. Latency is measured for prompts of `prompt_tokens`, then `new_tokens`.
-    price_per_hour: of such a machine, in any currency."""
+    """The device and the workload that latency is measured for."""
 
     runtime: str = "torch"
     threads: int = 1
     prompt_tokens: int = 128
+    """Length of the prompts."""
     new_tokens: int = 32
+    """Tokens that are generated after each prompt."""
     price_per_hour: float | None = None
+    """Price of such a machine, in any currency."""
 
 
 @dataclass(frozen=True)
 class TextSource:
-    """Text to read: a .txt or .jsonl file (field `text`), a folder of them, or `package:MODULE`.
-
-    part: from which to which share of the documents, in order, so that one source can serve several uses.
-    where: keep only jsonl documents whose fields have these values.
-    samples, tokens: the number of windows and the length of each, in tokens.
-    """
+    """Text to read: a .txt or .jsonl file (field `text`), a folder of such files, or `package:MODULE`."""
 
     path: str
     samples: int
+    """Number of windows."""
     tokens: int
+    """Length of each window in tokens."""
     part: tuple[float, float] = (0.0, 1.0)
+    """The documents between these two shares of the source, in order, so that one source can serve several uses."""
     where: Mapping[str, str] = field(default_factory=dict)
+    """Only jsonl documents whose fields have these values are read."""
 
 
 @dataclass(frozen=True)
 class TaskSource:
-    """Tasks of lm-eval, each `name` or `name:metric`. folder: of task files that lm-eval does not have itself; items:
-    how many of each are read, all without it; shots: solved examples before each, the task's own number without it.
-    """
+    """Tasks of lm-eval."""
 
     names: tuple[str, ...]
+    """Each `name` or `name:metric`."""
     folder: str | None = None
+    """Folder of task files in addition to lm-eval's own."""
     items: int | None = None
+    """Number of items of each task; None for all."""
     shots: int | None = None
+    """Number of solved examples before each item; None for the task's own number."""
 
 
 @dataclass(frozen=True)
 class Materials:
-    """What every job of a study shares: the original, the texts, the target.
-
-    choices: a jsonl file of multiple-choice items (context, choices, answer), or None.
-    labelled: a jsonl file of texts to classify (text, label), or None.
-    """
+    """The data that all jobs of a study share."""
 
     model: str
     task: Task
@@ -63,23 +62,28 @@ class Materials:
     calibration: TextSource | None = None
     training: TextSource | None = None
     choices: str | None = None
+    """A jsonl file of multiple-choice items (context, choices, answer)."""
     labelled: str | None = None
+    """A jsonl file of texts to classify (text, label)."""
     tasks: TaskSource | None = None
     target: Target = Target()
 
     @property
     def new_tokens(self) -> int:
-        """How many tokens a model makes one by one after each prompt: none where it is no causal one."""
-        return self.target.new_tokens if self.task == "causal-lm" else 0
+        """The number of tokens generated after each prompt: 0 unless the task is causal-lm."""
+        if self.task != "causal-lm":
+            return 0
+        return self.target.new_tokens
 
 
 def materials_from_dict(record: Mapping[str, Any]) -> Materials:
-    """The materials that `dataclasses.asdict` made plain."""
-    texts = {}
+    """Return the materials that `dataclasses.asdict` turned into plain data."""
+    fields: dict[str, Any] = {**record, "target": Target(**record["target"])}
     for name in ("evaluation", "calibration", "training"):
         text = record[name]
-        texts[name] = None if text is None else TextSource(**{**text, "part": tuple(text["part"])})
-    # What was recorded by an earlier version tells of no tasks.
-    asked = record.get("tasks")
-    tasks = None if asked is None else TaskSource(**{**asked, "names": tuple(asked["names"])})
-    return Materials(**{**record, **texts, "tasks": tasks, "target": Target(**record["target"])})
+        if text is not None:
+            fields[name] = TextSource(**{**text, "part": tuple(text["part"])})
+    tasks = record.get("tasks")  # the first versions recorded no tasks
+    if tasks is not None:
+        fields["tasks"] = TaskSource(**{**tasks, "names": tuple(tasks["names"])})
+    return Materials(**fields)

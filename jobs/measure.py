@@ -1,4 +1,4 @@
-"""Measure: all that a job asks to know of one artifact, with where it was measured."""
+"""Take all meters of a job, and record the environment."""
 
 from __future__ import annotations
 
@@ -19,21 +19,23 @@ from jobs.measurement.meter import Subject
 
 
 def measure(names: Sequence[str], subject: Subject) -> Measurement:
-    """What these meters measure, as one measurement, with environment and seconds filled in."""
+    """Return the results of these meters as one measurement, with its environment and duration."""
     started = time.perf_counter()
-    found = Measurement({})
+    measurement = Measurement({})
     for name in names:
-        found = found.joined(meters.load(name).measure(subject))
+        measurement = measurement.joined(meters.load(name).measure(subject))
     return dataclasses.replace(
-        found,
-        environment={**found.environment, **environment(subject.materials.target)},
+        measurement,
+        environment={**measurement.environment, **environment(subject.materials.target)},
         seconds=time.perf_counter() - started,
     )
 
 
 def environment(target: Target) -> Mapping[str, str]:
-    """What decides a number besides the artifact: the machine and the libraries."""
-    gpu = {"gpu": torch.cuda.get_device_name()} if target.runtime == "cuda" else {}
+    """Return the machine and the library versions, which affect a number as the artifact does."""
+    gpu = {}
+    if target.runtime == "cuda":
+        gpu["gpu"] = torch.cuda.get_device_name()
     library = runtimes.load(target.runtime).LIBRARY
     return {
         **gpu,
@@ -50,7 +52,7 @@ def environment(target: Target) -> Mapping[str, str]:
 
 
 def _cpu_name() -> str:
-    """The processor's name as the system tells it; platform.processor() is empty on most Linuxes."""
+    """Return the processor's name. platform.processor() is empty on most Linux systems."""
     listing = Path("/proc/cpuinfo")
     if listing.is_file():
         for line in listing.read_text().splitlines():

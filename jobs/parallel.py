@@ -1,6 +1,6 @@
-"""Sharing: over how many ranks a training is spread, what they share out, and how many rows each takes at once.
+"""How a training is divided among ranks: the number of ranks, the ZeRO stage, and the rows of a forward pass.
 
-By arithmetic alone, from the size of the model and the memory of one device.
+Pure arithmetic on the size of the model and the memory of one device.
 """
 
 from __future__ import annotations
@@ -9,83 +9,102 @@ from dataclasses import dataclass
 
 HIGHEST_STAGE = 3
 WORKER_GIB = 0.6
-"""What a worker's libraries take before any model is loaded."""
-_BESIDE = 4.0
-"""Bytes a weight that every rank holds whole: the teacher in bf16, and as much for activations and buffers."""
+"""Memory of a worker's libraries before a model is loaded, measured with torch on a CPU."""
+_REPLICATED_BYTES = 4.0
+"""Bytes per weight that every rank holds in full: the teacher in bf16, and as much for activations and buffers."""
 _FREE_SHARE = 0.5
-"""Of the memory that is free beside weights and optimizer activations may fill so much: their estimate is rough."""
+"""Share of the memory left by weights and optimizer that activations may fill: their estimate is rough."""
 _TOKENS_AT_ONCE = {"cpu": 512, "cuda": 8192}
-"""The most tokens of one forward pass: beyond, a device gains nothing, and gathering over several costs no memory."""
+"""Maximum number of tokens of one forward pass: larger passes are no faster, and accumulating costs no memory."""
 
 
 @dataclass(frozen=True)
 class Sharing:
-    """How trainings are shared out; what is None is chosen by the memory of the devices.
-
-    zero_stage: see `jobs.training.engine.Training`. micro_batch: rows of one forward pass. device_gib: the memory of
-    one rank.
-    """
+    """How training is divided among ranks. A value of None is chosen by the memory of the devices."""
 
     zero_stage: int | None = None
+    """ZeRO stage, see `jobs.training.engine.Training`."""
     micro_batch: int | None = None
+    """Rows of one forward pass."""
     device_gib: float | None = None
+    """Memory of one rank."""
 
     def stage(self, weights: int, ranks: int, device_gib: float, highest: int = HIGHEST_STAGE) -> int:
-        """The ZeRO stage: the lowest at which this many weights, all trained, fit a device, or else the highest.
-        ValueError where the study asks for one above `highest`."""
+        """Return the lowest ZeRO stage at which a training of this many weights fits a device, or `highest`.
+
+        Raises ValueError if the study sets a stage above `highest`.
+        """
         if self.zero_stage is not None:
             if self.zero_stage > highest:
                 raise ValueError(
-                    f"cluster.zero_stage={self.zero_stage} takes weights apart, which this training reads whole; "
-                    f"it takes a stage up to {highest}"
+                    f"cluster.zero_stage={self.zero_stage} divides weights, and this training reads whole weights; "
+                    f"expected a stage of at most {highest}"
                 )
             return self.zero_stage
         if ranks == 1:
             return 0
-        fit = (stage for stage in range(highest) if training_gib(weights, stage, ranks) <= device_gib)
-        return next(fit, highest)
+        for stage in range(highest):
+            if training_gib(weights, stage, ranks) <= device_gib:
+                return stage
+        return highest
 
 
 def bytes_per_weight(stage: int, ranks: int) -> float:
-    """What each rank holds for each trained weight: 2 bytes of the weight, 2 of its gradient, and K = 12 of its fp32
-    copy and Adam's two moments, of which stage 1 shares out the last, 2 the gradients as well, and 3 all (Rajbhandari
-    et al. 2020, ZeRO, arXiv:1910.02054, fig. 1); and what is not shared out."""
+    """Return the bytes that each rank holds per trained weight.
+
+    A weight takes 2 bytes, its gradient 2, and its fp32 copy with Adam's two moments K = 12. Stage 1 divides the last
+    among the ranks, stage 2 the gradients too, stage 3 everything (Rajbhandari et al. 2020, ZeRO, arXiv:1910.02054,
+    fig. 1). Replicated bytes are added.
+    """
     weights, gradients, states = 2.0, 2.0, 12.0
-    states /= ranks if stage >= 1 else 1
-    gradients /= ranks if stage >= 2 else 1
-    weights /= ranks if stage >= 3 else 1
-    return weights + gradients + states + _BESIDE
+    if stage >= 1:
+        states /= ranks
+    if stage >= 2:
+        gradients /= ranks
+    if stage >= 3:
+        weights /= ranks
+    return weights + gradients + states + _REPLICATED_BYTES
 
 
 def training_gib(weights: int, stage: int, ranks: int) -> float:
-    """About the memory that each rank takes to train a model of this many weights."""
+    """Return the approximate memory of each rank in a training of this many weights."""
     return WORKER_GIB + bytes_per_weight(stage, ranks) * weights / 2**30
 
 
-def ranks_for(weights: int, device_gib: float, most: int, highest: int = HIGHEST_STAGE) -> int:
-    """The fewest ranks whose devices hold a training at any stage up to `highest`; `most` where even so many do not."""
-    fit = (ranks for ranks in range(1, most) if training_gib(weights, highest, ranks) <= device_gib)
-    return next(fit, most)
+def ranks_for(weights: int, device_gib: float, max_ranks: int, highest: int = HIGHEST_STAGE) -> int:
+    """Return the smallest number of ranks whose devices hold a training at a stage up to `highest`, or `max_ranks`."""
+    for ranks in range(1, max_ranks):
+        if training_gib(weights, highest, ranks) <= device_gib:
+            return ranks
+    return max_ranks
 
 
 def rows_at_once(
-    batch: int, ranks: int, tokens: int, kind: str, row_bytes: float, free_bytes: float, asked: int | None
+    batch: int,
+    ranks: int,
+    tokens: int,
+    kind: str,
+    row_bytes: float,
+    free_bytes: float,
+    micro_batch: int | None,
 ) -> int:
-    """How many rows of `tokens` a rank takes through one forward pass: a divisor of the batch, the largest that fits
-    where `asked` does not say how many at most; one where not even that fits.
+    """Return the number of rows of `tokens` in one forward pass of a rank: a divisor of the batch, at least 1.
 
-    kind: of the device, cpu or cuda. Where the batch is large enough each rank gets a part of it, of the same number
-    of passes if it can be.
+    It is at most `micro_batch`, or the largest that fits if that is None. If the batch is large enough, each rank gets
+    a part of it, and the same number of passes where possible. kind: the device, "cpu" or "cuda".
     """
-    fitting = min(_TOKENS_AT_ONCE[kind] // tokens, int(_FREE_SHARE * free_bytes // row_bytes))
-    limit = max(1, min(fitting if asked is None else asked, batch // ranks))
+    if micro_batch is None:
+        micro_batch = min(_TOKENS_AT_ONCE[kind] // tokens, int(_FREE_SHARE * free_bytes // row_bytes))
+    limit = max(1, min(micro_batch, batch // ranks))
     divisors = [rows for rows in range(limit, 0, -1) if batch % rows == 0]
     return next((rows for rows in divisors if batch // rows % ranks == 0), divisors[0])
 
 
 def row_bytes(tokens: int, widths: int, outputs: int) -> float:
-    """About the activations of one row that its backward pass needs, without attention's squares, which fused kernels
-    do not keep. In bf16 what each linear is given and gives (`widths`, the sum over all; of a GPT block that is 32
-    times its width, where Korthikanti et al. 2022, arXiv:2205.05198, eq. 2, count 34), and of the `outputs` logits
-    a gradient and the teacher's as well."""
+    """Return the approximate bytes of the activations of one row that its backward pass needs.
+
+    Attention matrices are not counted, since fused kernels do not keep them. The sum counts the bf16 inputs and
+    outputs of all linears (`widths`, the sum of their widths; for a GPT block 32 times its width, where Korthikanti et
+    al. 2022, arXiv:2205.05198, eq. 2, count 34), and for the `outputs` logits a gradient and the teacher's logits too.
+    """
     return tokens * (2.0 * widths + 6.0 * outputs)

@@ -1,4 +1,4 @@
-"""Lookup: the module that stands for a name, where one file adds one thing."""
+"""Find the module of a plugin by its name."""
 
 from __future__ import annotations
 
@@ -8,12 +8,15 @@ from collections.abc import Sequence
 from types import ModuleType
 
 
-def module_of(what: str, name: str, known: Sequence[str], path: str) -> ModuleType:
-    """The module at `path`, which stands for `name`. LookupError, with the nearest of the `known` names, where it is
-    none of them; `what` says what they are names of. What the module's own import raises is not caught: a thing
-    with a missing dependency is an error, never absent in silence."""
-    if name not in known:
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise LookupError(f"no {what} is called {name!r}{hint} (there are: {', '.join(known)})")
+def module_of(kind: str, name: str, names: Sequence[str], path: str) -> ModuleType:
+    """Import the module at `path`, the plugin `name` of a kind such as "technique".
+
+    Raises LookupError with the nearest name if `name` is not in `names`. Errors of the import itself are not caught: a
+    plugin whose dependency is missing is an error, and never absent in silence.
+    """
+    if name not in names:
+        hint = ""
+        if nearest := difflib.get_close_matches(name, names, n=1):
+            hint = f"; did you mean {nearest[0]}?"
+        raise LookupError(f"no {kind} is called {name!r}{hint} (there are: {', '.join(names)})")
     return importlib.import_module(path)

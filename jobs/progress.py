@@ -5,13 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 
 Report = Callable[[float, str], None]
-"""Called with the share done (0 to 1) and what is being done; each call renews the attempt's lease. It may raise
-Interrupted."""
+"""Called with the finished share (0 to 1) and the current activity. Each call renews the attempt's lease, and may
+raise `JobInterruptedError`."""
+
+
+def no_report(share: float, activity: str) -> None:
+    """Report nothing."""
 
 
 class JobInterruptedError(Exception):
-    """The work is to stop here and go on elsewhere: its machine goes away. together: every rank stops for it."""
+    """The job must stop here and continue on another machine, because this one will be taken away."""
 
-    def __init__(self, why: str = "", together: bool = False) -> None:
-        super().__init__(why)
+    def __init__(self, reason: str = "", together: bool = False) -> None:
+        super().__init__(reason)
         self.together = together
+        """Whether all ranks of a gang stop for it at the same step."""

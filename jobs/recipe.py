@@ -1,4 +1,4 @@
-"""Recipe: where a model came from and every step since. Its id names the artifact on any machine, in any study."""
+"""A recipe: the origin of a model and every step after it. Its id names the artifact on every machine."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from jobs.technique import Technique
 
 @dataclass(frozen=True)
 class Origin:
-    """What every recipe of a study starts from: the model's files, the data its steps read, and the seed."""
+    """The root of every recipe of a study: the model's files, the data that steps read, and the seed."""
 
     model_digest: str
     data_digest: str
@@ -25,29 +25,33 @@ class Origin:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A path in the trie of steps. No steps is the original itself."""
+    """A path in the trie of steps. Without steps it is the original."""
 
     origin: Origin
     steps: tuple[Technique, ...] = ()
 
     def then(self, step: Technique) -> Recipe:
-        """This recipe and one step more; a step that changes nothing is left out."""
-        return self if step.is_noop else Recipe(self.origin, (*self.steps, step))
+        """Return this recipe with one more step. A step that changes nothing is left out."""
+        if step.is_noop:
+            return self
+        return Recipe(self.origin, (*self.steps, step))
 
     @property
     def parent(self) -> Recipe | None:
-        return Recipe(self.origin, self.steps[:-1]) if self.steps else None
+        if not self.steps:
+            return None
+        return Recipe(self.origin, self.steps[:-1])
 
     def lineage(self) -> list[Recipe]:
-        """From the original to this recipe, both included."""
-        return [*self._before, self]
+        """Return the recipes from the original to this one, both included."""
+        return [*self._ancestors, self]
 
     @functools.cached_property
-    def _before(self) -> tuple[Recipe, ...]:
+    def _ancestors(self) -> tuple[Recipe, ...]:
         return tuple(Recipe(self.origin, self.steps[:length]) for length in range(len(self.steps)))
 
     def layout(self, original: Layout) -> Layout:
-        """The layout of the model that this recipe makes of the original's; ValueError where a step can't apply."""
+        """Return the layout of the resulting model. Raises ValueError if a step cannot be applied."""
         layout = original
         for step in self.steps:
             layout = step.output_layout(layout)
@@ -77,7 +81,7 @@ class Recipe:
 
     @staticmethod
     def from_dict(record: Mapping[str, Any]) -> Recipe:
-        """The recipe that `to_dict` described; ValueError if a technique has another version here."""
+        """Return the recipe that `to_dict` described. Raises ValueError if a technique has another version here."""
         steps = []
         for entry in record["steps"]:
             technique = techniques.load(entry["technique"])

@@ -29,12 +29,12 @@ def test_the_bytes_of_a_weight_are_those_of_the_paper() -> None:
 
 
 def test_as_few_ranks_as_hold_a_training_and_as_little_shared_out_as_fits() -> None:
-    assert ranks_for(BILLION, 24.0, most=8) == 1
-    needed = ranks_for(10 * BILLION, 80.0, most=8)
+    assert ranks_for(BILLION, 24.0, max_ranks=8) == 1
+    needed = ranks_for(10 * BILLION, 80.0, max_ranks=8)
     assert needed == 4
     assert training_gib(10 * BILLION, 3, needed) <= 80 < training_gib(10 * BILLION, 3, needed - 1)
-    assert ranks_for(10 * BILLION, 80.0, most=3) == 3  # it is tried with what there is
-    assert ranks_for(10 * BILLION, 80.0, most=8, highest=2) > needed
+    assert ranks_for(10 * BILLION, 80.0, max_ranks=3) == 3  # it is tried with what there is
+    assert ranks_for(10 * BILLION, 80.0, max_ranks=8, highest=2) > needed
     stages = [Sharing().stage(BILLION, 4, device_gib) for device_gib in (20.0, 11.0, 9.5, 9.0, 1.0)]
     assert stages == [0, 1, 2, 3, 3]
     assert Sharing().stage(BILLION, 1, 1.0) == 0  # nobody to share with
