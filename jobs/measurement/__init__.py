@@ -1,1 +1,1 @@
-"""Measure a model: what meters share, and the fresh process that times it."""
+"""Measure a model: the code that meters share, and the fresh process that times it."""

@@ -1,4 +1,4 @@
-"""Power: the counters of energy that this machine has. The one door to NVML."""
+"""The energy counters of this machine. The one door to NVML."""
 
 from __future__ import annotations
 
@@ -11,23 +11,25 @@ _POWERCAP = Path("/sys/class/powercap")
 
 @dataclass(frozen=True)
 class Counter:
-    """read: the microjoules it stands at. wraps_at: where it starts again from 0; None where it never does."""
+    """A counter of the energy that a chip has drawn."""
 
     name: str
     read: Callable[[], int]
+    """Returns the current value in microjoules."""
     wraps_at: int | None = None
+    """The value at which it restarts from 0; None if it never does."""
 
 
 def counters(powercap: Path = _POWERCAP) -> list[Counter]:
-    """Those of all processor packages (RAPL, by Intel and AMD) and GPUs (NVML) that can be read here.
+    """Return the readable counters of all processor packages (RAPL, Intel and AMD) and GPUs (NVML).
 
-    They count all that the chips draw, idle ones too, whoever uses them.
+    They count everything that the chips draw, for all processes, also while idle.
     """
     return [*_packages(powercap), *_gpus()]
 
 
 def missing(powercap: Path = _POWERCAP) -> str | None:
-    """Why no energy can be measured here, with the cure where there is one; None where it can."""
+    """Return the reason why energy cannot be measured here, with a cure if there is one; None if it can."""
     if counters(powercap):
         return None
     zones = _zones(powercap)
@@ -35,45 +37,48 @@ def missing(powercap: Path = _POWERCAP) -> str | None:
         return (
             f"{zones[0] / 'energy_uj'} cannot be read by this user: chmod a+r {powercap}/*/energy_uj as root"
         )
-    return f"this machine has no counter of energy (no {powercap}/intel-rapl:0, no GPU that NVML tells of)"
+    return f"this machine has no energy counter (no {powercap}/intel-rapl:0, no GPU known to NVML)"
 
 
 class Tally:
-    """The energy that some counters count from when it is made."""
+    """The energy that counters have counted since its creation."""
 
-    def __init__(self, of: Sequence[Counter]) -> None:
-        self._of = of
-        self._before = [one.read() for one in of]
+    def __init__(self, counters: Sequence[Counter]) -> None:
+        self._counters = counters
+        self._start = [counter.read() for counter in counters]
 
     def joules(self) -> float:
-        """Since then: less than one round of any counter, which lasts minutes."""
+        """Return the energy since the creation. It must be less than one round of a counter, which takes minutes."""
         return sum(
-            spent_joules(one, before, one.read()) for one, before in zip(self._of, self._before, strict=True)
+            spent_joules(counter, start, counter.read())
+            for counter, start in zip(self._counters, self._start, strict=True)
         )
 
 
 def spent_joules(counter: Counter, before: int, after: int) -> float:
-    """Between two readings with less than one round between them."""
-    lost = counter.wraps_at or 0
-    return (after - before + (lost if after < before else 0)) / 1e6
+    """Return the energy between two readings, with less than one round between them."""
+    microjoules = after - before
+    if after < before:
+        microjoules += counter.wraps_at or 0
+    return microjoules / 1e6
 
 
 def _zones(powercap: Path) -> list[Path]:
-    """One folder for each package: its cores, and the platform around it, have folders that count the same again."""
+    """Return one folder per package: its cores and its platform have folders that count the same energy again."""
     names = {file.parent: file.read_text() for file in powercap.glob("intel-rapl:*/name")}
     return sorted(folder for folder, name in names.items() if name.startswith("package"))
 
 
 def _packages(powercap: Path) -> list[Counter]:
-    found = []
+    counters = []
     for zone in _zones(powercap):
         try:
             read = _reader(zone / "energy_uj")
             read()
-            found.append(Counter(zone.name, read, int((zone / "max_energy_range_uj").read_text())))
+            counters.append(Counter(zone.name, read, int((zone / "max_energy_range_uj").read_text())))
         except (OSError, ValueError):
             continue
-    return found
+    return counters
 
 
 def _reader(file: Path) -> Callable[[], int]:
@@ -88,12 +93,12 @@ def _gpus() -> list[Counter]:
     try:
         pynvml.nvmlInit()
         handles = [pynvml.nvmlDeviceGetHandleByIndex(n) for n in range(pynvml.nvmlDeviceGetCount())]
-        found = [Counter(f"gpu:{n}", _gpu_reader(pynvml, handle)) for n, handle in enumerate(handles)]
-        for counter in found:
+        counters = [Counter(f"gpu:{n}", _gpu_reader(pynvml, handle)) for n, handle in enumerate(handles)]
+        for counter in counters:
             counter.read()
     except pynvml.NVMLError:  # no driver, or a GPU older than these counters
         return []
-    return found
+    return counters
 
 
 def _gpu_reader(nvml: object, handle: object) -> Callable[[], int]:

@@ -1,4 +1,4 @@
-"""Generation: text that a shipped model writes in its runtime, one token after the other."""
+"""Generate text with a shipped model in its runtime, token by token."""
 
 from __future__ import annotations
 
@@ -10,23 +10,24 @@ from jaxtyping import Float, Int
 from jobs.runtimes import Runner
 
 
-def likeliest(logits: Float[np.ndarray, " vocabulary"]) -> int:
+def most_likely(logits: Float[np.ndarray, " vocabulary"]) -> int:
+    """Return the most likely token."""
     return int(logits.argmax())
 
 
-def continued(
+def generate(
     runner: Runner,
     prompt: Int[np.ndarray, "1 tokens"],
-    most: int,
+    max_tokens: int,
     end: int | None,
-    choose: Callable[[Float[np.ndarray, " vocabulary"]], int] = likeliest,
+    choose: Callable[[Float[np.ndarray, " vocabulary"]], int] = most_likely,
 ) -> Iterator[int]:
-    """The tokens that `choose` takes from the next one's logits, at most so many; `end` is where the text ends."""
+    """Yield the tokens that `choose` selects from the logits: at most `max_tokens`, and up to the token `end`."""
     logits = runner.prefill(prompt)
-    for left in reversed(range(most)):
+    for remaining_tokens in reversed(range(max_tokens)):
         token = choose(logits[0, -1])
         if token == end:
             return
         yield token
-        if left:
+        if remaining_tokens:
             logits = runner.decode(np.array([[token]]))

@@ -1,4 +1,4 @@
-"""Likelihood: how probable a model holds each of several endings of one context."""
+"""The log-likelihood of several endings of one context."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from jobs.runtimes import Runner
 
 
 @torch.inference_mode()
-def of_endings(
+def log_likelihoods(
     runner: Runner, context: Sequence[int], endings: Sequence[Sequence[int]]
 ) -> tuple[Float[Tensor, " endings"], Bool[Tensor, " endings"]]:
-    """The log-likelihood (nats) of each ending after the context, all as tokens, and whether the model would
-    write just that, always taking the likeliest token.
+    """Return the log-likelihood (nats) of each ending after the context, and whether greedy decoding would give it.
 
-    Raises FloatingPointError where the model gives no finite ones.
+    Contexts and endings are token ids. Raises FloatingPointError if a log-likelihood is not finite.
     """
     longest = max(len(ending) for ending in endings)
-    # Filled up on the right: what stands after the text cannot change what a causal model says before it.
+    # Padded on the right: later tokens cannot change the earlier logits of a causal model.
     rows = np.array([[*context, *ending, *[0] * (longest - len(ending))] for ending in endings])
     logits = torch.from_numpy(runner.answer(rows))[:, -longest - 1 :]
-    found, greedy = [], []
+    likelihoods, greedy = [], []
     for row, ending in zip(logits, endings, strict=True):
-        said, right = torch.log_softmax(row[: len(ending)], dim=-1), torch.tensor(list(ending))
-        found.append(said.gather(1, right.unsqueeze(1)).sum())
-        greedy.append(said.argmax(dim=-1).equal(right))
-    scores = torch.stack(found)
+        log_probabilities = torch.log_softmax(row[: len(ending)], dim=-1)
+        targets = torch.tensor(list(ending))
+        likelihoods.append(log_probabilities.gather(1, targets.unsqueeze(1)).sum())
+        greedy.append(log_probabilities.argmax(dim=-1).equal(targets))
+    scores = torch.stack(likelihoods)
     if not bool(torch.isfinite(scores).all()):
         raise FloatingPointError(f"log-likelihoods came out as {scores.tolist()}: the model diverged")
     return scores, torch.tensor(greedy)

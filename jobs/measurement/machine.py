@@ -1,4 +1,4 @@
-"""Machine: the processors that a measurement runs on, and what else happens on them meanwhile."""
+"""The processors that a measurement runs on, and the load on them during the measurement."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ _STATUS = Path("/proc/self/status")
 
 @dataclass(frozen=True)
 class MachineLoad:
-    """What a watch saw of some processors. others: the share of their time that was neither idle nor this
-    process's, time that a hypervisor took away included. mhz: their mean frequency at every look, nothing where
-    the system does not tell it. throttled: how often heat or power slowed one down, as far as the system counts.
-    """
+    """The state of some processors during a measurement."""
 
-    others: float
+    load_share: float
+    """Share of their time that was neither idle nor this process's, including time stolen by a hypervisor."""
     mhz: list[float]
+    """Mean frequency at every look; empty if the system does not report it."""
     throttled: int
+    """How often heat or power slowed a processor down, as far as the system counts it."""
 
 
 class LoadMonitor:
-    """Watches some processors from when it is made."""
+    """Monitors some processors from its creation on."""
 
     def __init__(self, processors: Sequence[int], cpus: Path = _CPUS) -> None:
         self._processors = processors
@@ -36,33 +36,39 @@ class LoadMonitor:
         self.look()
 
     def look(self) -> None:
-        """Note the frequency now: to be called between pieces of work, while the processors are warm."""
-        # Not psutil.cpu_freq: without cpufreq it gives what /proc/cpuinfo says, in a virtual machine a constant.
-        found = [
+        """Record the current frequency. Call it between timings, while the processors are warm."""
+        # Not psutil.cpu_freq: without cpufreq it reads /proc/cpuinfo, which is a constant in a virtual machine.
+        khz = [
             self._number(processor, "cpufreq/scaling_cur_freq", missing=0) for processor in self._processors
         ]
-        if found and all(found):
-            self._mhz.append(sum(found) / len(found) / 1000)
+        if khz and all(khz):
+            self._mhz.append(sum(khz) / len(khz) / 1000)
 
-    def seen(self) -> MachineLoad:
+    def load(self) -> MachineLoad:
+        """Return the state of the processors since the creation of this monitor."""
         self.look()
-        wall, busy, own = (now - then for now, then in zip(self._read(), self._start, strict=True))
-        others = max(0.0, (busy - own) / (wall * len(self._processors)))
-        return MachineLoad(others, self._mhz, self._throttles() - self._throttled)
+        wall, busy, process = (now - then for now, then in zip(self._read(), self._start, strict=True))
+        load_share = max(0.0, (busy - process) / (wall * len(self._processors)))
+        return MachineLoad(load_share, self._mhz, self._throttles() - self._throttled)
 
     def _read(self) -> tuple[float, float, float]:
         import psutil
 
-        each = psutil.cpu_times(percpu=True)
-        times = [each[processor] for processor in self._processors if processor < len(each)]
+        all_times = psutil.cpu_times(percpu=True)
         # Linux counts the time of guests within user and nice already.
         idle = ("idle", "iowait", "guest", "guest_nice")
-        busy = sum(sum(one) - sum(getattr(one, name, 0.0) for name in idle) for one in times)
+        busy = 0.0
+        for processor in self._processors:
+            if processor < len(all_times):
+                times = all_times[processor]
+                busy += sum(times) - sum(getattr(times, name, 0.0) for name in idle)
         return time.perf_counter(), busy, time.process_time()
 
     def _throttles(self) -> int:
         counts = ("thermal_throttle/core_throttle_count", "thermal_throttle/package_throttle_count")
-        return sum(self._number(one, name, missing=0) for one in self._processors for name in counts)
+        return sum(
+            self._number(processor, name, missing=0) for processor in self._processors for name in counts
+        )
 
     def _number(self, processor: int, name: str, missing: int) -> int:
         try:
@@ -72,26 +78,30 @@ class LoadMonitor:
 
 
 def processors(cpus: Path = _CPUS) -> list[int]:
-    """The processors that this process may use: one of each core first, then the others of these cores, so
-    that as many threads as there are cores do not share one."""
+    """Return the processors that this process may use: first one of each core, then the second ones.
+
+    So as many threads as there are cores do not share a core.
+    """
     if not hasattr(os, "sched_getaffinity"):
         return list(range(os.cpu_count() or 1))
-    lent = sorted(os.sched_getaffinity(0))
+    available = sorted(os.sched_getaffinity(0))
     cores: dict[str, list[int]] = {}
-    for processor in lent:
+    for processor in available:
         cores.setdefault(_core(processor, cpus), []).append(processor)
-    return sorted(lent, key=lambda one: (cores[_core(one, cpus)].index(one), one))
+    return sorted(
+        available, key=lambda processor: (cores[_core(processor, cpus)].index(processor), processor)
+    )
 
 
 def pin_threads(chosen: Sequence[int]) -> None:
-    """Let this process, and the threads that it starts from now on, run on these processors alone."""
+    """Restrict this process, and the threads that it starts from now on, to these processors."""
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, chosen)
 
 
 def peak_memory_bytes() -> int | None:
-    """The most memory that this process ever held, None where the system does not tell."""
-    # Not getrusage: its peak begins with that of the process that started this one.
+    """Return the peak memory of this process, or None if the system does not report it."""
+    # Not getrusage: its peak includes that of the parent process.
     if not _STATUS.is_file():
         return None
     for line in _STATUS.read_text().splitlines():
@@ -101,6 +111,6 @@ def peak_memory_bytes() -> int | None:
 
 
 def _core(processor: int, cpus: Path) -> str:
-    """The processors that share a core with this one, as the system writes them; itself where it does not."""
+    """Return the processors that share a core with this one, as the system lists them, or itself."""
     file = cpus / f"cpu{processor}" / "topology" / "thread_siblings_list"
     return file.read_text().strip() if file.is_file() else str(processor)

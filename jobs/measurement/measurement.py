@@ -10,25 +10,23 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Measurement:
-    """Numbers that were measured on an artifact, none of them NaN or infinite.
-
-    metrics, errors: by metric name; an error is a standard error, for timings the spread (see the meter).
-    unreliable: metrics that were too noisy to compare, which keeps them off the front.
-    items: by metric, what each item of the evaluation (a window, a question, a text) adds to it, in the order of the
-    data: their mean is the metric, and two artifacts are compared item by item.
-    environment: where it was measured; numbers of different environments are not compared.
-    seconds: how long measuring took.
-    observed: by name, what was seen of each item where no metric is the plain mean of that (losses, answers). With the
-    items of those that are, all that a longer measurement needs to know of these items; kept in the store alone.
-    """
+    """The metrics of one artifact. Raises FloatingPointError for a NaN or infinite number."""
 
     metrics: Mapping[str, float]
     errors: Mapping[str, float] = field(default_factory=dict)
+    """By metric: the standard error, or the spread of a timing (see the meter)."""
     unreliable: tuple[str, ...] = ()
+    """Metrics that were too noisy to compare, and so keep the artifact off the front."""
     environment: Mapping[str, str] = field(default_factory=dict)
+    """The machine and the libraries. Numbers of different environments are not compared."""
     seconds: float = 0.0
+    """Duration of the measurement."""
     items: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    """By metric, the contribution of each item of the evaluation (window, question, text), in the order of the data.
+    Their mean is the metric. Two artifacts are compared item by item."""
     observed: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    """By name, values of each item (losses, answers) for metrics that are not plain means of them. Together with
+    `items`, they let a longer measurement continue. Only the store keeps them."""
 
     def __post_init__(self) -> None:
         for name, value in {**self.metrics, **self.errors}.items():
@@ -36,7 +34,7 @@ class Measurement:
                 raise FloatingPointError(f"{name} came out as {value}: the model diverged")
 
     def joined(self, other: Measurement) -> Measurement:
-        """Both measurements of one artifact as one; the other's numbers win."""
+        """Return both measurements of one artifact as one. The other's numbers take precedence."""
         return Measurement(
             {**self.metrics, **other.metrics},
             {**self.errors, **other.errors},
@@ -49,10 +47,11 @@ class Measurement:
 
 
 def first_items(measurement: Measurement, metric: str, count: int) -> Sequence[float]:
-    """The items of a metric as if no more than the first so many had been measured.
+    """Return the items of a metric as if only the first `count` had been measured.
 
-    Those of perplexity are linear in losses about the mean of all, exp(m) (1 + l - m), and are moved to the mean of the
-    first. Those of other metrics that are no means (F1) stay as they are, which is right to first order.
+    Items of perplexity are linear in the losses around the mean m of all, exp(m) (1 + l - m), and are shifted to the
+    mean of the first ones. Items of other metrics that are not means (F1) stay as they are, which is right to first
+    order.
     """
     items = measurement.items.get(metric, ())
     if metric != "perplexity" or count >= len(items):
@@ -64,7 +63,7 @@ def first_items(measurement: Measurement, metric: str, count: int) -> Sequence[f
 
 
 def standard_error(items: Sequence[float]) -> float:
-    """Of the items' mean; 0 for a single one, which says nothing about spread."""
+    """Return the standard error of the items' mean; 0 for a single item."""
     if len(items) < 2:
         return 0.0
     mean = statistics.fmean(items)

@@ -1,4 +1,4 @@
-"""Meter: what measures some metrics of an artifact."""
+"""The interface of meters: a model under measurement, and a meter that measures some of its metrics."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from torch import Tensor
 from jobs.materials import Materials, Target
 from jobs.measurement.measurement import Measurement, standard_error
 from jobs.models.families import Task
-from jobs.progress import Report
+from jobs.progress import Report, no_report
 
 if TYPE_CHECKING:
     from jobs.measurement.stopwatch import Timings
-    from jobs.measurement.timing import Timed
+    from jobs.measurement.timing import RepeatedTimings
     from jobs.models.tokenizers import Tokenizer
     from jobs.runtimes import Runner
 
@@ -29,66 +29,69 @@ Reads = Literal["evaluation", "choices", "labelled", "tasks"]
 
 
 @dataclass(frozen=True)
-class Subject:
-    """What is measured: an artifact as it is shipped to the target, beside the original it came from.
+class MeasuredModel:
+    """An artifact under measurement, as it is shipped to the target.
 
-    fidelity: the share of the evaluation data to read, 1.0 for all.
-    workdir: where the artifact is written in the form that the target's runtime reads, if that is not its own.
-    cache: where what exports share is kept.
-    before: what the same meters found of the same artifact on fewer of the items, in the same environment.
-    report: called before each batch, and before each process that is timed; how much is done it is not told.
+    The properties export, load and time the artifact when they are first used, and keep the result for all meters.
     """
 
     folder: Path
+    """The artifact, or an export of it."""
     original: Path
+    """The original model that the artifact was made from."""
     materials: Materials
     fidelity: float = 1.0
+    """Share of the evaluation data to read."""
     workdir: Path | None = None
+    """Folder in which the artifact is written in the format of the target's runtime, if it has another one."""
     cache: Path | None = None
+    """Folder for files that exports share."""
     before: Measurement | None = None
-    report: Report = lambda share, what: None
+    """Result of the same meters on fewer items of the same artifact in the same environment."""
+    report: Report = no_report
+    """Called before each batch and before each timing process, always with share 1."""
 
     @property
     def format(self) -> str:
-        """The form that the target's runtime reads."""
+        """The format that the target's runtime reads."""
         from jobs import runtimes
 
         return runtimes.load(self.materials.target.runtime).FORMAT
 
     @cached_property
     def shipped(self) -> Path:
-        """The folder that is shipped; written when first asked for."""
+        """The shipped folder. It is written at the first use."""
         from jobs import formats
 
         if self.format == formats.NATIVE or (self.folder / formats.EXPORT_MANIFEST).is_file():
-            return self.folder  # an artifact that runs as it is, or what has been shipped already
+            return self.folder  # the runtime reads artifacts, or this is an export already
         if self.workdir is None:
-            raise ValueError(f"to be measured as {self.format}, an artifact needs a workdir to be written to")
+            raise ValueError(f"measuring an artifact as {self.format} needs a workdir to write it to")
         return formats.export_or_native(
             self.format, self.folder, self.workdir / f"shipped-{self.format}", self.cache
         )
 
     @cached_property
     def runner(self) -> Runner:
-        """What is shipped, loaded by the target's runtime, on this process's threads."""
+        """The shipped model, loaded by the target's runtime on this process's threads."""
         from jobs import runtimes
 
-        started = runtimes.load(self.materials.target.runtime).start(self.shipped, torch.get_num_threads())
-        return _Reporting(started, self.report)
+        runtime = runtimes.load(self.materials.target.runtime)
+        return _ReportingRunner(runtime.start(self.shipped, torch.get_num_threads()), self.report)
 
     @cached_property
-    def timed(self) -> Timed:
-        """What is shipped, timed in new processes of the target's runtime: once, for all meters that need it."""
+    def timed(self) -> RepeatedTimings:
+        """Timings of the shipped model in new processes of the target's runtime, taken once for all meters."""
         from jobs.measurement import timing
         from jobs.measurement.stopwatch import time_artifact
 
         request = timing.request_of(self.materials, self.original, self.shipped)
 
-        def once() -> Timings:
+        def time_once() -> Timings:
             self.report(1.0, "timing")
             return time_artifact(request)
 
-        return timing.time_quietly(once)
+        return timing.time_quietly(time_once)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -97,7 +100,7 @@ class Subject:
         return tokenizers.load_tokenizer(self.folder)
 
     def evaluation(self) -> Int[Tensor, "windows tokens"]:
-        """The windows to measure on: the first `fidelity` of them, so that all candidates see the same."""
+        """Return the windows to measure on: the first ones, so that all candidates see the same."""
         from jobs import data
 
         if self.materials.evaluation is None:
@@ -106,7 +109,7 @@ class Subject:
         return windows[: self.items_of(len(windows))]
 
     def items_of(self, count: int) -> int:
-        """How many of so many items are measured on."""
+        """Return the number of items to measure on, of `count` items."""
         return max(1, math.ceil(self.fidelity * count))
 
     def observed(
@@ -116,29 +119,31 @@ class Subject:
         observe: Callable[[int], Sequence[Tensor]],
         at_once: int = 1,
     ) -> list[Float[Tensor, " items"]]:
-        """What is seen of the first `count` items, by these names, as float64: `observe` tells it of all from a number
-        on, and is asked for no more than `before` does not tell.
+        """Return the named values of the first `count` items, as float64.
 
-        at_once: how many items go through the model together. How a batch is divided can change the last bits of what
-        each item gives, so what stood in an incomplete one is seen again: the batches are those of a measurement from
-        the start, and so is every bit.
+        `observe(start)` computes the values of all items from `start` on. It is called only for items that `before`
+        does not contain. at_once: items per batch. The division into batches can change the last bits of a value, so
+        an incomplete batch is observed again: batches, and so all bits, equal those of a measurement from the start.
         """
-        told = {} if self.before is None else {**self.before.items, **self.before.observed}
-        if any(name not in told for name in names):
-            return [one.double() for one in observe(0)]
-        known = [torch.tensor(told[name], dtype=torch.float64) for name in names]
-        fewest = min(map(len, known))
-        if fewest >= count:
-            return [one[:count] for one in known]
-        start = fewest - fewest % at_once
+        earlier: dict[str, Sequence[float]] = {}
+        if self.before is not None:
+            earlier = {**self.before.items, **self.before.observed}
+        if any(name not in earlier for name in names):
+            return [values.double() for values in observe(0)]
+        measured = [torch.tensor(earlier[name], dtype=torch.float64) for name in names]
+        measured_count = min(map(len, measured))
+        if measured_count >= count:
+            return [values[:count] for values in measured]
+        start = measured_count - measured_count % at_once
         return [
-            torch.cat([one[:start], more.double()]) for one, more in zip(known, observe(start), strict=True)
+            torch.cat([values[:start], added.double()])
+            for values, added in zip(measured, observe(start), strict=True)
         ]
 
 
 @dataclass(frozen=True)
-class _Reporting:
-    """A runner that reports before it answers."""
+class _ReportingRunner:
+    """A runner that reports progress before each answer."""
 
     runner: Runner
     report: Report
@@ -155,39 +160,43 @@ class _Reporting:
         return self.runner.decode(token)
 
 
-def no_op(target: Target) -> str | None:
+def always_available(target: Target) -> str | None:
+    """Return None: the meter needs nothing from the machine."""
     return None
 
 
 @dataclass(frozen=True)
 class Meter:
-    """metrics: what `measure` produces for these tasks; beside: what it tells of the machine as well, where that can
-    tell, which is no objective. reads: which of the study's data it needs. exclusive: nothing else may run on the
-    machine meanwhile. missing: why this machine cannot measure it for this target, with the cure; None where it can."""
+    """Measures some metrics for some tasks."""
 
     metrics: tuple[str, ...]
+    """The metrics that `measure` returns; each may be an objective."""
     tasks: tuple[Task, ...]
-    measure: Callable[[Subject], Measurement]
+    measure: Callable[[MeasuredModel], Measurement]
     reads: Reads | None = None
+    """The part of the study's data that it needs."""
     exclusive: bool = False
+    """Whether nothing else may run on the machine at the same time."""
     diagnostics: tuple[str, ...] = ()
-    missing: Callable[[Target], str | None] = no_op
+    """Facts about the machine that `measure` also returns where it can. They are no objectives."""
+    missing: Callable[[Target], str | None] = always_available
+    """Returns the reason why this machine cannot measure it for a target, with the cure; None if it can."""
 
 
 def run_meter(
     items: Mapping[str, Float[Tensor, " items"]],
     observed: Mapping[str, Float[Tensor, " items"]] | None = None,
 ) -> Measurement:
-    """The metrics that are means of these items, with their standard errors; `observed` is what they are made of,
-    where they are not what was seen.
+    """Return metrics that are means of items, with their standard errors.
 
-    What is no mean gives as items its value plus what each item moves it by, to first order (the infinitesimal
-    jackknife; Efron & Tibshirani 1993, ch. 21): the mean and its error are then right as well.
+    A metric that is not a mean (perplexity, F1) has as items its value plus the first-order effect of each item (the
+    infinitesimal jackknife; Efron & Tibshirani 1993, ch. 21), so that their mean and its error are right too.
+    `observed` then holds the values that the items were computed from.
     """
-    values = {metric: found.double() for metric, found in items.items()}
+    doubles = {metric: values.double() for metric, values in items.items()}
     return Measurement(
-        {metric: found.mean().item() for metric, found in values.items()},
-        {metric: standard_error(found.tolist()) for metric, found in values.items()},
-        items={metric: found.tolist() for metric, found in values.items()},
-        observed={name: found.tolist() for name, found in (observed or {}).items()},
+        {metric: values.mean().item() for metric, values in doubles.items()},
+        {metric: standard_error(values.tolist()) for metric, values in doubles.items()},
+        items={metric: values.tolist() for metric, values in doubles.items()},
+        observed={name: values.tolist() for name, values in (observed or {}).items()},
     )

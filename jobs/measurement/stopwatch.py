@@ -31,19 +31,21 @@ _WARM_PREFILLS, _WARM_DECODES = 2, 4
 
 @dataclass(frozen=True)
 class Request:
-    """What to time. new_tokens 0 times prefill alone. vocabulary: token ids are drawn below it."""
+    """The model to time and the workload."""
 
     folder: str
     runtime: str
     threads: int
     prompt_tokens: int
     new_tokens: int
+    """0 times the prefill alone."""
     vocabulary: int
+    """Token ids are drawn below this number."""
 
 
 @dataclass(frozen=True)
 class Turn:
-    """How long to time: at least so many prefills and decode steps, and at least so many seconds on each."""
+    """The minimum number of prefills and of decode steps, and the minimum seconds for each."""
 
     repeats: int = 10
     seconds: float = 0.5
@@ -51,41 +53,42 @@ class Turn:
 
 @dataclass(frozen=True)
 class Timings:
-    """Milliseconds of every prefill and every decode step; others, mhz, throttled: see `machine.Seen`.
-
-    token_joules: energy per decoded token, without new tokens per token of the prompt. peak_bytes: the most memory
-    that the process held, from its start. None where the machine cannot tell.
-    """
+    """The timings of one process."""
 
     prefill_ms: list[float]
+    """Every prefill."""
     decode_ms: list[float]
-    others: float
+    """Every decode step."""
+    load_share: float
+    """See `machine.MachineLoad`, like the next two."""
     mhz: list[float] = dataclasses.field(default_factory=list)
     throttled: int = 0
     token_joules: float | None = None
+    """Energy per decoded token, or per prompt token without new tokens; None without an energy counter."""
     peak_bytes: int | None = None
+    """Peak memory of the process; None if the system does not report it."""
 
 
 class Stopwatch:
-    """A new process that has loaded an artifact, and computes only while it has its turn."""
+    """A new process that has loaded an artifact, and computes only during its turn."""
 
     def __init__(self, process: subprocess.Popen[str], errors: IO[str]) -> None:
         self._process = process
         self._errors = errors
-        self._reply()  # it has loaded the artifact
+        self._reply()  # the artifact is loaded
 
     def time(self, turn: Turn) -> Timings:
-        """Let the process warm up and time; returns when it has. Raises as `started` does."""
-        self._say(json.dumps(dataclasses.asdict(turn)))
+        """Let the process warm up and time, and return its timings. Raises as `started` does."""
+        self._send(json.dumps(dataclasses.asdict(turn)))
         return Timings(**json.loads(self._reply()))
 
-    def _say(self, line: str) -> None:
+    def _send(self, line: str) -> None:
         assert self._process.stdin is not None
         try:
             self._process.stdin.write(line + "\n")
             self._process.stdin.flush()
         except BrokenPipeError:
-            pass  # it has ended: reading its reply tells why
+            pass  # the process has ended: reading its reply raises the reason
 
     def _reply(self) -> str:
         assert self._process.stdout is not None
@@ -106,19 +109,21 @@ class Stopwatch:
 
 @contextmanager
 def started(request: Request) -> Iterator[Stopwatch]:
-    """A stopwatch for an artifact; its process ends with the context.
+    """Start a process that times an artifact; it ends with the context.
 
-    Raises ValueError where the machine lends fewer processors than `threads`, MemoryError where the
-    process was killed, RuntimeError with what it wrote where it failed.
+    Raises ValueError if fewer CPUs are available than `threads`, MemoryError if the process was killed, and
+    RuntimeError with its output if it failed.
     """
-    lent = len(machine.processors())
-    if request.threads > lent:
-        raise ValueError(f"target.threads={request.threads}, but this machine lends {lent} processors")
+    available = len(machine.processors())
+    if request.threads > available:
+        raise ValueError(
+            f"target.threads={request.threads}, but only {available} CPUs are available to this process"
+        )
     root = str(Path(__file__).parents[2])
     threads = str(request.threads)
     environment = {
         **os.environ,
-        # A worker's own setting, often 1, would bind the new process too.
+        # The worker's own setting, often 1, would apply to the new process too.
         "OMP_NUM_THREADS": threads,
         "MKL_NUM_THREADS": threads,
         "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")])),
@@ -135,20 +140,20 @@ def started(request: Request) -> Iterator[Stopwatch]:
         except BaseException:
             process.kill()
             raise
-        # Leaving the context of the process closes its input, at which it ends.
+        # The end of the context closes the input of the process, and so it ends.
 
 
 def time_artifact(request: Request, turn: Turn = Turn()) -> Timings:
-    """Time an artifact in a new process that has computed nothing before. Raises as `started` does."""
+    """Time an artifact in a new process. Raises as `started` does."""
     with started(request) as stopwatch:
         return stopwatch.time(turn)
 
 
 def main(request: Request, orders: IO[str], replies: IO[str]) -> None:
-    """Load the artifact in this process, which must be a new one, then time at every order; one line each."""
+    """Load the artifact in this new process, then time it once for each line of `orders`."""
     pinned = machine.processors()[: request.threads]
     machine.pin_threads(pinned)
-    import numpy as np  # after pinning: a library's threads start with the affinity of the one that starts them
+    import numpy as np  # after pinning: new threads inherit the affinity of the thread that starts them
 
     from jobs import runtimes
 
@@ -175,12 +180,12 @@ def _timings(
         runner.prefill(prompt)
     for token in tokens[:_WARM_DECODES]:
         runner.decode(token)
-    watch, counters = LoadMonitor(pinned), energy_counters.counters()
+    monitor, counters = LoadMonitor(pinned), energy_counters.counters()
     joules, prefills, decodes = 0.0, list[float](), list[float]()
     tally = energy_counters.Tally(counters)
     while len(prefills) < turn.repeats or sum(prefills) < turn.seconds:
         prefills.append(_seconds(runner.prefill, prompt))
-    watch.look()
+    monitor.look()
     if not len(tokens):
         joules = tally.joules()
     while len(tokens) and (len(decodes) < turn.repeats or sum(decodes) < turn.seconds):
@@ -188,25 +193,32 @@ def _timings(
         tally = energy_counters.Tally(counters)
         decodes += [_seconds(runner.decode, token) for token in tokens]
         joules += tally.joules()
-        watch.look()
-    seen = watch.seen()
-    count = len(decodes) or len(prefills) * prompt.shape[1]
+        monitor.look()
+    load = monitor.load()
+    token_joules = None
+    if counters:
+        token_joules = joules / (len(decodes) or len(prefills) * prompt.shape[1])
     return Timings(
-        [1000 * one for one in prefills], [1000 * one for one in decodes], seen.others, seen.mhz, seen.throttled,
-        joules / count if counters else None, machine.peak_memory_bytes(),
-    )  # fmt: skip
+        [1000 * seconds for seconds in prefills],
+        [1000 * seconds for seconds in decodes],
+        load.load_share,
+        load.mhz,
+        load.throttled,
+        token_joules,
+        machine.peak_memory_bytes(),
+    )
 
 
 def _seconds(
-    work: Callable[[Int[np.ndarray, "1 tokens"]], object], tokens: Int[np.ndarray, "1 tokens"]
+    step: Callable[[Int[np.ndarray, "1 tokens"]], object], tokens: Int[np.ndarray, "1 tokens"]
 ) -> float:
     started = time.perf_counter()
-    work(tokens)
+    step(tokens)
     return time.perf_counter() - started
 
 
 if __name__ == "__main__":
-    # What libraries print goes to stderr: on stdout stand the replies alone.
-    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+    # Output of libraries goes to stderr; stdout contains the replies alone.
+    replies = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    main(Request(**json.loads(sys.argv[1])), sys.stdin, answers)
+    main(Request(**json.loads(sys.argv[1])), sys.stdin, replies)

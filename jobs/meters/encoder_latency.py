@@ -1,20 +1,20 @@
-"""How long an encoder, or a classifier, takes for one text."""
+"""Latency of an encoder or classifier for one text."""
 
 from __future__ import annotations
 
 from jobs.measurement.measurement import Measurement
-from jobs.measurement.meter import Meter, Subject
-from jobs.meters.latency import MACHINE, metrics_of, summary
+from jobs.measurement.meter import MeasuredModel, Meter
+from jobs.meters.latency import MACHINE_DIAGNOSTICS, metrics_of, summary
 
 
-def measure(subject: Subject) -> Measurement:
-    """prefill_ms: for `prompt_tokens` at once, timed as `latency` times a causal model."""
+def measure(subject: MeasuredModel) -> Measurement:
+    """Measure prefill_ms for `prompt_tokens`, timed as in `jobs.meters.latency`."""
     return summary(subject.timed)
 
 
 METER = Meter(
     metrics=metrics_of(["prefill"]),
-    diagnostics=MACHINE,
+    diagnostics=MACHINE_DIAGNOSTICS,
     tasks=("embedding", "classification"),
     measure=measure,
     exclusive=True,

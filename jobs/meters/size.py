@@ -1,15 +1,15 @@
-"""How big the artifact is to ship."""
+"""Size of the shipped weight files."""
 
 from __future__ import annotations
 
 from jobs import formats
 from jobs.measurement.measurement import Measurement
-from jobs.measurement.meter import Meter, Subject
+from jobs.measurement.meter import MeasuredModel, Meter
 from jobs.models.families import TASKS
 
 
-def measure(subject: Subject) -> Measurement:
-    """size_bytes: of the weight files that are shipped, as the file system counts them. Exact, so without an error."""
+def measure(subject: MeasuredModel) -> Measurement:
+    """Measure size_bytes: the sizes of the shipped weight files in the file system. Exact, so it has no error."""
     return Measurement({"size_bytes": float(formats.size_of(subject.shipped, subject.format))})
 
 

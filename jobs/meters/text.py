@@ -1,4 +1,4 @@
-"""How well the artifact predicts text: perplexity, and how often its first guess is the next token."""
+"""Perplexity and next-token accuracy."""
 
 from __future__ import annotations
 
@@ -7,22 +7,24 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from jobs.measurement.measurement import Measurement
-from jobs.measurement.meter import Meter, Subject, run_meter
+from jobs.measurement.meter import MeasuredModel, Meter, run_meter
 from jobs.runtimes import Runner
 
 _TOKENS_AT_ONCE = 512
-"""Of one forward pass: more would not be faster, and logits of a whole vocabulary fill memory."""
+"""Tokens of one forward pass: more are not faster, and the logits of a whole vocabulary take much memory."""
 
 
-def measure(subject: Subject) -> Measurement:
-    """perplexity and accuracy over the evaluation windows, each token predicted from those before it in
-    its window. Standard errors are clustered by window: tokens of one text are not independent."""
+def measure(subject: MeasuredModel) -> Measurement:
+    """Measure perplexity and accuracy: each token is predicted from the tokens before it in its window.
+
+    Standard errors are clustered by window, since tokens of one text are not independent.
+    """
     rows = subject.evaluation()
     at_once = max(1, _TOKENS_AT_ONCE // rows.shape[1])
 
     def observe(start: int) -> list[Tensor]:
         scores = [score(subject.runner, batch) for batch in torch.split(rows[start:], at_once)]
-        return [torch.cat(one) for one in zip(*scores, strict=True)]
+        return [torch.cat(parts) for parts in zip(*scores, strict=True)]
 
     loss, hits = subject.observed(("losses", "accuracy"), len(rows), observe, at_once)
     # The delta method: d exp(x) = exp(x) dx.
@@ -34,12 +36,12 @@ def measure(subject: Subject) -> Measurement:
 def score(
     runner: Runner, rows: Int[Tensor, "batch tokens"]
 ) -> tuple[Float[Tensor, " batch"], Float[Tensor, " batch"]]:
-    """Per window: the mean negative log-likelihood (nats) of its tokens but the first, and the share of
-    them that the model ranks first."""
+    """Return for each window the mean negative log-likelihood (nats) of its tokens except the first one, and the share
+    of them that the model ranks first."""
     logits = torch.from_numpy(runner.answer(rows.numpy()))[:, :-1]
     targets = rows[:, 1:]
     losses = torch.stack(
-        [nn.functional.cross_entropy(one, target) for one, target in zip(logits, targets, strict=True)]
+        [nn.functional.cross_entropy(row, target) for row, target in zip(logits, targets, strict=True)]
     )
     hits = (logits.argmax(dim=-1) == targets).double().mean(dim=1)
     return losses.double(), hits

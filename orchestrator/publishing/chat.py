@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from jobs import formats, runtimes
-from jobs.measurement.generation import continued, likeliest
+from jobs.measurement.generation import generate, most_likely
 from jobs.models import tokenizers
 from jobs.models.tokenizers import Tokenizer
 from jobs.runtimes import Runner
@@ -34,10 +34,10 @@ class Chat:
         takes the likeliest token.
         """
         prompt = self._prompt(said)
-        choose = likeliest if temperature == 0 else _drawing(temperature, seed)
+        choose = most_likely if temperature == 0 else _drawing(temperature, seed)
         written: list[int] = []
         shown = ""
-        for token in continued(self._runner, prompt, tokens, self._words.eos_token_id, choose):
+        for token in generate(self._runner, prompt, tokens, self._words.eos_token_id, choose):
             written.append(token)
             text = str(self._words.decode(written, skip_special_tokens=True))
             if not text.endswith("\ufffd"):  # half of a character, whose other bytes are still to come

@@ -11,7 +11,7 @@ from pathlib import Path
 from jobs import measure, meters
 from jobs.materials import Materials
 from jobs.measurement.measurement import Measurement
-from jobs.measurement.meter import Subject
+from jobs.measurement.meter import MeasuredModel
 from jobs.measurement.paired_timing import time_pair
 from jobs.measurement.stopwatch import Request
 from jobs.measurement.timing import request_of
@@ -57,7 +57,9 @@ def compare(first: Path, second: Path, pairs: int) -> list[ComparedMetric]:
 
 def _measured(folder: Path, materials: Materials, asked: list[str]) -> Measurement:
     with tempfile.TemporaryDirectory() as scratch:
-        subject = Subject(folder, original_of(folder, materials, {*asked}), materials, workdir=Path(scratch))
+        subject = MeasuredModel(
+            folder, original_of(folder, materials, {*asked}), materials, workdir=Path(scratch)
+        )
         return measure.measure(asked, subject)
 
 

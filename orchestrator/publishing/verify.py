@@ -14,7 +14,7 @@ from typing import Any
 from jobs import formats, measure, meters, runtimes
 from jobs.materials import Materials, materials_from_dict
 from jobs.measurement.measurement import Measurement
-from jobs.measurement.meter import Subject
+from jobs.measurement.meter import MeasuredModel
 from jobs.models import sources
 from orchestrator.persistence.study_folder import MEASUREMENT
 from orchestrator.study.results import COSTS, differing
@@ -51,7 +51,9 @@ def verify(folder: Path) -> list[VerifiedMetric]:
     every = {meters.meter_of(metric, materials.task) for metric in record["metrics"]}
     wanted = {name for name in every if meters.load(name).missing(materials.target) is None}
     with tempfile.TemporaryDirectory() as scratch:
-        subject = Subject(folder, original_of(folder, materials, wanted), materials, workdir=Path(scratch))
+        subject = MeasuredModel(
+            folder, original_of(folder, materials, wanted), materials, workdir=Path(scratch)
+        )
         found = measure.measure(sorted(wanted), subject)
     return compare(record, found)
 

@@ -8,16 +8,16 @@ import pytest
 from jobs.materials import Materials, Target, TextSource
 from jobs.measurement import paired_timing, stopwatch, timing
 from jobs.measurement.measurement import Measurement
-from jobs.measurement.meter import Subject
+from jobs.measurement.meter import MeasuredModel
 from jobs.measurement.stopwatch import Request, Timings, Turn
-from jobs.measurement.timing import Timed
+from jobs.measurement.timing import RepeatedTimings
 from jobs.meters import cost, energy, latency, memory
 
 
-def subject(folder: Path, text_file: Path, price_per_hour: float | None = None) -> Subject:
+def subject(folder: Path, text_file: Path, price_per_hour: float | None = None) -> MeasuredModel:
     target = Target(threads=1, prompt_tokens=8, new_tokens=4, price_per_hour=price_per_hour)
     task = "causal-lm" if "llama" in folder.name else "embedding"
-    return Subject(
+    return MeasuredModel(
         folder, folder, Materials(str(folder), task, TextSource(str(text_file), 1, 8), target=target)
     )  # type: ignore[arg-type]
 
@@ -50,7 +50,7 @@ def test_all_that_is_learned_of_the_same_processes_takes_one_timing(
 
 
 def test_more_threads_than_processors_are_refused(tiny_llama: Path) -> None:
-    with pytest.raises(ValueError, match=r"target\.threads=4096, but this machine lends"):
+    with pytest.raises(ValueError, match=r"target\.threads=4096, but only"):
         stopwatch.time_artifact(Request(str(tiny_llama), "torch", 4096, 8, 4, 512))
 
 
@@ -68,7 +68,7 @@ def test_two_stopwatches_take_turns_as_often_as_they_are_asked(tiny_llama: Path)
 
 
 def summed(*tries: Timings) -> Measurement:
-    return latency.summary(Timed(tries))
+    return latency.summary(RepeatedTimings(tries))
 
 
 def test_the_median_of_the_processes_counts_and_its_error_is_their_spread_where_that_is_more() -> None:
@@ -81,7 +81,7 @@ def test_the_median_of_the_processes_counts_and_its_error_is_their_spread_where_
 
 
 def test_spread_timings_are_marked_unreliable_alone() -> None:
-    found = summed(*[Timings([10.0] * 10, [1.0, 1.5, 2.0] * 5, others=0.0)] * 3)
+    found = summed(*[Timings([10.0] * 10, [1.0, 1.5, 2.0] * 5, load_share=0.0)] * 3)
     assert found.unreliable == ("decode_ms", "decode_p90_ms")
 
 
@@ -94,7 +94,7 @@ def test_the_frequency_is_told_where_the_system_tells_it() -> None:
 def test_energy_is_that_of_the_processes_that_count(tiny_llama: Path, text_file: Path) -> None:
     one = subject(tiny_llama, text_file)
     tries = [Timings([10.0] * 10, [1.0] * 10, 0.0, token_joules=joules) for joules in (0.5, 0.7, 0.6)]
-    one.__dict__["timed"] = Timed((Timings([10.0] * 10, [1.0] * 10, 0.9, token_joules=5.0), *tries))
+    one.__dict__["timed"] = RepeatedTimings((Timings([10.0] * 10, [1.0] * 10, 0.9, token_joules=5.0), *tries))
     found = energy.measure(one)
     assert found.metrics == {"token_joules": 0.6}
     assert found.errors == {"token_joules": pytest.approx(0.1)}
@@ -103,7 +103,7 @@ def test_energy_is_that_of_the_processes_that_count(tiny_llama: Path, text_file:
 
 def test_a_million_tokens_cost_their_time_at_the_given_price(tiny_llama: Path, text_file: Path) -> None:
     one = subject(tiny_llama, text_file, price_per_hour=0.72)
-    one.__dict__["timed"] = Timed((Timings([10.0] * 10, [5.0] * 10, 0.0),) * 3)
+    one.__dict__["timed"] = RepeatedTimings((Timings([10.0] * 10, [5.0] * 10, 0.0),) * 3)
     # A million tokens at 5 ms are 5000 s, at 0.0002 a second.
     assert cost.measure(one).metrics == {"cost_per_million_tokens": pytest.approx(1.0)}
 

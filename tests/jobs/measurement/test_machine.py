@@ -22,14 +22,14 @@ def test_the_frequency_and_throttling_are_those_of_the_watched_processors(tmp_pa
     watch = LoadMonitor([0, 1], tmp_path)
     write(tmp_path / "cpu1/cpufreq/scaling_cur_freq", 1_000_000)
     write(tmp_path / "cpu1/thermal_throttle/core_throttle_count", 9)
-    seen = watch.seen()
+    seen = watch.load()
     assert seen.mhz == [2500.0, 2000.0]
     assert seen.throttled == 2
-    assert seen.others >= 0
+    assert seen.load_share >= 0
 
 
 def test_what_the_system_does_not_tell_is_absent(tmp_path: Path) -> None:
-    seen = LoadMonitor([0], tmp_path).seen()
+    seen = LoadMonitor([0], tmp_path).load()
     assert seen.mhz == []
     assert seen.throttled == 0
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from jobs.measurement.stopwatch import Timings
-from jobs.measurement.timing import Timed, noisy, time_quietly
+from jobs.measurement.timing import RepeatedTimings, noisy, time_quietly
 
 
 def steady(ms: float = 1.0, **disturbed: object) -> Timings:
@@ -58,8 +58,8 @@ def test_no_process_is_started_when_patience_is_at_its_end() -> None:
 
 
 def test_processes_that_disagree_are_not_relied_on() -> None:
-    assert Timed((steady(1.0), steady(1.1), steady(1.19))).reliable("decode")
-    assert not Timed((steady(1.0), steady(1.1), steady(1.3))).reliable("decode")
+    assert RepeatedTimings((steady(1.0), steady(1.1), steady(1.19))).reliable("decode")
+    assert not RepeatedTimings((steady(1.0), steady(1.1), steady(1.3))).reliable("decode")
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from jobs.materials import Materials, TaskSource, materials_from_dict
-from jobs.measurement.meter import Subject
+from jobs.measurement.meter import MeasuredModel
 from jobs.meters import choices, lm_eval_tasks
 from jobs.models import loading, tokenizers
 from jobs.runtimes import on_torch
@@ -55,15 +55,15 @@ def folder(lm_eval_task: Callable[..., None], tmp_path_factory: pytest.TempPathF
     return made
 
 
-def subject(model: Path, folder: Path, *names: str, **options: Any) -> Subject:
+def subject(model: Path, folder: Path, *names: str, **options: Any) -> MeasuredModel:
     tasks = TaskSource(names, str(folder), **options)
-    return Subject(model, model, Materials(str(model), "causal-lm", tasks=tasks))
+    return MeasuredModel(model, model, Materials(str(model), "causal-lm", tasks=tasks))
 
 
 def test_questions_score_as_the_meter_of_choices_scores_them(tiny_llama: Path, folder: Path) -> None:
     asked = subject(tiny_llama, folder, "many")
     materials = Materials(str(tiny_llama), "causal-lm", choices=str(folder / "many.jsonl"))
-    ours = choices.measure(Subject(tiny_llama, tiny_llama, materials))
+    ours = choices.measure(MeasuredModel(tiny_llama, tiny_llama, materials))
     found = lm_eval_tasks.measure(asked)
     assert found.metrics["task_score"] == pytest.approx(ours.metrics["choice_accuracy"])
     assert found.errors["task_score"] == pytest.approx(ours.errors["choice_accuracy"])
