@@ -1,10 +1,10 @@
-"""Statistics: what many candidates need to know of one parent model, computed once and kept in files."""
+"""Statistics of one parent model that many candidates share, computed once and kept in files."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,42 +22,42 @@ from jobs.progress import Report
 Rows = Int[Tensor, "samples tokens"]
 
 _TOKENS_AT_ONCE = 2048
+"""Tokens of one forward pass."""
 _TILE = 512
+"""Columns of a Gram matrix that are computed at once; tiles below the diagonal are skipped."""
 
 
 @dataclass(frozen=True)
 class Grams:
-    """What each linear inside the blocks reads, over all calibration tokens x: E[x xᵀ], E[x] and max |x|.
-
-    sharing: the linears that read the same input (queries, keys and values do), under the first of them.
-    """
+    """Moments of the inputs x of each linear inside the blocks, over all calibration tokens: E[x xᵀ], E[x], max |x|."""
 
     stored: Mapping[str, Tensor]
     sharing: Mapping[str, tuple[str, ...]]
+    """Linears with the same input (such as queries, keys and values), by the first of them."""
 
     def gram(self, linear: str) -> Float[Tensor, "in in"]:
-        """E[x xᵀ] in fp32. Its diagonal is the square of the activation norms (over √tokens)."""
+        """Return E[x xᵀ] in fp32. Its diagonal holds the squared activation norms divided by the number of tokens."""
         return self.stored[f"{self._owner(linear)}.gram"]
 
     def mean(self, linear: str) -> Float[Tensor, " in"]:
+        """Return E[x]."""
         return self.stored[f"{self._owner(linear)}.mean"]
 
     def peak(self, linear: str) -> Float[Tensor, " in"]:
-        """max |x| of each input."""
+        """Return max |x| of each input."""
         return self.stored[f"{self._owner(linear)}.peak"]
 
     def _owner(self, linear: str) -> str:
         for owner, readers in self.sharing.items():
             if linear in readers:
                 return owner
-        raise LookupError(f"no statistics of a linear called {linear!r}")
+        raise LookupError(f"there are no statistics of a linear called {linear!r}")
 
 
 class Statistics:
     """The statistics of one parent model on one calibration text.
 
-    folder, limit_bytes: where they are kept, and how much (see `Cache`); None keeps them in memory.
-    key: names the pair of model and text.
+    folder, limit_bytes: see `Cache`; without a folder they stay in memory. key: names the pair of model and text.
     """
 
     def __init__(self, folder: Path | None, key: str, limit_bytes: int = 4 * 2**30) -> None:
@@ -65,11 +65,11 @@ class Statistics:
 
     @property
     def saved_seconds(self) -> float:
-        """How long what was found in files had taken to compute."""
+        """Time to compute the statistics that were found in files."""
         return self._cache.saved_seconds
 
     def grams(self, model: Model, calibration: Rows, report: Report) -> Grams:
-        """The Gram matrix and the mean of every linear's inputs; ValueError names a linear that reads NaN."""
+        """Return the moments of every linear's inputs. Raises ValueError for NaN or infinite values."""
         stored = self.streamed("gram", lambda: _grams(model, calibration, report))
         sharing: dict[str, tuple[str, ...]] = {}
         for note in stored.about.values():
@@ -79,66 +79,67 @@ class Statistics:
     def inputs(
         self, model: Model, calibration: Rows, report: Report, sequential: bool
     ) -> Iterator[tuple[tuple[str, ...], Float[Tensor, "in in"]]]:
-        """Linears that read the same, with E[x xᵀ] of what they read, block by block, for who changes each before
-        asking for the next. All of it lies on the model's device until then.
+        """Yield groups of linears with the same input x, and E[x xᵀ], block by block.
 
-        sequential: x is what the blocks before, as they have become by then, give: two passes of the text for each
-        candidate. Otherwise the Gram matrices are the parent's, kept for all.
+        The caller may change each group before it takes the next one. Linears and matrix lie on the model's device.
+        sequential: x is the output of the already changed blocks, which needs two passes over the text for each
+        candidate. Otherwise the Gram matrices are the parent's, shared by all candidates.
         """
         if sequential:
             yield from _sequential(model, calibration, report)
             return
         grams = self.grams(model, calibration, report)
-        for done, (owner, names) in enumerate(grams.sharing.items()):
-            report(done / len(grams.sharing), owner)
+        for number, (owner, names) in enumerate(grams.sharing.items()):
+            report(number / len(grams.sharing), owner)
             with on_device(model, *names):
                 yield tuple(names), grams.gram(owner).to(model.device)
 
     def block_influence(self, model: Model, calibration: Rows, report: Report) -> Float[Tensor, " blocks"]:
-        """1 − the mean cosine between what enters a block and what leaves it (Men et al. 2024,
-        ShortGPT, arXiv:2403.03853, eq. 1): how much the block does to a token."""
+        """Return 1 − the mean cosine similarity of a block's input and output (Men et al. 2024, ShortGPT,
+        arXiv:2403.03853, eq. 1)."""
         return self.stored("influence", lambda: _influence(model, calibration, report))["influence"]
 
     def residual_gram(
         self, model: Model, norms: Sequence[str], calibration: Rows, report: Report
     ) -> Float[Tensor, "width width"]:
-        """The mean over these norms of E[x xᵀ] of the hidden states x that they are given, each divided by its
-        root mean square (after centring, where it is a LayerNorm): their weights are left out."""
-        compute = lambda: _residual_gram(model, norms, calibration, report)  # noqa: E731
-        return self.stored("residual", compute)["gram"]
+        """Return the mean over these norms of E[x xᵀ] of their normalized inputs x, without the norms' weights.
+
+        Each x is divided by its root mean square, after centring for a LayerNorm.
+        """
+        return self.stored("residual", lambda: _residual_gram(model, norms, calibration, report))["gram"]
 
     def stored(self, kind: str, compute: Callable[[], Part]) -> Stored:
-        """The tensors of this kind, and the notes beside them, from the cache or else from `compute`."""
+        """Return the tensors of this kind from the cache, or from `compute`."""
         return self.streamed(kind, lambda: iter([compute()]))
 
     def streamed(self, kind: str, compute: Callable[[], Iterator[Part]]) -> Stored:
-        """The same in parts, each kept before the next is computed."""
+        """Return the same for parts, each of which is stored before the next one is computed."""
         return self._cache.streamed(kind, compute)
 
 
 @dataclass
 class Inputs:
-    """Sums over what some linears of one block read.
-
-    sums: Σ x xᵀ; totals: Σ x; peaks: max |x|. Linears that are given the very same tensor share one sum, under
-    the name of the first (`owners` tells whose); `seen` holds the tensors of the pass that runs, so that none
-    is freed and its identity taken by another.
-    """
+    """Sums over the inputs x of some linears of one block. Linears with the identical input tensor share them."""
 
     sums: dict[str, Float[Tensor, "in in"]] = field(default_factory=dict)
+    """Σ x xᵀ, by the first linear with this input."""
     totals: dict[str, Float[Tensor, " in"]] = field(default_factory=dict)
+    """Σ x."""
     peaks: dict[str, Float[Tensor, " in"]] = field(default_factory=dict)
+    """max |x|."""
     owners: dict[str, str] = field(default_factory=dict)
-    seen: list[tuple[Tensor, str]] = field(default_factory=list)
+    """For each linear, the first linear with the same input."""
+    pass_inputs: list[tuple[Tensor, str]] = field(default_factory=list)
+    """The input tensors of the current pass and their linears. They are kept so that no identity is used twice."""
 
     @staticmethod
     def of(block: nn.Module, linears: Mapping[str, nn.Module], run: Callable[[], None]) -> Inputs:
-        """What these parts of a block read while `run` sends all text through it."""
+        """Collect the inputs of these parts of a block while `run` sends all text through it."""
         inputs = Inputs()
         hooks: list[Any] = [
-            linear.register_forward_pre_hook(inputs._reads(name)) for name, linear in linears.items()
+            linear.register_forward_pre_hook(inputs._hook(name)) for name, linear in linears.items()
         ]
-        hooks.append(block.register_forward_pre_hook(lambda module, args: inputs.seen.clear()))
+        hooks.append(block.register_forward_pre_hook(lambda module, args: inputs.pass_inputs.clear()))
         try:
             run()
         finally:
@@ -149,20 +150,20 @@ class Inputs:
         return inputs
 
     def sharing(self) -> dict[str, list[str]]:
-        """Who reads the same, under the first of them."""
-        found: dict[str, list[str]] = {}
+        """Return the linears with the same input, by the first of them."""
+        groups: dict[str, list[str]] = {}
         for linear, owner in self.owners.items():
-            found.setdefault(owner, []).append(linear)
-        return found
+            groups.setdefault(owner, []).append(linear)
+        return groups
 
-    def _reads(self, linear: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        """The hook that adds up what this linear reads."""
+    def _hook(self, linear: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        """Return the hook that adds the inputs of this linear to the sums."""
 
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            owner = next((owner for tensor, owner in self.seen if tensor is args[0]), None)
+            owner = next((owner for tensor, owner in self.pass_inputs if tensor is args[0]), None)
             self.owners[linear] = owner or linear
             if owner is None:
-                self.seen.append((args[0], linear))
+                self.pass_inputs.append((args[0], linear))
                 self._add(linear, args[0].flatten(0, -2))
 
         return hook
@@ -181,10 +182,13 @@ class Inputs:
 def _add_gram(total: Float[Tensor, "in in"], x: Float[Tensor, "tokens in"]) -> None:
     """total += xᵀx, in the tiles on and above the diagonal only (see `_mirror`)."""
     wide = x.float()
-    with _exact_for_bf16() if x.dtype == torch.bfloat16 else _as_it_is():
+    precision: AbstractContextManager[None] = nullcontext()
+    if x.dtype == torch.bfloat16:
+        precision = _exact_for_bf16()
+    with precision:
         for top in range(0, x.shape[1], _TILE):
-            left = wide[:, top : top + _TILE]
-            total[top : top + _TILE, top:] += left.T @ wide[:, top:]
+            tile = wide[:, top : top + _TILE]
+            total[top : top + _TILE, top:] += tile.T @ wide[:, top:]
 
 
 def _mirror(total: Float[Tensor, "in in"]) -> None:
@@ -194,24 +198,21 @@ def _mirror(total: Float[Tensor, "in in"]) -> None:
 
 @contextmanager
 def _exact_for_bf16() -> Iterator[None]:
-    """fp32 matrix products of values that are bf16 anyway: the product of two is exact in fp32, sums are
-    fp32, and the processor's bf16 units take half the time of its fp32 ones. On a GPU it is the TF32 units,
-    which read 11 bits of each number, bf16's 8 among them."""
-    before = torch.get_float32_matmul_precision()
+    """Compute fp32 matrix products of bf16 values on faster units, with the same precision.
+
+    The product of two bf16 values is exact in fp32, and sums are fp32. The processor's bf16 units take half the time of
+    its fp32 units. A GPU uses its TF32 units, which read 11 bits of a mantissa; bf16 has 8.
+    """
+    precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
-
-
-@contextmanager
-def _as_it_is() -> Iterator[None]:
-    yield
+        torch.set_float32_matmul_precision(precision)
 
 
 def _grams(model: Model, calibration: Rows, report: Report) -> Iterator[Part]:
-    """Block by block: held are the Gram matrices of one, beside one hidden state per token."""
+    """Compute block by block: the Gram matrices of one block and one hidden state per token are in memory."""
     linears = model.linears()
     for visit in stream(model, calibration, report, "Gram matrices"):
         inside = {name: part for name, part in linears.items() if name.startswith(f"{visit.name}.")}
@@ -242,8 +243,8 @@ def _influence(model: Model, calibration: Rows, report: Report) -> tuple[dict[st
     for visit in stream(model, calibration, report, "block influence"):
 
         def compare(module: nn.Module, args: tuple[Any, ...], output: Any, index: int = visit.index) -> None:
-            left = output[0] if isinstance(output, tuple) else output
-            cosines = nn.functional.cosine_similarity(args[0].float(), left.float(), dim=-1)
+            state = output[0] if isinstance(output, tuple) else output
+            cosines = nn.functional.cosine_similarity(args[0].float(), state.float(), dim=-1)
             sums[index] += cosines.double().sum().cpu()
 
         hook = visit.block.register_forward_hook(compare)
@@ -284,13 +285,15 @@ def _residual_gram(
 
 
 @torch.no_grad()
-def _run(model: Model, calibration: Rows, report: Report, what: str) -> None:
-    """All of calibration through the blocks, without the head, whose logits nobody reads here."""
+def _run(model: Model, calibration: Rows, report: Report, activity: str) -> None:
+    """Run all calibration text through the blocks, without the head, whose logits are not needed."""
     rows = max(1, _TOKENS_AT_ONCE // calibration.shape[1])
-    options = {"use_cache": False} if not model.family.encoder else {}
+    options = {}
+    if not model.family.encoder:
+        options["use_cache"] = False
     with stream_blocks_to_device(model):
         for start in range(0, len(calibration), rows):
-            report(start / len(calibration), what)
+            report(start / len(calibration), activity)
             model.base(calibration[start : start + rows].to(model.device), **options)
 
 

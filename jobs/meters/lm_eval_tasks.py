@@ -42,8 +42,8 @@ def missing(target: Target) -> str | None:
 def measure(subject: MeasuredModel) -> Measurement:
     """Measure task_score: the mean over the study's tasks of each task's metric.
 
-    A group counts as the mean of its tasks. The standard error is over items, for fixed tasks. A measurement on more items starts again, since the examples
-    before each item are drawn in sequence.
+    A group counts as the mean of its tasks. The standard error is over items, for fixed tasks. A measurement on more
+    items starts again, since the examples before each item are drawn in sequence.
     """
     if (reason := missing(subject.materials.target)) is not None:
         raise ValueError(f"task_score cannot be measured: {reason}")
