@@ -48,7 +48,7 @@ class OnnxRunner:
         self._all_tokens: Any = None
         self._last_token: Any = None
         self._past: dict[str, Any] = {}
-        self._tokens = 0
+        self._cached_tokens = 0
 
     def answer(self, rows: Int[np.ndarray, "batch tokens"]) -> Float[np.ndarray, "batch ..."]:
         if self._all_tokens is None:
@@ -67,7 +67,7 @@ class OnnxRunner:
         return self._run(self._last_token, tokens)
 
     def decode(self, token: Int[np.ndarray, "1 1"]) -> Float[np.ndarray, "1 1 vocabulary"]:
-        if not self._tokens:
+        if not self._cached_tokens:
             raise ValueError("decode needs a causal model and a prefill before it")
         return self._run(self._last_token, token)
 
@@ -75,7 +75,7 @@ class OnnxRunner:
         """Empty the cache, for this number of rows."""
         import onnxruntime
 
-        self._tokens = 0
+        self._cached_tokens = 0
         self._past = {
             name: onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros((rows, heads, 0, width), np.float32))
             for name, (_, heads, _, width) in self._cache_shapes.items()
@@ -99,7 +99,7 @@ class OnnxRunner:
     def _run(self, session: Any, rows: Int[np.ndarray, "batch tokens"]) -> Float[np.ndarray, "batch ..."]:
         """Append these tokens to the sequence, and return the graph's output for them."""
         batch, tokens = rows.shape
-        start, end = self._tokens, self._tokens + tokens
+        start, end = self._cached_tokens, self._cached_tokens + tokens
         inputs = {"input_ids": rows, "attention_mask": np.ones((batch, end), np.int64)}
         if self._cache_shapes:
             inputs["position_ids"] = np.ascontiguousarray(
@@ -115,7 +115,7 @@ class OnnxRunner:
         session.run_with_iobinding(binding)
         output, *present = binding.get_outputs()
         self._past = dict(zip(self._cache_shapes, present, strict=True))
-        self._tokens = end
+        self._cached_tokens = end
         array: np.ndarray[Any, Any] = output.numpy()
         return array
 

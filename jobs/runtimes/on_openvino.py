@@ -39,7 +39,7 @@ class OpenVinoRunner:
         self._all_tokens: Any = None
         self._network = network
         self._request: Any = None
-        self._tokens = 0
+        self._cached_tokens = 0
 
     def answer(self, rows: Int[np.ndarray, "batch tokens"]) -> Float[np.ndarray, "batch ..."]:
         if self._all_tokens is None:
@@ -49,14 +49,14 @@ class OpenVinoRunner:
     def prefill(self, tokens: Int[np.ndarray, "1 tokens"]) -> Float[np.ndarray, "1 outputs width"]:
         if self._request is None:
             self._request = self._compiled(last_only=self._decodes)
-        self._tokens = tokens.shape[1]
+        self._cached_tokens = tokens.shape[1]
         return self._run(self._request, tokens, 0)
 
     def decode(self, token: Int[np.ndarray, "1 1"]) -> Float[np.ndarray, "1 1 vocabulary"]:
-        if not self._tokens or not self._decodes:
+        if not self._cached_tokens or not self._decodes:
             raise ValueError("decode needs a causal model and a prefill before it")
-        self._tokens += 1
-        return self._run(self._request, token, self._tokens - 1)
+        self._cached_tokens += 1
+        return self._run(self._request, token, self._cached_tokens - 1)
 
     def _compiled(self, last_only: bool) -> Any:
         network = self._network

@@ -57,6 +57,25 @@ def test_a_layout_is_read_from_its_record_unchanged(tiny_llama: Path) -> None:
     assert loading.original_layout(tiny_llama).forms() == {"dense"}
 
 
+def test_the_record_of_a_layout_has_the_keys_that_stored_artifacts_have(tiny_llama: Path) -> None:
+    original = loading.original_layout(tiny_llama)
+    name, spec = next(iter(original.linears.items()))
+    sparse = LinearSpec(spec.out_features, spec.in_features, spec.bias, kept=7)
+    packed = spec.packed(Packing(4, 32, symmetric=False))
+    record = original.with_linears({name: sparse}).to_dict()
+    assert list(record) == [
+        "format", "family", "task", "blocks", "head_width", "queries_per_key", "linears", "others", "tables"
+    ]  # fmt: skip
+    assert record["linears"][name] == {
+        "out_features": 64, "in_features": 64, "bias": False, "packing": None, "kept": 7,
+    }  # fmt: skip
+    assert record["others"]["model.norm.weight"] == {"dtype": "BF16", "shape": (64,)}
+    assert original.with_linears({name: packed}).to_dict()["linears"][name]["packing"] == {
+        "bits": 4, "group": 32, "symmetric": False,
+        "real_zeros": False, "input_scales": False, "activation_bits": 16,
+    }  # fmt: skip
+
+
 def steps_at_random(dice: random.Random) -> tuple[Technique, ...]:
     """Return a random recipe in a sensible order; each stage may be skipped."""
     load = techniques.load
