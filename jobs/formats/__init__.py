@@ -1,4 +1,4 @@
-"""One file, one form that a model is shipped in: `to_NAME.py` writes the format NAME from an artifact."""
+"""Export formats, one file each: `to_NAME.py` writes an artifact's model in the format NAME."""
 
 from __future__ import annotations
 
@@ -15,83 +15,80 @@ from jobs.models.layout import Layout
 from jobs.plugins import module_of
 
 NATIVE = "slimfront"
-"""The form that artifacts lie in the store in, which only our own code reads."""
+"""The format of artifacts in the store, which only slimfront reads."""
 
 EXPORT_MANIFEST = "export.json"
-"""Beside every export: which format it is in."""
+"""The file of an export that states its format and its task."""
 
 _PREFIX = "to_"
 
 
 class Format(Protocol):
-    """What a module `to_NAME.py` offers.
-
-    WEIGHTS: a pattern of the files whose bytes are the size of a model in this form.
-    """
+    """The interface of a module `to_NAME.py`."""
 
     WEIGHTS: str
+    """Pattern of the files that count as the size of a model in this format."""
 
     def missing(self) -> str | None:
-        """What must be installed before this can be written, with the command; None if nothing."""
+        """Return which library must be installed to write this format, with the command; None if none is missing."""
 
     def refusal(self, layout: Layout) -> str | None:
-        """Why no model of this layout can be written in this form; None if it can."""
+        """Return why a model of this layout cannot be written in this format; None if it can."""
 
     def size_bytes(self, layout: Layout, original: Path) -> int:
-        """What the files of WEIGHTS will weigh, to the byte, from shapes and the original's folder alone."""
+        """Return the exact size of the files of WEIGHTS, from the layout and the original's folder alone."""
 
     def write(self, artifact: Path, out: Path, cache: Path | None) -> None:
-        """Write an artifact's model into the empty folder `out`, its tokenizer too.
+        """Write an artifact's model and tokenizer into the empty folder `out`.
 
-        cache: a folder for what exports of other artifacts may share; None keeps nothing.
+        cache: a folder for files that exports of other artifacts can reuse; None to keep none.
         """
 
 
 @functools.cache
 def names() -> tuple[str, ...]:
-    """Every format there is, read from the files of this folder."""
-    found = (module.name for module in pkgutil.iter_modules(__path__))
-    return tuple(
-        sorted(name.removeprefix(_PREFIX).replace("_", "-") for name in found if name.startswith(_PREFIX))
-    )
+    """Return the names of all formats, from the files of this folder."""
+    modules = [module.name for module in pkgutil.iter_modules(__path__)]
+    formats = [name.removeprefix(_PREFIX) for name in modules if name.startswith(_PREFIX)]
+    return tuple(sorted(name.replace("_", "-") for name in formats))
 
 
 def load(name: str) -> Format:
-    """The format of `jobs/formats/to_NAME.py`; LookupError lists which there are."""
+    """Return the format of `jobs/formats/to_NAME.py`; raise LookupError, which lists all formats, if there is none."""
     path = f"{__name__}.{_PREFIX}{name.replace('-', '_')}"
     return cast(Format, module_of("format", name, names(), path))
 
 
 def check(name: str, layout: Layout) -> None:
-    """Refuse, with a ValueError that names the formats that can, a layout that this format cannot hold."""
+    """Raise ValueError, which lists the formats that can, if this format cannot represent a layout."""
     reason = load(name).refusal(layout)
     if reason is not None:
-        able = [other for other in names() if load(other).refusal(layout) is None]
+        able = [candidate for candidate in names() if load(candidate).refusal(layout) is None]
         raise ValueError(f"{name} cannot hold this model: {reason}; these can: {', '.join(able)}")
 
 
 def write(name: str, artifact: Path, out: Path, cache: Path | None = None) -> None:
-    """Write an artifact as this format into `out`, a folder that does not exist yet; it appears when it is complete.
+    """Write an artifact in this format into the new folder `out`, which appears only when it is complete.
 
-    Raises ValueError where the format cannot hold it, ModuleNotFoundError with the cure where a library is missing.
+    Raises ValueError if the format cannot represent the model, ModuleNotFoundError if a library is not installed.
     """
     kind = load(name)
-    lacking = kind.missing()
-    if lacking is not None:
-        raise ModuleNotFoundError(lacking)
+    missing = kind.missing()
+    if missing is not None:
+        raise ModuleNotFoundError(missing)
     layout = Layout.read(artifact)
     check(name, layout)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent) as scratch:
-        made = Path(scratch) / "made"
-        made.mkdir()
-        kind.write(artifact, made, cache)
-        (made / EXPORT_MANIFEST).write_text(json.dumps({"format": name, "task": layout.task}))
-        os.replace(made, out)
+        draft = Path(scratch) / "export"
+        draft.mkdir()
+        kind.write(artifact, draft, cache)
+        (draft / EXPORT_MANIFEST).write_text(json.dumps({"format": name, "task": layout.task}))
+        os.replace(draft, out)
 
 
 def export_or_native(name: str, artifact: Path, out: Path, cache: Path | None = None) -> Path:
-    """The folder that is shipped: the artifact itself in our own form, else `out`, which it is written to."""
+    """Return the folder to ship: the artifact itself for the native format, otherwise `out` after writing to it."""
     if name == NATIVE:
         return artifact
     write(name, artifact, out, cache)
@@ -99,28 +96,28 @@ def export_or_native(name: str, artifact: Path, out: Path, cache: Path | None = 
 
 
 def checksums(folder: Path) -> dict[str, str]:
-    """The SHA-256 of every file of an export but the mark itself."""
-    found = {}
+    """Return the SHA-256 of every file of an export, by relative path, without that of the manifest."""
+    digests = {}
     for file in sorted(folder.rglob("*")):
         if file.is_file() and file != folder / EXPORT_MANIFEST:
             with file.open("rb") as stream:
                 digest = hashlib.file_digest(stream, "sha256").hexdigest()
-            found[str(file.relative_to(folder))] = digest
-    return found
+            digests[str(file.relative_to(folder))] = digest
+    return digests
 
 
 def format_of(folder: Path) -> str:
-    """The format that an exported folder is in."""
+    """Return the format of an exported folder."""
     file = folder / EXPORT_MANIFEST
     if not file.is_file():
-        raise ValueError(f"{folder} is no export of slimfront: it has no {EXPORT_MANIFEST}")
+        raise ValueError(f"{folder} is not an export of slimfront: it has no {EXPORT_MANIFEST}")
     return str(json.loads(file.read_text())["format"])
 
 
 def size_of(folder: Path, name: str) -> int:
-    """What the weights of an exported folder weigh, as the file system counts them."""
+    """Return the bytes of the weight files of an exported folder."""
     pattern = load(name).WEIGHTS
     files = sorted(folder.glob(pattern))
     if not files:
-        raise ValueError(f"{folder} holds no {pattern} to weigh")
+        raise ValueError(f"{folder} contains no weight files {pattern}")
     return sum(file.stat().st_size for file in files)

@@ -1,4 +1,4 @@
-"""Shapes: an ONNX graph asks for each size once, and not in every block of a tensor of its own."""
+"""Simplify how an ONNX graph computes sizes: read each dynamic size once, instead of in every block."""
 
 from __future__ import annotations
 
@@ -6,35 +6,36 @@ from collections.abc import Mapping
 from typing import Any
 
 _SIZE = "size/"
+"""Prefix of the names of shared sizes: the name or the number of the size follows."""
 
 
 def share_sizes(model: Any, sizes: Mapping[str, tuple[str, int]]) -> Any:
-    """The model with sizes of tensors written out where they are numbers, and asked of an input where they are among
-    `sizes`: of each name the input and the axis that have it.
+    """Modify a model in place so that it computes each size of a tensor once, and return it.
 
-    ONNX Runtime sees equal computations of equal sizes, and does them once. Before, three of five nodes of a decoder
-    computed sizes.
+    Static sizes become constants; a dynamic size in `sizes` is read from an input. sizes: for each name of a dynamic
+    size, the input and the axis that have it. ONNX Runtime recognizes equal computations on equal sizes and does them
+    once; without this, three of five nodes of a decoder compute sizes.
     """
     from onnx import shape_inference
 
     while True:
-        # A round makes slices of known width, whose shapes the next one knows.
-        known = shape_inference.infer_shapes(model, data_prop=True).graph
-        told = {
-            one.name: one.type.tensor_type.shape.dim
-            for one in (*known.value_info, *known.input, *known.output)
-        }
-        renamed = _askers(model.graph, told, sizes)
+        # Each round gives slices a known width, so that the next round knows more shapes.
+        inferred = shape_inference.infer_shapes(model, data_prop=True).graph
+        values = (*inferred.value_info, *inferred.input, *inferred.output)
+        shapes = {value.name: value.type.tensor_type.shape.dim for value in values}
+        renamed = _size_values(model.graph, shapes, sizes)
         if not renamed:
             return model
         _rewrite(model.graph, renamed, sizes)
 
 
-def _askers(graph: Any, told: Mapping[str, Any], sizes: Mapping[str, tuple[str, int]]) -> dict[str, str]:
-    """The values that are one size of a tensor, and what that is called: its name or its number."""
+def _size_values(
+    graph: Any, shapes: Mapping[str, Any], sizes: Mapping[str, tuple[str, int]]
+) -> dict[str, str]:
+    """Return the values that are one size of a tensor, each with the name of the shared size."""
     from onnx import numpy_helper
 
-    asked = {
+    measured = {
         node.output[0]: node.input[0] for node in graph.node if node.op_type == "Shape" and not node.attribute
     }
     axes = {
@@ -42,51 +43,50 @@ def _askers(graph: Any, told: Mapping[str, Any], sizes: Mapping[str, tuple[str, 
         for node in graph.node
         if node.op_type == "Constant" and node.attribute[0].name == "value"
     }
-    found = {}
+    renamed = {}
     for node in graph.node:
-        if node.op_type != "Gather" or node.input[0] not in asked or node.input[1] not in axes:
+        if node.op_type != "Gather" or node.input[0] not in measured or node.input[1] not in axes:
             continue
-        shape, axis = told.get(asked[node.input[0]], ()), axes[node.input[1]]
+        shape, axis = shapes.get(measured[node.input[0]], ()), axes[node.input[1]]
         if axis.ndim or not -len(shape) <= axis < len(shape):
             continue
         size = shape[int(axis)]
         if size.HasField("dim_value") or size.dim_param in sizes:
-            found[node.output[0]] = _SIZE + (size.dim_param or str(size.dim_value))
-    return found
+            renamed[node.output[0]] = _SIZE + (size.dim_param or str(size.dim_value))
+    return renamed
 
 
 def _rewrite(graph: Any, renamed: Mapping[str, str], sizes: Mapping[str, tuple[str, int]]) -> None:
-    """Read the sizes by their new names, made at the start of the graph, and drop nodes that nothing reads any more."""
+    """Read sizes by their new names, compute them at the start of the graph, and drop nodes that nothing reads."""
     nodes = [node for node in graph.node if node.output[0] not in renamed]
     for node in nodes:
-        given = [renamed.get(name, name) for name in node.input]
+        inputs = [renamed.get(name, name) for name in node.input]
         del node.input[:]
-        node.input.extend(given)
-    made = {name for node in nodes for name in node.output}
-    first = [
-        part
-        for name in sorted(set(renamed.values()) - made)
-        for part in _size(name.removeprefix(_SIZE), name, sizes)
-    ]
-    needed = {one.name for one in graph.output}
-    kept = []
-    for node in reversed([*first, *nodes]):
+        node.input.extend(inputs)
+    computed = {name for node in nodes for name in node.output}
+    size_nodes: list[Any] = []
+    for name in sorted(set(renamed.values()) - computed):
+        size_nodes += _size_nodes(name.removeprefix(_SIZE), name, sizes)
+    needed = {value.name for value in graph.output}
+    needed_nodes = []
+    for node in reversed([*size_nodes, *nodes]):
         if needed.intersection(node.output):
             needed.update(node.input)
-            kept.append(node)
+            needed_nodes.append(node)
     graph.ClearField("node")
-    graph.node.extend(reversed(kept))
+    graph.node.extend(reversed(needed_nodes))
     graph.ClearField("value_info")
 
 
-def _size(what: str, name: str, sizes: Mapping[str, tuple[str, int]]) -> list[Any]:
+def _size_nodes(size: str, name: str, sizes: Mapping[str, tuple[str, int]]) -> list[Any]:
+    """Return the nodes that compute a size, a number or a name of `sizes`, as the value `name`."""
     from onnx import TensorProto, helper
 
-    if what not in sizes:
-        number = helper.make_tensor(name, TensorProto.INT64, [], [int(what)])
+    if size not in sizes:
+        number = helper.make_tensor(name, TensorProto.INT64, [], [int(size)])
         return [helper.make_node("Constant", [], [name], value=number)]
-    given, axis = sizes[what]
+    tensor, axis = sizes[size]
     return [
-        helper.make_node("Shape", [given], [f"{name}/alone"], start=axis, end=axis + 1),
+        helper.make_node("Shape", [tensor], [f"{name}/alone"], start=axis, end=axis + 1),
         helper.make_node("Squeeze", [f"{name}/alone"], [name]),
     ]

@@ -1,4 +1,7 @@
-"""Stock: what a plain config.json of the family can say of a model's shapes, which code that is not ours reads."""
+"""Describe an artifact by a plain config.json of its family, for programs that do not contain slimfront.
+
+`refusal` reports the shapes that such a config cannot describe; `write_folder` writes config, weights and tokenizer.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +36,7 @@ _SWITCHES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         )
     },
 }
-"""Per family, the config's keys that give biases to some linears, all of them or none."""
+"""For each family, the keys of its config that add biases, each to all of these linears of a block or to none."""
 
 _BIASED: Mapping[str, tuple[str, ...]] = {
     "mistral": (),
@@ -42,54 +45,62 @@ _BIASED: Mapping[str, tuple[str, ...]] = {
     "gptj": ("mlp.fc_in", "mlp.fc_out"),
     "gpt_neox": ("mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),
 }
-"""Per family, the linears that always have a bias, besides those of a switch; in families not named in either
-table every linear has one."""
+"""For each family, the linears of a block that always have a bias; in families without an entry here or in `_SWITCHES`
+every linear has one."""
 
 _ROWS = 4096
-"""Rows of a table that are unpacked at once: a vocabulary of them, as 64-bit integers, would fill memory."""
+"""Rows of a table that are unpacked at a time: as 64-bit integers, a whole vocabulary would fill memory."""
 
 _WITH_HEAD_WIDTH = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text", "phi")
-"""Families whose config holds the width of a head by itself; elsewhere it is the hidden width over the heads."""
+"""Families whose config states the width of a head; in others it is the hidden width divided by the heads."""
 
 
 def refusal(layout: Layout) -> str | None:
-    """Why no config.json of the family describes a model of these shapes; None if one does."""
-    return _factored(layout) or _uneven(layout) or _heads(layout) or _biases(layout)
+    """Return why no config.json of the family describes a model of this layout; None if one does."""
+    return (
+        _factored_refusal(layout)
+        or _uneven_refusal(layout)
+        or _heads_refusal(layout)
+        or _bias_refusal(layout)
+    )
 
 
 def sparse_unpacked(layout: Layout) -> Layout:
-    """The same layout with sparse linears dense, and with every bias that the family's config asks for: where it
-    gives biases to several linears at once and some have none, these get zeros."""
+    """Return the same layout with dense instead of sparse linears, and with every bias that the config requires.
+
+    If a key of the config adds biases to several linears and only some have one, the others get zeros.
+    """
     changed = {}
     for name, spec in layout.linears.items():
-        bias = spec.bias or any(
-            layout.linears[layout.name(layout.block_of(name), other)].bias
-            for other in _switched_with(layout, name)
-        )
+        block = layout.block_of(name)
+        switched = [layout.linears[layout.name(block, path)] for path in _switched_with(layout, name)]
+        bias = spec.bias or any(linear.bias for linear in switched)
         changed[name] = dataclasses.replace(spec, kept=None, bias=bias)
     return layout.with_linears(changed)
 
 
 def mismatched_heads(layout: Layout) -> tuple[str, LinearSpec] | None:
-    """The first linear that reads the heads, where these together are not as wide as the model; None where they are."""
+    """Return the first block's linear that reads the heads if they are not together as wide as the model, else None."""
     out = layout.name(0, layout.family.attention.out)
     spec = layout.linears[out]
-    return None if spec.in_features == spec.out_features else (out, spec)
+    if spec.in_features == spec.out_features:
+        return None
+    return out, spec
 
 
 def stock_config(artifact: Path, layout: Layout) -> dict[str, Any]:
-    """The config.json of an artifact, told of its widths, heads and biases."""
-    found: dict[str, Any] = json.loads((artifact / "config.json").read_text())
+    """Return the config.json of an artifact with its real widths, heads and biases."""
+    config: dict[str, Any] = json.loads((artifact / "config.json").read_text())
     first = {name: layout.linears[layout.name(0, name)] for name in _paths(layout)}
     for key, paths in _SWITCHES.get(layout.family.name, {}).items():
-        found[key] = any(first[path].bias for path in paths)
+        config[key] = any(first[path].bias for path in paths)
     if layout.family.name in _WITH_HEAD_WIDTH:
         attention = layout.family.attention
-        found["hidden_size"] = first[attention.out].out_features
-        found["num_attention_heads"] = first[attention.query].out_features // layout.head_width
-        found["num_key_value_heads"] = first[attention.key].out_features // layout.head_width
-        found["head_dim"] = layout.head_width
-    return found
+        config["hidden_size"] = first[attention.out].out_features
+        config["num_attention_heads"] = first[attention.query].out_features // layout.head_width
+        config["num_key_value_heads"] = first[attention.key].out_features // layout.head_width
+        config["head_dim"] = layout.head_width
+    return config
 
 
 def write_folder(
@@ -98,51 +109,55 @@ def write_folder(
     weight_of: Callable[[str, LinearSpec, Mapping[str, Tensor]], dict[str, Tensor]],
     settings: Mapping[str, object],
 ) -> None:
-    """Write weights, config and tokenizer of an artifact whose shapes a stock config can say.
+    """Write weights, config and tokenizer of an artifact whose layout is not refused.
 
-    weight_of: the tensors that hold the weight of a linear or table, by their names within it, from its full name,
-        its spec in the artifact, and what the artifact holds of it. settings: what the config says besides.
+    weight_of: returns the tensors to write for the weight of a linear or table, by their names within it, from its
+        full name, its spec and its tensors in the artifact.
+    settings: further entries of the config.
     """
     layout = Layout.read(artifact)
     with_biases = sparse_unpacked(layout).linears
     tensors = load_file(artifact / loading.WEIGHTS)
     for name, spec in layout.matrices.items():
-        held = {part: tensors.pop(f"{name}.{part}") for part in spec.tensors()}
-        made = weight_of(name, spec, held)
-        if "bias" in held:
-            made["bias"] = held["bias"]
+        stored = {part: tensors.pop(f"{name}.{part}") for part in spec.tensors()}
+        written = weight_of(name, spec, stored)
+        if "bias" in stored:
+            written["bias"] = stored["bias"]
         elif name in with_biases and with_biases[name].bias:
-            made["bias"] = torch.zeros(spec.out_features, dtype=DTYPE)
-        tensors |= {f"{name}.{part}": tensor for part, tensor in made.items()}
+            written["bias"] = torch.zeros(spec.out_features, dtype=DTYPE)
+        tensors |= {f"{name}.{part}": tensor for part, tensor in written.items()}
     save_file(tensors, out / loading.WEIGHTS, metadata={"format": "pt"})
-    told = {**stock_config(artifact, layout), **settings}
-    (out / "config.json").write_text(json.dumps(told, indent=2, sort_keys=True) + "\n")
+    config = {**stock_config(artifact, layout), **settings}
+    (out / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     tokenizers.copy_tokenizer(artifact, out)
 
 
-def dense_weight(spec: LinearSpec, held: Mapping[str, Tensor]) -> Float[Tensor, "out in"]:
-    """The bf16 weight of a linear or table of any form, as the runtime `torch` unpacks it."""
+def dense_weight(spec: LinearSpec, tensors: Mapping[str, Tensor]) -> Float[Tensor, "out in"]:
+    """Return the bf16 weight of a linear or table of any form, unpacked as by the runtime `torch`."""
     if spec.packing is not None:
-        rows = [_unpacked(spec, held, slice(at, at + _ROWS)) for at in range(0, spec.out_features, _ROWS)]
-        return torch.cat(rows)
+        starts = range(0, spec.out_features, _ROWS)
+        return torch.cat([_unpacked(spec, tensors, slice(start, start + _ROWS)) for start in starts])
     if spec.kept is None:
-        return held["weight"]
+        return tensors["weight"]
     sparse = SparseLinear(dataclasses.replace(spec, bias=False))
-    sparse.mask, sparse.values = held["mask"], held["values"]
+    sparse.mask, sparse.values = tensors["mask"], tensors["values"]
     return sparse.weight()
 
 
-def _unpacked(spec: LinearSpec, held: Mapping[str, Tensor], rows: slice) -> Tensor:
-    some = dataclasses.replace(spec, out_features=len(held["packed"][rows]), bias=False)
-    layer = PackedLinear(some, "meta")
-    for part in some.tensors():
-        tensor = held[part]
-        setattr(layer, part, tensor if part == "input_scales" else tensor[rows])
+def _unpacked(spec: LinearSpec, tensors: Mapping[str, Tensor], rows: slice) -> Tensor:
+    """Return some rows of a packed weight."""
+    rows_spec = dataclasses.replace(spec, out_features=len(tensors["packed"][rows]), bias=False)
+    layer = PackedLinear(rows_spec, "meta")
+    for part in rows_spec.tensors():
+        tensor = tensors[part]
+        if part != "input_scales":
+            tensor = tensor[rows]
+        setattr(layer, part, tensor)
     return layer.weight(DTYPE)
 
 
 def _paths(layout: Layout) -> list[str]:
-    """Where the linears of a block lie within it."""
+    """Return the paths of the first block's linears within it."""
     return [_path(layout, name) for name in layout.linears if layout.block_of(name) == 0]
 
 
@@ -151,39 +166,42 @@ def _path(layout: Layout, name: str) -> str:
 
 
 def _switched_with(layout: Layout, name: str) -> tuple[str, ...]:
+    """Return the paths of all linears that have a bias if this one has, by the same key of the config."""
     path = _path(layout, name)
-    every = _SWITCHES.get(layout.family.name, {}).values()
-    return next((paths for paths in every if path in paths), ())
+    switches = _SWITCHES.get(layout.family.name, {}).values()
+    return next((paths for paths in switches if path in paths), ())
 
 
-def _factored(layout: Layout) -> str | None:
+def _factored_refusal(layout: Layout) -> str | None:
     for name in layout.linears:
         if name.endswith((".u", ".v")):
             whole, _, _ = name.rpartition(".")
-            return (
-                f"factorizing left {whole} as thin linears, which no config of a {layout.family.name} knows"
-            )
+            return f"factorizing left {whole} as thin linears, which no config of a {layout.family.name} describes"
     return None
 
 
-def _uneven(layout: Layout) -> str | None:
+def _uneven_refusal(layout: Layout) -> str | None:
     first = {path: layout.linears[layout.name(0, path)] for path in _paths(layout)}
     for name, spec in layout.linears.items():
-        other = first.get(_path(layout, name))
-        if other is None:
-            return f"{name} has no like in block 0"
-        shape, even = (spec.out_features, spec.in_features), (other.out_features, other.in_features)
-        if shape != even or spec.bias != other.bias:
-            told = [f"{out} by {into}" for out, into in (shape, even)]
-            biases = [" with a bias" if one.bias else "" for one in (spec, other)]
+        counterpart = first.get(_path(layout, name))
+        if counterpart is None:
+            return f"{name} has no counterpart in block 0"
+        if _shape(spec) != _shape(counterpart):
             return (
-                f"one config gives all blocks equal shapes, and {name} is {told[0]}{biases[0]} where that of "
-                f"block 0 is {told[1]}{biases[1]}"
+                f"one config gives all blocks equal shapes, and {name} is {_shape(spec)} where that of "
+                f"block 0 is {_shape(counterpart)}"
             )
     return None
 
 
-def _heads(layout: Layout) -> str | None:
+def _shape(spec: LinearSpec) -> str:
+    shape = f"{spec.out_features} by {spec.in_features}"
+    if spec.bias:
+        shape += " with a bias"
+    return shape
+
+
+def _heads_refusal(layout: Layout) -> str | None:
     if layout.family.name in _WITH_HEAD_WIDTH:
         return None
     narrower = mismatched_heads(layout)
@@ -191,20 +209,22 @@ def _heads(layout: Layout) -> str | None:
         return None
     out, spec = narrower
     return (
-        f"a {layout.family.name}'s heads divide its width among them, and {out} reads heads of "
+        f"the heads of a {layout.family.name} are together as wide as the model, and {out} reads heads of "
         f"{spec.in_features} in all and writes {spec.out_features}"
     )
 
 
-def _biases(layout: Layout) -> str | None:
-    """Biases that a step added where the family has none."""
+def _bias_refusal(layout: Layout) -> str | None:
+    """Refuse a bias that a step added where the family has none."""
     family = layout.family.name
     if layout.task == "classification" and not layout.family.encoder and "score.bias" in layout.others:
-        return f"score has a bias, and no config gives the classifier of a {family} one"
-    always = _BIASED.get(family, () if family in _SWITCHES else None)
+        return f"score has a bias, and the classifier of a {family} has none in any config"
+    if family not in _BIASED and family not in _SWITCHES:
+        return None
+    always = _BIASED.get(family, ())
     for name, spec in layout.linears.items():
-        if not spec.bias or always is None:
+        if not spec.bias:
             continue
         if _path(layout, name) not in always and not _switched_with(layout, name):
-            return f"{name} has a bias, and no config gives a {family} one there"
+            return f"{name} has a bias, and a {family} has none there in any config"
     return None

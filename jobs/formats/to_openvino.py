@@ -1,8 +1,8 @@
-"""The format `openvino`: OpenVINO's IR, a graph with an artifact's own integers and scales in it.
+"""The format `openvino`: OpenVINO's IR, a graph with an artifact's integers and scales as constants.
 
-A causal model is stateful, its KV cache is the graph's own, and its inputs are those that OpenVINO GenAI and Optimum
-expect: input_ids, attention_mask (of all tokens so far), position_ids and beam_idx. Others take input_ids and
-attention_mask.
+A causal model is stateful: the graph stores its KV cache, and its inputs are those that OpenVINO GenAI and Optimum
+expect: input_ids, attention_mask (of all tokens so far), position_ids and beam_idx. Other models have the inputs
+input_ids and attention_mask.
 """
 
 from __future__ import annotations
@@ -12,37 +12,36 @@ import os
 import shutil
 import tempfile
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from jobs.formats import graph
+from jobs.formats.openvino_constants import (
+    NAME_PREFIX,
+    StoredTensor,
+    concatenated,
+    constant_bytes,
+    stored_tensors,
+)
 from jobs.models import loading, tokenizers
-from jobs.models.bit_packing import pack, unpack
-from jobs.models.layers import PackedEmbedding, PackedLinear, SparseLinear
-from jobs.models.layout import Layout, LinearSpec, Packing
-from jobs.models.model import Model, distinct_tensors, written_dtype
+from jobs.models.layout import Layout
 from jobs.runtimes.on_openvino import GRAPH, missing
 
 __all__ = ["missing"]
 
 WEIGHTS = "openvino_model.bin"
 _ALIGNMENT = 8
-"""The graph's own constants start at multiples of it, the width of the widest."""
+"""Bytes: constants of the graph start at multiples of the widest type."""
 _STRUCTURE_BYTES = 1024
-"""Room for what belongs to the graph and not to the model (shapes, axes), so that the size follows from the model's
-shapes alone."""
-_NARROW = ("u8", "i8", "u4", "i4")
-"""Types of a byte or less."""
-_NAMED = ("input_ids", "attention_mask", "position_ids", "beam_idx", "logits", "last_hidden_state")
-"""The inputs and outputs, which have names that others ask for."""
-_OWN = "slimfront/"
-"""Stands before the names of the constants that hold the model's tensors."""
+"""Bytes reserved for constants that belong to the graph and not to the model (shapes, axes), so that the size of the
+file follows from the model's shapes alone."""
+_NARROW_TYPES = ("u8", "i8", "u4", "i4")
+"""Types of at most a byte."""
+_INTERFACE = ("input_ids", "attention_mask", "position_ids", "beam_idx", "logits", "last_hidden_state")
+"""The inputs and outputs, whose names other programs use."""
 
 
 def refusal(layout: Layout) -> str | None:
@@ -50,14 +49,9 @@ def refusal(layout: Layout) -> str | None:
 
 
 def size_bytes(layout: Layout, original: Path) -> int:
-    sizes = [size for spec in layout.matrices.values() for size in _bytes_of(spec)]
+    sizes = [size for spec in layout.matrices.values() for size in constant_bytes(spec)]
     sizes += [tensor.size_bytes for tensor in graph.other_tensors(layout).values()]
-    return _aligned(sum(sizes)) + _structure_bytes(loading.computed_constant_bytes(original))
-
-
-def _structure_bytes(computed: Sequence[int]) -> int:
-    """Room for the constants of a graph, those that the family's code computes included: masks, tables of sines."""
-    return _STRUCTURE_BYTES + sum(map(_aligned, computed))
+    return _aligned(sum(sizes)) + _graph_constant_bytes(loading.computed_constant_bytes(original))
 
 
 def write(artifact: Path, out: Path, cache: Path | None) -> None:
@@ -65,35 +59,44 @@ def write(artifact: Path, out: Path, cache: Path | None) -> None:
 
     model = loading.load(artifact)
     network = _skeleton(artifact, cache)
-    _fill(network, _held(model))
+    _fill(network, stored_tensors(model))
     if model.task == "causal-lm":
         network = _stateful(network)
     with tempfile.TemporaryDirectory(dir=out) as scratch:
         openvino.serialize(network, Path(scratch) / GRAPH)
-        _lay_out(Path(scratch), out, _structure_bytes(loading.computed_constant_bytes_of(model.module)))
+        constants_bytes = _graph_constant_bytes(loading.computed_constant_bytes_of(model.module))
+        _reorder(Path(scratch), out, constants_bytes)
     tokenizers.copy_tokenizer(artifact, out)
     shutil.copyfile(artifact / "config.json", out / "config.json")
 
 
+def _graph_constant_bytes(computed: Sequence[int]) -> int:
+    """Return the bytes reserved for constants of the graph. computed: sizes of masks and tables of sines."""
+    return _STRUCTURE_BYTES + sum(map(_aligned, computed))
+
+
 def _skeleton(artifact: Path, cache: Path | None) -> Any:
-    """The graph of an artifact's shape, with parameters in the places of weights; kept for others of this shape."""
+    """Return the graph of an artifact's shapes, with parameters instead of weights; equal shapes share a cached one."""
     import openvino
 
-    kept = None if cache is None else cache / "graphs"
-    name = f"openvino-{openvino.__version__.split('-')[0]}-{graph.structure_key(artifact)}.xml"
-    if kept is not None and (kept / name).is_file():
-        return openvino.Core().read_model(kept / name)
+    if cache is None:
+        return _traced(graph.function_of(artifact))
+    folder = cache / "graphs"
+    file = folder / f"openvino-{openvino.__version__.split('-')[0]}-{graph.structure_key(artifact)}.xml"
+    if file.is_file():
+        return openvino.Core().read_model(file)
     network = _traced(graph.function_of(artifact))
-    if kept is not None:
-        kept.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=kept) as scratch:
-            openvino.serialize(network, Path(scratch) / name)
-            for suffix in (".bin", ".xml"):  # the graph is found by its .xml, which comes last
-                os.replace((Path(scratch) / name).with_suffix(suffix), (kept / name).with_suffix(suffix))
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        draft = Path(scratch) / file.name
+        openvino.serialize(network, draft)
+        for suffix in (".bin", ".xml"):  # the .xml comes last: it marks a complete graph
+            os.replace(draft.with_suffix(suffix), file.with_suffix(suffix))
     return network
 
 
 def _traced(function: graph.Function) -> Any:
+    """Return the function as an OpenVINO model, by TorchScript."""
     import openvino
     from openvino._offline_transformations import apply_moc_transformations
     from openvino.frontend import FrontEndManager
@@ -105,10 +108,14 @@ def _traced(function: graph.Function) -> Any:
     network = frontend.convert(frontend.load(decoder))
     examples = {**function.inputs, **function.past, **function.weights}
     for node, (name, example) in zip(network.get_parameters(), examples.items(), strict=True):
-        dynamic = (
-            {0: -1, 2: -1} if name in function.past else {0: -1, 1: -1} if name in function.inputs else {}
-        )
-        shape = [dynamic.get(axis, width) for axis, width in enumerate(example.shape)]
+        dynamic_axes: tuple[int, ...] = ()
+        if name in function.past:
+            dynamic_axes = (0, 2)
+        elif name in function.inputs:
+            dynamic_axes = (0, 1)
+        shape = list(example.shape)
+        for axis in dynamic_axes:
+            shape[axis] = -1
         node.set_partial_shape(openvino.PartialShape(shape))
         if name not in function.inputs:
             node.set_element_type(openvino.Type.f32)
@@ -126,207 +133,56 @@ def _name(node: Any, name: str) -> None:
     node.output(0).get_tensor().set_names({name})
 
 
-def _fill(network: Any, held: Mapping[str, _StoredTensor]) -> None:
-    """Put an artifact's tensors in the places of the parameters that stand for them."""
+def _fill(network: Any, tensors: Mapping[str, StoredTensor]) -> None:
+    """Replace the parameters of a graph that stand for weights by these tensors."""
     from openvino import opset13 as op
 
     nodes = {node.get_friendly_name(): node for node in network.get_parameters()}
-    places = {name: node for name, node in nodes.items() if name in held}
-    for names in _beside(places, held):
-        # One product is faster than several of the same inputs.
-        products = [_readers(places[name])[0].get_node() for name in names]
-        whole = _joined([held[name] for name in names])
-        value = whole.value(whole.constants(names[0]))
+    parameters = {name: node for name, node in nodes.items() if name in tensors}
+    for names in _parallel_linears(parameters, tensors):
+        # One product is faster than several with the same inputs.
+        products = [_readers(parameters[name])[0].get_node() for name in names]
+        joined = concatenated([tensors[name] for name in names])
+        value = joined.value(joined.nodes(names[0]))
         product = op.matmul(products[0].input_value(0), value, False, True)
-        rows = op.constant([held[name].shape[0] for name in names])
-        for number, output in enumerate(op.variadic_split(product, op.constant(-1), rows).outputs()):
-            for reader in products[number].output(0).get_target_inputs():
+        rows = op.constant([tensors[name].shape[0] for name in names])
+        for index, output in enumerate(op.variadic_split(product, op.constant(-1), rows).outputs()):
+            for reader in products[index].output(0).get_target_inputs():
                 reader.replace_source_output(output)
         for name in names:
-            network.remove_parameter(places.pop(name))
-    for name, node in places.items():
-        constants = held[name].constants(name)
-        # What each reader is given is unpacked for it alone: shared, it would be kept unpacked in memory.
-        for reader in _readers(node):
-            reader.replace_source_output(held[name].value(constants).output(0))
-        network.remove_parameter(node)
+            network.remove_parameter(parameters.pop(name))
+    for name, parameter in parameters.items():
+        constants = tensors[name].nodes(name)
+        # Each reader unpacks the weight itself: OpenVINO would keep a shared unpacked weight in memory.
+        for reader in _readers(parameter):
+            reader.replace_source_output(tensors[name].value(constants).output(0))
+        network.remove_parameter(parameter)
 
 
 def _readers(node: Any) -> list[Any]:
+    """Return the inputs that read a node's output, by type of operation."""
     return sorted(
         node.output(0).get_target_inputs(), key=lambda reader: str(reader.get_node().get_type_name())
     )
 
 
-def _beside(places: Mapping[str, Any], held: Mapping[str, _StoredTensor]) -> list[list[str]]:
-    """The linears that read the same and are held alike, so that their rows can be those of one."""
-    found: dict[Any, list[str]] = {}
-    for name, node in places.items():
+def _parallel_linears(parameters: Mapping[str, Any], tensors: Mapping[str, StoredTensor]) -> list[list[str]]:
+    """Return groups of linears that read the same input and are stored alike, so that one product can replace them."""
+    groups: dict[Any, list[str]] = {}
+    for name, node in parameters.items():
         readers = _readers(node)
-        product = readers[0].get_node() if len(readers) == 1 else None
-        if product is None or product.get_type_name() != "MatMul" or not held[name].even:
+        if len(readers) != 1 or not tensors[name].fills_bytes:
             continue
-        turned = product.get_attributes()
-        if turned["transpose_a"] or not turned["transpose_b"]:
+        product = readers[0].get_node()
+        if product.get_type_name() != "MatMul":
+            continue
+        attributes = product.get_attributes()
+        if attributes["transpose_a"] or not attributes["transpose_b"]:
             continue
         source = product.input_value(0)
-        key = (source.get_node().get_friendly_name(), source.get_index(), held[name].kind)
-        found.setdefault(key, []).append(name)
-    return [sorted(names) for names in found.values() if len(names) > 1]
-
-
-_Constant = tuple[np.ndarray[Any, Any], str, tuple[int, ...]]
-"""Bytes, OpenVINO's name of their type, and a shape."""
-
-
-@dataclass(frozen=True)
-class _StoredTensor:
-    """A tensor of this shape as it is written: `weight`, or `packed` integers with `scales` and maybe `zeros`."""
-
-    parts: Mapping[str, _Constant]
-    shape: tuple[int, ...]
-
-    @property
-    def kind(self) -> tuple[Any, ...]:
-        """Equal where tensors differ in values and rows only."""
-        return tuple((part, kind, shape[1:]) for part, (_, kind, shape) in self.parts.items())
-
-    @property
-    def even(self) -> bool:
-        """Whether its integers fill whole bytes."""
-        return all(math.prod(shape) % 2 == 0 for _, _, shape in self.parts.values())
-
-    def constants(self, name: str) -> dict[str, Any]:
-        stem = name.removesuffix("weight")
-        return {
-            part: _constant(name if part == "weight" else stem + part, *piece)
-            for part, piece in self.parts.items()
-        }
-
-    def value(self, constants: Mapping[str, Any]) -> Any:
-        """A new node that gives the values of these constants, in fp32."""
-        from openvino import opset13 as op
-
-        if "weight" in constants:
-            return op.convert(constants["weight"], "f32")
-        value = op.convert(constants["packed"], "f16")
-        if "zeros" in constants:
-            value = op.subtract(value, op.convert(constants["zeros"], "f16"))
-        value = op.multiply(value, constants["scales"])
-        if len(self.parts["packed"][2]) > 2:
-            value = op.reshape(value, list(self.shape), special_zero=False)
-        return op.convert(value, "f32")
-
-
-def _joined(held: Sequence[_StoredTensor]) -> _StoredTensor:
-    """The rows of all, one after the other."""
-    parts = {}
-    for part, (_, kind, shape) in held[0].parts.items():
-        pieces = [one.parts[part] for one in held]
-        rows = sum(piece[2][0] for piece in pieces)
-        parts[part] = (np.concatenate([piece[0].reshape(-1) for piece in pieces]), kind, (rows, *shape[1:]))
-    return _StoredTensor(parts, (sum(one.shape[0] for one in held), *held[0].shape[1:]))
-
-
-def _held(model: Model) -> dict[str, _StoredTensor]:
-    """All tensors of an artifact, by the names that the graph's parameters have for them."""
-    found = {}
-    for name, tensor in distinct_tensors(model.module).items():
-        found[name] = _dense(tensor)
-    for name, layer in (*model.linears().items(), *model.tables().items()):
-        if isinstance(layer, SparseLinear):
-            found[f"{name}.weight"] = _dense(layer.weight())
-        elif isinstance(layer, (PackedLinear, PackedEmbedding)):
-            shape = (layer.spec.out_features, layer.spec.in_features)
-            found[f"{name}.weight"] = _StoredTensor(_pieces(layer), shape)
-    return found
-
-
-def _dense(tensor: Tensor) -> _StoredTensor:
-    written = tensor.detach().to(written_dtype(tensor)).contiguous()
-    kinds = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32",
-             torch.int64: "i64", torch.int32: "i32", torch.uint8: "u8"}  # fmt: skip
-    raw = written.reshape(-1).view(torch.uint8).numpy()
-    return _StoredTensor({"weight": (raw, kinds[written.dtype], tuple(tensor.shape))}, tuple(tensor.shape))
-
-
-def _constant(name: str, array: np.ndarray[Any, Any], kind: str, shape: tuple[int, ...]) -> Any:
-    import openvino
-
-    tensor = openvino.Tensor(array.reshape(-1), openvino.Shape(shape), getattr(openvino.Type, kind))
-    constant = openvino.op.Constant(tensor, shared_memory=False)
-    constant.set_friendly_name(_OWN + name)
-    return constant
-
-
-def _pieces(layer: PackedLinear | PackedEmbedding) -> dict[str, _Constant]:
-    """The constants of a packed layer."""
-    spec, known = layer.spec, layer.packing
-    bits, group = _bits(known), _group(spec)
-    grouped = (
-        (spec.out_features, spec.in_features // group, group)
-        if group
-        else (spec.out_features, spec.in_features)
-    )
-    single = (*grouped[:-1], 1)
-    repeats = 1 if not group else (known.group // group)
-
-    def spread(per_group: Tensor) -> Tensor:
-        wide = per_group.repeat_interleave(repeats, dim=1)[:, : single[1]] if group else per_group
-        return wide.contiguous()
-
-    integers = unpack(layer.packed, known.bits, spec.in_features)
-    found: dict[str, _Constant] = {}
-    if known.symmetric:
-        signed = integers.to(torch.int16) - 2 ** (known.bits - 1)
-        found["packed"] = (_packed(signed, bits), f"i{bits}", grouped)
-    else:
-        found["packed"] = (_packed(integers, bits), f"u{bits}", grouped)
-        zeros = spread(layer.zeros)
-        if known.real_zeros:
-            found["zeros"] = (zeros.half().numpy().view(np.uint8), "f16", single)
-        else:
-            found["zeros"] = (_packed(zeros, bits), f"u{bits}", single)
-    found["scales"] = (spread(layer.scales).half().numpy().view(np.uint8), "f16", single)
-    return found
-
-
-def _packed(values: Tensor, bits: int) -> np.ndarray[Any, Any]:
-    """Integers of 4 or 8 bits, two's complement where negative, as OpenVINO has them: all rows as one."""
-    flat = (values.to(torch.int16) & (2**bits - 1)).view(1, -1)
-    found = pack(flat, bits)[0, : math.ceil(flat.numel() * bits / 8)]
-    return cast("np.ndarray[Any, Any]", found.numpy())
-
-
-def _bits(packing: Packing) -> int:
-    """OpenVINO multiplies by integers of 4 and 8 bits; fewer take the room of 4."""
-    return 4 if packing.bits <= 4 else 8
-
-
-def _group(spec: LinearSpec) -> int:
-    """Weights to a scale, 0 where a whole row has one. OpenVINO's groups divide a row evenly: an uneven rest makes
-    all of a row's groups as small as both divide by, with the scale of the larger one they lie in."""
-    assert spec.packing is not None
-    whole_row = spec.packing.group == 0 or spec.packing.group >= spec.in_features
-    return 0 if whole_row else math.gcd(spec.packing.group, spec.in_features)
-
-
-def _bytes_of(spec: LinearSpec) -> Iterator[int]:
-    """The bytes of each constant of a linear or a table."""
-    weights = spec.out_features * spec.in_features
-    if spec.packing is None:
-        yield 2 * weights
-    else:
-        bits, group = _bits(spec.packing), _group(spec)
-        scales = weights // group if group else spec.out_features
-        yield math.ceil(weights * bits / 8)
-        yield 2 * scales
-        if not spec.packing.symmetric:
-            yield 2 * scales if spec.packing.real_zeros else math.ceil(scales * bits / 8)
-        if spec.packing.input_scales:
-            yield 2 * spec.in_features
-    if spec.bias:
-        yield 2 * spec.out_features
+        key = (source.get_node().get_friendly_name(), source.get_index(), tensors[name].kind)
+        groups.setdefault(key, []).append(name)
+    return [sorted(names) for names in groups.values() if len(names) > 1]
 
 
 def _aligned(size: int) -> int:
@@ -334,7 +190,7 @@ def _aligned(size: int) -> int:
 
 
 def _stateful(network: Any) -> Any:
-    """The same graph with the KV cache as its state, empty at first, its rows reordered by beam_idx at each step."""
+    """Return the graph with the KV cache as a state, initially empty, whose rows beam_idx reorders at each step."""
     import openvino
     from openvino import opset13 as op
     from openvino.op.util import Variable, VariableInfo
@@ -365,56 +221,63 @@ def _stateful(network: Any) -> Any:
     return openvino.Model(list(results.values()), sinks, [*inputs, beams], "slimfront")
 
 
-def _lay_out(loose: Path, out: Path, room: int) -> None:
-    """Write the graph with its constants in our order: the model's tensors one by one, then those of the graph,
-    each once, filled up to their fixed room."""
-    written = np.memmap(loose / WEIGHTS, np.uint8, "r")
-    tree = ElementTree.parse(loose / GRAPH)
-    ours: list[tuple[bool, str, ElementTree.Element]] = []
-    others: list[ElementTree.Element] = []
+def _reorder(scratch: Path, out: Path, constants_bytes: int) -> None:
+    """Write a serialized graph with its constants in a fixed order and size.
+
+    The file of weights has the model's tensors by name, then the constants of the graph, each once, padded to
+    `constants_bytes` in all. Raises RuntimeError if the constants are larger.
+    """
+    serialized = np.memmap(scratch / WEIGHTS, np.uint8, "r")
+    tree = ElementTree.parse(scratch / GRAPH)
+    weights: list[tuple[bool, str, ElementTree.Element]] = []
+    constants: list[ElementTree.Element] = []
     for layer in tree.iter("layer"):
         data = layer.find("data")
         if layer.get("type") != "Const" or data is None:
             continue
         name = layer.get("name", "")
-        if name.startswith(_OWN):
-            ours.append((data.get("element_type") in _NARROW, name, data))
+        if name.startswith(NAME_PREFIX):
+            weights.append((data.get("element_type") in _NARROW_TYPES, name, data))
         else:
-            others.append(data)
-    places: dict[tuple[int, int], int] = {}
+            constants.append(data)
+    offsets: dict[tuple[int, int], int] = {}
     with (out / WEIGHTS).open("wb") as file:
-        # What has two bytes a number comes first, so that all of it lies even.
-        for _, _, data in sorted(ours, key=lambda one: one[:2]):
+        # Types of two bytes come first, so that all their elements are aligned.
+        for _, _, data in sorted(weights, key=lambda weight: weight[:2]):
             start, size = int(data.get("offset", 0)), int(data.get("size", 0))
             data.set("offset", str(file.tell()))
-            file.write(written[start : start + size].data)
+            file.write(serialized[start : start + size].data)
         file.write(b"\0" * (_aligned(file.tell()) - file.tell()))
-        end = file.tell() + room
-        for data in others:
-            place = (int(data.get("offset", 0)), int(data.get("size", 0)))
-            if place not in places:
-                places[place] = file.tell()
-                file.write(written[place[0] : sum(place)].tobytes().ljust(_aligned(place[1]), b"\0"))
-            data.set("offset", str(places[place]))
+        end = file.tell() + constants_bytes
+        for data in constants:
+            start, size = int(data.get("offset", 0)), int(data.get("size", 0))
+            if (start, size) not in offsets:
+                offsets[start, size] = file.tell()
+                file.write(serialized[start : start + size].tobytes().ljust(_aligned(size), b"\0"))
+            data.set("offset", str(offsets[start, size]))
         if file.tell() > end:
             raise RuntimeError(
-                f"the graph's own constants take {file.tell() - end} bytes more than the {room} foreseen"
+                f"the constants of the graph take {file.tell() - end} bytes more than the {constants_bytes} "
+                f"predicted from the model's config"
             )
         file.write(b"\0" * (end - file.tell()))
-    _rename(tree)
+    _rename_operations(tree)
     tree.write(out / GRAPH)
 
 
-def _rename(tree: Any) -> None:
-    """Name operations by their places in the graph: the names they have are counted through the process, so that
-    the same model would be written differently each time."""
+def _rename_operations(tree: Any) -> None:
+    """Name operations by their ids in the graph.
+
+    OpenVINO counts names through the process, so the same model would be written differently each time.
+    """
     tree.getroot().set("name", "slimfront")
     for layer in tree.iter("layer"):
-        if layer.get("type") != "Parameter" and not layer.get("name", "").startswith(_OWN):
+        if layer.get("type") != "Parameter" and not layer.get("name", "").startswith(NAME_PREFIX):
             layer.set("name", f"{layer.get('type')}_{layer.get('id')}")
-    for notes in tree.iter("rt_info"):
-        for note in [note for note in notes if note.get("name") == "fused_names"]:
-            notes.remove(note)
+    for info in tree.iter("rt_info"):
+        fused_names = [entry for entry in info if entry.get("name") == "fused_names"]
+        for entry in fused_names:
+            info.remove(entry)
     for port in tree.iter("port"):
-        if "names" in port.attrib and port.get("names") not in _NAMED:
+        if "names" in port.attrib and port.get("names") not in _INTERFACE:
             del port.attrib["names"]

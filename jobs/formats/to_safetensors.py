@@ -1,7 +1,7 @@
-"""The format `safetensors`: a folder that `from_pretrained` of transformers loads without our code.
+"""The format `safetensors`: a folder that `from_pretrained` of transformers loads without slimfront.
 
-For dense models of shapes that the family's own config can say. Sparse linears are written dense, zeros and all:
-the file is as large as if nothing had been removed.
+For models that are not quantized and whose shapes the family's config can describe. Sparse linears are written dense,
+zeros included: the file is as large as without pruning.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ def refusal(layout: Layout) -> str | None:
     for name, spec in layout.matrices.items():
         if spec.packing is not None:
             return (
-                f"quantizing left {spec.packing.bits}-bit integers in {name}, and a plain model holds none; unpacked "
-                f"they would be as large as before"
+                f"quantizing left {spec.packing.bits}-bit integers in {name}, which a plain model cannot hold; "
+                f"unpacked they would be as large as before"
             )
     return stock.refusal(layout)
 
@@ -45,14 +45,15 @@ def size_bytes(layout: Layout, original: Path) -> int:
 def write(artifact: Path, out: Path, cache: Path | None) -> None:
     layout = Layout.read(artifact)
 
-    def weight_of(name: str, spec: LinearSpec, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        weight = stock.dense_weight(spec, held)
-        transposed = _is_transposed(layout) and name in layout.linears
-        return {"weight": weight.T.contiguous() if transposed else weight}
+    def weight_of(name: str, spec: LinearSpec, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        weight = stock.dense_weight(spec, tensors)
+        if _is_transposed(layout) and name in layout.linears:
+            weight = weight.T.contiguous()
+        return {"weight": weight}
 
     stock.write_folder(artifact, out, weight_of, {})
 
 
 def _is_transposed(layout: Layout) -> bool:
-    """Conv1D of GPT-2 holds a linear's weight as [in, out]."""
+    """Return whether linears are written as GPT-2's Conv1D, with a weight [in, out]."""
     return layout.family.name == "gpt2"

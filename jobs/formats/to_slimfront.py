@@ -1,4 +1,4 @@
-"""The format `slimfront`: the artifact as it is, which the runtime `torch` runs with our own code."""
+"""The format `slimfront`: an unchanged copy of the artifact, which the runtime `torch` runs."""
 
 from __future__ import annotations
 
@@ -23,5 +23,5 @@ def size_bytes(layout: Layout, original: Path) -> int:
 
 
 def write(artifact: Path, out: Path, cache: Path | None) -> None:
-    # The store's files may be shared links: what leaves it is a copy of its own.
+    # Files in the store may be hard links: an export must not share them.
     shutil.copytree(artifact, out, copy_function=shutil.copyfile, dirs_exist_ok=True)

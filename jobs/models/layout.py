@@ -238,9 +238,9 @@ class Layout:
             "blocks": self.blocks,
             "head_width": self.head_width,
             "queries_per_key": self.queries_per_key,
-            "linears": {name: dataclasses.asdict(spec) for name, spec in self.linears.items()},
-            "others": {name: dataclasses.asdict(spec) for name, spec in self.others.items()},
-            "tables": {name: dataclasses.asdict(spec) for name, spec in self.tables.items()},
+            "linears": {name: _linear_record(spec) for name, spec in self.linears.items()},
+            "others": {name: _tensor_record(spec) for name, spec in self.others.items()},
+            "tables": {name: _linear_record(spec) for name, spec in self.tables.items()},
         }
 
     @staticmethod
@@ -257,17 +257,14 @@ class Layout:
                 f"format {_FORMAT}: compress the model again"
             )
         return Layout(
-            family(record["family"]),
-            record["task"],
-            record["blocks"],
-            record["head_width"],
-            record["queries_per_key"],
-            {name: _linear_spec(spec) for name, spec in record["linears"].items()},
-            {
-                name: TensorSpec(spec["dtype"], tuple(spec["shape"]))
-                for name, spec in record["others"].items()
-            },
-            {name: _linear_spec(spec) for name, spec in record["tables"].items()},
+            family=family(record["family"]),
+            task=record["task"],
+            blocks=record["blocks"],
+            head_width=record["head_width"],
+            queries_per_key=record["queries_per_key"],
+            linears={name: _linear_spec(linear) for name, linear in record["linears"].items()},
+            others={name: _tensor_spec(tensor) for name, tensor in record["others"].items()},
+            tables={name: _linear_spec(table) for name, table in record["tables"].items()},
         )
 
 
@@ -308,8 +305,38 @@ def _forms(factored: bool, packed: bool, sparse: bool) -> frozenset[Form]:
     return frozenset(forms)
 
 
+# The keys of records are stored in artifacts: they stay as they are when a field is renamed.
+
+
+def _tensor_record(spec: TensorSpec) -> dict[str, Any]:
+    return {"dtype": spec.dtype, "shape": spec.shape}
+
+
+def _tensor_spec(record: Mapping[str, Any]) -> TensorSpec:
+    return TensorSpec(record["dtype"], tuple(record["shape"]))
+
+
+def _linear_record(spec: LinearSpec) -> dict[str, Any]:
+    packing = None
+    if spec.packing is not None:
+        packing = dataclasses.asdict(spec.packing)
+    return {
+        "out_features": spec.out_features,
+        "in_features": spec.in_features,
+        "bias": spec.bias,
+        "packing": packing,
+        "kept": spec.kept,
+    }
+
+
 def _linear_spec(record: Mapping[str, Any]) -> LinearSpec:
     packing = None
     if record["packing"]:
         packing = Packing(**record["packing"])
-    return LinearSpec(**{**record, "packing": packing})
+    return LinearSpec(
+        out_features=record["out_features"],
+        in_features=record["in_features"],
+        bias=record["bias"],
+        packing=packing,
+        kept=record.get("kept"),
+    )

@@ -1,4 +1,4 @@
-"""Load and write models, originals and artifacts: with `jobs.models.sources`, the one door to transformers."""
+"""Load and write models, originals and artifacts. This folder is the one door to transformers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The runtime `cuda`: eager PyTorch in bf16 on the first GPU. What `torch` says of packed linears holds here too."""
+"""The runtime `cuda`: eager PyTorch in bf16 on the first GPU, with linears unpacked as in the runtime `torch`."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ READS = on_torch.READS
 
 def missing() -> str | None:
     if not torch.cuda.is_available():
-        return "torch sees no GPU: take another runtime, or install torch for CUDA on a machine that has one"
+        return "torch finds no GPU: choose another runtime, or install torch for CUDA on a machine with a GPU"
     return None
 
 
 def start(folder: Path, threads: int) -> TorchRunner:
-    """Load the artifact of this folder onto the GPU. Threads are the whole process's."""
+    """Load the artifact of this folder onto the GPU. Sets the number of threads of the process."""
     torch.set_num_threads(threads)
-    # cuDNN's attention makes a plan for each new length, and decoding has a new one at every token.
+    # cuDNN's attention plans each new length again, and decoding has a new length at every token.
     torch.backends.cuda.enable_cudnn_sdp(False)
     return TorchRunner(on_torch.load(folder), "cuda")

@@ -1,4 +1,4 @@
-"""The runtime `openvino`: OpenVINO on the CPU, with its own defaults for latency."""
+"""The runtime `openvino`: OpenVINO on the CPU, with its defaults for latency."""
 
 from __future__ import annotations
 
@@ -26,61 +26,61 @@ def start(folder: Path, threads: int) -> OpenVinoRunner:
 
 
 class OpenVinoRunner:
-    """A compiled graph, and the state of the sequence that it is at.
-
-    options: of OpenVINO's CPU plugin, beside those that are set here.
-    """
+    """A compiled graph, and the state of its current sequence."""
 
     def __init__(self, folder: Path, threads: int, **options: object) -> None:
+        """options: of OpenVINO's CPU plugin, in addition to those set here."""
         import openvino
 
         self._core = openvino.Core()
         self._options = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads, **options}
         network = self._core.read_model(folder / GRAPH)
         self._decodes = any(port.any_name == "beam_idx" for port in network.inputs)
-        self._whole: Any = None
+        self._all_tokens: Any = None
         self._network = network
         self._request: Any = None
-        self._tokens = 0
+        self._cached_tokens = 0
 
     def answer(self, rows: Int[np.ndarray, "batch tokens"]) -> Float[np.ndarray, "batch ..."]:
-        if self._whole is None:
-            self._whole = self._compiled(last_only=False)
-        return self._run(self._whole, rows, 0)
+        if self._all_tokens is None:
+            self._all_tokens = self._compiled(last_only=False)
+        return self._run(self._all_tokens, rows, 0)
 
     def prefill(self, tokens: Int[np.ndarray, "1 tokens"]) -> Float[np.ndarray, "1 outputs width"]:
         if self._request is None:
             self._request = self._compiled(last_only=self._decodes)
-        self._tokens = tokens.shape[1]
+        self._cached_tokens = tokens.shape[1]
         return self._run(self._request, tokens, 0)
 
     def decode(self, token: Int[np.ndarray, "1 1"]) -> Float[np.ndarray, "1 1 vocabulary"]:
-        if not self._tokens or not self._decodes:
+        if not self._cached_tokens or not self._decodes:
             raise ValueError("decode needs a causal model and a prefill before it")
-        self._tokens += 1
-        return self._run(self._request, token, self._tokens - 1)
+        self._cached_tokens += 1
+        return self._run(self._request, token, self._cached_tokens - 1)
 
     def _compiled(self, last_only: bool) -> Any:
-        network = _of_last_token(self._network) if last_only else self._network
+        network = self._network
+        if last_only:
+            network = _last_token_only(network)
         return self._core.compile_model(network, "CPU", self._options).create_infer_request()
 
     def _run(
         self, request: Any, rows: Int[np.ndarray, "batch tokens"], past: int
     ) -> Float[np.ndarray, "batch ..."]:
         batch, tokens = rows.shape
-        given = {"input_ids": rows, "attention_mask": np.ones((batch, past + tokens), np.int64)}
+        inputs = {"input_ids": rows, "attention_mask": np.ones((batch, past + tokens), np.int64)}
         if self._decodes:
             if past == 0:
                 request.reset_state()
-            given["position_ids"] = np.broadcast_to(np.arange(past, past + tokens), (batch, tokens))
-            given["beam_idx"] = np.arange(batch, dtype=np.int32)
-        request.infer(given, share_inputs=True)
-        said: np.ndarray[Any, Any] = request.get_output_tensor(0).data.copy()
-        return said
+            inputs["position_ids"] = np.broadcast_to(np.arange(past, past + tokens), (batch, tokens))
+            inputs["beam_idx"] = np.arange(batch, dtype=np.int32)
+        request.infer(inputs, share_inputs=True)
+        output: np.ndarray[Any, Any] = request.get_output_tensor(0).data.copy()
+        return output
 
 
-def _of_last_token(network: Any) -> Any:
-    """A copy of the graph that computes the logits of the last token alone, as OpenVINO GenAI makes it too."""
+def _last_token_only(network: Any) -> Any:
+    """Return a copy of the graph that computes the logits of the last token only, as OpenVINO GenAI does."""
     from openvino import opset13 as op
 
     copy = network.clone()

@@ -1,7 +1,7 @@
 """The runtime `torch`: eager PyTorch in bf16, on the CPU.
 
-Packed and sparse linears are unpacked once, when the model is loaded: the file is small, but speed and memory here
-are those of a bf16 model of the same shape. Only fewer and smaller matrices make this runtime faster.
+Packed and sparse linears are unpacked once, when the model is loaded: the file is small, but speed and memory are those
+of a dense bf16 model of the same shapes. Only fewer and smaller matrices make this runtime faster.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ def missing() -> str | None:
 
 
 def load(folder: Path) -> Model:
-    """The model of a folder with every packed or sparse linear unpacked to a dense bf16 one.
+    """Load a model with its packed and sparse linears unpacked to bf16.
 
-    A linear that rounds its activations still does.
+    Linears that round their activations still do so.
     """
     return unpacked(loading.load(folder))
 
 
 def unpacked(model: Model) -> Model:
-    """The model with dense linears in the place of packed and sparse ones, changed in place."""
+    """Replace packed and sparse linears and tables of a model by dense ones, in place, and return it."""
     for name, layer in (*model.linears().items(), *model.tables().items()):
         if isinstance(layer, (PackedLinear, SparseLinear)):
             model.replace(name, layer.dense(DTYPE))
@@ -46,13 +46,13 @@ def unpacked(model: Model) -> Model:
 
 
 def start(folder: Path, threads: int) -> TorchRunner:
-    """Load the artifact of this folder to run it. Threads are the whole process's."""
+    """Load the model of this folder to run it. Sets the number of threads of the process."""
     torch.set_num_threads(threads)
     return TorchRunner(load(folder))
 
 
 class TorchRunner:
-    """A model with the KV cache of the sequence it is at. device: where it lies."""
+    """A model in torch, and the KV cache of its current sequence."""
 
     def __init__(self, model: Model, device: str = "cpu") -> None:
         self._model = model
@@ -90,5 +90,5 @@ class TorchRunner:
         return torch.from_numpy(rows).to(self._device)
 
 
-def _array(said: Tensor) -> Float[np.ndarray, "..."]:
-    return said.float().cpu().numpy()
+def _array(output: Tensor) -> Float[np.ndarray, "..."]:
+    return output.float().cpu().numpy()

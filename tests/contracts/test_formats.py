@@ -1,4 +1,4 @@
-"""What every format promises, run over every file of jobs/formats, families of models and kinds of recipes."""
+"""The contract of formats, tested for every file of jobs/formats, every family and many kinds of recipes."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ KINDS: dict[str, Steps] = {
     ),
 }
 TYPICAL = ("llama", "qwen2", "gpt2", "bert")
-"""Families that differ most: every kind is written of these, chains of the others."""
+"""Families that differ most: they are compressed by every kind of recipe, the others only by a chain."""
 CASES = [
     (family, kind)
     for family in families.names()
@@ -57,7 +57,7 @@ CASES = [
 RECIPES = 40
 
 Tiny = Callable[..., Path]
-Made = Callable[[str, str], Path]
+ArtifactOf = Callable[[str, str], Path]
 
 
 @pytest.fixture(params=formats.names())
@@ -73,40 +73,40 @@ def steps_of(kind: str) -> list[Technique]:
 
 
 @pytest.fixture(scope="session")
-def made(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Made:
-    """The artifact of a kind of recipe on a family's tiny model, made once; skips where a step does not do it."""
-    found: dict[tuple[str, str], Path | None] = {}
+def artifact_of(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> ArtifactOf:
+    """Compress a family's tiny model by a kind of recipe, once; skip the test if a step does not support it."""
+    artifacts: dict[tuple[str, str], Path | None] = {}
 
-    def artifact(family: str, kind: str) -> Path:
-        if (family, kind) not in found:
-            folder = tmp_path_factory.mktemp("artifact") / "made"
-            found[family, kind] = size.compress(tiny(family), steps_of(kind), folder)
-        folder = found[family, kind]
-        if folder is None:
+    def compressed(family: str, kind: str) -> Path:
+        if (family, kind) not in artifacts:
+            folder = tmp_path_factory.mktemp("artifact") / "model"
+            artifacts[family, kind] = size.compress(tiny(family), steps_of(kind), folder)
+        artifact = artifacts[family, kind]
+        if artifact is None:
             pytest.skip(f"no {kind} of a {family}")
-        return folder
+        return artifact
 
-    return artifact
+    return compressed
 
 
 @pytest.mark.parametrize(("family", "kind"), CASES)
-def test_it_writes_what_it_foretells_or_says_why_not(
-    name: str, family: str, kind: str, made: Made, tiny: Tiny, tmp_path: Path
+def test_the_predicted_size_is_exact_or_the_refusal_has_a_reason(
+    name: str, family: str, kind: str, artifact_of: ArtifactOf, tiny: Tiny, tmp_path: Path
 ) -> None:
-    artifact = made(family, kind)
+    artifact = artifact_of(family, kind)
     layout, out = Layout.read(artifact), tmp_path / "out"
     reason = formats.load(name).refusal(layout)
     if reason is not None:
         with pytest.raises(
             ValueError, match=re.escape(f"{name} cannot hold this model: {reason}")
-        ) as refused:
+        ) as refusal:
             formats.write(name, artifact, out)
-        assert formats.NATIVE in str(refused.value)  # a format that can
+        assert formats.NATIVE in str(refusal.value)  # a format that supports it
         assert not out.exists()
         return
-    foretold = formats.load(name).size_bytes(layout, tiny(family))
+    predicted_bytes = formats.load(name).size_bytes(layout, tiny(family))
     formats.write(name, artifact, out)
-    assert formats.size_of(out, name) == foretold
+    assert formats.size_of(out, name) == predicted_bytes
     assert formats.format_of(out) == name
     assert json.loads((out / formats.EXPORT_MANIFEST).read_text())["task"] == layout.task
 
@@ -114,37 +114,42 @@ def test_it_writes_what_it_foretells_or_says_why_not(
 @pytest.mark.parametrize("kind", ["as it is", "chain", "packed embedding"])
 @pytest.mark.parametrize("family", TYPICAL)
 def test_two_writes_are_the_same_to_the_byte(
-    name: str, family: str, kind: str, made: Made, tmp_path: Path
+    name: str, family: str, kind: str, artifact_of: ArtifactOf, tmp_path: Path
 ) -> None:
-    artifact = made(family, kind)
+    artifact = artifact_of(family, kind)
     if formats.load(name).refusal(Layout.read(artifact)) is not None:
-        pytest.skip(f"{name} holds no such model")
-    for out in ("one", "two"):
+        pytest.skip(f"{name} does not support this model")
+    for out in ("first", "second"):
         formats.write(name, artifact, tmp_path / out)
-    files = sorted(file.name for file in (tmp_path / "one").iterdir())
-    assert files == sorted(file.name for file in (tmp_path / "two").iterdir())
-    same, _, _ = filecmp.cmpfiles(tmp_path / "one", tmp_path / "two", files, shallow=False)
+    files = sorted(file.name for file in (tmp_path / "first").iterdir())
+    assert files == sorted(file.name for file in (tmp_path / "second").iterdir())
+    same, _, _ = filecmp.cmpfiles(tmp_path / "first", tmp_path / "second", files, shallow=False)
     assert sorted(same) == files
 
 
 @pytest.fixture(scope="session")
-def chanced(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> list[tuple[str, str, Path]]:
+def random_artifacts(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> list[tuple[str, str, Path]]:
     originals = {family: tiny(family) for family in size.FAMILIES}
-    return list(size.artifacts(originals, RECIPES, 1, tmp_path_factory.mktemp("chanced")))
+    return list(size.artifacts(originals, RECIPES, 1, tmp_path_factory.mktemp("random_artifacts")))
 
 
-def test_the_size_of_random_recipes_is_foretold_to_the_byte(
-    name: str, chanced: list[tuple[str, str, Path]], tiny: Tiny
+def test_the_size_of_random_recipes_is_predicted_to_the_byte(
+    name: str, random_artifacts: list[tuple[str, str, Path]], tiny: Tiny
 ) -> None:
-    rows = [size.written(name, family, text, artifact, tiny(family)) for family, text, artifact in chanced]
-    told = [row for row in rows if row.foretold is not None]
-    assert told
-    assert [row for row in told if row.foretold != row.found] == []
+    rows = [
+        size.written(name, family, text, artifact, tiny(family))
+        for family, text, artifact in random_artifacts
+    ]
+    supported = [row for row in rows if row.foretold is not None]
+    assert supported
+    assert [row for row in supported if row.foretold != row.found] == []
 
 
-def test_a_packed_linear_is_refused_by_name_with_formats_that_can(made: Made, tmp_path: Path) -> None:
+def test_a_packed_linear_is_refused_by_name_with_formats_that_can(
+    artifact_of: ArtifactOf, tmp_path: Path
+) -> None:
     with pytest.raises(ValueError, match=r"4-bit integers in model\.layers\.0.*these can:.*slimfront"):
-        formats.write("safetensors", made("llama", "4 bits"), tmp_path / "out")
+        formats.write("safetensors", artifact_of("llama", "4 bits"), tmp_path / "out")
 
 
 def test_an_unknown_format_is_refused_with_the_nearest_known_one() -> None:

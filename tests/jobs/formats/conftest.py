@@ -1,4 +1,4 @@
-"""What others say of exported models: stock transformers in a process where none of our packages can be imported."""
+"""Outputs of exported models in stock transformers, in a process that cannot import slimfront's packages."""
 
 from __future__ import annotations
 
@@ -24,59 +24,59 @@ ROWS = torch.randint(3, 512, (2, 16), generator=torch.Generator().manual_seed(1)
 
 Steps = tuple[tuple[str, dict[str, object]], ...]
 Artifact = Callable[..., Path]
-Asked = Callable[[Mapping[str, Mapping[str, object]]], dict[str, Tensor]]
+StockAnswers = Callable[[Mapping[str, Mapping[str, object]]], dict[str, Tensor]]
 
 STOCK = """
 import json, sys
-class Ours:
+class NoSlimfront:
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] in ("jobs", "orchestrator", "cluster", "tests", "benchmarks"):
-            raise ImportError(f"{name} is ours")
-sys.meta_path.insert(0, Ours())
+            raise ImportError(f"{name} belongs to slimfront")
+sys.meta_path.insert(0, NoSlimfront())
 import torch, transformers
 from safetensors.torch import save_file
-asked = json.load(open(sys.argv[1]))
-rows = torch.tensor(asked["rows"])
-said = {}
-for name, given in asked["models"].items():
+request = json.load(open(sys.argv[1]))
+rows = torch.tensor(request["rows"])
+answers = {}
+for name, options in request["models"].items():
     more = {}
-    if given.get("gguf"):
-        more = {"gguf_file": given["gguf"], "quantization_config": transformers.GgufConfig(dequantize=True)}
-    if given.get("dequantize"):
+    if options.get("gguf"):
+        more = {"gguf_file": options["gguf"], "quantization_config": transformers.GgufConfig(dequantize=True)}
+    if options.get("dequantize"):
         more = {"quantization_config": transformers.CompressedTensorsConfig(dequantize=True)}
-    kind = getattr(transformers, given["class"])
-    model, told = kind.from_pretrained(given["folder"], dtype=torch.float32, output_loading_info=True, **more)
-    assert not any(told.get(what) for what in ("missing_keys", "unexpected_keys", "mismatched_keys")), (name, told)
+    kind = getattr(transformers, options["class"])
+    model, info = kind.from_pretrained(options["folder"], dtype=torch.float32, output_loading_info=True, **more)
+    assert not any(info.get(key) for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), (name, info)
     with torch.no_grad():
         output = model.eval()(rows)
-    said[name] = (output.logits if hasattr(output, "logits") else output.last_hidden_state).contiguous()
-save_file(said, sys.argv[2])
+    answers[name] = (output.logits if hasattr(output, "logits") else output.last_hidden_state).contiguous()
+save_file(answers, sys.argv[2])
 """
 
 
 @pytest.fixture(scope="session")
 def artifact(tiny: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    """The artifact of some steps on a tiny model of a family, and task if not its first; they must be possible."""
+    """Compress a tiny model of a family, by default for its first task, by steps that it supports."""
 
-    def made(family: str, steps: Steps, task: Task | None = None) -> Path:
-        folder = tmp_path_factory.mktemp("artifact") / "made"
+    def compressed(family: str, steps: Steps, task: Task | None = None) -> Path:
+        folder = tmp_path_factory.mktemp("artifact") / "model"
         chosen = [techniques.load(name).of(options) for name, options in steps]
-        found = size.compress(tiny(family, task), chosen, folder)
-        assert found is not None, f"{steps} is not possible on a {family}"
-        return found
+        result = size.compress(tiny(family, task), chosen, folder)
+        assert result is not None, f"{steps} is not possible on a {family}"
+        return result
 
-    return made
+    return compressed
 
 
 @pytest.fixture(scope="session")
 def rows() -> Tensor:
-    """The texts that all are asked about."""
+    """The texts that all models read."""
     return ROWS
 
 
 @pytest.fixture(scope="session")
 def expected() -> Callable[..., Tensor]:
-    """What our own code says of an artifact's weights to ROWS, or other texts, computed in fp32."""
+    """Return slimfront's outputs for ROWS or other texts, computed in fp32 from an artifact's weights."""
 
     def answers(artifact: Path, rows: Tensor = ROWS) -> Tensor:
         model = loading.load(artifact)
@@ -93,47 +93,49 @@ def expected() -> Callable[..., Tensor]:
 
 
 @pytest.fixture(scope="session")
-def asked_of_stock(tmp_path_factory: pytest.TempPathFactory) -> Asked:
-    """What stock transformers answers to ROWS, by name: each model's `folder`, `class` and how to load it."""
+def stock_answers(tmp_path_factory: pytest.TempPathFactory) -> StockAnswers:
+    """Return the outputs of stock transformers for ROWS, by name, given each model's folder, class and options."""
 
-    def ask(asked: Mapping[str, Mapping[str, object]]) -> dict[str, Tensor]:
+    def ask(models: Mapping[str, Mapping[str, object]]) -> dict[str, Tensor]:
         # One process for many models: it takes ten seconds to start.
         tmp_path = tmp_path_factory.mktemp("stock")
-        questions, said = tmp_path / "asked.json", tmp_path / "said.safetensors"
-        told = {name: {**given, "folder": str(given["folder"])} for name, given in asked.items()}
-        questions.write_text(json.dumps({"rows": ROWS.tolist(), "models": told}))
-        ran = subprocess.run(
-            [sys.executable, "-c", STOCK, str(questions), str(said)],
+        request, answers = tmp_path / "request.json", tmp_path / "answers.safetensors"
+        options = {name: {**model, "folder": str(model["folder"])} for name, model in models.items()}
+        request.write_text(json.dumps({"rows": ROWS.tolist(), "models": options}))
+        process = subprocess.run(
+            [sys.executable, "-c", STOCK, str(request), str(answers)],
             cwd=tmp_path, capture_output=True, text=True, check=False,
         )  # fmt: skip
-        assert ran.returncode == 0, ran.stderr[-3000:]
-        return load_file(said)
+        assert process.returncode == 0, process.stderr[-3000:]
+        return load_file(answers)
 
     return ask
 
 
 @dataclass(frozen=True)
-class Heard:
-    """By name: artifacts, what was written of them, and what our own code and stock transformers say of these."""
+class Answers:
+    """Artifacts, their exports, and the outputs of slimfront and of stock transformers, by name."""
 
-    made: dict[str, Path]
-    written: dict[str, Path]
-    said: dict[str, Tensor]
-    heard: dict[str, Tensor]
+    artifacts: dict[str, Path]
+    exports: dict[str, Path]
+    ours: dict[str, Tensor]
+    stock: dict[str, Tensor]
 
 
 @pytest.fixture(scope="session")
-def hear(
-    expected: Callable[..., Tensor], asked_of_stock: Asked, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[..., Heard]:
-    """Writes artifacts in a format and asks of those that `how` tells how stock transformers is to load."""
+def compared(
+    expected: Callable[..., Tensor], stock_answers: StockAnswers, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Answers]:
+    """Write artifacts in a format, and run those in `options`, which state how stock transformers loads them."""
 
-    def all_of(format: str, made: dict[str, Path], how: Mapping[str, Mapping[str, object]]) -> Heard:
-        written = {name: tmp_path_factory.mktemp("written") / "out" for name in made}
-        for name, folder in written.items():
-            formats.write(format, made[name], folder)
-        said = {name: expected(folder) for name, folder in made.items()}
-        asked = {name: {"folder": written[name], **given} for name, given in how.items()}
-        return Heard(made, written, said, asked_of_stock(asked))
+    def compare(
+        format: str, artifacts: dict[str, Path], options: Mapping[str, Mapping[str, object]]
+    ) -> Answers:
+        exports = {name: tmp_path_factory.mktemp("export") / "out" for name in artifacts}
+        for name, folder in exports.items():
+            formats.write(format, artifacts[name], folder)
+        ours = {name: expected(folder) for name, folder in artifacts.items()}
+        models = {name: {"folder": exports[name], **loading} for name, loading in options.items()}
+        return Answers(artifacts, exports, ours, stock_answers(models))
 
-    return all_of
+    return compare

@@ -1,4 +1,4 @@
-"""What `gguf` writes is read by the library gguf, to the very integers and scales, and by stock transformers."""
+"""The library gguf reads exactly the integers and scales that the format writes; stock transformers runs the file."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from jobs.formats import gguf_tokenizer, to_gguf
+from jobs.formats import gguf_blocks, gguf_tokenizer, to_gguf
 from jobs.models import loading
 from jobs.models.layers import PackedEmbedding, PackedLinear, SparseLinear
 from jobs.models.layout import Layout, LinearSpec, Packing
@@ -36,17 +36,19 @@ CASES: dict[str, tuple[str, Steps]] = {
     "narrower": ("llama", (("prune_heads", {"ratio": 0.5}), ("prune_hidden", {"ratio": 0.5}), *FOUR)),
 }
 READ = [name for name, (family, _) in CASES.items() if family != "qwen3"]
-"""What transformers reads: of a qwen3 it takes heads to be 128 wide, whatever the file says."""
+"""The cases that transformers reads: it assumes heads of 128 in a qwen3, although the file states their width."""
 EXACT, ROUNDED = 1e-5, 0.004
-"""Of logits, which spread by 0.2, both sides computing in fp32. Zero points of 4-bit integers become fp16 minima,
-and an 8-bit embedding with zero points is written in bf16."""
+"""Absolute tolerances of logits, which spread by 0.2, computed in fp32 on both sides. Zero points of 4-bit integers
+become fp16 minima, and an 8-bit embedding with zero points is written in bf16."""
 
 
 @pytest.fixture(scope="module")
-def everything(artifact, hear) -> Any:
-    made = {name: artifact(family, steps) for name, (family, steps) in CASES.items()}
-    return hear(
-        "gguf", made, {name: {"class": "AutoModelForCausalLM", "gguf": to_gguf.GGUF_FILE} for name in READ}
+def answers(artifact, compared) -> Any:
+    artifacts = {name: artifact(family, steps) for name, (family, steps) in CASES.items()}
+    return compared(
+        "gguf",
+        artifacts,
+        {name: {"class": "AutoModelForCausalLM", "gguf": to_gguf.GGUF_FILE} for name in READ},
     )
 
 
@@ -61,26 +63,26 @@ def weight_of(layer: nn.Module) -> Tensor:
 
 
 @pytest.mark.parametrize("name", READ)
-def test_stock_transformers_says_what_ours_says(name: str, everything: Any) -> None:
+def test_stock_transformers_computes_the_same_outputs(name: str, answers: Any) -> None:
     tolerance = ROUNDED if rounded(name) else EXACT
-    torch.testing.assert_close(everything.heard[name], everything.said[name], rtol=0, atol=tolerance)
+    torch.testing.assert_close(answers.stock[name], answers.ours[name], rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_the_library_reads_our_very_weights(name: str, everything: Any) -> None:
+def test_the_library_reads_exactly_the_same_weights(name: str, answers: Any) -> None:
     import gguf
 
-    file = gguf.GGUFReader(everything.written[name] / to_gguf.GGUF_FILE)
-    held = {tensor.name: tensor for tensor in file.tensors}
-    model = loading.load(everything.made[name])
+    file = gguf.GGUFReader(answers.exports[name] / to_gguf.GGUF_FILE)
+    tensors = {tensor.name: tensor for tensor in file.tensors}
+    model = loading.load(answers.artifacts[name])
     layout = model.layout()
-    called = {"o_proj": "attn_output", "v_proj": "attn_v", "down_proj": "ffn_down", "up_proj": "ffn_up"}
+    gguf_names = {"o_proj": "attn_output", "v_proj": "attn_v", "down_proj": "ffn_down", "up_proj": "ffn_up"}
     compared = 0
     for full, layer in model.linears().items():
-        short = called.get(full.rpartition(".")[2])
+        short = gguf_names.get(full.rpartition(".")[2])
         if short is None:
-            continue  # queries and keys lie in another order, which the logits prove
-        tensor = held[f"blk.{layout.block_of(full)}.{short}.weight"]
+            continue  # queries and keys have another order, which the logits test
+        tensor = tensors[f"blk.{layout.block_of(full)}.{short}.weight"]
         read = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type))
         ours = weight_of(layer)
         if rounded(name):
@@ -93,25 +95,27 @@ def test_the_library_reads_our_very_weights(name: str, everything: Any) -> None:
     assert compared == 4 * layout.depth
 
 
-def test_integers_stand_in_the_blocks_as_they_do_in_a_row() -> None:
+def test_blocks_contain_the_integers_of_a_row() -> None:
     """By hand: one row of 32, scale 0.5, q = 0 … 15 twice; the low halves of the bytes are the first 16."""
     packing = Packing(4, 32, True)
     integers = torch.arange(32).remainder(16).unsqueeze(0)
     layer = PackedLinear.of(integers, torch.tensor([[0.5]]), None, packing, None)
-    held = {"packed": layer.packed, "scales": layer.scales}
-    found = to_gguf._blocks(to_gguf.Q4_0, LinearSpec(1, 32, False, packing), held, torch.tensor([0]))
+    tensors = {"packed": layer.packed, "scales": layer.scales}
+    blocks = gguf_blocks.blocks_of(
+        gguf_blocks.Q4_0, LinearSpec(1, 32, False, packing), tensors, torch.tensor([0])
+    )
     half = list(torch.tensor([0.5], dtype=torch.float16).view(torch.uint8))
-    assert found.flatten().tolist() == [*half, *(value | value << 4 for value in range(16))]
+    assert blocks.flatten().tolist() == [*half, *(value | value << 4 for value in range(16))]
 
 
-def test_an_embedding_is_packed_where_its_zero_points_have_a_place(everything: Any) -> None:
+def test_an_embedding_is_packed_if_a_block_type_can_represent_its_zero_points(answers: Any) -> None:
     import gguf
 
     kinds = {}
     for name in ("8 bits", "packed embedding"):
-        file = gguf.GGUFReader(everything.written[name] / to_gguf.GGUF_FILE)
+        file = gguf.GGUFReader(answers.exports[name] / to_gguf.GGUF_FILE)
         kinds[name] = next(t.tensor_type.name for t in file.tensors if t.name == "token_embd.weight")
-        table = next(iter(loading.load(everything.made[name]).tables().values()))
+        table = next(iter(loading.load(answers.artifacts[name]).tables().values()))
         assert isinstance(table, PackedEmbedding)
     assert kinds == {"8 bits": "Q4_0", "packed embedding": "BF16"}
 
@@ -125,10 +129,10 @@ def test_an_embedding_is_packed_where_its_zero_points_have_a_place(everything: A
         ("llama", (("awq", {"bits": 4, "group": 32}),), "a scale per input"),
         ("llama", (("svd", {"keep": 0.5}),), "thin linears"),
         ("qwen2", (("prune_heads", {"ratio": 0.5}),), "the heads of a qwen2"),
-        ("llama", (("prune_ffn", {"ratio": 0.1}), *FOUR), "rows of 144, which are no whole blocks"),
+        ("llama", (("prune_ffn", {"ratio": 0.1}), *FOUR), "rows of 144, which are not whole blocks"),
     ],
 )
-def test_what_the_format_cannot_hold_is_refused(
+def test_models_that_the_format_cannot_represent_are_refused(
     family: str, steps: Steps, reason: str, artifact: Callable[..., Path]
 ) -> None:
     assert reason in (to_gguf.refusal(Layout.read(artifact(family, steps))) or "")
@@ -145,31 +149,31 @@ def tokenizer_file(folder: Path, **parts: object) -> Path:
 
 
 def test_every_row_of_the_embedding_has_a_token(tmp_path: Path) -> None:
-    found = gguf_tokenizer.read_tokenizer(tokenizer_file(tmp_path), 5)
-    assert found.tokens == ["a", "b", "<s>", "[PAD3]", "[PAD4]"]
-    assert found.types == [
+    tokenizer = gguf_tokenizer.read_tokenizer(tokenizer_file(tmp_path), 5)
+    assert tokenizer.tokens == ["a", "b", "<s>", "[PAD3]", "[PAD4]"]
+    assert tokenizer.types == [
         gguf_tokenizer.NORMAL,
         gguf_tokenizer.NORMAL,
         gguf_tokenizer.CONTROL,
         gguf_tokenizer.UNUSED,
         gguf_tokenizer.UNUSED,
     ]
-    assert (found.kind, found.split) == ("gpt2", "gpt-2")
+    assert (tokenizer.kind, tokenizer.pre_tokenizer) == ("gpt2", "gpt-2")
 
 
-def test_pieces_get_scores_in_the_order_of_ids(tmp_path: Path) -> None:
+def test_sentencepiece_tokens_get_scores_in_the_order_of_ids(tmp_path: Path) -> None:
     model = {"type": "BPE", "byte_fallback": True, "unk_token": "<unk>",
              "vocab": {"<unk>": 0, "<0x0A>": 1, "▁a": 2}, "merges": []}  # fmt: skip
-    found = gguf_tokenizer.read_tokenizer(
+    tokenizer = gguf_tokenizer.read_tokenizer(
         tokenizer_file(tmp_path, model=model, added_tokens=[], normalizer={"type": "Prepend"}), 3
     )
-    assert found.types == [gguf_tokenizer.UNKNOWN, gguf_tokenizer.BYTE, gguf_tokenizer.NORMAL]
-    assert found.scores == [0.0, -1.0, -2.0]
-    assert (found.kind, found.space_first) == ("llama", True)
+    assert tokenizer.types == [gguf_tokenizer.UNKNOWN, gguf_tokenizer.BYTE, gguf_tokenizer.NORMAL]
+    assert tokenizer.scores == [0.0, -1.0, -2.0]
+    assert (tokenizer.kind, tokenizer.adds_space_prefix) == ("llama", True)
 
 
-def test_a_tokenizer_unlike_any_of_llama_cpp_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="splits text in a way"):
+def test_a_tokenizer_that_llama_cpp_does_not_have_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="splits text by Whitespace, which is none of llama"):
         gguf_tokenizer.read_tokenizer(tokenizer_file(tmp_path, pre_tokenizer={"type": "Whitespace"}), 5)
     with pytest.raises(ValueError, match="the embedding has 2 rows"):
         gguf_tokenizer.read_tokenizer(tokenizer_file(tmp_path), 2)

@@ -1,4 +1,4 @@
-"""What ONNX Runtime says of an exported model is what its artifact says, whatever it was compressed by."""
+"""ONNX Runtime computes the outputs of the artifact from its export, for every kind of compression."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,7 @@ pytestmark = pytest.mark.skipif(to_onnx.missing() is not None, reason=str(to_onn
 
 ROWS = torch.randint(3, 512, (2, 16), generator=torch.Generator().manual_seed(1))
 TOLERANCE = 1e-5
-"""Of outputs in fp32, where no products are rounded; logits spread by 0.2."""
+"""Absolute tolerance of outputs in fp32 without rounded products; logits spread by 0.2."""
 
 Steps = tuple[tuple[str, dict[str, object]], ...]
 Tiny = Callable[..., Path]
@@ -68,19 +69,19 @@ TASKS = [(family, task) for family in families.names() for task in families.fami
 
 @pytest.fixture(scope="session")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
-    """An artifact in the format."""
+    """Export an artifact."""
     cache = tmp_path_factory.mktemp("cache")
 
-    def made(folder: Path) -> Path:
+    def export(folder: Path) -> Path:
         out = tmp_path_factory.mktemp("exported") / "out"
         formats.write("onnx", folder, out, cache)
         return out
 
-    return made
+    return export
 
 
 def unrounded(folder: Path) -> Path:
-    """The export with products that round nothing that they read."""
+    """Modify an export so that its products do not round their inputs, and return it."""
     import onnx
 
     network = onnx.load(folder / to_onnx.GRAPH, load_external_data=False)
@@ -97,13 +98,13 @@ def answer(folder: Path) -> Tensor:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_it_says_what_the_artifact_says(
+def test_an_export_computes_the_outputs_of_the_artifact(
     kind: str, artifact: Artifact, exported: Exported, expected: Callable[..., Tensor], tiny_llama: Path
 ) -> None:
-    made = artifact("llama", KINDS[kind])
-    out = exported(made)
-    assert formats.size_of(out, "onnx") == to_onnx.size_bytes(Layout.read(made), tiny_llama)
-    torch.testing.assert_close(answer(unrounded(out)), expected(made), rtol=0, atol=TOLERANCE)
+    folder = artifact("llama", KINDS[kind])
+    out = exported(folder)
+    assert formats.size_of(out, "onnx") == to_onnx.size_bytes(Layout.read(folder), tiny_llama)
+    torch.testing.assert_close(answer(unrounded(out)), expected(folder), rtol=0, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize(("family", "task"), TASKS)
@@ -115,36 +116,36 @@ def test_every_family_is_exported_for_each_of_its_tasks(
     expected: Callable[..., Tensor],
     tiny: Tiny,
 ) -> None:
-    made = artifact(family, KINDS["4 bits, zeros"], task)
-    out = exported(made)
-    assert formats.size_of(out, "onnx") == to_onnx.size_bytes(Layout.read(made), tiny(family, task))
-    torch.testing.assert_close(answer(unrounded(out)), expected(made), rtol=0, atol=TOLERANCE)
+    folder = artifact(family, KINDS["4 bits, zeros"], task)
+    out = exported(folder)
+    assert formats.size_of(out, "onnx") == to_onnx.size_bytes(Layout.read(folder), tiny(family, task))
+    torch.testing.assert_close(answer(unrounded(out)), expected(folder), rtol=0, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "phi"])
-def test_decoding_token_by_token_says_what_the_whole_text_says(
+def test_decoding_token_by_token_gives_the_outputs_of_the_whole_text(
     family: str, artifact: Artifact, exported: Exported, expected: Callable[..., Tensor]
 ) -> None:
-    made = artifact(family, KINDS["packed embedding"])
-    runner = runtimes.load("onnxruntime").start(unrounded(exported(made)), 1)
+    folder = artifact(family, KINDS["packed embedding"])
+    runner = runtimes.load("onnxruntime").start(unrounded(exported(folder)), 1)
     rows = ROWS[:1].numpy()
-    found = [runner.prefill(rows[:, :9])]
-    found += [runner.decode(rows[:, at : at + 1]) for at in range(9, 16)]
-    whole = expected(made, ROWS[:1])
+    steps = [runner.prefill(rows[:, :9])]
+    steps += [runner.decode(rows[:, i : i + 1]) for i in range(9, 16)]
+    whole = expected(folder, ROWS[:1])
     torch.testing.assert_close(
-        torch.from_numpy(np.concatenate(found, 1)), whole[:, 8:], rtol=0, atol=TOLERANCE
+        torch.from_numpy(np.concatenate(steps, 1)), whole[:, 8:], rtol=0, atol=TOLERANCE
     )
 
 
-def test_as_shipped_products_round_what_they_read_to_eight_bits(
+def test_products_of_an_export_round_their_inputs_to_eight_bits(
     artifact: Artifact, exported: Exported, expected: Callable[..., Tensor]
 ) -> None:
-    made = artifact("llama", KINDS["4 bits"])
-    off = (answer(exported(made)) - expected(made)).std() / expected(made).std()
+    folder = artifact("llama", KINDS["4 bits"])
+    off = (answer(exported(folder)) - expected(folder)).std() / expected(folder).std()
     assert 0.001 < off < 0.03
 
 
-def test_a_prefill_forgets_what_came_before(artifact: Artifact, exported: Exported) -> None:
+def test_a_prefill_starts_a_new_sequence(artifact: Artifact, exported: Exported) -> None:
     runner = runtimes.load("onnxruntime").start(exported(artifact("llama", ())), 1)
     rows = ROWS.numpy()
     fresh = runner.prefill(rows[:1])
@@ -165,22 +166,23 @@ def test_an_encoder_runs_whole_texts_only(artifact: Artifact, exported: Exported
 @pytest.mark.parametrize(
     ("family", "kind"), [("llama", "packed embedding, zeros"), ("llama", "real zeros"), ("gptj", "8 bits")]
 )
-def test_no_weights_hide_in_the_graph(family: str, kind: str, artifact: Artifact, exported: Exported) -> None:
+def test_the_graph_contains_no_weights(
+    family: str, kind: str, artifact: Artifact, exported: Exported
+) -> None:
     import onnx
 
     out = exported(artifact(family, KINDS[kind]))
     network = onnx.load(out / to_onnx.GRAPH, load_external_data=False).graph
-    assert all(one.data_location == onnx.TensorProto.EXTERNAL for one in network.initializer)
+    assert all(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in network.initializer)
     constants = [node.attribute[0] for node in network.node if node.op_type == "Constant"]
-    assert max(one.ByteSize() for one in constants) < 1100
-    places = {
-        (int(where["offset"]), int(where["length"]))
-        for one in network.initializer
-        for where in [{entry.key: entry.value for entry in one.external_data}]
-    }
+    assert max(constant.ByteSize() for constant in constants) < 1100
+    ranges = set()
+    for tensor in network.initializer:
+        location = {entry.key: entry.value for entry in tensor.external_data}
+        ranges.add((int(location["offset"]), int(location["length"])))
     end = 0
-    for offset, length in sorted(places):
-        assert end <= offset < end + 64  # nothing between two tensors but what aligns the second
+    for offset, length in sorted(ranges):
+        assert end <= offset < end + 64  # only the padding that aligns the next tensor
         end = offset + length
 
 
@@ -190,59 +192,63 @@ def test_no_weights_hide_in_the_graph(family: str, kind: str, artifact: Artifact
 def test_two_writes_are_the_same_to_the_byte(
     family: str, kind: str, artifact: Artifact, tmp_path: Path
 ) -> None:
-    made = artifact(family, KINDS[kind])
+    folder = artifact(family, KINDS[kind])
     for out, cache in (("one", None), ("two", tmp_path), ("three", tmp_path)):
-        formats.write("onnx", made, tmp_path / out, cache)
+        formats.write("onnx", folder, tmp_path / out, cache)
     files = sorted(file.name for file in (tmp_path / "one").iterdir())
-    for other in ("two", "three"):
-        same, _, _ = filecmp.cmpfiles(tmp_path / "one", tmp_path / other, files, shallow=False)
+    for copy in ("two", "three"):
+        same, _, _ = filecmp.cmpfiles(tmp_path / "one", tmp_path / copy, files, shallow=False)
         assert sorted(same) == files
 
 
 STOCK = """
 import json, sys
-class Ours:
+class OnlyOnnxRuntime:
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] in ("jobs", "orchestrator", "cluster", "tests", "torch", "transformers"):
-            raise ImportError(f"{name} is not there")
-sys.meta_path.insert(0, Ours())
+            raise ImportError(f"{name} cannot be imported")
+sys.meta_path.insert(0, OnlyOnnxRuntime())
 import numpy, onnxruntime
 session = onnxruntime.InferenceSession(sys.argv[1] + "/model.onnx", providers=["CPUExecutionProvider"])
 rows = numpy.array(json.loads(sys.argv[2]))
-given = {"input_ids": rows, "attention_mask": numpy.ones_like(rows)}
-given["position_ids"] = numpy.arange(rows.shape[1])[None].repeat(len(rows), axis=0)
-for one in session.get_inputs():
-    if one.name.startswith("past_key_values."):
-        given[one.name] = numpy.zeros((len(rows), one.shape[1], 0, one.shape[3]), numpy.float32)
-assert given.keys() == {one.name for one in session.get_inputs()}
-said = dict(zip([one.name for one in session.get_outputs()], session.run(None, given)))
-assert said["present.3.value"].shape == (2, 2, 16, 16)
-numpy.save(sys.argv[3], said["logits"])
+inputs = {"input_ids": rows, "attention_mask": numpy.ones_like(rows)}
+inputs["position_ids"] = numpy.arange(rows.shape[1])[None].repeat(len(rows), axis=0)
+for value in session.get_inputs():
+    if value.name.startswith("past_key_values."):
+        inputs[value.name] = numpy.zeros((len(rows), value.shape[1], 0, value.shape[3]), numpy.float32)
+assert inputs.keys() == {value.name for value in session.get_inputs()}
+outputs = dict(zip([value.name for value in session.get_outputs()], session.run(None, inputs)))
+assert outputs["present.3.value"].shape == (2, 2, 16, 16)
+numpy.save(sys.argv[3], outputs["logits"])
 """
 
 
 def test_onnx_runtime_alone_runs_it(artifact: Artifact, exported: Exported, tmp_path: Path) -> None:
     out = exported(artifact("llama", KINDS["packed embedding"]))
-    said = tmp_path / "said.npy"
-    ran = subprocess.run(
-        [sys.executable, "-c", STOCK, str(out), json.dumps(ROWS.tolist()), str(said)],
+    logits = tmp_path / "logits.npy"
+    process = subprocess.run(
+        [sys.executable, "-c", STOCK, str(out), json.dumps(ROWS.tolist()), str(logits)],
         cwd=tmp_path, capture_output=True, text=True, check=False,
     )  # fmt: skip
-    assert ran.returncode == 0, ran.stderr[-3000:]
+    assert process.returncode == 0, process.stderr[-3000:]
     import numpy as np
 
-    torch.testing.assert_close(torch.from_numpy(np.load(said)), answer(out), rtol=0, atol=1e-6)
+    torch.testing.assert_close(torch.from_numpy(np.load(logits)), answer(out), rtol=0, atol=1e-6)
 
 
-def test_what_must_be_installed_is_said(
+def test_missing_libraries_are_reported_with_the_command_to_install_them(
     artifact: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made, found = artifact("llama", ()), importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name, *more: None if name == "onnxruntime" else found(name, *more)
-    )
+    folder, find_spec = artifact("llama", ()), importlib.util.find_spec
+
+    def without_onnxruntime(name: str, package: str | None = None) -> ModuleSpec | None:
+        if name == "onnxruntime":
+            return None
+        return find_spec(name, package)
+
+    monkeypatch.setattr(importlib.util, "find_spec", without_onnxruntime)
     with pytest.raises(ModuleNotFoundError, match=r"onnxruntime.*pip install 'slimfront\[onnx\]'"):
-        formats.write("onnx", made, tmp_path / "out")
+        formats.write("onnx", folder, tmp_path / "out")
     assert runtimes.load("onnxruntime").missing() is not None
 
 
@@ -257,7 +263,7 @@ def test_what_must_be_installed_is_said(
         (40, 32, 4, 16, 3),
     ],
 )
-def test_a_row_is_cut_into_the_blocks_that_take_the_fewest_bytes(
+def test_a_row_is_divided_into_the_blocks_that_take_the_fewest_bytes(
     width: int, group: int, bits: int, size: int, number: int
 ) -> None:
     spec = LinearSpec(8, width, False, Packing(bits, group, symmetric=True))

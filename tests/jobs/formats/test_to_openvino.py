@@ -1,4 +1,4 @@
-"""What `openvino` writes computes what the artifact does, token by token too, and stock OpenVINO runs it."""
+"""An export to OpenVINO computes the artifact's outputs, at once and token by token, and stock OpenVINO runs it."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from jobs.models.families import Task
 openvino = pytest.importorskip("openvino")
 
 TOLERANCE = 2e-5
-"""Of logits, which spread by 0.2: both sides compute in fp32 on the same integers and scales."""
+"""Absolute tolerance of logits, which spread by 0.2: both sides compute in fp32 on the same integers and scales."""
 EXACT = {
     "INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,
 }  # fmt: skip
-"""Without what OpenVINO rounds by default: activations, to 8 bits, and the KV cache."""
+"""Options that turn off OpenVINO's default rounding: of activations, to 8 bits, and of the KV cache."""
 Steps = tuple[tuple[str, dict[str, object]], ...]
 FOUR: Steps = (("rtn", {"bits": 4, "group": 32}),)
 KINDS: dict[str, Steps] = {
@@ -48,7 +48,7 @@ KINDS: dict[str, Steps] = {
     "chain": (("drop_layers", {"count": 1}), ("prune_ffn", {"ratio": 0.4}), ("svd_llm", {"keep": 0.7}),
               ("rtn", {"bits": 4, "group": 32})),
 }  # fmt: skip
-EVERY = [(family, task) for family in families.names() for task in families.family(family).tasks]
+TASKS = [(family, task) for family in families.names() for task in families.family(family).tasks]
 
 
 def runner(folder: Path) -> Any:
@@ -56,34 +56,34 @@ def runner(folder: Path) -> Any:
 
 
 @pytest.mark.parametrize("kind", list(KINDS))
-def test_every_kind_of_llama_says_what_the_artifact_says(
+def test_every_kind_of_llama_computes_the_outputs_of_the_artifact(
     kind: str, artifact, expected, rows, tmp_path: Path
 ) -> None:
-    made = artifact("llama", KINDS[kind])
-    formats.write("openvino", made, tmp_path / "out")
-    # Where activations are rounded, a hair decides between two whole numbers.
+    folder = artifact("llama", KINDS[kind])
+    formats.write("openvino", folder, tmp_path / "out")
+    # Tiny differences decide which integer an activation is rounded to.
     tolerance = 0.02 if kind == "rounded activations" else TOLERANCE
-    found = torch.from_numpy(runner(tmp_path / "out").answer(rows.numpy()))
-    torch.testing.assert_close(found, expected(made), atol=tolerance, rtol=0)
+    outputs = torch.from_numpy(runner(tmp_path / "out").answer(rows.numpy()))
+    torch.testing.assert_close(outputs, expected(folder), atol=tolerance, rtol=0)
 
 
-@pytest.mark.parametrize(("family", "task"), EVERY)
-def test_every_family_says_what_the_artifact_says_at_once_and_token_by_token(
+@pytest.mark.parametrize(("family", "task"), TASKS)
+def test_every_family_computes_the_outputs_of_the_artifact_at_once_and_token_by_token(
     family: str, task: Task, artifact, expected, rows, tmp_path: Path
 ) -> None:
-    made = artifact(family, FOUR, task)
-    formats.write("openvino", made, tmp_path / "out")
-    running, said = runner(tmp_path / "out"), expected(made)
+    folder = artifact(family, FOUR, task)
+    formats.write("openvino", folder, tmp_path / "out")
+    session, outputs = runner(tmp_path / "out"), expected(folder)
     rows = rows.numpy()
-    torch.testing.assert_close(torch.from_numpy(running.answer(rows)), said, atol=TOLERANCE, rtol=0)
+    torch.testing.assert_close(torch.from_numpy(session.answer(rows)), outputs, atol=TOLERANCE, rtol=0)
     if task != "causal-lm":
         with pytest.raises(ValueError, match="causal"):
-            running.decode(rows[:1, :1])
+            session.decode(rows[:1, :1])
         return
-    found = [running.prefill(rows[:1, :5])]
-    found += [running.decode(rows[:1, at : at + 1]) for at in range(5, rows.shape[1])]
+    steps = [session.prefill(rows[:1, :5])]
+    steps += [session.decode(rows[:1, i : i + 1]) for i in range(5, rows.shape[1])]
     torch.testing.assert_close(
-        torch.from_numpy(np.concatenate(found, 1)), said[:1, 4:], atol=TOLERANCE, rtol=0
+        torch.from_numpy(np.concatenate(steps, 1)), outputs[:1, 4:], atol=TOLERANCE, rtol=0
     )
 
 
@@ -101,30 +101,32 @@ print(json.dumps(request.infer(inputs)["logits"].tolist()))
 
 
 def test_stock_openvino_runs_it_without_our_code(artifact, expected, rows, tmp_path: Path) -> None:
-    made = artifact("llama", KINDS["chain"])
-    formats.write("openvino", made, tmp_path / "out")
+    folder = artifact("llama", KINDS["chain"])
+    formats.write("openvino", folder, tmp_path / "out")
     arguments = [str(tmp_path / "out" / "openvino_model.xml"), json.dumps(rows.tolist()), json.dumps(EXACT)]
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-I", "-c", STOCK, *arguments],
         capture_output=True,
         text=True,
         cwd=tmp_path,
         check=False,
     )
-    assert done.returncode == 0, done.stderr
-    torch.testing.assert_close(torch.tensor(json.loads(done.stdout)), expected(made), atol=TOLERANCE, rtol=0)
+    assert process.returncode == 0, process.stderr
+    torch.testing.assert_close(
+        torch.tensor(json.loads(process.stdout)), expected(folder), atol=TOLERANCE, rtol=0
+    )
 
 
 def test_exports_of_one_structure_share_a_graph(artifact, tmp_path: Path) -> None:
     for name, kind in (("four", "4 bits"), ("three", "3 bits"), ("narrow", "fewer neurons")):
         formats.write("openvino", artifact("llama", KINDS[kind]), tmp_path / name, tmp_path / "cache")
     assert len(list((tmp_path / "cache" / "graphs").glob("*.xml"))) == 2
-    formats.write("openvino", artifact("llama", KINDS["4 bits"]), tmp_path / "alone")
+    formats.write("openvino", artifact("llama", KINDS["4 bits"]), tmp_path / "without_cache")
     for file in ("openvino_model.xml", "openvino_model.bin"):
-        assert (tmp_path / "alone" / file).read_bytes() == (tmp_path / "four" / file).read_bytes()
+        assert (tmp_path / "without_cache" / file).read_bytes() == (tmp_path / "four" / file).read_bytes()
 
 
-def test_without_its_package_the_cure_is_told(
+def test_a_missing_package_is_reported_with_the_command_to_install_it(
     artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)

@@ -1,4 +1,4 @@
-"""What `safetensors` writes is an ordinary model: stock transformers loads it and says what ours says."""
+"""The format safetensors writes an ordinary model: stock transformers loads it and computes the same outputs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CLASSES: Mapping[Task, str] = {
     "embedding": "AutoModel",
 }
 TOLERANCE = 1e-5
-"""Of logits, which spread by 0.2: both sides compute in fp32 on the same bf16 weights."""
+"""Absolute tolerance of logits, which spread by 0.2: both sides compute in fp32 on the same bf16 weights."""
 
 
 @dataclass(frozen=True)
@@ -61,19 +61,21 @@ CASES = {
 
 
 @pytest.fixture(scope="module")
-def everything(artifact, hear) -> Any:
-    """Every case, written, and what ours and stock transformers say of it."""
-    made = {name: artifact(case.family, case.steps, case.task) for name, case in CASES.items()}
-    return hear("safetensors", made, {name: {"class": CLASSES[case.task]} for name, case in CASES.items()})
+def answers(artifact, compared) -> Any:
+    """The outputs of every case."""
+    artifacts = {name: artifact(case.family, case.steps, case.task) for name, case in CASES.items()}
+    return compared(
+        "safetensors", artifacts, {name: {"class": CLASSES[case.task]} for name, case in CASES.items()}
+    )
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_stock_transformers_says_what_ours_says(name: str, everything: Any) -> None:
-    torch.testing.assert_close(everything.heard[name], everything.said[name], rtol=0, atol=TOLERANCE)
+def test_stock_transformers_computes_the_same_outputs(name: str, answers: Any) -> None:
+    torch.testing.assert_close(answers.stock[name], answers.ours[name], rtol=0, atol=TOLERANCE)
 
 
-def test_heads_go_into_the_config(everything: Any) -> None:
-    config = json.loads((everything.written["llama, narrower"] / "config.json").read_text())
+def test_the_config_states_the_heads(answers: Any) -> None:
+    config = json.loads((answers.exports["llama, narrower"] / "config.json").read_text())
     assert (config["num_key_value_heads"], config["num_attention_heads"], config["head_dim"]) == (1, 2, 16)
     assert config["hidden_size"] == 32
 
@@ -87,17 +89,17 @@ def test_heads_go_into_the_config(everything: Any) -> None:
         ("qwen2", (("prune_ffn", {"ratio": 0.4, "correction": "bias"}),), r"mlp\.down_proj has a bias"),
     ],
 )
-def test_what_no_config_can_say_is_refused_by_the_layer(
+def test_a_refusal_names_the_linear_that_no_config_describes(
     family: str, steps: Steps, reason: str, artifact: Callable[..., Path]
 ) -> None:
     layout = Layout.read(artifact(family, steps))
     assert re.search(reason, to_safetensors.refusal(layout) or "")
 
 
-def test_uneven_widths_are_refused_by_the_layer(artifact: Callable[..., Path]) -> None:
+def test_a_refusal_names_the_linear_of_another_width(artifact: Callable[..., Path]) -> None:
     layout = Layout.read(artifact("llama", ()))
     name = "model.layers.2.mlp.up_proj"
     narrow = dataclasses.replace(layout.linears[name], out_features=96)
-    told = to_safetensors.refusal(layout.with_linears({name: narrow}))
-    assert told is not None
-    assert f"{name} is 96 by 64 where that of block 0 is 160 by 64" in told
+    reason = to_safetensors.refusal(layout.with_linears({name: narrow}))
+    assert reason is not None
+    assert f"{name} is 96 by 64 where that of block 0 is 160 by 64" in reason

@@ -32,7 +32,7 @@ def test_a_group_of_zero_is_one_scale_per_row() -> None:
     assert Packing(4, 128, symmetric=True).groups(576) == 5
 
 
-def test_the_size_of_a_file_counts_what_its_header_escapes(tmp_path: Path) -> None:
+def test_the_size_of_a_file_counts_escaped_names_in_its_header(tmp_path: Path) -> None:
     tensors = {
         'quoted "name"': torch.zeros(3, 5, dtype=torch.bfloat16),
         "größe": torch.zeros(7, dtype=torch.int64),
@@ -41,24 +41,43 @@ def test_the_size_of_a_file_counts_what_its_header_escapes(tmp_path: Path) -> No
     }
     names = {torch.bfloat16: "BF16", torch.int64: "I64", torch.float32: "F32", torch.uint8: "U8"}
     save_file(tensors, tmp_path / "some", {"format": "pt"})
-    specs = {name: TensorSpec(names[one.dtype], tuple(one.shape)) for name, one in tensors.items()}
+    specs = {name: TensorSpec(names[tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors.items()}
     assert safetensors_bytes(specs) == (tmp_path / "some").stat().st_size
 
 
-def test_an_originals_layout_is_known_without_its_weights(tiny_llama: Path, tiny_bert: Path) -> None:
+def test_the_layout_of_an_original_follows_from_its_config(tiny_llama: Path, tiny_bert: Path) -> None:
     for folder in (tiny_llama, tiny_bert):
         assert loading.original_layout(folder) == loading.load(folder).layout()
 
 
-def test_a_layout_survives_being_written_as_a_record(tiny_llama: Path) -> None:
+def test_a_layout_is_read_from_its_record_unchanged(tiny_llama: Path) -> None:
     layout = loading.original_layout(tiny_llama).packed(Packing(4, 32, symmetric=False))
     assert Layout.from_dict(layout.to_dict()) == layout
     assert layout.forms() == {"dense", "packed"}
     assert loading.original_layout(tiny_llama).forms() == {"dense"}
 
 
+def test_the_record_of_a_layout_has_the_keys_that_stored_artifacts_have(tiny_llama: Path) -> None:
+    original = loading.original_layout(tiny_llama)
+    name, spec = next(iter(original.linears.items()))
+    sparse = LinearSpec(spec.out_features, spec.in_features, spec.bias, kept=7)
+    packed = spec.packed(Packing(4, 32, symmetric=False))
+    record = original.with_linears({name: sparse}).to_dict()
+    assert list(record) == [
+        "format", "family", "task", "blocks", "head_width", "queries_per_key", "linears", "others", "tables"
+    ]  # fmt: skip
+    assert record["linears"][name] == {
+        "out_features": 64, "in_features": 64, "bias": False, "packing": None, "kept": 7,
+    }  # fmt: skip
+    assert record["others"]["model.norm.weight"] == {"dtype": "BF16", "shape": (64,)}
+    assert original.with_linears({name: packed}).to_dict()["linears"][name]["packing"] == {
+        "bits": 4, "group": 32, "symmetric": False,
+        "real_zeros": False, "input_scales": False, "activation_bits": 16,
+    }  # fmt: skip
+
+
 def steps_at_random(dice: random.Random) -> tuple[Technique, ...]:
-    """A recipe in a sensible order, each stage perhaps skipped."""
+    """Return a random recipe in a sensible order; each stage may be skipped."""
     load = techniques.load
     packing = {"bits": dice.choice((2, 3, 4, 8)), "group": dice.choice((0, 32, 64, 128)),
                "symmetric": dice.random() < 0.5, "embedding_bits": dice.choice((16, 8, 4)),
@@ -76,7 +95,7 @@ def steps_at_random(dice: random.Random) -> tuple[Technique, ...]:
 
 @pytest.fixture(scope="module")
 def tinier_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """So small that making 200 models of it takes seconds; its width is no multiple of a group."""
+    """A Llama so small that 200 compressions take seconds; its width is not a multiple of a group."""
     config = transformers.LlamaConfig(
         vocab_size=64, hidden_size=40, intermediate_size=72, num_hidden_layers=3,
         num_attention_heads=2, num_key_value_heads=1, tie_word_embeddings=True,
@@ -87,9 +106,7 @@ def tinier_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_the_size_of_200_random_recipes_is_known_before_they_are_made(
-    tinier_llama: Path, tmp_path: Path
-) -> None:
+def test_the_size_of_200_random_recipes_is_predicted_exactly(tinier_llama: Path, tmp_path: Path) -> None:
     original = loading.original_layout(tinier_llama)
     tokens = torch.randint(3, 64, (2, 16), generator=torch.Generator().manual_seed(0))
     dice = random.Random(0)
@@ -103,7 +120,7 @@ def test_the_size_of_200_random_recipes_is_known_before_they_are_made(
         assert recipe.layout(original).size_bytes() == (folder / loading.WEIGHTS).stat().st_size, str(recipe)
 
 
-def test_a_step_that_cannot_be_applied_is_refused_from_shapes_alone(tiny_llama: Path) -> None:
+def test_a_step_that_cannot_be_applied_is_refused_by_the_layout(tiny_llama: Path) -> None:
     layout = loading.original_layout(tiny_llama)
     with pytest.raises(ValueError, match=r"drop_layers\.count=4 is outside \[0, 3\]"):
         techniques.load("drop_layers").of({"count": 4}).output_layout(layout)

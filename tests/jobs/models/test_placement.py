@@ -1,4 +1,4 @@
-"""Which parts of a model lie on its device, and when. Without a GPU moves are recorded instead of made."""
+"""Which parts of a model are on its device, and when. Without a GPU, moves are recorded instead of executed."""
 
 from __future__ import annotations
 
@@ -32,14 +32,13 @@ SEQUENTIAL: dict[str, dict[str, Any]] = {
     "wanda": {"sequential": True}, "svd_llm": {"update": "sequential"},
 }  # fmt: skip
 GENTLE: dict[str, dict[str, Any]] = {"drop_layers": {"count": 1}, "prune_heads": {"ratio": 0.5}}
-"""For those whose defaults do too much or nothing to a model so small."""
+"""Options for techniques whose defaults change too much of so small a model, or nothing."""
 TOKENS = torch.randint(3, 512, (6, 24), generator=torch.Generator().manual_seed(0))
 
 
 @dataclass
 class Device:
-    """A device that exists only in what is noted of it: the parts that lie there now, and the most bytes of
-    parameters that did at once."""
+    """A simulated device: records the modules on it, and the peak bytes of their tensors."""
 
     parts: dict[int, nn.Module] = field(default_factory=dict)
     peak_bytes: int = 0
@@ -50,22 +49,21 @@ class Device:
                 self.parts.pop(id(module), None)
         else:
             self.parts |= {id(module): module for module in part.modules()}
-        self.peak_bytes = max(self.peak_bytes, self.held_bytes())
+        self.peak_bytes = max(self.peak_bytes, self.used_bytes())
 
     def holds(self, part: nn.Module) -> bool:
         return all(id(module) in self.parts for module in part.modules())
 
-    def held_bytes(self) -> int:
-        held = {
-            id(one): one.nbytes
-            for part in self.parts.values()
-            for one in (*part.parameters(recurse=False), *part.buffers(recurse=False))
-        }
-        return sum(held.values())
+    def used_bytes(self) -> int:
+        tensors: dict[int, int] = {}
+        for part in self.parts.values():
+            for tensor in (*part.parameters(recurse=False), *part.buffers(recurse=False)):
+                tensors[id(tensor)] = tensor.nbytes
+        return sum(tensors.values())
 
 
 @pytest.fixture
-def noted(monkeypatch: pytest.MonkeyPatch) -> Device:
+def recorded(monkeypatch: pytest.MonkeyPatch) -> Device:
     device = Device()
 
     monkeypatch.setattr(placement, "_move", lambda part, where: device.move(part, where))
@@ -83,7 +81,7 @@ def every_pass(look: Callable[[nn.Module], None]) -> Iterator[None]:
 
 
 def load(folder: Path) -> Model:
-    """A model that rests on "cpu" and computes on "cpu:0", which is another only by its name."""
+    """Load a model to "cpu" that computes on "cpu:0", the same device by another name."""
     return loading.load(folder, "cpu:0")
 
 
@@ -91,7 +89,7 @@ def load(folder: Path) -> Model:
 def of_depth(
     tmp_path_factory: pytest.TempPathFactory, words: transformers.PreTrainedTokenizerFast
 ) -> Callable[[int], Path]:
-    """The folder of a random Llama of so many blocks."""
+    """Return the folder of a random Llama with this number of blocks."""
 
     def folder_of(depth: int) -> Path:
         folder = tmp_path_factory.getbasetemp() / f"llama-of-{depth}"
@@ -107,10 +105,10 @@ def of_depth(
 
 
 def bytes_of(*parts: nn.Module) -> int:
-    return sum(one.nbytes for part in parts for one in (*part.parameters(), *part.buffers()))
+    return sum(tensor.nbytes for part in parts for tensor in (*part.parameters(), *part.buffers()))
 
 
-def done(name: str, options: dict[str, Any], model: Model, workdir: Path) -> Model:
+def compressed(name: str, options: dict[str, Any], model: Model, workdir: Path) -> Model:
     context = Context(Statistics(workdir / "statistics", "parent"), workdir, 0, calibration=TOKENS)
     return techniques.load(name).of(options).compress(model, context)
 
@@ -118,8 +116,8 @@ def done(name: str, options: dict[str, Any], model: Model, workdir: Path) -> Mod
 @pytest.mark.parametrize(
     ("name", "options"), [*((name, {}) for name in LAYER_WISE), *SEQUENTIAL.items()], ids=str
 )
-def test_what_is_on_the_device_does_not_grow_with_depth(
-    name: str, options: dict[str, Any], of_depth: Callable[[int], Path], noted: Device, tmp_path: Path
+def test_memory_on_the_device_does_not_grow_with_depth(
+    name: str, options: dict[str, Any], of_depth: Callable[[int], Path], recorded: Device, tmp_path: Path
 ) -> None:
     peaks = []
     options = GENTLE.get(name, options)
@@ -127,33 +125,33 @@ def test_what_is_on_the_device_does_not_grow_with_depth(
         model = load(of_depth(depth))
         block = bytes_of(model.blocks[0])
         around = bytes_of(model.base) - depth * block
-        noted.peak_bytes = 0
-        done(name, options, model, tmp_path / str(depth))
-        # What a block becomes may be a little larger than it was: packed beside what mends it.
-        assert 0 < noted.peak_bytes <= around + 1.5 * block
-        assert not noted.parts
-        peaks.append(noted.peak_bytes)
+        recorded.peak_bytes = 0
+        compressed(name, options, model, tmp_path / str(depth))
+        # A compressed block may be a little larger than the original: packed, with a low-rank correction.
+        assert 0 < recorded.peak_bytes <= around + 1.5 * block
+        assert not recorded.parts
+        peaks.append(recorded.peak_bytes)
     assert peaks[0] == peaks[1]
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "bert", "distilbert"])
-def test_whatever_computes_in_a_stream_is_on_the_device(name: str, tiny: Tiny, noted: Device) -> None:
+def test_all_modules_that_run_in_a_stream_are_on_the_device(name: str, tiny: Tiny, recorded: Device) -> None:
     model = load(tiny(name))
-    strangers: list[str] = []
+    off_device: list[str] = []
 
     def look(module: nn.Module) -> None:
-        if next(module.parameters(recurse=False), None) is not None and not noted.holds(module):
-            strangers.append(type(module).__name__)
+        if next(module.parameters(recurse=False), None) is not None and not recorded.holds(module):
+            off_device.append(type(module).__name__)
 
     with every_pass(look):
-        for visit in stream(model, TOKENS, lambda share, what: None, "test"):
-            assert noted.parts.keys() == {id(part) for part in visit.block.modules()}
+        for visit in stream(model, TOKENS, lambda share, task: None, "test"):
+            assert recorded.parts.keys() == {id(part) for part in visit.block.modules()}
             visit.run()
-    assert strangers == []
-    assert not noted.parts
+    assert off_device == []
+    assert not recorded.parts
 
 
-def test_a_part_goes_back_only_where_it_came_from(tiny_llama: Path, noted: Device) -> None:
+def test_nested_contexts_move_a_part_back_only_once(tiny_llama: Path, recorded: Device) -> None:
     model = load(tiny_llama)
     inner = f"{model.blocks_name}.0.mlp.down_proj"
     with placement.on_device(model, ""):
@@ -161,32 +159,32 @@ def test_a_part_goes_back_only_where_it_came_from(tiny_llama: Path, noted: Devic
             pass
         with placement.stream_blocks_to_device(model):
             model.base(TOKENS)
-        assert noted.holds(model.module)
-    assert not noted.parts
+        assert recorded.holds(model.module)
+    assert not recorded.parts
 
 
-def test_what_takes_a_parts_place_is_moved_back_and_so_is_the_part(tiny_llama: Path, noted: Device) -> None:
+def test_a_replaced_part_and_its_replacement_are_moved_back(tiny_llama: Path, recorded: Device) -> None:
     model = load(tiny_llama)
     name = f"{model.blocks_name}.0.mlp.down_proj"
     moved: list[nn.Module] = []
     with placement.on_device(model, name):
-        before, other = model.module.get_submodule(name), nn.Linear(2, 2)
-        model.replace(name, other)
-        noted.move = lambda part, where: moved.append(part)  # type: ignore[method-assign]
-    assert moved == [before, other]
+        original, replacement = model.module.get_submodule(name), nn.Linear(2, 2)
+        model.replace(name, replacement)
+        recorded.move = lambda part, where: moved.append(part)  # type: ignore[method-assign]
+    assert moved == [original, replacement]
 
 
-def test_a_pass_that_is_cut_off_leaves_nothing_on_the_device(tiny_llama: Path, noted: Device) -> None:
+def test_an_interrupted_pass_leaves_nothing_on_the_device(tiny_llama: Path, recorded: Device) -> None:
     model = load(tiny_llama)
 
     def fail(module: nn.Module, args: object) -> None:
-        raise RuntimeError("cut off")
+        raise RuntimeError("interrupted")
 
     model.blocks[1].register_forward_pre_hook(fail)
     model.blocks[1].mlp.register_forward_pre_hook(fail)
-    with pytest.raises(RuntimeError, match="cut off"), placement.stream_blocks_to_device(model):
+    with pytest.raises(RuntimeError, match="interrupted"), placement.stream_blocks_to_device(model):
         model.base(TOKENS)
-    assert not noted.parts
+    assert not recorded.parts
 
 
 def test_on_the_cpu_nothing_is_moved(
@@ -196,7 +194,7 @@ def test_on_the_cpu_nothing_is_moved(
         raise AssertionError("moved")
 
     monkeypatch.setattr(placement, "_move", refuse)
-    done("gptq", {"sequential": True}, loading.load(tiny_llama), tmp_path)
+    compressed("gptq", {"sequential": True}, loading.load(tiny_llama), tmp_path)
 
 
 @needs_cuda
@@ -208,27 +206,29 @@ def test_on_cuda_memory_does_not_grow_with_depth(
 ) -> None:
     peaks = []
     options = GENTLE.get(name, options)
-    for run, depth in enumerate((2, 2, 8)):  # the first lets the libraries take their workspaces
+    for run, depth in enumerate((2, 2, 8)):  # in the first run the libraries allocate their workspaces
         model = loading.load(of_depth(depth), "cuda")
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        made = done(name, options, model, tmp_path / str(run))
-        peaks.append(torch.cuda.max_memory_allocated() - before)
-        assert {one.device.type for one in made.module.state_dict().values()} == {"cpu"}
+        initial = torch.cuda.memory_allocated()
+        result = compressed(name, options, model, tmp_path / str(run))
+        peaks.append(torch.cuda.max_memory_allocated() - initial)
+        assert {tensor.device.type for tensor in result.module.state_dict().values()} == {"cpu"}
     assert peaks[2] <= 1.1 * peaks[1] + 2**16
 
 
 @needs_cuda
 @pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "bert"])
-def test_on_cuda_gram_matrices_are_those_of_the_cpu(name: str, tiny: Tiny) -> None:
-    silent = lambda share, what: None  # noqa: E731
-    near, far = (loading.load(tiny(name), device) for device in ("cpu", "cuda"))
-    ours = Statistics(None, "far").grams(far, TOKENS, silent)
-    theirs = Statistics(None, "near").grams(near, TOKENS, silent)
-    for linear in near.linears():
-        gram = theirs.gram(linear)
-        torch.testing.assert_close(ours.gram(linear), gram, rtol=0.05, atol=0.05 * gram.abs().max().item())
+def test_on_cuda_gram_matrices_equal_those_of_the_cpu(name: str, tiny: Tiny) -> None:
+    silent = lambda share, task: None  # noqa: E731
+    on_cpu, on_gpu = (loading.load(tiny(name), device) for device in ("cpu", "cuda"))
+    gpu_grams = Statistics(None, "gpu").grams(on_gpu, TOKENS, silent)
+    cpu_grams = Statistics(None, "cpu").grams(on_cpu, TOKENS, silent)
+    for linear in on_cpu.linears():
+        gram = cpu_grams.gram(linear)
+        torch.testing.assert_close(
+            gpu_grams.gram(linear), gram, rtol=0.05, atol=0.05 * gram.abs().max().item()
+        )
 
 
 @needs_cuda
@@ -244,9 +244,9 @@ def test_on_cuda_products_of_bf16_are_summed_in_fp32() -> None:
     torch.testing.assert_close(total.cpu().double(), exact, rtol=1e-4, atol=1e-4 * exact.abs().max().item())
 
 
-def test_the_original_taught_from_is_taken_whole(tiny_llama: Path, noted: Device) -> None:
+def test_a_teacher_is_moved_as_a_whole(tiny_llama: Path, recorded: Device) -> None:
     teacher = placement.move_all(load(tiny_llama))
-    assert noted.holds(teacher.module)
+    assert recorded.holds(teacher.module)
 
 
 def test_tied_weights_stay_tied_when_their_owner_is_moved(tiny_llama: Path, tmp_path: Path) -> None:

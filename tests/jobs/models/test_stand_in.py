@@ -1,4 +1,4 @@
-"""A stand-in has every shape of the model that it stands for, and runs."""
+"""A stand-in has all shapes of its layout, and runs."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -33,9 +33,9 @@ CASES = [
 ]
 
 
-def outlined(steps: list[Technique], layout: Layout) -> Layout:
-    for one in steps:
-        layout = one.output_layout(layout)
+def output_layout(steps: list[Technique], layout: Layout) -> Layout:
+    for technique in steps:
+        layout = technique.output_layout(layout)
     return layout
 
 
@@ -44,14 +44,14 @@ def outlined(steps: list[Technique], layout: Layout) -> Layout:
     CASES,
     ids=lambda value: value if isinstance(value, str) else " ".join(map(str, value)),
 )
-def test_a_stand_in_has_the_layout_it_was_asked_for_and_answers(
+def test_a_stand_in_has_the_requested_layout_and_runs(
     family: str, steps: list[Technique], tiny: Callable[..., Path], tmp_path: Path
 ) -> None:
     original = tiny(family)
-    layout = outlined(steps, loading.original_layout(original))
-    stand_in.save_stand_in(layout, original, tmp_path / "made")
-    assert Layout.read(tmp_path / "made") == layout
+    layout = output_layout(steps, loading.original_layout(original))
+    stand_in.save_stand_in(layout, original, tmp_path / "model")
+    assert Layout.read(tmp_path / "model") == layout
     rows = np.arange(8)[None]
-    answer = on_torch.start(tmp_path / "made", 1).answer(rows)
+    answer = on_torch.start(tmp_path / "model", 1).answer(rows)
     assert np.isfinite(answer).all()
-    assert (tmp_path / "made" / "model.safetensors").stat().st_size == layout.size_bytes()
+    assert (tmp_path / "model" / "model.safetensors").stat().st_size == layout.size_bytes()

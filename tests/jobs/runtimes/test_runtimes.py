@@ -1,4 +1,4 @@
-"""A runtime runs what is in the files: packed linears as dense ones, token by token as all at once."""
+"""Runtimes compute the outputs of the files, with packed linears unpacked, at once and token by token."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from jobs.runtimes import on_torch
 
 
 def packed_copy(original: Path, folder: Path) -> Path:
-    """The model with one linear rounded to packed 8-bit integers."""
+    """Write a copy of a model with one linear quantized to packed 8-bit integers."""
     model = loading.load(original)
     name = "model.layers.0.mlp.up_proj"
     weight = model.module.get_submodule(name).weight.float()
@@ -27,25 +27,25 @@ def packed_copy(original: Path, folder: Path) -> Path:
     return folder
 
 
-def test_the_torch_runtime_unpacks_once_what_the_file_holds(tiny_llama: Path, tmp_path: Path) -> None:
+def test_the_torch_runtime_unpacks_packed_linears_when_it_loads(tiny_llama: Path, tmp_path: Path) -> None:
     folder = packed_copy(tiny_llama, tmp_path / "packed")
-    held = loading.load(folder).module.get_submodule("model.layers.0.mlp.up_proj")
+    packed = loading.load(folder).module.get_submodule("model.layers.0.mlp.up_proj")
     run = on_torch.load(folder).module.get_submodule("model.layers.0.mlp.up_proj")
-    assert isinstance(held, PackedLinear)
+    assert isinstance(packed, PackedLinear)
     assert isinstance(run, nn.Linear)
-    assert torch.equal(run.weight, held.weight().to(DTYPE))
+    assert torch.equal(run.weight, packed.weight().to(DTYPE))
 
 
-def test_decoding_token_by_token_says_what_the_whole_text_says(tiny_llama: Path) -> None:
+def test_decoding_token_by_token_gives_the_outputs_of_the_whole_text(tiny_llama: Path) -> None:
     tokens = np.random.default_rng(0).integers(512, size=(1, 12))
     runner = runtimes.load("torch").start(tiny_llama, 1)
-    found = [runner.prefill(tokens[:, :8])]
-    found += [runner.decode(tokens[:, at : at + 1]) for at in range(8, 12)]
+    steps = [runner.prefill(tokens[:, :8])]
+    steps += [runner.decode(tokens[:, i : i + 1]) for i in range(8, 12)]
     expected = loading.load(tiny_llama).module(torch.from_numpy(tokens)).logits[:, 7:].float()
-    torch.testing.assert_close(torch.from_numpy(np.concatenate(found, 1)), expected, rtol=0.05, atol=0.02)
+    torch.testing.assert_close(torch.from_numpy(np.concatenate(steps, 1)), expected, rtol=0.05, atol=0.02)
 
 
-def test_a_prefill_forgets_what_came_before(tiny_llama: Path) -> None:
+def test_a_prefill_starts_a_new_sequence(tiny_llama: Path) -> None:
     tokens = np.arange(8)[None]
     runner = runtimes.load("torch").start(tiny_llama, 1)
     fresh = runner.prefill(tokens)
