@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import (
@@ -19,8 +20,10 @@ from rich.progress import (
 )
 
 from orchestrator.persistence.atomic_files import write_json
-from orchestrator.study.results import Results
-from orchestrator.study.study import Study
+
+if TYPE_CHECKING:
+    from orchestrator.study.results import Results
+    from orchestrator.study.study import Study
 
 
 @dataclass(frozen=True)
