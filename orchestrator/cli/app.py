@@ -1,9 +1,4 @@
-"""The command `slimfront`: thin; every decision lies elsewhere.
-
-Exit codes: 0 done; 1 it ran and the result is not what was hoped for (nothing measured, original failed);
-2 the input is wrong, nothing was started; 3 something is not as it must be (folder of another study,
-already running, missing); 130 interrupted, `slimfront resume` goes on.
-"""
+"""The `slimfront` command: the list of its subcommands. `orchestrator.cli.console.ExitCode` has the exit codes."""
 
 from __future__ import annotations
 
@@ -19,7 +14,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-tracking_app = typer.Typer(help="The mirror of studies in MLflow.", no_args_is_help=True)
+tracking_app = typer.Typer(help="Studies in MLflow.", no_args_is_help=True)
 app.add_typer(tracking_app, name="tracking")
 tracking_app.command()(stores.sync)
 
@@ -48,7 +43,7 @@ for command in (
 
 
 def main() -> None:
-    """The entry point of the `slimfront` command."""
+    """Run the `slimfront` command."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     app()

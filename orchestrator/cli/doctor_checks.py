@@ -1,49 +1,45 @@
-"""Diagnosis: what this machine can do for slimfront, and the cure for what it can't."""
+"""Check the libraries and the machine for `slimfront doctor`."""
 
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
 from cluster import doctor
-from jobs import formats, meters, runtimes
-from jobs import techniques as known
+from cluster.doctor import Fact
+from jobs import formats, meters, runtimes, techniques
+
+_REQUIRED = ("torch", "transformers", "deepspeed", "ray", "mlflow", "optuna", "omegaconf", "boto3")
+_OPTIONAL = {"gguf": "pip install 'slimfront[gguf]' to read models in the GGUF format"}
 
 
-@dataclass(frozen=True)
-class Finding:
-    what: str
-    value: str
-    ok: bool
-    hint: str = ""
+def diagnose() -> list[Fact]:
+    """Check libraries, machine, techniques, meters, runtimes and formats."""
+    facts = [_required(name) for name in _REQUIRED]
+    facts += [_optional(name, hint) for name, hint in _OPTIONAL.items()]
+    facts += doctor.facts()
+    for kind, names in (("techniques", techniques.names()), ("meters", meters.names())):
+        facts.append(Fact(kind, ", ".join(names), bool(names)))
+    facts += [_usable(f"runtime {name}", runtimes.load(name).missing()) for name in runtimes.names()]
+    facts += [_usable(f"format {name}", formats.load(name).missing()) for name in formats.names()]
+    return facts
 
 
-_NEEDED = ("torch", "transformers", "deepspeed", "ray", "mlflow", "optuna", "omegaconf", "boto3")
-_OPTIONAL = {"gguf": "pip install 'slimfront[gguf]' to read models shipped as GGUF"}
-
-
-def diagnose() -> list[Finding]:
-    """Libraries, machine, and what each room has to offer."""
-    findings = [_library(name) for name in _NEEDED]
-    for name, hint in _OPTIONAL.items():
-        there = importlib.util.find_spec(name) is not None
-        findings.append(
-            Finding(name, version(name) if there else "not installed", True, "" if there else hint)
-        )
-    findings += [Finding(*fact) for fact in doctor.facts()]
-    findings.append(Finding("techniques", ", ".join(known.names()), bool(known.names())))
-    findings.append(Finding("meters", ", ".join(meters.names()), bool(meters.names())))
-    for what, known_ones in (("runtime", runtimes), ("format", formats)):
-        for name in known_ones.names():
-            lacking = known_ones.load(name).missing()
-            value = "usable" if lacking is None else "not here"
-            findings.append(Finding(f"{what} {name}", value, True, lacking or ""))
-    return findings
-
-
-def _library(name: str) -> Finding:
+def _required(name: str) -> Fact:
     try:
-        return Finding(name, version(name), True)
+        return Fact(name, version(name))
     except PackageNotFoundError:
-        return Finding(name, "not installed", False, f"pip install {name}")
+        return Fact(name, "not installed", False, f"pip install {name}")
+
+
+def _optional(name: str, hint: str) -> Fact:
+    if importlib.util.find_spec(name) is None:
+        return Fact(name, "not installed", True, hint)
+    return Fact(name, version(name))
+
+
+def _usable(name: str, reason: str | None) -> Fact:
+    """reason: why it cannot be used on this machine; None if it can."""
+    if reason is None:
+        return Fact(name, "usable")
+    return Fact(name, "not usable", True, reason)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import json
 import sqlite3
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,31 +12,37 @@ import typer
 from rich.table import Table
 
 from orchestrator.cli.console import (
+    USER_ERRORS,
     AsJson,
+    ExitCode,
     Folder,
-    FolderOrPlace,
+    FolderOrUrl,
     Insecure,
     OnCluster,
     Overrides,
     StudyFile,
-    error_message,
+    exit_on_error,
     fail,
     prepared_study,
-    read_json,
     recorded_overrides,
     stderr_console,
     stdout_console,
 )
 from orchestrator.cli.remote import connect_cluster, job_status, print_submission, remote_location
-from orchestrator.cli.tables import front_cells, megabytes, print_failures, print_json
+from orchestrator.cli.tables import megabytes, print_failures, print_json, show_front
 
 if TYPE_CHECKING:
     from orchestrator.planning.prepared_study import PreparedStudy
+    from orchestrator.service.forecast import Forecast
+    from orchestrator.study.front_snapshot import FrontSnapshot
     from orchestrator.study.results import Results
+
+_RENAMED_STATUS_FIELDS = {"to_time": "timings_left"}
+"""Fields of `status.json` as earlier versions spell them, with the names of today."""
 
 
 def validate(study: StudyFile, overrides: Overrides = None) -> None:
-    """Check a study and report all that is wrong with it. Starts nothing."""
+    """Check a study and report every problem. Starts nothing."""
     prepared = prepared_study(study, overrides)
     stdout_console().print(
         f"{study} is valid: {prepared.config.name}, {len(prepared.space.stages)} stages, "
@@ -43,7 +51,7 @@ def validate(study: StudyFile, overrides: Overrides = None) -> None:
 
 
 def plan(study: StudyFile, overrides: Overrides = None) -> None:
-    """Show what a search would do: jobs, what they share, exact sizes, time. Runs nothing."""
+    """Show the jobs of a search, the shared steps, exact sizes, time and cost. Runs nothing."""
     from cluster.storage.open import open_store
     from orchestrator import search
     from orchestrator.planning.candidates import KnownMetrics
@@ -61,44 +69,47 @@ def plan(study: StudyFile, overrides: Overrides = None) -> None:
         config.search.algorithm, knobs, prepared.plan.objectives, known, config.search.seed,
         initial_design(prepared, known),
     )  # fmt: skip
-    found = forecast(prepared, cost_model, searching, open_store(config.store))
-    table = Table(
-        "recipe",
-        "MB",
-        "of original",
-        title=f"What {config.search.algorithm} would try first",
-        title_justify="left",
+    expected = forecast(prepared, cost_model, searching, open_store(config.store))
+    original_bytes = prepared.plan.original_cost.size_bytes
+    out = stdout_console()
+    out.print(_proposals_table(expected, config.search.algorithm, original_bytes))
+    slots = local_slots(config)
+
+    def minutes(seconds: float) -> str:
+        return f"{seconds / slots / 60:.1f}"
+
+    source = "from earlier jobs of this store" if expected.measured else "estimated from operation counts"
+    out.print(
+        f"{len(expected.proposals)} candidates, {expected.steps} steps, {expected.jobs} distinct jobs "
+        f"({expected.steps - expected.jobs} shared steps), {expected.found} of them in the store already.\n"
+        f"About {minutes(expected.seconds)} minutes on {slots} slots ({source}). Sizes are exact; "
+        f"the original has {megabytes(original_bytes)}.\n"
+        f"Saved: about {minutes(expected.shared_seconds)} minutes by shared steps, "
+        f"{minutes(expected.found_seconds)} by results in the store; shared statistics save more."
     )
-    original = prepared.plan.original_cost.size_bytes
-    for proposal in sorted(found.proposals, key=lambda p: p.cost.size_bytes if p.cost else 0):
+    for line in costs(prepared, expected):
+        out.print(line, soft_wrap=True, markup=False, highlight=False)
+
+
+def _proposals_table(expected: Forecast, algorithm: str, original_bytes: int) -> Table:
+    title = f"First proposals of {algorithm}"
+    table = Table("recipe", "MB", "of original", title=title, title_justify="left")
+    for proposal in sorted(expected.proposals, key=lambda p: p.cost.size_bytes if p.cost else 0):
         if proposal.cost is None:
             table.add_row(str(proposal.recipe), "refused", proposal.refused or "")
         else:
             size = proposal.cost.size_bytes
-            table.add_row(str(proposal.recipe), f"{size / 1e6:.1f}", f"{size / original:.0%}")
-    slots = local_slots(config)
-    source = "from what ran here before" if found.measured else "guessed from the count of operations"
-    out = stdout_console()
-    out.print(table)
-    out.print(
-        f"{len(found.proposals)} candidates, {found.steps} steps, {found.jobs} of them distinct "
-        f"({found.steps - found.jobs} shared), {found.found} in the store already.\n"
-        f"About {found.seconds / slots / 60:.1f} minutes on {slots} slots ({source}). Sizes are exact; "
-        f"the original has {megabytes(original)}.\n"
-        f"Saved: about {found.shared_seconds / slots / 60:.1f} minutes by shared steps, "
-        f"{found.found_seconds / slots / 60:.1f} by what is in the store; statistics of shared models come on top."
-    )
-    for line in costs(prepared, found):
-        out.print(line, soft_wrap=True, markup=False, highlight=False)
+            table.add_row(str(proposal.recipe), f"{size / 1e6:.1f}", f"{size / original_bytes:.0%}")
+    return table
 
 
 def search(study: StudyFile, overrides: Overrides = None) -> None:
-    """Run a study. Run again, it goes on where it was left; nothing that ended is done twice."""
+    """Run a study, or resume it. Completed work is not repeated."""
     _run(prepared_study(study, overrides), tuple(overrides or ()))
 
 
 def resume(folder: Folder, address: OnCluster = None, insecure: Insecure = False) -> None:
-    """Go on with an interrupted study, from its folder alone, or with --address by its name on a cluster."""
+    """Resume an interrupted study from its folder, or with --address by its name on a cluster."""
     from orchestrator.persistence.study_folder import StudyFolder
     from orchestrator.service import submission
 
@@ -108,7 +119,7 @@ def resume(folder: Folder, address: OnCluster = None, insecure: Insecure = False
         return
     files = StudyFolder(folder)
     if not files.ledger.is_file():
-        fail(f"{folder} holds no study: there is no {files.ledger.name} in it")
+        fail(f"{folder} is not the folder of a study: it has no {files.ledger.name}")
     overrides = recorded_overrides(folder)
     _run(prepared_study(files.study_file, overrides), tuple(overrides))
 
@@ -116,164 +127,169 @@ def resume(folder: Folder, address: OnCluster = None, insecure: Insecure = False
 def status(
     folder: Folder, as_json: AsJson = False, address: OnCluster = None, insecure: Insecure = False
 ) -> None:
-    """How far a study is; with --address, how the job of the study of that name is."""
+    """Show the progress of a study, or with --address the status of its job on a cluster."""
     from orchestrator.persistence.lock import is_running
-    from orchestrator.persistence.study_folder import StudyFolder
     from orchestrator.service.status import Status, line
 
     if address is not None:
         job_status(str(folder), address, insecure, as_json)
         return
-    found = read_json(StudyFolder(folder).status)
+    fields = _read_status(folder)
     running = is_running(folder)
     if as_json:
-        print_json({**found, "process": "running" if running else "stopped"})
+        print_json({**fields, "process": "running" if running else "stopped"})
         return
-    current = Status(**found)
-    ended = current.ended
-    stage = "" if current.stage == "done" else f", {current.stage}"
-    state = "running" if running else ("done" if current.stage == "done" else "stopped; resume goes on")
-    stdout_console().print(
-        f"{current.study}: {state}{stage}, {ended}/{current.candidates + 1} ended, {line(current)}"
-    )
-    for one in current.bill if current.spent else ():
-        stdout_console().print(f"  {one}", soft_wrap=True, markup=False, highlight=False)
+    current = Status(**{_RENAMED_STATUS_FIELDS.get(name, name): value for name, value in fields.items()})
+    if current.stage == "done":
+        state = "running" if running else "done"
+    elif running:
+        state = f"running, {current.stage}"
+    else:
+        state = f"stopped, {current.stage}; slimfront resume {folder} resumes it"
+    out = stdout_console()
+    progress = f"{current.ended}/{current.candidates + 1} ended, {line(current)}"
+    out.print(f"{current.study}: {state}, {progress}", soft_wrap=True, markup=False)
+    if current.spent:
+        for cost in current.bill:
+            out.print(f"  {cost}", soft_wrap=True, markup=False, highlight=False)
 
 
 def front(
-    folder: FolderOrPlace,
+    folder: FolderOrUrl,
     as_json: AsJson = False,
     address: OnCluster = None,
     insecure: Insecure = False,
 ) -> None:
-    """Show the Pareto front of a study, finished or not, beside the original; of one in a bucket, when it has ended."""
-    found = _front(folder if address is None else remote_location(folder, address, insecure))
+    """Show the Pareto front of a study and the original; the front of a study in a bucket after it has ended."""
+    location = folder if address is None else remote_location(folder, address, insecure)
+    snapshot = _read_front(location)
     if as_json:
-        print_json(found)
-        return
-    metrics = [objective["metric"] for objective in found["objectives"]]
-    table = Table("id", *metrics, "recipe", title=f"Pareto front of {found['study']}", title_justify="left")
-    for column in table.columns[1:-1]:
-        column.justify = "right"
-    original = found["original"]
-    table.add_row("original", *front_cells(original, metrics, None), "", style="bold", end_section=True)
-    for member in found["members"]:
-        table.add_row(member["id"][:8], *front_cells(member, metrics, original), member["recipe"])
-    if any(member.get("differences", {}).keys() & {*metrics} for member in found["members"]):
-        table.caption = (
-            "in brackets: against the original, item by item of the evaluation, ± the standard error"
-        )
-    stdout_console().print(table)
+        print_json(snapshot.to_dict())
+    else:
+        show_front(snapshot)
 
 
 def report(
-    folder: FolderOrPlace,
-    open_it: Annotated[bool, typer.Option("--open")] = False,
+    folder: FolderOrUrl,
+    open_in_browser: Annotated[bool, typer.Option("--open", help="Open the report in a browser.")] = False,
     address: OnCluster = None,
     insecure: Insecure = False,
 ) -> None:
-    """Tell where the report of a study lies (and open it in a browser); one in a bucket is written to NAME.html."""
-    page = _report(folder if address is None else remote_location(folder, address, insecure))
+    """Print the path of a study's report; the report of a study in a bucket is written to NAME.html first."""
+    page = _find_report(folder if address is None else remote_location(folder, address, insecure))
     stdout_console().print(str(page), soft_wrap=True, markup=False, highlight=False)
-    if open_it:
+    if open_in_browser:
         typer.launch(str(page))
 
 
 def _run(prepared: PreparedStudy, overrides: tuple[str, ...]) -> None:
+    """Run the study to its end and print its front. Without a front, the command ends with NO_RESULT."""
+    from orchestrator.service.launch import launch
+    from orchestrator.service.status import Display
+
+    err = stderr_console()
+    explain = functools.partial(_explain, prepared=prepared)
+    interrupted = f"Interrupted. {_resume_hint(prepared)}"
+    with exit_on_error(Exception, explain=explain, interrupted=interrupted), Display(err) as display:
+        results = launch(prepared, display.show, overrides)
+    failure = results.original.failure
+    if failure is not None:
+        err.print(f"The original could not be measured: {failure.message}", style="red")
+        raise typer.Exit(ExitCode.NO_RESULT)
+    exhausted = _read_status(prepared.folder.path).get("exhausted")
+    if results.original.measurement is None:
+        print_failures(results, exhausted)
+        err.print("Neither the original nor any candidate was measured.", style="red")
+        raise typer.Exit(ExitCode.NO_RESULT)
+    snapshot = _read_front(str(prepared.folder))
+    show_front(snapshot)
+    _publish(prepared, results)
+    print_failures(results, exhausted)
+    err.print(f"Report: {prepared.folder.report}")
+    if not results.members:
+        raise typer.Exit(ExitCode.NO_RESULT)
+
+
+def _explain(error: Exception, prepared: PreparedStudy) -> str | None:
+    """Return the message for an error of a running study; None for an unexpected error."""
     from cluster.executors.executor import ExecutorUnavailableError
     from cluster.storage.open import is_remote
     from jobs.failures import disk_is_full
-    from orchestrator.service.launch import OtherStudyError, launch
-    from orchestrator.service.status import Display
+    from orchestrator.service.launch import OtherStudyError
 
-    try:
-        with Display(stderr_console()) as display:
-            results = launch(prepared, display.show, overrides)
-    except KeyboardInterrupt:
-        stderr_console().print(
-            f"Interrupted. What ended is kept; go on with: {_resuming(prepared)}", soft_wrap=True
-        )
-        raise typer.Exit(130) from None
-    except BlockingIOError:
-        fail(f"another process runs the study in {prepared.folder}; see slimfront status {prepared.folder}")
-    except OtherStudyError as error:
-        fail(str(error))
-    except ExecutorUnavailableError as error:
-        fail(f"{error}. What ended is kept; go on with: {_resuming(prepared)}")
-    except (OSError, sqlite3.Error) as error:
-        if not disk_is_full(error):
-            raise
-        freed = f" (slimfront store {prepared.folder.home} --trim 5GB removes what can be made again)"
-        fail(
-            f"The disk with {prepared.folder} is full. What ended is kept. Make room"
-            f"{'' if is_remote(prepared.config.store) else freed}, then go on with: {_resuming(prepared)}"
-        )
-    if results.original.failure is not None:
-        stderr_console().print(
-            f"The original could not be measured: {results.original.failure.message}", style="red"
-        )
-        raise typer.Exit(1)
-    if results.original.measurement is None:
-        print_failures(prepared.folder.path, results)
-        stderr_console().print("Nothing was measured, the original neither.", style="red")
-        raise typer.Exit(1)
-    front(str(prepared.folder))
-    _publish(prepared, results)
-    print_failures(prepared.folder.path, results)
-    stderr_console().print(f"Report: {prepared.folder.path / 'report.html'}")
-    if not results.members:
-        raise typer.Exit(1)
+    folder = prepared.folder
+    if isinstance(error, BlockingIOError):
+        return f"another process runs the study in {folder}; see slimfront status {folder}"
+    if isinstance(error, OtherStudyError):
+        return str(error)
+    if isinstance(error, ExecutorUnavailableError):
+        return f"{error}. {_resume_hint(prepared)}"
+    if isinstance(error, (OSError, sqlite3.Error)) and disk_is_full(error):
+        advice = "Free some space"
+        if not is_remote(prepared.config.store):
+            advice += f" (slimfront store {folder.home} --trim 5GB evicts items that can be made again)"
+        return f"The disk with {folder} is full. {advice}. {_resume_hint(prepared)}"
+    return None
 
 
-def _resuming(prepared: PreparedStudy) -> str:
-    """The command that goes on with a study: by its name where it is a cluster's job, whose folder is the cluster's."""
+def _resume_hint(prepared: PreparedStudy) -> str:
     from cluster.on_ray.jobs_api import in_job
 
-    if in_job():
-        return f"slimfront resume {prepared.config.name} --address URL"
-    return f"slimfront resume {prepared.folder}"
+    # The folder of a job is on the cluster, so the study is resumed by its name.
+    command = f"{prepared.config.name} --address URL" if in_job() else str(prepared.folder)
+    return f"Completed work is kept; resume with: slimfront resume {command}"
 
 
-def _report(place: str) -> Path:
-    """The report of a study's folder, or that of one in a bucket, written here."""
+def _publish(prepared: PreparedStudy, results: Results) -> None:
+    """Copy the front and the report to a remote store."""
+    from orchestrator.persistence.published import publish
+    from orchestrator.study.results import front_snapshot
+
+    try:
+        page = prepared.folder.report.read_text(encoding="utf-8")
+        publish(prepared.config.store, prepared.config.name, front_snapshot(results).to_dict(), page)
+    except OSError as error:
+        warning = f"The front is not in the store yet: {error}. slimfront resume {prepared.folder} copies it"
+        stderr_console().print(warning, soft_wrap=True, markup=False)
+
+
+def _read_status(folder: Path) -> dict[str, Any]:
+    from orchestrator.persistence.study_folder import StudyFolder
+
+    file = StudyFolder(folder).status
+    if not file.is_file():
+        fail(f"{file} does not exist: {folder} is not the folder of a study")
+    content: dict[str, Any] = json.loads(file.read_text())
+    return content
+
+
+def _read_front(location: str) -> FrontSnapshot:
+    """Read the front of a study's folder or of a study in a bucket."""
+    from cluster.storage.open import is_remote
+    from orchestrator.persistence.front_file import read_front
+    from orchestrator.persistence.published import published
+    from orchestrator.persistence.study_folder import StudyFolder
+    from orchestrator.study.front_snapshot import FrontSnapshot
+
+    with exit_on_error(*USER_ERRORS):
+        if is_remote(location):
+            return FrontSnapshot.from_dict(published(location))
+        return read_front(StudyFolder(Path(location)).front)
+
+
+def _find_report(location: str) -> Path:
+    """Return the report of a study's folder, or write that of a study in a bucket to NAME.html."""
     from cluster.storage.open import is_remote
     from orchestrator.persistence.atomic_files import write_whole
     from orchestrator.persistence.published import published_report
     from orchestrator.persistence.study_folder import StudyFolder
 
-    if is_remote(place):
-        page = Path(f"{place.partition('?')[0].rpartition('/')[2]}.html")
-        try:
-            write_whole(page, published_report(place))
-        except (LookupError, OSError, ValueError) as error:
-            fail(error_message(error))
+    if is_remote(location):
+        page = Path(f"{location.partition('?')[0].rpartition('/')[2]}.html")
+        with exit_on_error(*USER_ERRORS):
+            write_whole(page, published_report(location))
         return page
-    page = StudyFolder(Path(place)).report
+    page = StudyFolder(Path(location)).report
     if not page.is_file():
-        fail(f"{page} is not there: it is written when a search ends")
+        fail(f"{page} does not exist: it is written at the end of a search")
     return page
-
-
-def _front(place: str) -> dict[str, Any]:
-    from cluster.storage.open import is_remote
-    from orchestrator.persistence.published import published
-    from orchestrator.persistence.study_folder import StudyFolder
-
-    if not is_remote(place):
-        return read_json(StudyFolder(Path(place)).front)
-    try:
-        return published(place)
-    except (LookupError, OSError, ValueError) as error:
-        fail(error_message(error))
-
-
-def _publish(prepared: PreparedStudy, results: Results) -> None:
-    from orchestrator.persistence.published import publish
-    from orchestrator.study.results import front_json
-
-    try:
-        page = prepared.folder.report.read_text(encoding="utf-8")
-        publish(prepared.config.store, prepared.config.name, front_json(results), page)
-    except OSError as error:
-        said = f"The front is here, and not in the store: {error}. slimfront resume {prepared.folder} puts it there"
-        stderr_console().print(said, soft_wrap=True, markup=False)

@@ -1,4 +1,4 @@
-"""Catalogue: what techniques there are, for whom, and why not for others."""
+"""Describe the techniques for `slimfront techniques`: options, needs, and the models that each refuses."""
 
 from __future__ import annotations
 
@@ -15,17 +15,18 @@ from jobs.technique import Technique
 
 @dataclass(frozen=True)
 class Option:
-    """One option of a technique: its default and what it may be, as text, and what it does."""
+    """One option of a technique, as text."""
 
     name: str
     default: str
     domain: str
+    """The allowed values."""
     help: str
 
 
 @dataclass(frozen=True)
 class Entry:
-    """What one technique is. refuses: by family and task, the reason why it does not do such models."""
+    """The description of one technique."""
 
     name: str
     kind: str
@@ -37,53 +38,36 @@ class Entry:
     produces: tuple[str, ...]
     families: tuple[str, ...]
     refuses: Mapping[str, Mapping[Task, str]]
+    """The reasons for refused models, by family and task."""
     options: tuple[Option, ...]
 
     def refusals(self) -> dict[str, list[str]]:
-        """The models that each reason is given for: a task's name for all that do it, a family's for all its
-        tasks, or `gpt2 for classification`."""
+        """Return the refused models by reason.
+
+        A model is the name of a task (all families), of a family (all its tasks), or `gpt2 for classification`.
+        """
         pairs: dict[str, list[tuple[str, Task]]] = {}
         for family, by_task in self.refuses.items():
             for task, reason in by_task.items():
                 pairs.setdefault(reason, []).append((family, task))
-        return {reason: _summed_up(found) for reason, found in pairs.items()}
-
-
-def _summed_up(refused: Sequence[tuple[str, Task]]) -> list[str]:
-    """As few words as say it: families as a whole first or tasks first, whichever is shorter."""
-    return min((_named(refused, places) for places in ((0, 1), (1, 0))), key=len)
-
-
-def _named(refused: Sequence[tuple[str, Task]], places: tuple[int, int]) -> list[str]:
-    every = [(name, task) for name in families.names() for task in families.family(name).tasks]
-    shown: list[str] = []
-    left = list(refused)
-    for place in places:
-        for value in dict.fromkeys(pair[place] for pair in left):
-            whole = [pair for pair in every if pair[place] == value]
-            if all(pair in left for pair in whole):
-                shown.append(value)
-                left = [pair for pair in left if pair not in whole]
-    return shown + [f"{family} for {task}" for family, task in left]
+        return {reason: _grouped(refused) for reason, refused in pairs.items()}
 
 
 def entries(names: Sequence[str]) -> list[Entry]:
-    """The techniques of these names; LookupError for one that there is not."""
+    """Describe the techniques of these names. Raises LookupError for an unknown name."""
     return [_entry(techniques.load(name)) for name in names]
 
 
 def _entry(technique: type[Technique]) -> Entry:
-    refuses = {
-        family.name: by_task
-        for family in map(families.family, families.names())
-        if (
-            by_task := {
-                task: reason
-                for task in family.tasks
-                if (reason := technique.refusal(family, task)) is not None
-            }
-        )
-    }
+    refuses = {}
+    for name in families.names():
+        reasons = _refusals(technique, name)
+        if reasons:
+            refuses[name] = reasons
+    options = []
+    for field in dataclasses.fields(technique):
+        domain, help = str(field.metadata["domain"]), field.metadata["help"]
+        options.append(Option(field.name, str(field.default), domain, help))
     return Entry(
         name=technique.name(),
         kind=technique.kind,
@@ -94,11 +78,42 @@ def _entry(technique: type[Technique]) -> Entry:
         works_on=tuple(sorted(technique.accepts)),
         produces=tuple(sorted(technique.produces)),
         families=tuple(
-            one for one in families.names() if families.family(one).tasks[0] not in refuses.get(one, {})
+            name for name in families.names() if families.family(name).tasks[0] not in refuses.get(name, {})
         ),
         refuses=refuses,
-        options=tuple(
-            Option(field.name, str(field.default), str(field.metadata["domain"]), field.metadata["help"])
-            for field in dataclasses.fields(technique)
-        ),
+        options=tuple(options),
     )
+
+
+def _refusals(technique: type[Technique], family_name: str) -> dict[Task, str]:
+    """Return the reasons by task for which a technique refuses models of this family."""
+    family = families.family(family_name)
+    reasons = {}
+    for task in family.tasks:
+        reason = technique.refusal(family, task)
+        if reason is not None:
+            reasons[task] = reason
+    return reasons
+
+
+def _grouped(refused: Sequence[tuple[str, Task]]) -> list[str]:
+    """Name these pairs of family and task with the fewest words: grouped by family first, or by task first."""
+    by_family, by_task = _grouped_by(refused, (0, 1)), _grouped_by(refused, (1, 0))
+    return min(by_family, by_task, key=len)
+
+
+def _grouped_by(refused: Sequence[tuple[str, Task]], order: tuple[int, int]) -> list[str]:
+    """Replace complete groups of pairs by their common family or task.
+
+    order: the positions in a pair (0: family, 1: task) in the order in which groups are formed.
+    """
+    all_pairs = [(name, task) for name in families.names() for task in families.family(name).tasks]
+    names: list[str] = []
+    remaining = list(refused)
+    for position in order:
+        for value in dict.fromkeys(pair[position] for pair in remaining):
+            group = [pair for pair in all_pairs if pair[position] == value]
+            if all(pair in remaining for pair in group):
+                names.append(value)
+                remaining = [pair for pair in remaining if pair not in group]
+    return names + [f"{family} for {task}" for family, task in remaining]

@@ -11,30 +11,11 @@ import numpy as np
 from jaxtyping import Bool, Float
 from numpy.typing import NDArray
 
+from orchestrator.pareto.objective import Objective as Objective  # most importers of a front need it too
+
 Metrics = Mapping[str, float]
 Pick = Literal["knee", "smallest", "fastest", "most-accurate"]
 PICKS: tuple[Pick, ...] = ("knee", "smallest", "fastest", "most-accurate")
-
-
-@dataclass(frozen=True)
-class Objective:
-    """A metric, which way is better, and the worst value that is still acceptable (it binds; None: any)."""
-
-    metric: str
-    goal: Literal["min", "max"] = "min"
-    limit: float | None = None
-
-    def __post_init__(self) -> None:
-        if self.goal not in ("min", "max"):
-            raise ValueError(f"the goal of {self.metric} is {self.goal!r}; it must be min or max")
-
-    def broken_by(self, value: float) -> bool:
-        """Whether the value is beyond the limit; a value equal to it is within."""
-        return self.limit is not None and self.loss(value) > self.loss(self.limit)
-
-    def loss(self, value: float) -> float:
-        """The value with the sign that makes smaller better."""
-        return value if self.goal == "min" else -value
 
 
 def losses(metrics: Metrics, objectives: Sequence[Objective]) -> tuple[float, ...]:

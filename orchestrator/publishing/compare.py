@@ -1,4 +1,4 @@
-"""Compare: two exports against each other, timed in turns and judged on the same items."""
+"""Compare two exports: quality on the same evaluation items, times measured in alternation."""
 
 from __future__ import annotations
 
@@ -22,57 +22,66 @@ from orchestrator.study.results import paired
 
 @dataclass(frozen=True)
 class ComparedMetric:
-    """One metric of both. against: the second's, less the first's, or for times divided by it; low, high: between
-    which bounds that lies, for times so surely as `confidence` says, else within two standard errors."""
+    """One metric of both exports."""
 
     metric: str
     first: float
     second: float
     against: float
+    """The second value minus the first; for times, the ratio of the second to the first."""
     low: float
+    """The lower bound of `against`: for times of its confidence interval, otherwise two standard errors below."""
     high: float
+    """The upper bound of `against`."""
     confidence: float = 0.95
+    """The confidence of the interval of times."""
 
 
 def compare(first: Path, second: Path, pairs: int) -> list[ComparedMetric]:
-    """Size and quality of both, measured now on the texts that the first was, and their times, in so many pairs.
+    """Measure size and quality of both exports on the texts of the first, and their times in this number of pairs.
 
-    Raises as `verify` does, and ValueError where their tasks or tokenizers differ.
+    Raises the errors of `verify`, and ValueError if their tasks or tokenizers differ.
     """
-    record, known = recorded(first)
-    another, other = recorded(second)
-    if known.task != other.task:
-        raise ValueError(f"{first} is for {known.task}, {second} for {other.task}: they cannot be compared")
-    if tokenizers.tokenizer_digest(first) != tokenizers.tokenizer_digest(second):
-        raise ValueError(f"{first} and {second} have other tokenizers: their items are not the same")
-    # The same texts, threads and prompts for both, each in the runtime of its form.
-    other = dataclasses.replace(known, target=dataclasses.replace(known.target, runtime=other.target.runtime))
-    both = {
-        meters.meter_of(metric, known.task) for metric in record["metrics"].keys() & another["metrics"].keys()
-    }
-    asked = sorted(name for name in both if not meters.load(name).exclusive)
-    quality = _quality(_measured(first, known, asked), _measured(second, other, asked))
-    return [*quality, *_times(request_of(known, first, first), request_of(other, second, second), pairs)]
-
-
-def _measured(folder: Path, materials: Materials, asked: list[str]) -> Measurement:
-    with tempfile.TemporaryDirectory() as scratch:
-        subject = MeasuredModel(
-            folder, original_of(folder, materials, {*asked}), materials, workdir=Path(scratch)
+    first_record, materials = recorded(first)
+    second_record, second_materials = recorded(second)
+    if materials.task != second_materials.task:
+        raise ValueError(
+            f"{first} is for {materials.task}, {second} for {second_materials.task}: they cannot be compared"
         )
-        return measure.measure(asked, subject)
+    if tokenizers.tokenizer_digest(first) != tokenizers.tokenizer_digest(second):
+        raise ValueError(f"{first} and {second} have different tokenizers, so their evaluation items differ")
+    # The same texts, threads and prompts for both, each in the runtime of its format.
+    target = dataclasses.replace(materials.target, runtime=second_materials.target.runtime)
+    second_materials = dataclasses.replace(materials, target=target)
+    common_metrics = first_record["metrics"].keys() & second_record["metrics"].keys()
+    names = {meters.meter_of(metric, materials.task) for metric in common_metrics}
+    quality_meters = sorted(name for name in names if not meters.load(name).exclusive)
+    quality = _quality(
+        _measured(first, materials, quality_meters), _measured(second, second_materials, quality_meters)
+    )
+    requests = request_of(materials, first, first), request_of(second_materials, second, second)
+    return [*quality, *_times(*requests, pairs)]
+
+
+def _measured(folder: Path, materials: Materials, names: list[str]) -> Measurement:
+    with tempfile.TemporaryDirectory() as scratch:
+        original = original_of(folder, materials, {*names})
+        subject = MeasuredModel(folder, original, materials, workdir=Path(scratch))
+        return measure.measure(names, subject)
 
 
 def _quality(first: Measurement, second: Measurement) -> list[ComparedMetric]:
-    found = []
+    rows = []
     for metric, value in first.metrics.items():
-        apart = paired(second, first, metric)
         against = second.metrics[metric] - value
-        within = 2 * apart.error if apart is not None else 0.0
-        found.append(
-            ComparedMetric(metric, value, second.metrics[metric], against, against - within, against + within)
+        margin = 0.0
+        difference = paired(second, first, metric)
+        if difference is not None:
+            margin = 2 * difference.error
+        rows.append(
+            ComparedMetric(metric, value, second.metrics[metric], against, against - margin, against + margin)
         )
-    return found
+    return rows
 
 
 def _times(first: Request, second: Request, pairs: int) -> list[ComparedMetric]:

@@ -15,9 +15,9 @@ from plotly.subplots import make_subplots
 
 from orchestrator.pareto.front import Objective
 from orchestrator.study.candidate import Candidate
+from orchestrator.study.front_snapshot import Difference
 from orchestrator.study.results import (
     COSTS,
-    Difference,
     Results,
     difference,
     errors,

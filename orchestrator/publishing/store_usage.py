@@ -1,12 +1,10 @@
-"""Trim: what a store holds, and what of it goes first when it is to be smaller.
+"""The disk usage of a store, and the eviction of items that can be made again.
 
-Only what can be made again goes: a job that comes to need it makes it again
-(`orchestrator/worker/work.py`). Results stay.
+A job that needs an evicted item makes it again (`orchestrator/worker/work.py`). Results are never evicted.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -21,6 +19,7 @@ from cluster.storage.local_store import LEFTOVER_SECONDS, LocalStore
 from cluster.storage.open import is_remote, open_store
 from cluster.storage.store import ArtifactStore, StoredArtifact
 from jobs.calibration.cache import cached_statistics
+from orchestrator.persistence.front_file import read_front
 from orchestrator.persistence.ledger import Ledger
 from orchestrator.persistence.lock import is_running, only_one
 from orchestrator.persistence.records import ArtifactRecords
@@ -33,124 +32,128 @@ Kind = Literal[
     "fronts", "originals", "models", "records", "files",
 ]  # fmt: skip
 
-CALLED: dict[Kind, str] = {
+LABELS: dict[Kind, str] = {
     "originals": "originals",
     "fronts": "models on a front",
     "candidates": "other models that were measured",
     "intermediates": "intermediate models",
     "models": "models",
-    "unnamed": "models that no record names",
+    "unnamed": "models without a record",
     "statistics": "statistics",
     "graphs": "graphs that exports share",
     "checkpoints": "checkpoints",
     "scratch": "scratch",
-    "unfinished": "writes under way or killed",
+    "unfinished": "incomplete writes",
     "records": "records of results and models",
     "files": "ledgers, reports, MLflow",
 }
-"""Each kind in words, in the order in which they are shown."""
+"""Each kind in words, in the order of the table."""
 
-WORTH: dict[Kind, int] = {
+EVICTION_PRIORITY: dict[Kind, int] = {
     "scratch": 0, "unfinished": 0, "unnamed": 0, "statistics": 1, "graphs": 1, "checkpoints": 2,
     "intermediates": 3, "candidates": 4,
 }  # fmt: skip
-"""What may go, and the least first; within one rank it is what was used longest ago."""
+"""The evictable kinds. The lowest number is evicted first; within one number, the least recently used item."""
 
 _GRAPHS = "graphs"
 _UNTOUCHED_SECONDS = 60.0
-"""A put that was not touched for so long while no study runs was killed."""
+"""If no study runs, a write without progress for this time was killed."""
 _UNITS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 
 
 @dataclass(frozen=True)
 class Item:
-    """One thing in a store, or a number of them together. used_at: seconds since 1970. remove: None where it has to
-    stay."""
+    """One item of a store, or several of one kind together."""
 
     kind: Kind
     name: str
     size_bytes: int
     used_at: float = 0.0
+    """Seconds since 1970."""
     number: int = 1
     remove: Callable[[], None] | None = field(default=None, repr=False, compare=False)
+    """Removes the item; None if it is not evictable."""
 
 
 @dataclass(frozen=True)
 class StudyUsage:
-    """A study whose folder lies in the store. members: ids of its front; needs: ids of all recipes that it may come
-    back to while it runs, None where its ledger does not tell."""
+    """A study whose folder is in the store."""
 
     folder: Path
     running: bool
     members: frozenset[str]
+    """The ids of its front."""
     needs: frozenset[str] | None = frozenset()
+    """The ids of all recipes that it may need while it runs; None if its ledger cannot be read."""
 
     @property
     def name(self) -> str:
         return self.folder.name
 
     def may_need(self, ids: Sequence[str]) -> bool:
+        """Whether the running study may need the artifact or statistics of one of these recipes."""
         return self.running and (self.needs is None or not self.needs.isdisjoint(ids))
 
 
 @dataclass(frozen=True)
 class Inventory:
-    tenants: list[StudyUsage]
+    """All items of a store, and its studies."""
+
+    studies: list[StudyUsage]
     items: list[Item]
 
     @property
     def size_bytes(self) -> int:
         return _sum(self.items)
 
-    def beyond(self, limit_bytes: int) -> list[Item]:
-        """What has to go, in this order, until at most so much is left; all that may, where that is not enough."""
-        order = sorted(
+    def to_evict(self, limit_bytes: int) -> list[Item]:
+        """Return the items to evict, in order, until at most `limit_bytes` remain; or all evictable items."""
+        evictable = sorted(
             (item for item in self.items if item.remove is not None and item.size_bytes),
-            key=lambda item: (WORTH[item.kind], item.used_at),
+            key=lambda item: (EVICTION_PRIORITY[item.kind], item.used_at),
         )
-        found: list[Item] = []
-        left = self.size_bytes
-        for item in order:
-            if left <= limit_bytes:
+        chosen: list[Item] = []
+        remaining = self.size_bytes
+        for item in evictable:
+            if remaining <= limit_bytes:
                 break
-            found.append(item)
-            left -= item.size_bytes
-        return found
+            chosen.append(item)
+            remaining -= item.size_bytes
+        return chosen
 
 
 def remove(items: Sequence[Item]) -> list[Item]:
-    """Remove these; those that went. What a study that has just started took hold of stays."""
-    gone = []
+    """Remove these items and return the removed ones. Items of a study that has just started stay."""
+    removed = []
     for item in items:
         if item.remove is None:
-            raise ValueError(f"{item.name} ({item.kind}) has to stay")
+            raise ValueError(f"{item.name} ({item.kind}) is not evictable")
         try:
             item.remove()
         except BlockingIOError:
             continue
-        gone.append(item)
-    return gone
+        removed.append(item)
+    return removed
 
 
-def summary(held: Inventory, gone: Sequence[Item]) -> dict[str, Any]:
-    """The inventory as plain data, by kind and by study, and how much of each kind is `gone`."""
+def summary(usage: Inventory, removed: Sequence[Item]) -> dict[str, Any]:
+    """Return the sizes and numbers of items as plain data, by kind and by study.
+
+    removed: the items that were removed, or that would be.
+    """
     kinds = {}
-    for kind in CALLED:
-        items = [item for item in held.items if item.kind == kind and item.size_bytes]
+    for kind in LABELS:
+        items = [item for item in usage.items if item.kind == kind and item.size_bytes]
         if items:
             kinds[kind] = {
                 "number": sum(item.number for item in items),
                 "size_bytes": _sum(items),
                 "removable_bytes": _sum(item for item in items if item.remove is not None),
-                "removed_bytes": _sum(item for item in gone if item.kind == kind),
+                "removed_bytes": _sum(item for item in removed if item.kind == kind),
             }
     studies = [
-        {
-            "study": tenant.name,
-            "running": tenant.running,
-            "front": len(tenant.members),
-        }
-        for tenant in held.tenants
+        {"study": study.name, "running": study.running, "front": len(study.members)}
+        for study in usage.studies
     ]
     return {"kinds": kinds, "studies": studies}
 
@@ -160,91 +163,97 @@ def _sum(items: Iterable[Item]) -> int:
 
 
 def parse_size(size: str) -> int:
-    """The bytes that a text such as 5GB, 500 MB, 1.5GiB or 1000 means. ValueError where it means none."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", size, re.IGNORECASE)
-    if found is None or (found[3] and not found[2]):
-        raise ValueError(f"{size!r} is no size; give one like 5GB, 500MB or 1.5GiB")
-    unit: int = (1024 if found[3] else 1000) ** _UNITS[found[2].lower()]
-    return round(float(found[1]) * unit)
+    """Return the bytes of a size such as 5GB, 500 MB, 1.5GiB or 1000. Raises ValueError for any other text."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", size, re.IGNORECASE)
+    if match is None or (match[3] and not match[2]):
+        raise ValueError(f"{size!r} is not a size; give one like 5GB, 500MB or 1.5GiB")
+    unit: int = (1024 if match[3] else 1000) ** _UNITS[match[2].lower()]
+    return round(float(match[1]) * unit)
 
 
-def find_studies(place: str) -> Inventory:
-    """All that lies in the store of this folder or address. Raises as `inventory` and stores do.
+def inventory_at(address: str) -> Inventory:
+    """Return the inventory of a local or remote store. Raises the errors of `inventory` and of the store.
 
-    Of a store that is elsewhere only how much there is; nothing may go, since nobody here knows what the studies of
-    other machines need.
+    A remote store has sizes only: nothing in it is evictable, since this machine cannot know the needs of studies on
+    other machines.
     """
-    if not is_remote(place):
-        return inventory(Path(place))
-    store = open_store(place)
-    held = store.holdings()
-    trainings = set(checkpoint_sync.held(store).values())
-    left = [one.ref.size_bytes for one in held.artifacts if one.ref.digest in trainings]
-    models = [one.ref.size_bytes for one in held.artifacts if one.ref.digest not in trainings]
+    if not is_remote(address):
+        return inventory(Path(address))
+    store = open_store(address)
+    holdings = store.holdings()
+    training_digests = set(checkpoint_sync.held(store).values())
+    checkpoints: list[int] = []
+    models: list[int] = []
+    for artifact in holdings.artifacts:
+        sizes = checkpoints if artifact.ref.digest in training_digests else models
+        sizes.append(artifact.ref.size_bytes)
     items = [
-        Item("models", place, sum(models), number=len(models)),
-        Item("checkpoints", place, sum(left), number=len(left)),
-        Item("unfinished", place, held.unfinished_bytes),
-        Item("records", place, held.records_bytes, number=held.records),
+        Item("models", address, sum(models), number=len(models)),
+        Item("checkpoints", address, sum(checkpoints), number=len(checkpoints)),
+        Item("unfinished", address, holdings.unfinished_bytes),
+        Item("records", address, holdings.records_bytes, number=holdings.records),
     ]
     return Inventory([], items)
 
 
-def sweep(place: str) -> int:
-    """Remove what writers left unfinished and have not touched for a day, and checkpoints that nobody used for as long;
-    how many bytes that was."""
-    if not is_remote(place):
-        inventory(Path(place))  # refuses what is no store
-    store = open_store(place)
+def sweep(address: str) -> int:
+    """Remove incomplete writes and checkpoints that were not used for a day; return their size in bytes."""
+    if not is_remote(address):
+        inventory(Path(address))  # raises LookupError if the folder is not a store
+    store = open_store(address)
     trainings = checkpoint_sync.held(store)
     before = store.holdings()
     store.sweep(LEFTOVER_SECONDS)
     since = time.time() - LEFTOVER_SECONDS
-    recent = {one.ref.digest for one in before.artifacts if one.used_at >= since}
+    recent = {artifact.ref.digest for artifact in before.artifacts if artifact.used_at >= since}
     old = {id: digest for id, digest in trainings.items() if digest not in recent}
     checkpoint_sync.drop(old.keys(), store)
     swept = before.unfinished_bytes - store.holdings().unfinished_bytes
-    return swept + sum(one.ref.size_bytes for one in before.artifacts if one.ref.digest in old.values())
+    old_digests = set(old.values())
+    sizes = [artifact.ref.size_bytes for artifact in before.artifacts if artifact.ref.digest in old_digests]
+    return swept + sum(sizes)
 
 
 def inventory(root: Path) -> Inventory:
-    """All that lies in the store of this folder. LookupError where there is none."""
+    """Return the inventory of a local store. Raises LookupError if the folder is not a store."""
     if not all((root / name).is_dir() for name in LocalStore.FOLDERS):
-        raise LookupError(
-            f"{root} holds no store; give the folder that `store:` of a study names, such as runs"
-        )
+        raise LookupError(f"{root} is not a store; give the folder of `store:` in a study file, such as runs")
     store = open_store(str(root))
-    tenants = [_tenant(file.parent) for file in sorted(root.glob(f"*/{StudyFolder(root).ledger.name}"))]
-    running = any(tenant.running for tenant in tenants)
-    sweep = partial(store.sweep, _UNTOUCHED_SECONDS)
-    held = store.holdings()
+    studies = [_study_usage(file.parent) for file in sorted(root.glob(f"*/{StudyFolder(root).ledger.name}"))]
+    sweep: Callable[[], None] | None = partial(store.sweep, _UNTOUCHED_SECONDS)
+    if any(study.running for study in studies):
+        sweep = None
+    holdings = store.holdings()
     items = [
-        *_artifacts(store, held.artifacts, tenants),
-        Item("unfinished", "tmp", held.unfinished_bytes, remove=None if running else sweep),
-        Item("records", "records", held.records_bytes, number=held.records),
-        *_cached(root / CACHE, tenants),
+        *_artifacts(store, holdings.artifacts, studies),
+        Item("unfinished", "tmp", holdings.unfinished_bytes, remove=sweep),
+        Item("records", "records", holdings.records_bytes, number=holdings.records),
+        *_cached(root / CACHE, studies),
     ]
-    for place in sorted(root.iterdir()):
-        tenant = next((one for one in tenants if one.folder == place), None)
-        if tenant is not None:
-            items += _of_study(tenant)
-        elif place.name not in (*LocalStore.FOLDERS, CACHE):
-            items.append(Item("files", place.name, _size(place)))
-    return Inventory(tenants, items)
+    by_folder = {study.folder: study for study in studies}
+    for path in sorted(root.iterdir()):
+        if path in by_folder:
+            items += _of_study(by_folder[path])
+        elif path.name not in (*LocalStore.FOLDERS, CACHE):
+            items.append(Item("files", path.name, _size(path)))
+    return Inventory(studies, items)
 
 
-def _tenant(folder: Path) -> StudyUsage:
-    front = _json(StudyFolder(folder).front)
-    members = frozenset(member["id"] for member in front.get("members", []))
-    running = is_running(folder)
-    return StudyUsage(folder, running, members, _needs(folder) if running else frozenset())
+def _study_usage(folder: Path) -> StudyUsage:
+    try:
+        members = frozenset(member.id for member in read_front(StudyFolder(folder).front).members)
+    except FileNotFoundError:
+        members = frozenset()
+    if not is_running(folder):
+        return StudyUsage(folder, False, members)
+    return StudyUsage(folder, True, members, _needs(folder))
 
 
 def _needs(folder: Path) -> frozenset[str] | None:
     ledger = Ledger(StudyFolder(folder).ledger, read_only=True)
     try:
         proposed = [event.recipe for _, event in ledger.events() if isinstance(event, CandidateProposed)]
-    except ValueError:  # another version of slimfront runs it
+    except ValueError:  # another version of slimfront wrote it
         return None
     finally:
         ledger.close()
@@ -252,7 +261,7 @@ def _needs(folder: Path) -> frozenset[str] | None:
 
 
 def _artifacts(
-    store: ArtifactStore, held: Sequence[StoredArtifact], tenants: Sequence[StudyUsage]
+    store: ArtifactStore, artifacts: Sequence[StoredArtifact], studies: Sequence[StudyUsage]
 ) -> Iterator[Item]:
     names: dict[str, list[str]] = {}
     records = ArtifactRecords(store)
@@ -260,10 +269,10 @@ def _artifacts(
         ref = records.named(id)
         names.setdefault("" if ref is None else ref.digest, []).append(id)
     originals, measured = _measured(store)
-    members = frozenset(id for tenant in tenants for id in tenant.members)
-    running = any(tenant.running for tenant in tenants)
-    for one in held:
-        digest = one.ref.digest
+    members = frozenset(id for study in studies for id in study.members)
+    running = any(study.running for study in studies)
+    for artifact in artifacts:
+        digest = artifact.ref.digest
         ids = names.get(digest, [])
         kind: Kind = "candidates" if digest in measured else "intermediates"
         if not ids:
@@ -272,14 +281,17 @@ def _artifacts(
             kind = "fronts"
         if digest in originals:
             kind = "originals"
-        # What nobody names yet may have just been put.
-        stays = kind not in WORTH or (running if not ids else any(one.may_need(ids) for one in tenants))
-        gone = None if stays else partial(_remove_artifact, store, one, tuple(ids))
-        yield Item(kind, digest, one.ref.size_bytes, one.used_at, remove=gone)
+        needed = any(study.may_need(ids) for study in studies)
+        if not ids:
+            needed = running  # a running study may have just stored it, and names it next
+        remove = None
+        if kind in EVICTION_PRIORITY and not needed:
+            remove = partial(_remove_artifact, store, artifact, tuple(ids))
+        yield Item(kind, digest, artifact.ref.size_bytes, artifact.used_at, remove=remove)
 
 
 def _measured(store: ArtifactStore) -> tuple[set[str], set[str]]:
-    """The digests of the originals, and of all that was measured."""
+    """Return the digests of the originals, and of all measured models."""
     originals, measured = set(), set()
     for result in ArtifactRecords(store).results():
         if not result.techniques:
@@ -289,75 +301,63 @@ def _measured(store: ArtifactStore) -> tuple[set[str], set[str]]:
     return originals, measured
 
 
-def _remove_artifact(store: ArtifactStore, held: StoredArtifact, ids: Sequence[str]) -> None:
-    # Killed between the two, an artifact that nobody names is left, which is what goes first next time.
+def _remove_artifact(store: ArtifactStore, artifact: StoredArtifact, ids: Sequence[str]) -> None:
+    # If the process is killed in between, an artifact without a record remains, which is evicted first next time.
     for id in ids:
         ArtifactRecords(store).forget(id)
-    store.remove(held.ref)
+    store.remove(artifact.ref)
 
 
-def _cached(cache: Path, tenants: Sequence[StudyUsage]) -> Iterator[Item]:
-    running = any(tenant.running for tenant in tenants)
-    for one in cached_statistics(cache):
-        stays = any(tenant.may_need([one.key]) for tenant in tenants)
-        gone = None if stays else one.remove
-        yield Item("statistics", one.name, one.size_bytes, one.used_at, remove=gone)
+def _cached(cache: Path, studies: Sequence[StudyUsage]) -> Iterator[Item]:
+    running = any(study.running for study in studies)
+    for entry in cached_statistics(cache):
+        needed = any(study.may_need([entry.key]) for study in studies)
+        remove = None if needed else entry.remove
+        yield Item("statistics", entry.name, entry.size_bytes, entry.used_at, remove=remove)
     graphs = cache / _GRAPHS
-    for one in cached_statistics(graphs):
-        gone = None if running else one.remove
-        yield Item("graphs", one.name, one.size_bytes, one.used_at, remove=gone)
-    for left in graphs.iterdir() if graphs.is_dir() else ():
-        if left.is_dir():  # where one was written
-            emptied = None if running else partial(shutil.rmtree, left, ignore_errors=True)
-            yield Item("scratch", f"{CACHE}/{_GRAPHS}/{left.name}", _size(left), remove=emptied)
+    for entry in cached_statistics(graphs):
+        remove = None if running else entry.remove
+        yield Item("graphs", entry.name, entry.size_bytes, entry.used_at, remove=remove)
+    for path in graphs.iterdir() if graphs.is_dir() else ():
+        if path.is_dir():  # the scratch folder of an export that was killed, or that is running
+            remove = None if running else partial(shutil.rmtree, path, ignore_errors=True)
+            yield Item("scratch", f"{CACHE}/{_GRAPHS}/{path.name}", _size(path), remove=remove)
 
 
-def _of_study(tenant: StudyUsage) -> Iterator[Item]:
-    own = 0
+def _of_study(study: StudyUsage) -> Iterator[Item]:
+    files_bytes = 0
     kinds: dict[str, Kind] = {SCRATCH: "scratch", CHECKPOINTS: "checkpoints"}
-    for place in tenant.folder.iterdir():
-        if place.name not in kinds:
-            own += _size(place)
+    for path in study.folder.iterdir():
+        if path.name not in kinds:
+            files_bytes += _size(path)
             continue
-        gone = None if tenant.running else partial(_remove_of_study, tenant.folder, place)
-        name = f"{tenant.name}/{place.name}"
-        yield Item(kinds[place.name], name, _size(place), _used_at(place), remove=gone)
-    yield Item("files", tenant.name, own)
+        remove = None if study.running else partial(_remove_of_study, study.folder, path)
+        name = f"{study.name}/{path.name}"
+        yield Item(kinds[path.name], name, _size(path), _used_at(path), remove=remove)
+    yield Item("files", study.name, files_bytes)
 
 
-def _remove_of_study(folder: Path, place: Path) -> None:
-    """BlockingIOError where the study has just been started."""
+def _remove_of_study(folder: Path, path: Path) -> None:
+    """Remove a folder of a study. Raises BlockingIOError if the study has just been started."""
     with only_one(folder):
-        shutil.rmtree(place, ignore_errors=True)
+        shutil.rmtree(path, ignore_errors=True)
 
 
-def _size(place: Path) -> int:
-    """Of a file, or of all files below a folder that are not those of the store too, by links."""
-    found = 0
-    for state in _states(place):
-        found += state.st_size if state.st_nlink == 1 else 0
-    return found
+def _size(path: Path) -> int:
+    """Return the size of a file or a folder, without hard links, whose bytes are the store's."""
+    return sum(state.st_size for state in _states(path) if state.st_nlink == 1)
 
 
-def _used_at(place: Path) -> float:
-    return max((state.st_mtime for state in _states(place)), default=0.0)
+def _used_at(path: Path) -> float:
+    return max((state.st_mtime for state in _states(path)), default=0.0)
 
 
-def _states(place: Path) -> Iterator[os.stat_result]:
-    if not place.is_dir():
-        places = [place]
-    else:
-        places = [Path(parent) / name for parent, _, names in os.walk(place) for name in names]
-    for file in places:
+def _states(path: Path) -> Iterator[os.stat_result]:
+    files = [path]
+    if path.is_dir():
+        files = [Path(parent) / name for parent, _, names in os.walk(path) for name in names]
+    for file in files:
         try:
             yield file.lstat()
-        except FileNotFoundError:  # a study that runs has removed it
+        except FileNotFoundError:  # a running study has just removed it
             continue
-
-
-def _json(file: Path) -> dict[str, Any]:
-    try:
-        found: dict[str, Any] = json.loads(file.read_text())
-    except FileNotFoundError:
-        return {}
-    return found

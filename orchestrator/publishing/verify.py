@@ -1,4 +1,4 @@
-"""Verify: measure an export again, and hold each number against what was recorded of it."""
+"""Verify an export: measure it again and compare each metric with the recorded value."""
 
 from __future__ import annotations
 
@@ -20,21 +20,22 @@ from orchestrator.persistence.study_folder import MEASUREMENT
 from orchestrator.study.results import COSTS, differing
 
 _SIGMAS = 3.0
-"""How many of both errors together two measurements of one thing may lie apart."""
+"""Two measurements may differ by this many standard errors of their difference."""
 _DRIFT = 0.03
-"""By so much of itself a time, or a process's memory, may differ besides: the errors are of one session each."""
+"""The relative difference that times and memory may always have, since each error covers one session only."""
 
 
 @dataclass(frozen=True)
 class VerifiedMetric:
-    """One metric, recorded and measured again. allowed: how far apart they may lie; None where they are not
-    comparable, for the reason in `note`."""
+    """The recorded and the new value of one metric."""
 
     metric: str
     recorded: float
     measured: float
     allowed: float | None
+    """The largest difference that passes; None if the values are not comparable."""
     note: str = ""
+    """The reason why the values are not comparable."""
 
     @property
     def ok(self) -> bool:
@@ -42,85 +43,98 @@ class VerifiedMetric:
 
 
 def verify(folder: Path) -> list[VerifiedMetric]:
-    """Measure what was recorded of this export once more, here, but for what this machine cannot measure.
+    """Measure the recorded metrics of this export again, except those that this machine cannot measure.
 
-    Raises ValueError where a file is not the one that was exported, LookupError where nothing here runs it,
-    FileNotFoundError where the texts it was measured on are not here.
+    Raises ValueError if a file was changed, LookupError if no runtime of this machine runs the export,
+    FileNotFoundError if the texts of the evaluation are not on this machine.
     """
     record, materials = recorded(folder)
-    every = {meters.meter_of(metric, materials.task) for metric in record["metrics"]}
-    wanted = {name for name in every if meters.load(name).missing(materials.target) is None}
+    names = {meters.meter_of(metric, materials.task) for metric in record["metrics"]}
+    usable = {name for name in names if meters.load(name).missing(materials.target) is None}
     with tempfile.TemporaryDirectory() as scratch:
-        subject = MeasuredModel(
-            folder, original_of(folder, materials, wanted), materials, workdir=Path(scratch)
-        )
-        found = measure.measure(sorted(wanted), subject)
-    return compare(record, found)
+        original = original_of(folder, materials, usable)
+        subject = MeasuredModel(folder, original, materials, workdir=Path(scratch))
+        measurement = measure.measure(sorted(usable), subject)
+    return compare(record, measurement)
 
 
 def recorded(folder: Path) -> tuple[dict[str, Any], Materials]:
-    """What was recorded of an export, and what it was measured with, for a runtime that is here. Raises as `verify`
-    does."""
+    """Return the record of an export and the materials to measure it with on this machine.
+
+    Raises the errors of `verify`.
+    """
     check_files(folder)
     record: dict[str, Any] = json.loads((folder / MEASUREMENT).read_text())
-    return record, _here(folder, materials_from_dict(record["materials"]))
+    return record, _with_usable_runtime(folder, materials_from_dict(record["materials"]))
 
 
 def check_files(folder: Path) -> None:
-    """Refuse, with a ValueError, an export whose files are not those that were written."""
+    """Raise ValueError if a file of an export is missing or has another checksum than in its manifest."""
     formats.format_of(folder)
-    expected: Mapping[str, str] = json.loads((folder / formats.EXPORT_MANIFEST).read_text()).get(
-        "checksums", {}
-    )
-    found = formats.checksums(folder)
+    manifest = json.loads((folder / formats.EXPORT_MANIFEST).read_text())
+    expected: Mapping[str, str] = manifest.get("checksums", {})
+    actual = formats.checksums(folder)
     for name, digest in expected.items():
-        if name not in found:
+        if name not in actual:
             raise ValueError(f"{folder / name} is missing: export the model again")
-        if found[name] != digest:
+        if actual[name] != digest:
             raise ValueError(
-                f"the checksum of {folder / name} is off: it was changed or damaged; export it again"
+                f"the checksum of {folder / name} is wrong: the file was changed or damaged; export the model again"
             )
 
 
-def compare(record: Mapping[str, Any], found: Measurement) -> list[VerifiedMetric]:
-    """What was recorded beside what was found. What another environment costs is shown, and not held against it."""
-    elsewhere = differing(record["environment"], found.environment)
-    checked = []
+def compare(record: Mapping[str, Any], measurement: Measurement) -> list[VerifiedMetric]:
+    """Compare recorded metrics with a new measurement; costs only within one environment."""
+    changed = differing(record["environment"], measurement.environment)
+    rows = []
     for metric, recorded in sorted(record["metrics"].items()):
-        if metric not in found.metrics:
+        if metric not in measurement.metrics:
             continue
-        measured, error = found.metrics[metric], record["errors"].get(metric)
-        if metric in found.unreliable:
-            checked.append(VerifiedMetric(metric, recorded, measured, None, "too noisy here to compare"))
+        error, new_error = record["errors"].get(metric), measurement.errors.get(metric, 0.0)
+        allowed, note = None, ""
+        if metric in measurement.unreliable:
+            note = "too noisy on this machine to compare"
         elif metric == "size_bytes":
-            checked.append(VerifiedMetric(metric, recorded, measured, 0.0))
+            allowed = 0.0
         elif error is None:
-            checked.append(VerifiedMetric(metric, recorded, measured, None, "recorded without an error"))
-        elif elsewhere and metric.endswith(COSTS):
-            note = f"recorded with another {', '.join(elsewhere)}"
-            checked.append(VerifiedMetric(metric, recorded, measured, None, note))
+            note = "recorded without an error"
+        elif changed and metric.endswith(COSTS):
+            note = f"recorded with another {', '.join(changed)}"
         else:
-            allowed = _SIGMAS * math.hypot(error, found.errors.get(metric, 0.0))
-            if metric.endswith(COSTS):
-                allowed = max(allowed, _DRIFT * recorded)
-            checked.append(VerifiedMetric(metric, recorded, measured, allowed))
-    return checked
+            allowed = _allowed(metric, recorded, error, new_error)
+        rows.append(VerifiedMetric(metric, recorded, measurement.metrics[metric], allowed, note))
+    return rows
 
 
-def _here(folder: Path, materials: Materials) -> Materials:
-    """The same, for a runtime that runs the form of this export: the recorded one if that does."""
+def _allowed(metric: str, recorded: float, error: float, new_error: float) -> float:
+    allowed = _SIGMAS * math.hypot(error, new_error)
+    if metric.endswith(COSTS):
+        allowed = max(allowed, _DRIFT * recorded)
+    return allowed
+
+
+def _with_usable_runtime(folder: Path, materials: Materials) -> Materials:
+    """Return the materials with a runtime that runs the format of this export: the recorded runtime if it does.
+
+    Raises LookupError if this machine has no such runtime.
+    """
     format, target = formats.format_of(folder), materials.target
-    recorded = runtimes.load(target.runtime)
-    if format in recorded.READS:
-        lacking = recorded.missing()
-        if lacking is not None:
-            raise LookupError(lacking)
+    runtime = runtimes.load(target.runtime)
+    if format in runtime.READS:
+        reason = runtime.missing()
+        if reason is not None:
+            raise LookupError(reason)
         return materials
     return dataclasses.replace(
         materials, target=dataclasses.replace(target, runtime=runtimes.runtime_for(format))
     )
 
 
-def original_of(folder: Path, materials: Materials, wanted: set[str]) -> Path:
-    """The original, where it is compared with; else the export, whose tokenizer is the original's."""
-    return sources.locate(materials.model) if "agreement" in wanted else folder
+def original_of(folder: Path, materials: Materials, meter_names: set[str]) -> Path:
+    """Return the original's folder if one of these meters compares with it.
+
+    Otherwise return the export's, whose tokenizer is the original's.
+    """
+    if "agreement" in meter_names:
+        return sources.locate(materials.model)
+    return folder

@@ -8,12 +8,13 @@ from collections.abc import Callable
 
 from orchestrator.pareto.front import Objective
 from orchestrator.persistence.atomic_files import write_json
+from orchestrator.persistence.front_file import write_front
 from orchestrator.planning.prepared_study import PreparedStudy
 from orchestrator.service.cost_meter import CostMeter
 from orchestrator.service.status import Status, ended_of, status_of
 from orchestrator.study.budget import lines, summary
 from orchestrator.study.candidate import Candidate
-from orchestrator.study.results import Results, Standings, front_json
+from orchestrator.study.results import Results, Standings, front_snapshot
 from orchestrator.study.study import Study
 
 WRITE_SECONDS = 1.0
@@ -54,7 +55,7 @@ class StudyMonitor:
             self._results = None
         if study.original.measurement is not None and self._results is None:
             self._results = self._standings.results()
-            write_json(self._prepared.folder.front, front_json(self._results))
+            write_front(self._prepared.folder.front, front_snapshot(self._results))
         status = self._status(study)
         write_json(self._prepared.folder.status, dataclasses.asdict(status))
         self._show(status)

@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import (
@@ -17,8 +18,9 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
-from orchestrator.study.results import Results
-from orchestrator.study.study import Study
+if TYPE_CHECKING:
+    from orchestrator.study.results import Results
+    from orchestrator.study.study import Study
 
 
 @dataclass(frozen=True)

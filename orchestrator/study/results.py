@@ -7,12 +7,13 @@ import math
 import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 from jobs.measurement.measurement import Measurement, first_items, standard_error
 from orchestrator.pareto.front import PICKS, Metrics, Objective, ParetoFront
 from orchestrator.study.candidate import Candidate
+from orchestrator.study.front_snapshot import Difference, FrontMember, FrontSnapshot, MeasuredModel
 
 Standing = Literal[
     "front",
@@ -180,15 +181,6 @@ def errors(candidate: Candidate) -> Mapping[str, float]:
     return candidate.measurement.errors if candidate.measurement else {}
 
 
-@dataclass(frozen=True)
-class Difference:
-    """By how much one metric is above another, with the standard error of that, and how many items tell it."""
-
-    value: float
-    error: float
-    items: int
-
-
 def difference(one: Candidate, other: Candidate, metric: str) -> Difference | None:
     """`one` against `other`; see `paired`."""
     if one.measurement is None or other.measurement is None:
@@ -264,43 +256,35 @@ def prediction_errors(candidate: Candidate) -> dict[str, float]:
     return {metric: value / known[metric] - 1 for metric, value in candidate.predicted.items()}
 
 
-def front_json(results: Results) -> dict[str, Any]:
-    """The front as plain data: what `front.json` holds. Members are sorted by size."""
-    by_id = results.by_id
-    return {
-        "study": results.study,
-        "objectives": [asdict(objective) for objective in results.objectives],
-        "original": _measured(results.original),
-        "members": [
-            {
-                "id": id,
-                "recipe": str(by_id[id].recipe),
-                **_measured(by_id[id]),
-                "differences": _differences(by_id[id], results.original),
-                "artifact": by_id[id].artifact,
-            }
-            for id in results.members
-        ],
-        "picks": results.picks,
-        "reference": results.reference,
-        "hypervolume": results.hypervolume,
-        "candidates": dict(Counter(results.standings.values())),
-    }
+def front_snapshot(results: Results) -> FrontSnapshot:
+    """The front as stored data."""
+    original = results.original
+    return FrontSnapshot(
+        study=results.study,
+        objectives=tuple(results.objectives),
+        original=_measured(original),
+        members=tuple(_front_member(results.by_id[id], original) for id in results.members),
+        picks=results.picks,
+        reference=results.reference,
+        hypervolume=results.hypervolume,
+        candidates=Counter(results.standings.values()),
+    )
 
 
-def _measured(candidate: Candidate) -> dict[str, Any]:
+def _front_member(candidate: Candidate, original: Candidate) -> FrontMember:
+    differences = {}
+    for metric in metrics(candidate):
+        apart = difference(candidate, original, metric)
+        if apart is not None:
+            differences[metric] = apart
+    return FrontMember(
+        candidate.id, str(candidate.recipe), _measured(candidate), differences, candidate.artifact
+    )
+
+
+def _measured(candidate: Candidate) -> MeasuredModel:
     environment = candidate.measurement.environment if candidate.measurement else {}
-    return {
-        "metrics": dict(metrics(candidate)),
-        "errors": dict(errors(candidate)),
-        "environment": dict(environment),
-    }
-
-
-def _differences(candidate: Candidate, original: Candidate) -> dict[str, dict[str, float]]:
-    """To the original, by metric."""
-    found = {metric: difference(candidate, original, metric) for metric in metrics(candidate)}
-    return {metric: asdict(one) for metric, one in found.items() if one is not None}
+    return MeasuredModel(metrics(candidate), errors(candidate), environment)
 
 
 def _standing(candidate: Candidate, objectives: Sequence[Objective], original: Candidate) -> Standing:

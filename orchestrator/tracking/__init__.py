@@ -1,8 +1,8 @@
-"""Tracking: a study as others see it in MLflow. A mirror: the study never waits for it and never reads it.
+"""Mirror studies to MLflow. The service never waits for MLflow and never reads from it.
 
-    service ──append──▶ outbox (a file) ──▶ mirror (a process of its own) ──▶ MLflow
+    service ──append──▶ outbox (a file) ──▶ mirror (a separate process) ──▶ MLflow
 
-The service imports no MLflow: only `mirror.py` and `registry.py` do.
+Only mlflow_mirror.py and registry.py import MLflow; the service does not.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 import threading
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -18,31 +19,33 @@ from typing import Any, Protocol
 
 from orchestrator.pareto.front import Objective
 from orchestrator.study.candidate import Candidate
-from orchestrator.study.results import Results, errors, front_json, metrics, prediction_errors
+from orchestrator.study.results import Results, errors, front_snapshot, metrics, prediction_errors
 from orchestrator.tracking.outbox import Outbox
 
 
 class Tracker(Protocol):
-    """Told what happens in a study. No call waits for a network, and none fails because of one."""
+    """Receives the events of a study. No call waits for a network or fails because of one."""
 
     def start(
         self, study: str, yaml: str, environment: Mapping[str, str], objectives: Sequence[Objective]
     ) -> None:
-        """The study begins, or goes on after an interruption. Before anything else."""
+        """Start or resume the study. Called before all other methods."""
         ...
 
     def record(self, candidate: Candidate) -> None:
-        """What is known of a candidate now; may come again whenever more is known."""
+        """Record the present state of a candidate; called again after each change."""
         ...
 
     def finish(self, results: Results, report_html: str, totals: Mapping[str, float] | None = None) -> None:
-        """The study is over; totals: what it took in all. What `record` was told goes on being delivered after this
-        returns."""
+        """Finish the study. Delivery of recorded candidates may continue after this returns.
+
+        totals: metrics of the whole study, such as its node-hours.
+        """
         ...
 
 
 class NoTracker:
-    """For studies that nobody tracks."""
+    """Ignores all events, for studies without tracking."""
 
     def start(
         self, study: str, yaml: str, environment: Mapping[str, str], objectives: Sequence[Objective]
@@ -57,15 +60,16 @@ class NoTracker:
 
 
 class MLflowTracker:
-    """Appends to an outbox beside the study; a process of low priority carries it to MLflow.
+    """Appends events to an outbox, which a process of low priority delivers to MLflow.
 
-    uri: `sqlite:///…`, or an MLflow server's address. The same outbox continues the same parent run.
-    place: where the store keeps an artifact, by its digest: what MLflow's models say instead of holding weights.
+    uri: `sqlite:///…`, or the address of an MLflow server. The same outbox continues the same parent run.
+    artifact_url: returns the location of an artifact in the store by its digest. Models in MLflow hold this location
+    in place of weights.
     """
 
-    def __init__(self, uri: str, outbox: Path, place: Callable[[str], str] = str) -> None:
+    def __init__(self, uri: str, outbox: Path, artifact_url: Callable[[str], str] = str) -> None:
         self._uri = uri
-        self._place = place
+        self._artifact_url = artifact_url
         self._file = outbox
         self._outbox = Outbox(outbox)
         self._mirror: subprocess.Popen[bytes] | None = None
@@ -88,11 +92,19 @@ class MLflowTracker:
         self._outbox.append("candidate", candidate_entry(candidate), candidate.id)
 
     def finish(self, results: Results, report_html: str, totals: Mapping[str, float] | None = None) -> None:
-        front = front_json(results)
-        held = {one["id"]: one["artifact"] for one in front["members"] if one["artifact"]}
-        places = {id: self._place(digest) for id, digest in held.items()}
-        told = {"front": front, "report": report_html, "places": places, "totals": dict(totals or {})}
-        self._outbox.append("finish", told)
+        front = front_snapshot(results)
+        urls = {
+            member.id: self._artifact_url(member.artifact)
+            for member in front.members
+            if member.artifact is not None
+        }
+        content = {
+            "front": front.to_dict(),
+            "report": report_html,
+            "places": urls,
+            "totals": dict(totals or {}),
+        }
+        self._outbox.append("finish", content)
         self._ensure_mirror()
 
     def _ensure_mirror(self) -> None:
@@ -104,48 +116,61 @@ class MLflowTracker:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                # Ctrl-C ends the service, not the delivery of what it recorded.
+                # Ctrl-C must end the service without its mirror, which still has entries to deliver.
                 start_new_session=True,
             )
-        # Nobody waits for the mirror, but a child that ended must be reaped.
+        # No code waits for the mirror, but an ended child must be reaped.
         threading.Thread(target=self._mirror.wait, daemon=True).start()
 
 
 def candidate_entry(candidate: Candidate) -> dict[str, Any]:
-    """What MLflow shows of a candidate, as plain data."""
-    failure = candidate.failure
-    off = {f"{metric}_predicted_error": error for metric, error in prediction_errors(candidate).items()}
-    return {
+    """The state of a candidate as plain data for MLflow."""
+    values = dict(metrics(candidate))
+    for metric, error in prediction_errors(candidate).items():
+        values[f"{metric}_predicted_error"] = error
+    entry: dict[str, Any] = {
         "id": candidate.id,
         "recipe": str(candidate.recipe),
         "state": candidate.state,
         "artifact": candidate.artifact,
         "attempts": candidate.attempts,
         "params": options(candidate),
-        "metrics": {**metrics(candidate), **off},
+        "metrics": values,
         "errors": dict(errors(candidate)),
-        "unreliable": list(candidate.measurement.unreliable) if candidate.measurement else [],
-        "environment": dict(candidate.measurement.environment) if candidate.measurement else {},
-        "seconds": candidate.measurement.seconds if candidate.measurement else None,
+        "unreliable": [],
+        "environment": {},
+        "seconds": None,
         "stopped": candidate.stopped,
-        "failure": {"kind": failure.kind, "message": failure.message} if failure else None,
+        "failure": None,
     }
+    measurement, failure = candidate.measurement, candidate.failure
+    if measurement is not None:
+        entry["unreliable"] = list(measurement.unreliable)
+        entry["environment"] = dict(measurement.environment)
+        entry["seconds"] = measurement.seconds
+    if failure is not None:
+        entry["failure"] = {"kind": failure.kind, "message": failure.message}
+    return entry
 
 
 def options(candidate: Candidate) -> dict[str, str]:
-    """Every option by its flat name, `svd_llm.keep`; a technique's second step counts, `gptq_2.bits`."""
-    found: dict[str, str] = {}
-    names: list[str] = []
+    """All options of the recipe by flat name, such as `svd_llm.keep`.
+
+    The names of a technique's second step have a number: `gptq_2.bits`.
+    """
+    flat: dict[str, str] = {}
+    counts: Counter[str] = Counter()
     for step in candidate.recipe.steps:
-        names.append(step.name())
-        count = names.count(step.name())
-        prefix = step.name() if count == 1 else f"{step.name()}_{count}"
-        found |= {f"{prefix}.{name}": str(value) for name, value in step.options().items()}
-    return found
+        name, prefix = step.name(), step.name()
+        counts[name] += 1
+        if counts[name] > 1:
+            prefix = f"{name}_{counts[name]}"
+        flat |= {f"{prefix}.{option}": str(value) for option, value in step.options().items()}
+    return flat
 
 
 def sync(outbox: Path, uri: str) -> None:
-    """Deliver all that the outbox holds, now. Returns once MLflow has it; an outage raises after a while."""
-    from orchestrator.tracking.mlflow_mirror import deliver_all  # this alone takes MLflow's seconds to import
+    """Deliver the whole outbox now. Returns when MLflow has it; raises ConnectionError after a long outage."""
+    from orchestrator.tracking.mlflow_mirror import deliver_all  # imports MLflow, which takes seconds
 
     deliver_all(outbox, uri)

@@ -1,7 +1,7 @@
-"""Mirror: carries an outbox to MLflow. With registry.py the door to mlflow; runs in a process of its own.
+"""The mirror: delivers an outbox to MLflow, in a separate process. Only this file and registry.py import mlflow.
 
-Every delivery can be repeated: runs are looked up by their tags before any is made, and what an earlier
-delivery wrote is written again with the same values. So it may be killed anywhere, and an outage costs time.
+Every delivery is idempotent: runs are looked up by their tags before any is created, and repeated values are equal to
+the earlier ones. So the process may be killed at any point, and an outage costs only time.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-# Read when mlflow is imported. Its own retries block a call for minutes; ours are below.
+# MLflow reads these on import. Its own retries block a call for minutes; ours are below.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
@@ -28,6 +28,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
 
+from orchestrator.study.front_snapshot import FrontSnapshot
 from orchestrator.tracking.outbox import Delivered, Entry, Outbox
 from orchestrator.tracking.registry import CANDIDATE_TAG, OUTBOX_TAG, Registry
 
@@ -35,36 +36,40 @@ POLL_SECONDS = 0.5
 OUTAGE_POLL_SECONDS = 5.0
 SYNC_SECONDS = 60.0
 PATIENCE_SECONDS = 600.0
-"""How long a mirror tries to reach MLflow when nobody waits for it any more; `tracking sync` catches up."""
+"""The mirror gives up an unreachable MLflow after this time once its study has ended; `tracking sync` catches up."""
 
 STATUS = {
     "waiting": "RUNNING",
     "running": "RUNNING",
     "measured": "FINISHED",
     "failed": "FAILED",
-    # Never ran to its end, by decision: in MLflow's words neither finished nor failed.
+    # Not run to its end by decision: neither FINISHED nor FAILED in MLflow's terms.
     "over_limit": "KILLED",
     "stopped": "KILLED",
 }
 PARENT = "study"
-MAX_TEXT = 4000  # of a tag's 8000 characters
+MAX_TEXT = 4000  # characters; a tag holds 8000
 
 log = logging.getLogger(__name__)
 
 
 def follow(outbox: Path, uri: str, service: int) -> None:
-    """Deliver what is appended, until the study is finished or the service is gone, and all is delivered."""
-    with _alone(outbox), closing(Outbox(outbox)) as box:
+    """Deliver new entries until the study is finished or its service has ended, and the outbox is empty.
+
+    service: the process id of the service.
+    """
+    with _delivery_lock(outbox), closing(Outbox(outbox)) as box:
         mirror = Mirror(box, Delivered(outbox, uri), uri)
-        needed = time.monotonic()
+        last_needed = time.monotonic()
         while True:
-            # Asked before delivering: what the service appended last is then delivered too.
+            # Checked before the delivery, so that the service's last entry is delivered too.
             ended = os.getppid() != service or box.last()[1] == "finish"
-            needed = needed if ended else time.monotonic()
+            if not ended:
+                last_needed = time.monotonic()
             try:
                 mirror.deliver()
             except Exception as error:
-                if not _passing(error) or time.monotonic() - needed > PATIENCE_SECONDS:
+                if not _is_transient(error) or time.monotonic() - last_needed > PATIENCE_SECONDS:
                     raise
                 log.warning("%s cannot be reached: %s", uri, error)
                 time.sleep(OUTAGE_POLL_SECONDS)
@@ -75,12 +80,12 @@ def follow(outbox: Path, uri: str, service: int) -> None:
 
 
 def deliver_all(outbox: Path, uri: str) -> None:
-    """Deliver the whole outbox; where a mirror is at it already, wait until that has.
+    """Deliver the whole outbox. If a mirror delivers it already, wait until that has finished.
 
-    Raises ConnectionError where MLflow stays out of reach.
+    Raises ConnectionError if MLflow stays unreachable.
     """
-    patient = tenacity.Retrying(
-        retry=tenacity.retry_if_exception(_passing),
+    retrying = tenacity.Retrying(
+        retry=tenacity.retry_if_exception(_is_transient),
         wait=tenacity.wait_exponential(multiplier=0.5, max=10),
         stop=tenacity.stop_after_delay(SYNC_SECONDS),
     )
@@ -88,17 +93,17 @@ def deliver_all(outbox: Path, uri: str) -> None:
         mirror = Mirror(box, Delivered(outbox, uri), uri)
         while mirror.pending:
             try:
-                with _alone(outbox, wait=False):
-                    patient(mirror.deliver)
+                with _delivery_lock(outbox, wait=False):
+                    retrying(mirror.deliver)
             except BlockingIOError:
                 time.sleep(POLL_SECONDS)
             except tenacity.RetryError as error:
                 reason = error.last_attempt.exception()
-                raise ConnectionError(f"{uri} was out of reach for {SYNC_SECONDS:g} s: {reason}") from reason
+                raise ConnectionError(f"{uri} was unreachable for {SYNC_SECONDS:g} s: {reason}") from reason
 
 
 class Mirror:
-    """One outbox and one MLflow. Only reads the outbox, so that the service's appends never wait for it."""
+    """Delivers one outbox to one MLflow. It only reads the outbox, so the service's appends never wait for it."""
 
     def __init__(self, box: Outbox, delivered: Delivered, uri: str) -> None:
         self._box = box
@@ -108,19 +113,19 @@ class Mirror:
 
     @property
     def pending(self) -> bool:
-        """Whether there is something to deliver."""
+        """Whether the outbox has entries that are not delivered yet."""
         return self._box.last()[0] > self._delivered.number
 
     def deliver(self) -> None:
-        """One pass over what was not delivered yet. A refusal of one entry does not hold up the others."""
-        for entry in self._box.after(self._delivered.number):
+        """Deliver the pending entries once. An entry that MLflow refuses is logged and skipped."""
+        for entry in self._box.entries_after(self._delivered.number):
             try:
                 self._runs = self._runs or StudyRuns(_client(self._uri), self._box, self._uri)
                 self._runs.write(entry)
             except (MlflowException, OSError) as error:
-                # What a broken call has done is not known: look the runs up again.
+                # The effect of a broken call is unknown: look the runs up again.
                 self._runs = None
-                if _passing(error):
+                if _is_transient(error):
                     raise
                 log.warning("%s refused %s %s: %s", self._uri, entry.kind, entry.subject, error)
             self._delivered.note(entry.number)
@@ -128,7 +133,7 @@ class Mirror:
 
 @dataclass
 class KnownRun:
-    """A run as MLflow has it."""
+    """The state of a run in MLflow."""
 
     id: str
     status: str = "RUNNING"
@@ -144,7 +149,7 @@ class KnownRun:
 
 
 class StudyRuns:
-    """The runs of one study in one MLflow, those of earlier deliveries included."""
+    """The runs of one study in one MLflow, including those of earlier deliveries."""
 
     def __init__(self, client: MlflowClient, box: Outbox, uri: str) -> None:
         self._client = client
@@ -171,48 +176,47 @@ class StudyRuns:
 
     def _write_candidate(self, candidate: Mapping[str, Any]) -> None:
         run = self._run(candidate["id"], candidate["recipe"])
-        values = {
-            **candidate["metrics"],
-            **{f"{name}_stderr": value for name, value in candidate["errors"].items()},
-        }
+        values = dict(candidate["metrics"])
+        for name, error in candidate["errors"].items():
+            values[f"{name}_stderr"] = error
         params = [Param(name, value) for name, value in candidate["params"].items()]
         self._log(run, values, params, _candidate_tags(candidate))
         self._set_status(run, STATUS[candidate["state"]])
 
     def _write_finish(self, finish: Mapping[str, Any]) -> None:
-        front = finish["front"]
-        members = {member["id"] for member in front["members"]}
+        front = FrontSnapshot.from_dict(finish["front"])
+        members = {member.id for member in front.members}
         for candidate, run in self._known.items():
             if run.on_front != (candidate in members):
                 run.on_front = candidate in members
                 self._client.set_tag(run.id, "pareto", str(run.on_front).lower())
         self._client.log_text(self._parent.id, finish["report"], "front.html")
-        self._client.log_dict(self._parent.id, front, "front.json")
+        self._client.log_dict(self._parent.id, front.to_dict(), "front.json")
         self._client.log_dict(self._parent.id, _table(front), "front_table.json")
-        values = {f"candidates_{standing}": float(count) for standing, count in front["candidates"].items()}
-        if front["hypervolume"] is not None:
-            values["hypervolume"] = front["hypervolume"]
-        values |= finish.get("totals", {})  # what an earlier version appended lacks them
-        # By the second tag the UI finds the table among the artifacts.
-        shown = json.dumps([{"path": "front_table.json", "type": "table"}])
-        tags = {"state": "finished", "mlflow.loggedArtifacts": shown, "mlflow.note.content": _note(front)}
+        values = {f"candidates_{standing}": float(count) for standing, count in front.candidates.items()}
+        if front.hypervolume is not None:
+            values["hypervolume"] = front.hypervolume
+        values |= finish.get("totals", {})  # entries of earlier versions have none
+        # MLflow's web page finds the table among the artifacts by this tag.
+        tables = json.dumps([{"path": "front_table.json", "type": "table"}])
+        tags = {"state": "finished", "mlflow.loggedArtifacts": tables, "mlflow.note.content": _note(front)}
         self._log(self._parent, values, [], tags)
         self._set_status(self._parent, "FINISHED")
-        self._register(front, finish.get("places", {}))  # what an earlier version appended lacks them
+        self._register(front, finish.get("places", {}))  # entries of earlier versions have none
 
-    def _register(self, front: Mapping[str, Any], places: Mapping[str, str]) -> None:
-        runs = {member["id"]: self._run(member["id"], member["recipe"]).id for member in front["members"]}
-        Registry(self._client, self._experiment, self._outbox_id).show(front, runs, places)
+    def _register(self, front: FrontSnapshot, urls: Mapping[str, str]) -> None:
+        runs = {member.id: self._run(member.id, member.recipe).id for member in front.members}
+        Registry(self._client, self._experiment, self._outbox_id).show(front, runs, urls)
 
     def _log(
         self, run: KnownRun, values: Mapping[str, float], params: list[Param], tags: Mapping[str, str]
     ) -> None:
         now = int(time.time() * 1000)
-        # A value that is there already would become a second point of a curve.
-        news = [
+        # An equal value logged again would become a second point of a curve.
+        changed = [
             Metric(name, value, now, 0) for name, value in values.items() if run.metrics.get(name) != value
         ]
-        self._client.log_batch(run.id, metrics=news, params=params, tags=_tags(tags))
+        self._client.log_batch(run.id, metrics=changed, params=params, tags=_tags(tags))
         run.metrics.update(values)
 
     def _set_status(self, run: KnownRun, status: str) -> None:
@@ -225,7 +229,7 @@ class StudyRuns:
         run.status = status
 
     def _run(self, candidate: str, name: str) -> KnownRun:
-        """The candidate's run, made now if an earlier delivery has not."""
+        """Return the candidate's run; create it if there is none."""
         if candidate not in self._known:
             tags = {OUTBOX_TAG: self._outbox_id, CANDIDATE_TAG: candidate}
             if candidate != PARENT:
@@ -235,25 +239,27 @@ class StudyRuns:
         return self._known[candidate]
 
     def _find_runs(self) -> dict[str, KnownRun]:
-        found: dict[str, KnownRun] = {}
+        runs: dict[str, KnownRun] = {}
         token = None
         while True:
             page = self._client.search_runs(
                 [self._experiment], f"tags.`{OUTBOX_TAG}` = '{self._outbox_id}'", page_token=token
             )
-            found |= {run.data.tags[CANDIDATE_TAG]: KnownRun.of(run) for run in page}
+            runs |= {run.data.tags[CANDIDATE_TAG]: KnownRun.of(run) for run in page}
             token = page.token
             if not token:
-                return found
+                return runs
 
     def _find_experiment(self, study: str, uri: str) -> str:
         experiment = self._client.get_experiment_by_name(study)
         if experiment is not None:
             return str(experiment.experiment_id)
-        # Without a server MLflow would put the files in whatever folder the process runs in.
-        file = _file_of(uri)
-        location = (file.parent / "mlflow-artifacts" / study).as_uri() if file else None
-        # An experiment without a kind opens in the UI's view of chat traces instead of training runs.
+        location = None
+        file = _database_file(uri)
+        if file is not None:
+            # Without a server MLflow would write artifacts into the working folder of this process.
+            location = (file.parent / "mlflow-artifacts" / study).as_uri()
+        # MLflow's web page shows an experiment without a kind as chat traces instead of training runs.
         kind = {"mlflow.experimentKind": "custom_model_development"}
         return str(self._client.create_experiment(study, artifact_location=location, tags=kind))
 
@@ -269,7 +275,7 @@ def _candidate_tags(candidate: Mapping[str, Any]) -> dict[str, str]:
         tags["artifact"] = candidate["artifact"]
     if candidate["unreliable"]:
         tags["unreliable"] = ", ".join(candidate["unreliable"])
-    if candidate.get("stopped"):  # what an earlier version appended lacks it
+    if candidate.get("stopped"):  # entries of earlier versions have none
         tags["stopped"] = candidate["stopped"]
     if candidate["failure"]:
         tags["failure.kind"] = candidate["failure"]["kind"]
@@ -281,22 +287,23 @@ def _tags(tags: Mapping[str, str]) -> list[RunTag]:
     return [RunTag(name, value[:MAX_TEXT]) for name, value in tags.items()]
 
 
-def _table(front: Mapping[str, Any]) -> dict[str, Any]:
-    """The front in the form of MLflow's logged tables."""
-    names = [objective["metric"] for objective in front["objectives"]]
-    rows = [
-        [member["id"], member["recipe"], *(member["metrics"][name] for name in names)]
-        for member in front["members"]
-    ]
-    return {"columns": ["candidate", "recipe", *names], "data": rows}
+def _table(front: FrontSnapshot) -> dict[str, Any]:
+    """The front in the format of MLflow's logged tables."""
+    metrics = [objective.metric for objective in front.objectives]
+    rows = []
+    for member in front.members:
+        values = [member.measured.metrics[metric] for metric in metrics]
+        rows.append([member.id, member.recipe, *values])
+    return {"columns": ["candidate", "recipe", *metrics], "data": rows}
 
 
-def _note(front: Mapping[str, Any]) -> str:
-    """The front as the run's description, in Markdown."""
+def _note(front: FrontSnapshot) -> str:
+    """The front as the run's description, in Markdown. Rows beyond the size limit of a tag are omitted."""
     table = _table(front)
     lines = [table["columns"], ["---"] * len(table["columns"])]
-    lines += [[f"{cell:,.6g}" if isinstance(cell, float) else cell for cell in row] for row in table["data"]]
-    text = f"{len(front['members'])} models on the front, smallest first.\n\n"
+    for id, recipe, *values in table["data"]:
+        lines.append([id, recipe, *(f"{value:,.6g}" for value in values)])
+    text = f"{len(front.members)} models on the front, smallest first.\n\n"
     for line in lines:
         row = "| " + " | ".join(line) + " |\n"
         if len(text) + len(row) > MAX_TEXT:
@@ -306,23 +313,25 @@ def _note(front: Mapping[str, Any]) -> str:
 
 
 def _client(uri: str) -> MlflowClient:
-    file = _file_of(uri)
+    file = _database_file(uri)
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)
-    # A new database is announced in a dozen lines, table by table.
+    # These loggers announce a new database in a dozen lines, one for each table.
     for name in ("alembic", "mlflow"):
         logging.getLogger(name).setLevel(logging.WARNING)
     return MlflowClient(uri)
 
 
-def _file_of(uri: str) -> Path | None:
-    """The database's file where MLflow needs no server."""
-    return Path(uri.removeprefix("sqlite:///")).absolute() if uri.startswith("sqlite:///") else None
+def _database_file(uri: str) -> Path | None:
+    """Return the SQLite file of a tracking address without a server; None for a server's address."""
+    if not uri.startswith("sqlite:///"):
+        return None
+    return Path(uri.removeprefix("sqlite:///")).absolute()
 
 
-def _passing(error: BaseException) -> bool:
-    """Whether the same call may go well later: the server is away, busy, or the connection broke, or it does not let us
-    in, which its owner or another password may change."""
+def _is_transient(error: BaseException) -> bool:
+    """Whether the same call may succeed later: the server is unreachable or busy, or it refuses the credentials, which
+    its owner may change."""
     if isinstance(error, MlflowException):
         status = int(error.get_http_status_code())  # type: ignore[no-untyped-call]
         return status >= 500 or status in (401, 403, 429)
@@ -330,12 +339,14 @@ def _passing(error: BaseException) -> bool:
 
 
 @contextmanager
-def _alone(outbox: Path, wait: bool = True) -> Iterator[None]:
-    """One delivery of an outbox at a time, or two would both make the run that neither found.
+def _delivery_lock(outbox: Path, wait: bool = True) -> Iterator[None]:
+    """Hold the outbox's lock, since two deliveries at a time could both create the same run.
 
-    The lock goes with the process that holds it. Raises BlockingIOError where another has it and `wait`
-    is false.
+    The lock ends with its process. Raises BlockingIOError if another process has it and `wait` is false.
     """
+    operation = fcntl.LOCK_EX
+    if not wait:
+        operation |= fcntl.LOCK_NB
     with outbox.with_suffix(".lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        fcntl.flock(file, operation)
         yield

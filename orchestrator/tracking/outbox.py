@@ -1,4 +1,4 @@
-"""Outbox: what the tracker was told, in order, in a file that outlives every process."""
+"""The outbox: an ordered queue of tracking events in a file."""
 
 from __future__ import annotations
 
@@ -23,25 +23,27 @@ CREATE TABLE IF NOT EXISTS identity (id TEXT NOT NULL);
 
 @dataclass(frozen=True)
 class Entry:
-    """subject: the candidate's id, or empty. A later entry of a kind and subject says all that an earlier did."""
+    """One event. A later entry of the same kind and subject replaces an earlier one."""
 
     number: int
     kind: Kind
     subject: str
+    """The candidate's id, or empty."""
     content: Mapping[str, Any]
 
 
 class Outbox:
-    """One process appends, another reads; what a reader delivered it notes elsewhere (see `Delivered`).
+    """A queue in SQLite: one process appends, another reads.
 
-    So neither waits for the other's writes: an append costs well under a millisecond.
+    The reader records its progress in another file (see `Delivered`), so neither waits for the other's writes: an
+    append takes well under a millisecond.
     """
 
     def __init__(self, file: Path) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         self._database = sqlite3.connect(file, isolation_level=None)
         self._database.execute("PRAGMA journal_mode=WAL")
-        # Survives the death of the process; a power cut may cost the last entries, which the ledger still has.
+        # Entries survive the death of the process. A power cut may lose the last ones, which the ledger still has.
         self._database.execute("PRAGMA synchronous=NORMAL")
         self._database.executescript(SCHEMA)
         self._database.execute(
@@ -50,7 +52,7 @@ class Outbox:
 
     @property
     def id(self) -> str:
-        """Never another outbox's: by it the mirror knows its own runs again."""
+        """The outbox's unique id, by which the mirror finds its runs in MLflow."""
         return str(self._database.execute("SELECT id FROM identity").fetchone()[0])
 
     def append(self, kind: Kind, content: Mapping[str, Any], subject: str = "") -> None:
@@ -60,12 +62,12 @@ class Outbox:
             (kind, subject, zlib.compress(text.encode(), 1)),
         )
 
-    def after(self, number: int) -> list[Entry]:
-        """What was appended after that entry, oldest first; of several on one subject, the last alone."""
+    def entries_after(self, number: int) -> list[Entry]:
+        """Return the entries after this number, oldest first; only the last one of each kind and subject."""
         return self._entries("number > ?", number)
 
     def _entries(self, condition: str, value: int | str) -> list[Entry]:
-        # Beside max() SQLite takes the other columns from the row that has the maximum.
+        # Next to max(), SQLite takes the other columns from the row that has the maximum.
         rows = self._database.execute(
             f"SELECT max(number), kind, subject, content FROM entries WHERE {condition} "
             "GROUP BY kind, subject ORDER BY 1",
@@ -74,14 +76,14 @@ class Outbox:
         return [Entry(row[0], row[1], row[2], json.loads(zlib.decompress(row[3]))) for row in rows]
 
     def latest(self, kind: Kind) -> Entry:
-        """The latest entry of that kind; LookupError where there is none."""
-        found = self._entries("kind = ?", kind)
-        if not found:
-            raise LookupError(f"the outbox holds no {kind}: its tracker was never told of one")
-        return found[-1]
+        """Return the latest entry of this kind. Raises LookupError if there is none."""
+        entries = self._entries("kind = ?", kind)
+        if not entries:
+            raise LookupError(f"the outbox has no entry of the kind {kind!r}: its study recorded none")
+        return entries[-1]
 
     def last(self) -> tuple[int, Kind | None]:
-        """The number and kind of the latest entry; 0 and None for an empty outbox."""
+        """Return the number and kind of the latest entry; 0 and None for an empty outbox."""
         row = self._database.execute(
             "SELECT number, kind FROM entries ORDER BY number DESC LIMIT 1"
         ).fetchone()
@@ -92,7 +94,7 @@ class Outbox:
 
 
 class Delivered:
-    """How far an outbox was delivered to one MLflow, in a file beside it."""
+    """The progress of delivery from an outbox to one MLflow server, in a file next to the outbox."""
 
     def __init__(self, outbox: Path, uri: str) -> None:
         self._file = outbox.with_suffix(".delivered")
@@ -100,10 +102,11 @@ class Delivered:
 
     @property
     def number(self) -> int:
-        """Of the last entry that needs no delivery any more."""
+        """The number of the last delivered entry, 0 if there is none."""
         return int(self._read().get(self._uri, 0))
 
     def note(self, number: int) -> None:
+        """Record that all entries up to this number are delivered."""
         entries = {**self._read(), self._uri: number}
         draft = self._file.with_suffix(".delivered-draft")
         draft.write_text(json.dumps(entries))
@@ -111,7 +114,7 @@ class Delivered:
 
     def _read(self) -> dict[str, int]:
         try:
-            found: dict[str, int] = json.loads(self._file.read_text())
+            numbers: dict[str, int] = json.loads(self._file.read_text())
         except FileNotFoundError:
             return {}
-        return found
+        return numbers

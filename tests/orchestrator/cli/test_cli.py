@@ -86,7 +86,7 @@ def test_a_study_that_could_not_afford_the_original_says_so(
     found = CliRunner().invoke(app.app, ["search", str(study_file), "budget.hours=1e-9"])
     assert found.exit_code == 1
     assert "The search ended early: the budget of 1e-09 hours is spent." in found.output
-    assert "Nothing was measured" in found.output
+    assert "Neither the original nor any candidate was measured." in found.output
 
 
 def test_techniques_are_listed_for_programs(tmp_path: Path) -> None:
@@ -169,7 +169,7 @@ def test_a_store_is_shown_and_trimmed(tmp_path: Path) -> None:
     assert "give one like 5GB" in wrong.stderr
     missing = slimfront("store", "elsewhere", cwd=tmp_path)
     assert missing.returncode == 3
-    assert "holds no store" in missing.stderr
+    assert "is not a store" in missing.stderr
 
 
 def test_a_bucket_is_shown_and_swept_and_not_trimmed(tmp_path: Path, s3: Any, s3_address: str) -> None:
@@ -227,7 +227,7 @@ def test_a_study_on_ray_is_interrupted_killed_resumed_looked_at_and_exported(
     assert stopped.returncode == 130, said
     assert f"slimfront resume {runs}" in said
     assert "Traceback" not in said
-    assert "stopped; resume goes on" in slimfront("status", runs, cwd=tmp_path).stdout
+    assert f"slimfront resume {runs} resumes it" in slimfront("status", runs, cwd=tmp_path).stdout
 
     killed = started_until(3)
     killed.kill()

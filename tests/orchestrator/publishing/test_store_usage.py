@@ -57,7 +57,7 @@ def run_inline(ready: PreparedStudy) -> Results:
 
 
 def trimmed(root: Path, limit_bytes: int = 0) -> list[Item]:
-    return remove(inventory(root).beyond(limit_bytes))
+    return remove(inventory(root).to_evict(limit_bytes))
 
 
 def kinds(held: Inventory) -> dict[str, int]:
@@ -86,7 +86,7 @@ def test_all_that_a_store_holds_is_told_by_what_it_is(prepared: Callable[..., Pr
     assert found["intermediates"] >= 1
     assert found["checkpoints"] == 1
     assert found["records"] == sum(1 for _ in (root / "records").rglob("*.json"))
-    assert [tenant.name for tenant in held.tenants] == ["tiny"]
+    assert [study.name for study in held.studies] == ["tiny"]
     on_disk = sum(file.stat().st_size for file in root.rglob("*") if file.is_file())
     assert held.size_bytes == on_disk
 
@@ -174,18 +174,18 @@ def test_the_least_worth_goes_first_and_no_more_than_has_to(prepared: Callable[.
     (ready.folder.scratch / "left").mkdir(parents=True)
     (ready.folder.scratch / "left" / "half").write_bytes(b"x" * 1000)
     held = inventory(root)
-    order = [item.kind for item in held.beyond(0)]
+    order = [item.kind for item in held.to_evict(0)]
     assert order[0] == "scratch"
     assert order == sorted(
         order, key=["scratch", "statistics", "graphs", "intermediates", "candidates"].index
     )
-    assert held.beyond(held.size_bytes) == []
-    assert [item.kind for item in held.beyond(held.size_bytes - 1)] == ["scratch"]
+    assert held.to_evict(held.size_bytes) == []
+    assert [item.kind for item in held.to_evict(held.size_bytes - 1)] == ["scratch"]
     statistics = [item for item in held.items if item.kind == "statistics"]
     assert statistics
     for file in (root / "cache").glob(f"{statistics[-1].name}.*"):
         os.utime(file, (1000, 1000))
-    assert [item.name for item in inventory(root).beyond(held.size_bytes - 1001)][1] == statistics[-1].name
+    assert [item.name for item in inventory(root).to_evict(held.size_bytes - 1001)][1] == statistics[-1].name
 
 
 def test_what_a_running_study_may_need_stays(prepared: Callable[..., PreparedStudy]) -> None:
@@ -257,6 +257,6 @@ def test_what_is_no_size_is_refused(size: str) -> None:
 
 
 def test_a_folder_without_a_store_is_refused_and_stays_as_it_is(tmp_path: Path) -> None:
-    with pytest.raises(LookupError, match="holds no store"):
+    with pytest.raises(LookupError, match="is not a store"):
         inventory(tmp_path)
     assert list(tmp_path.iterdir()) == []

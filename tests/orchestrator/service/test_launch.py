@@ -216,7 +216,7 @@ def test_an_exported_member_is_read_back_to_the_model_that_was_measured(
     results = run_inline(ready)
     member = export_member(ready.folder.path, "smallest", tmp_path / "out")
     exported = loading.load(tmp_path / "out")
-    record = open_store(ready.config.store).record(f"artifacts/{member['id']}")
+    record = open_store(ready.config.store).record(f"artifacts/{member.id}")
     assert record is not None
     held = next((Path(ready.config.store) / "objects").glob(f"*/{record['digest']}"))
     tokens = torch.arange(24)[None]
@@ -224,7 +224,7 @@ def test_an_exported_member_is_read_back_to_the_model_that_was_measured(
         ours, theirs = exported.module(tokens).logits, loading.load(held).module(tokens).logits
     assert torch.equal(ours, theirs)
     size = (tmp_path / "out" / "model.safetensors").stat().st_size
-    assert size == member["metrics"]["size_bytes"]
+    assert size == member.measured.metrics["size_bytes"]
     assert json.loads((tmp_path / "out" / "recipe.json").read_text())["id"] == results.members[0]
     with pytest.raises(FileExistsError):
         export_member(ready.folder.path, "smallest", tmp_path / "out")

@@ -216,7 +216,7 @@ def test_a_study_goes_on_after_ctrl_c_until_it_is_stopped_and_is_resumed_by_its_
         "go on with: slimfront resume long --address URL"
         in head.slimfront("logs", "long", cwd=tmp_path).stdout
     )
-    assert "to go on where long-" in head.slimfront("resume", "long", cwd=tmp_path).stderr
+    assert "it resumes where long-" in head.slimfront("resume", "long", cwd=tmp_path).stderr
     stopped = head.slimfront("stop", "long", cwd=tmp_path)
     assert "-2: stopped" in stopped.stdout
     unknown = head.slimfront("status", "none", cwd=tmp_path)

@@ -19,7 +19,7 @@ from orchestrator.study.results import (
     Difference,
     Results,
     difference,
-    front_json,
+    front_snapshot,
     indistinguishable_objectives,
     judge,
     reasons,
@@ -77,7 +77,7 @@ def test_what_cannot_be_compared_is_kept_off_the_front_and_counted(odd: Candidat
     results = of(odd, candidate(1, 80, 0.7, 8.0))
     assert results.standings[odd.id] == standing
     assert odd.id not in results.members
-    assert front_json(results)["candidates"][standing] >= 1
+    assert front_snapshot(results).to_dict()["candidates"][standing] >= 1
 
 
 def test_an_unreliable_metric_that_is_no_objective_keeps_nothing_off_the_front() -> None:
@@ -103,7 +103,7 @@ def test_a_later_candidate_replaces_an_earlier_one_of_the_same_recipe() -> None:
 
 def test_the_front_as_json_has_what_readers_of_it_rely_on() -> None:
     small = candidate(3, 40, 0.5, 5.0)
-    front = json.loads(json.dumps(front_json(of(candidate(1, 80, 0.7, 8.0), small))))
+    front = json.loads(json.dumps(front_snapshot(of(candidate(1, 80, 0.7, 8.0), small)).to_dict()))
     assert front["study"] == "study"
     assert front["objectives"][0] == {"metric": "size_bytes", "goal": "min", "limit": 90.0}
     assert front["original"] == {
@@ -143,7 +143,7 @@ def test_without_a_measured_original_there_is_a_front_but_no_hypervolume() -> No
     unmeasured = candidate(0, 100, 0.8, 10.0, state="running", measurement=None)
     results = judge("study", OBJECTIVES, unmeasured, [candidate(3, 40, 0.6, 5.0)])
     assert len(results.members) == 1
-    assert front_json(results)["hypervolume"] is None
+    assert front_snapshot(results).to_dict()["hypervolume"] is None
 
 
 def with_items(one: Candidate, *items: float) -> Candidate:
@@ -160,7 +160,7 @@ def test_candidates_are_compared_item_by_item() -> None:
     odd = with_items(small, 0.8, 0.4, 0.3)
     found = difference(odd, original, "accuracy")
     assert found == Difference(pytest.approx(0.0), pytest.approx(0.1), 3)  # of -0.1, -0.1, 0.2
-    found_json = front_json(judge("study", OBJECTIVES, original, [odd]))
+    found_json = front_snapshot(judge("study", OBJECTIVES, original, [odd])).to_dict()
     member = next(one for one in found_json["members"] if one["id"] == odd.id)
     assert member["differences"] == {
         "accuracy": {"value": pytest.approx(0.0), "error": pytest.approx(0.1), "items": 3},

@@ -356,7 +356,7 @@ def test_old_checkpoints_are_told_and_swept(
 ) -> None:
     store = open_store(s3_address)
     send("one", store, lay(tmp_path / "one", 50))
-    sizes = {item.kind: item.size_bytes for item in store_usage.find_studies(s3_address).items}
+    sizes = {item.kind: item.size_bytes for item in store_usage.inventory_at(s3_address).items}
     assert sizes["checkpoints"] > 0
     assert sizes["models"] == 0
     assert store_usage.sweep(s3_address) == 0
