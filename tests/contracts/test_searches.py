@@ -1,4 +1,4 @@
-"""What every search promises. A file NAME_search.py in orchestrator/search is tested here by being there."""
+"""The contract of all searches; every file NAME_search.py in orchestrator/search is tested."""
 
 from __future__ import annotations
 

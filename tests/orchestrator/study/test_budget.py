@@ -1,4 +1,4 @@
-"""What is counted of nodes and hours, what it comes to, and when a budget lets nothing more begin."""
+"""Node hours, their cost, and the allowance that follows from a budget."""
 
 from __future__ import annotations
 
