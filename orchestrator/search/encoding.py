@@ -112,7 +112,7 @@ class SpaceEncoder:
         return np.zeros((0, len(self.axes)))
 
     def point(self, choices: Choices) -> NDArray[np.float64]:
-        """Return the point of choices in the space; ValueError or LookupError for a wrong or missing value."""
+        """Return the point of these choices. ValueError for a value outside the space, LookupError for none."""
         positions = np.array([[axis.position(choices[axis.name]) for axis in self.axes]])
         return np.asarray(np.where(self.active(positions), positions, 0.0)[0])
 

@@ -264,10 +264,10 @@ class _Covariance:
         scalars = (float(value) for value in values[2 * count :])
         return cls(features, values[:count], values[count : 2 * count], *scalars)
 
-    def between(self, left: Rows, right: Rows) -> Matrix:
-        """Return k(x, y) for all rows x on the left and y on the right."""
-        effects = self._effects(left, right)
-        matern = _matern(self._squared_distances(left, right))
+    def between(self, rows: Rows, columns: Rows) -> Matrix:
+        """Return k(x, y) for each x in `rows` and y in `columns`."""
+        effects = self._effects(rows, columns)
+        matern = _matern(self._squared_distances(rows, columns))
         return np.asarray(effects + self.pairs * effects**2 + self.joint * matern)
 
     def diagonal(self, rows: Rows) -> Vector:
@@ -316,16 +316,16 @@ class _Covariance:
         columns = 2 * (sensitivity.sum(axis=0) @ x**2) - 2 * (x * (sensitivity @ x)).sum(axis=0)
         return np.bincount(self.features.knobs[part], columns, self.features.count) / self.lengths**2
 
-    def _effects(self, left: Rows, right: Rows) -> Matrix:
+    def _effects(self, rows: Rows, columns: Rows) -> Matrix:
         """e(x, y)."""
         part = self.features.effects
-        return np.asarray((left[:, part] * self.variances[self.features.knobs[part]]) @ right[:, part].T)
+        return np.asarray((rows[:, part] * self.variances[self.features.knobs[part]]) @ columns[:, part].T)
 
-    def _squared_distances(self, left: Rows, right: Rows) -> Matrix:
+    def _squared_distances(self, rows: Rows, columns: Rows) -> Matrix:
         """‖(x − y) / ℓ‖²."""
         part = self.features.distances
         lengths = self.lengths[self.features.knobs[part]]
-        x, y = left[:, part] / lengths, right[:, part] / lengths
+        x, y = rows[:, part] / lengths, columns[:, part] / lengths
         squares = (x**2).sum(axis=1)[:, None] + (y**2).sum(axis=1)[None, :]
         return np.asarray(np.maximum(squares - 2 * x @ y.T, 0.0))
 

@@ -129,8 +129,8 @@ class SurrogateSearch:
             warped = prediction.warping.warp(np.append(front[:, column], limit))
             warped_front[:, column], warped_limits[column] = warped[:-1], warped[-1]
         probabilities = probability_of_improvement(warped_front, warped_limits, predictions)
-        known = pool.losses[:, self._evaluator.deterministic_objectives]
-        can_be_built = np.isfinite(known).all(axis=1)
+        deterministic_losses = pool.losses[:, self._evaluator.deterministic_objectives]
+        can_be_built = np.isfinite(deterministic_losses).all(axis=1)
         return [float(probability) for probability in np.where(can_be_built, probabilities, 1.0)]
 
     def _points_of(self, choices: Sequence[Choices]) -> list[Point]:

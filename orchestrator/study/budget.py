@@ -1,4 +1,4 @@
-"""Budget: what a study has used and may use, in hours and money. Pure arithmetic; who counts is accounts.py."""
+"""Budget: the hours and the money that a study has used and may use. Pure arithmetic without a clock."""
 
 from __future__ import annotations
 
@@ -10,33 +10,37 @@ from typing import Any
 from orchestrator.study.events import BudgetAllowance
 
 HOUR = 3600.0
+"""Seconds."""
 
 
 @dataclass(frozen=True)
 class Budget:
-    """The most that a study may use; None: as much as it takes. money: in the currency of the prices; hours: by the
-    clock while it runs, all its processes together."""
+    """The maximum that a study may use; None for no maximum."""
 
     money: float | None = None
+    """In the currency of the prices."""
     hours: float | None = None
+    """Wall-clock time while the study runs, summed over all its processes."""
 
 
 @dataclass(frozen=True)
 class Nodes:
-    """The nodes of one kind. up: how many are now; seconds: how long they were up while the study ran, added up.
-
-    per_hour: what one of them costs, None where it is not known; at_most: it may be less. source, date: who says so,
-    of which day.
-    """
+    """The nodes of one kind that a study used."""
 
     kind: str
     up: int = 0
+    """Number of nodes that are up now."""
     seconds: float = 0.0
+    """Time that nodes were up while the study ran, summed over the nodes."""
     per_hour: float | None = None
+    """Price of one node; None if it is unknown."""
     currency: str = ""
     source: str = ""
+    """Origin of the price."""
     date: str = ""
+    """Day of the price."""
     at_most: bool = False
+    """The price is an upper bound."""
 
     @property
     def hours(self) -> float:
@@ -45,181 +49,213 @@ class Nodes:
 
 @dataclass(frozen=True)
 class Bill:
-    """What a study has used until now. seconds: that it ran by the clock; gaps between its processes are none of them.
+    """The time and the nodes that a study has used.
 
-    Money is hours times the price that is known of each kind of node now: it follows a price that changes.
+    Money is hours times the newest known price of each kind of node, so it follows changes of prices.
     """
 
     seconds: float = 0.0
+    """Wall-clock time of the study, without gaps between its processes."""
     nodes: tuple[Nodes, ...] = ()
 
     @property
     def node_hours(self) -> float:
-        return sum(one.hours for one in self.nodes)
+        return sum(nodes.hours for nodes in self.nodes)
 
     @property
     def money(self) -> float | None:
-        """Of all nodes whose price is known; None where there are none."""
-        known = [one.hours * one.per_hour for one in self.nodes if one.per_hour is not None]
-        return sum(known) if known else None
+        """The cost of all nodes with a known price; None if there are none."""
+        costs = [nodes.hours * nodes.per_hour for nodes in self.nodes if nodes.per_hour is not None]
+        return sum(costs) if costs else None
 
     @property
     def per_hour(self) -> float:
-        """What an hour costs with the nodes that are up now."""
-        return sum(one.up * one.per_hour for one in self.nodes if one.per_hour is not None)
+        """The price of an hour with the nodes that are up now, without those of unknown price."""
+        return sum(nodes.up * nodes.per_hour for nodes in self.nodes if nodes.per_hour is not None)
 
     @property
     def totals(self) -> dict[str, float]:
-        """node_hours, and cost where it is known."""
-        return {"node_hours": self.node_hours, **({} if self.money is None else {"cost": self.money})}
+        """`node_hours`, and `cost` if a price is known."""
+        totals = {"node_hours": self.node_hours}
+        if self.money is not None:
+            totals["cost"] = self.money
+        return totals
 
     @property
     def currency(self) -> str:
-        return next((one.currency for one in self.nodes if one.currency), "")
+        return next((nodes.currency for nodes in self.nodes if nodes.currency), "")
 
     @property
     def unpriced(self) -> list[Nodes]:
-        """Nodes that were used and whose price is not known."""
-        return [one for one in self.nodes if one.per_hour is None and (one.seconds or one.up)]
+        """The used nodes whose price is unknown."""
+        return [nodes for nodes in self.nodes if nodes.per_hour is None and (nodes.seconds or nodes.up)]
 
     def after(self, seconds: float, now: Sequence[Nodes]) -> Bill:
-        """The bill when the nodes that were up have been so for some seconds more, and `now` are. Of these, kind, count
-        and price are read."""
-        used = {
-            one.kind: dataclasses.replace(one, seconds=one.seconds + one.up * seconds, up=0)
-            for one in self.nodes
-        }
-        for one in now:
-            before = used.get(one.kind, Nodes(one.kind))
-            used[one.kind] = dataclasses.replace(one, seconds=before.seconds)
+        """Return the bill after more wall-clock time with the same nodes, at whose end the nodes `now` are up.
+
+        The times of `now` are ignored.
+        """
+        used = {}
+        for nodes in self.nodes:
+            total = nodes.seconds + nodes.up * seconds
+            used[nodes.kind] = dataclasses.replace(nodes, seconds=total, up=0)
+        for nodes in now:
+            earlier = used.get(nodes.kind, Nodes(nodes.kind))
+            used[nodes.kind] = dataclasses.replace(nodes, seconds=earlier.seconds)
         return Bill(self.seconds + seconds, tuple(used.values()))
 
     def priced_at(self, per_hour: float) -> Bill:
-        """The same with all nodes at one price, which the study's file gives."""
-        return dataclasses.replace(
-            self, nodes=tuple(dataclasses.replace(one, **given_price(per_hour)) for one in self.nodes)
-        )
+        """Return the bill with the same price for all nodes, the one in the study's file."""
+        priced = tuple(dataclasses.replace(nodes, **given_price(per_hour)) for nodes in self.nodes)
+        return dataclasses.replace(self, nodes=priced)
 
     def to_dict(self) -> dict[str, Any]:
-        return {"seconds": self.seconds, "nodes": [asdict(one) for one in self.nodes]}
+        return {"seconds": self.seconds, "nodes": [asdict(nodes) for nodes in self.nodes]}
 
     @staticmethod
     def from_dict(content: Mapping[str, Any]) -> Bill:
-        return Bill(content["seconds"], tuple(Nodes(**one) for one in content["nodes"]))
+        return Bill(content["seconds"], tuple(Nodes(**fields) for fields in content["nodes"]))
 
 
 def given_price(per_hour: float) -> dict[str, Any]:
-    """The fields of `Nodes` that tell a price which the study's file gives, in whatever currency."""
+    """Return the fields of `Nodes` for a price in the study's file, whose currency is unknown."""
     return {
         "per_hour": per_hour, "currency": "", "source": "cluster.price_per_hour", "date": "", "at_most": False,
     }  # fmt: skip
 
 
-def allowance(budget: Budget, bill: Bill, seconds_to_finish: float) -> BudgetAllowance:
-    """What a budget allows after this bill, where finishing what was begun takes so long with the nodes that are up.
+@dataclass(frozen=True)
+class _Limit:
+    """One part of the budget, in its own unit."""
 
-    Candidates end early enough that what may be on the front is still read to its end and timed: a front that lacks its
-    timings is of no use. Where that was more than was thought, all work ends with the budget. Money cannot be kept to
-    where a price is not known: then candidates end at once.
+    name: str
+    used: float
+    to_finish: float
+    """Expected use of the work that existing candidates still need."""
+    maximum: float
+
+
+def allowance(budget: Budget, bill: Bill, seconds_to_finish: float) -> BudgetAllowance:
+    """Return the work that a budget allows after this bill.
+
+    seconds_to_finish: the expected time for the work that existing candidates still need, with the nodes that are up.
+    No candidates are proposed once the budget would not cover this work, since a front without timings is of no use.
+    All work ends with the budget. With a budget of money and nodes of unknown price, no candidates are proposed.
     """
     limits = []
     if budget.hours is not None:
-        what = f"the budget of {hours_text(budget.hours)}"
-        limits.append((what, bill.seconds / HOUR, seconds_to_finish / HOUR, budget.hours))
+        name = f"the budget of {hours_text(budget.hours)}"
+        limits.append(_Limit(name, bill.seconds / HOUR, seconds_to_finish / HOUR, budget.hours))
     if budget.money is not None:
-        what = f"the budget of {money_text(budget.money, bill.currency)}"
-        limits.append((what, bill.money or 0.0, bill.per_hour * seconds_to_finish / HOUR, budget.money))
-    for what, used, _, most in limits:
-        if used >= most:
-            return BudgetAllowance("none", f"{what} is spent")
+        name = f"the budget of {money_text(budget.money, bill.currency)}"
+        to_finish = bill.per_hour * seconds_to_finish / HOUR
+        limits.append(_Limit(name, bill.money or 0.0, to_finish, budget.money))
+    for limit in limits:
+        if limit.used >= limit.maximum:
+            return BudgetAllowance("none", f"{limit.name} is spent")
     if budget.money is not None and bill.unpriced:
-        kinds = ", ".join(sorted(one.kind for one in bill.unpriced))
-        why = f"what an hour of {kinds} costs is not known; give cluster.price_per_hour"
-        return BudgetAllowance(
-            "finish_pending", f"the budget of {money_text(budget.money, '')} can't be kept to: {why}"
-        )
-    for what, used, kept, most in limits:
-        if used + kept >= most:
-            left = f"about {duration(seconds_to_finish)} kept back for the last measurements"
-            return BudgetAllowance("finish_pending", f"{what} is spent, but for {left}")
+        kinds = ", ".join(sorted(nodes.kind for nodes in bill.unpriced))
+        name = f"the budget of {money_text(budget.money, '')}"
+        reason = f"the price of {kinds} is unknown; set cluster.price_per_hour"
+        return BudgetAllowance("finish_pending", f"{name} can't be kept: {reason}")
+    for limit in limits:
+        if limit.used + limit.to_finish >= limit.maximum:
+            reserve = f"about {duration(seconds_to_finish)} kept back for the last measurements"
+            return BudgetAllowance("finish_pending", f"{limit.name} is spent, but for {reserve}")
     return BudgetAllowance()
 
 
 def lines(bill: Bill, budget: Budget) -> list[str]:
-    """The bill in words: the sum, then each kind of node with its price, who says so and of which day."""
-    ran = f"{duration(bill.seconds)} by the clock"
+    """Return the bill as text: the total, then each kind of node with its price and the origin of the price."""
+    time = f"{duration(bill.seconds)} by the clock"
     if budget.hours is not None:
-        ran += f" of {hours_text(budget.hours)}"
-    found = [f"{ran}, {bill.node_hours:.2f} node-hours, {money_of(bill, budget)}"]
-    return found + [_line(one) for one in bill.nodes if one.seconds or one.up]
+        time += f" of {hours_text(budget.hours)}"
+    total = f"{time}, {bill.node_hours:.2f} node-hours, {money_of(bill, budget)}"
+    return [total, *(_line(nodes) for nodes in bill.nodes if nodes.seconds or nodes.up)]
 
 
 def summary(bill: Bill, budget: Budget) -> str:
-    """The sum in a few words; nothing where neither a price nor a budget gives anybody a reason to look."""
+    """Return the total in a few words; empty without a price and a budget."""
     if bill.money is None and budget == Budget():
         return ""
-    ran = "" if budget.hours is None else f"{duration(bill.seconds)} of {hours_text(budget.hours)}, "
-    return f"{ran}{bill.node_hours:.2f} node-hours, {money_of(bill, budget)}"
+    total = f"{bill.node_hours:.2f} node-hours, {money_of(bill, budget)}"
+    if budget.hours is None:
+        return total
+    return f"{duration(bill.seconds)} of {hours_text(budget.hours)}, {total}"
 
 
 def money_of(bill: Bill, budget: Budget) -> str:
-    """What was spent, and of how much; and how sure that is."""
+    """Return the used money as text, with the budget and the uncertainty."""
     if bill.money is None:
-        return "at a price that is not known"
-    at_most = any(one.at_most and one.seconds for one in bill.nodes)
-    text = ("at most " if at_most else "") + money_text(bill.money, bill.currency)
+        return "at an unknown price"
+    text = money_text(bill.money, bill.currency)
+    if any(nodes.at_most and nodes.seconds for nodes in bill.nodes):
+        text = f"at most {text}"
     if budget.money is not None:
         text += f" of {money_text(budget.money, bill.currency)}"
-    missing = sum(one.hours for one in bill.unpriced)
-    return text + (f" without {missing:.2f} node-hours of unknown price" if missing else "")
+    unpriced_hours = sum(nodes.hours for nodes in bill.unpriced)
+    if unpriced_hours:
+        text += f" without {unpriced_hours:.2f} node-hours of unknown price"
+    return text
 
 
 def describe_forecast(
     node_hours: float | None, unknown: str, price: Nodes | None, budget: Budget
 ) -> list[str]:
-    """What a study will use, in words, before it runs. node_hours: on one machine, so that they are hours by the clock;
-    None where they are not known, for the reason `unknown`. price: of such a node, None where nobody tells."""
-    found = []
-    per_hour, currency = (None, "") if price is None else (price.per_hour, price.currency)
+    """Return the expected use of a study as text, before it runs.
+
+    node_hours: on one machine, so that they equal wall-clock hours; None if they are unknown, for the reason `unknown`.
+    price: that of such a node; None if it is unknown.
+    """
+    sentences = []
+    per_hour, currency = None, ""
+    if price is not None:
+        per_hour, currency = price.per_hour, price.currency
     if node_hours is not None:
-        cost = "" if per_hour is None else f", {money_text(node_hours * per_hour, currency)}"
-        found.append(f"About {node_hours:.2f} node-hours{cost}.")
+        forecast = f"About {node_hours:.2f} node-hours"
+        if per_hour is not None:
+            forecast += f", {money_text(node_hours * per_hour, currency)}"
+        sentences.append(f"{forecast}.")
     elif per_hour is not None or budget != Budget():
-        found.append(f"What it will cost is not known: {unknown}.")
+        sentences.append(f"The cost is unknown: {unknown}.")
     if price is not None and per_hour is not None:
-        said = f"{price.source}{f', {price.date}' if price.date else ''}"
-        found.append(f"A node-hour costs {money_text(per_hour, currency)} ({said}).")
+        sentences.append(f"A node-hour costs {money_text(per_hour, currency)} ({_source(price)}).")
         if budget.money is not None:
-            allowed = budget.money / per_hour
-            found.append(
-                f"The budget of {money_text(budget.money, currency)} allows {allowed:.2f} node-hours."
-            )
+            allowed = f"{budget.money / per_hour:.2f} node-hours"
+            sentences.append(f"The budget of {money_text(budget.money, currency)} allows {allowed}.")
     if budget.hours is not None and node_hours is not None and node_hours > budget.hours:
-        found.append(
-            f"The budget of {hours_text(budget.hours)} ends it before: fewer candidates will be tried."
-        )
-    return found
+        name = f"The budget of {hours_text(budget.hours)}"
+        sentences.append(f"{name} ends it before: fewer candidates will be tried.")
+    return sentences
 
 
 def money_text(amount: float, currency: str) -> str:
-    """In cents, but where that would be nothing."""
+    """Return an amount in cents, or with two more digits if it is below 10 cents."""
     digits = 2 if amount >= 0.1 or amount == 0 else 4
-    return f"{amount:.{digits}f}{f' {currency}' if currency else ''}"
+    return f"{amount:.{digits}f} {currency}".rstrip()
 
 
 def hours_text(hours: float) -> str:
-    return f"{hours:g} hour{'' if hours == 1 else 's'}"
+    return "1 hour" if hours == 1 else f"{hours:g} hours"
 
 
 def duration(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} minutes" if seconds < 1.5 * HOUR else f"{seconds / HOUR:.1f} hours"
+    if seconds < 1.5 * HOUR:
+        return f"{seconds / 60:.0f} minutes"
+    return f"{seconds / HOUR:.1f} hours"
 
 
-def _line(one: Nodes) -> str:
-    used = f"{one.kind}: {one.hours:.2f} node-hours"
-    if one.per_hour is None:
+def _line(nodes: Nodes) -> str:
+    used = f"{nodes.kind}: {nodes.hours:.2f} node-hours"
+    if nodes.per_hour is None:
         return f"{used}, price not known"
-    price = f"{'at most ' if one.at_most else ''}{money_text(one.per_hour, one.currency)} each"
-    return f"{used}, {price} ({one.source}{f', {one.date}' if one.date else ''})"
+    price = f"{money_text(nodes.per_hour, nodes.currency)} each"
+    if nodes.at_most:
+        price = f"at most {price}"
+    return f"{used}, {price} ({_source(nodes)})"
+
+
+def _source(nodes: Nodes) -> str:
+    return f"{nodes.source}, {nodes.date}" if nodes.date else nodes.source

@@ -1,4 +1,4 @@
-"""Results: a study's outcome as plain data, built purely from its candidates. What the report and MLflow show."""
+"""Results: the outcome of a study as plain data, computed from its candidates, for reports and MLflow."""
 
 from __future__ import annotations
 
@@ -27,26 +27,27 @@ Standing = Literal[
     "stopped",
     "waiting",
 ]
-"""Where a candidate stands. elsewhere: measured in another environment than the original, so not comparable;
-incomplete: measured, but not in every objective; outrun: measured on a part of the evaluation, by which it
-would add next to nothing to the front; stopped: given up before it was measured; waiting: not measured yet."""
+"""The place of a candidate in the results. `other_environment`: measured in another environment than the original, so
+not comparable. `incomplete`: not measured in every objective. `eliminated`: measured on a part of the evaluation and
+not promoted, since it would hardly improve the front. `stopped`: given up before it was measured. `waiting`: not
+measured yet."""
 
 COSTS = ("_bytes", "_gib", "_ms", "_joules", "cost_per_million_tokens")
-"""The units of what a model costs; any other metric says how good it is."""
+"""The endings of metrics that are costs of a model; all other metrics are measures of quality."""
 
 
 @dataclass(frozen=True)
 class Results:
-    """by_id: all candidates, the original among them; members: the ids on the front, smallest first.
-
-    The original is what everything is compared with, whether or not it is on the front itself.
-    """
+    """The candidates of a study with their standings."""
 
     study: str
     objectives: list[Objective]
     original: Candidate
+    """The reference of all comparisons, whether or not it is on the front."""
     by_id: Mapping[str, Candidate]
+    """All candidates, with the original."""
     members: list[str]
+    """The ids of the candidates on the front, in ascending order of size."""
     standings: Mapping[str, Standing]
 
     @property
@@ -59,47 +60,55 @@ class Results:
 
     @property
     def reference(self) -> dict[str, float] | None:
-        """The point that bounds the hypervolume; None until the original is measured in every objective.
+        """The reference point of the hypervolume; None until the original is measured in every objective.
 
-        What costs no less than the original is worth nothing: size, time and energy are bounded by its own.
-        Quality is bounded by what is of no use: a score of 0, an error (perplexity) twice the original's.
+        Costs (size, time, energy) are bounded by those of the original. Quality is bounded by a useless model: a score
+        of 0, or twice the original's error (perplexity).
         """
         original = metrics(self.original)
         if any(objective.metric not in original for objective in self.objectives):
             return None
-        return {o.metric: bound(o, original[o.metric]) for o in self.objectives}
+        return {
+            objective.metric: bound(objective, original[objective.metric]) for objective in self.objectives
+        }
 
     @property
     def hypervolume(self) -> float | None:
-        """Of the front, as a share of what a model as good as the original would have at no cost at all."""
+        """The hypervolume of the front, relative to a model with the original's quality and no costs.
+
+        None without a reference point or a front.
+        """
         reference, original = self.reference, metrics(self.original)
         if reference is None or not self.members:
             return None
-        whole = math.prod(
-            bound if metric.endswith(COSTS) else abs(bound - original[metric])
-            for metric, bound in reference.items()
-        )
-        return self.front.hypervolume(reference) / whole if whole else None
+        lengths = []
+        for metric, reference_value in reference.items():
+            if metric.endswith(COSTS):
+                lengths.append(reference_value)
+            else:
+                lengths.append(abs(reference_value - original[metric]))
+        maximum = math.prod(lengths)
+        return self.front.hypervolume(reference) / maximum if maximum else None
 
     @property
     def picks(self) -> dict[str, str]:
-        """The members that have a name (knee, smallest, …), as far as the objectives tell."""
+        """The ids of the members with a name (knee, smallest, …), for the names that the objectives define."""
         front = self.front
-        found: dict[str, str] = {}
+        picks: dict[str, str] = {}
         for name in PICKS:
             try:
-                found[name] = front.pick(name)
+                picks[name] = front.pick(name)
             except LookupError:
                 continue
-        return found
+        return picks
 
 
 def judge(
     study: str, objectives: Sequence[Objective], original: Candidate, candidates: Sequence[Candidate]
 ) -> Results:
-    """The results of these candidates; the original counts as one, whether it is listed or not.
+    """Return the results of these candidates and the original, which may be among them.
 
-    A later candidate of the same id replaces an earlier one.
+    A later candidate replaces an earlier one with the same id.
     """
     by_id = {candidate.id: candidate for candidate in (original, *candidates)}
     by_id[original.id] = original
@@ -107,10 +116,9 @@ def judge(
 
 
 class Standings:
-    """Where the candidates of a study that goes on stand, brought up to date one candidate at a time.
+    """The standings of a running study, updated one candidate at a time.
 
-    fidelity: the share of the evaluation that counts at least. by_id is the study's own and is only read here. What
-    `results` gives is what `judge` finds of all of them, without comparing all of them again.
+    `results` equals `judge` of all candidates without comparing all of them again.
     """
 
     def __init__(
@@ -121,6 +129,8 @@ class Standings:
         by_id: Mapping[str, Candidate],
         fidelity: float = 1.0,
     ) -> None:
+        """by_id: the candidates of the study, read but not modified. fidelity: candidates that were measured on a
+        smaller share of the evaluation are eliminated."""
         self.objectives = list(objectives)
         self.fidelity = fidelity
         self._study = study
@@ -129,18 +139,18 @@ class Standings:
         self._judge_all()
 
     def take(self, id: str) -> None:
-        """This candidate has ended, or more is known of it."""
-        if id == self._original or self._own.get(id) == "front":
-            # Others were compared with what it was before: who it kept off the front may be on it now.
+        """Update the standing of a candidate that changed."""
+        if id == self._original or self._independent.get(id) == "front":
+            # Other candidates were compared with its earlier version, which may have kept them off the front.
             self._judge_all()
             return
-        one = self._by_id[id]
-        self._own[id] = self._judged(one)
-        if self._own[id] == "front":
-            self._front.add(id, metrics(one))
+        candidate = self._by_id[id]
+        self._independent[id] = self._judge(candidate)
+        if self._independent[id] == "front":
+            self._front.add(id, metrics(candidate))
 
     def results(self) -> Results:
-        """All of it as it is now; a candidate that `take` was not told of yet is waiting."""
+        """Return the current results. Candidates that `take` was not called for are waiting."""
         standings = {id: self._standing_of(id) for id in self._by_id}
         members = sorted(self._front.members, key=lambda id: (metrics(self._by_id[id])["size_bytes"], id))
         return Results(
@@ -148,112 +158,137 @@ class Standings:
         )
 
     def _standing_of(self, id: str) -> Standing:
-        own = self._own.get(id, "waiting")
-        return "dominated" if own == "front" and id not in self._front.members else own
+        independent = self._independent.get(id, "waiting")
+        if independent == "front" and id not in self._front.members:
+            return "dominated"
+        return independent
 
-    def _judged(self, one: Candidate) -> Standing:
-        if one.state == "measured" and one.fidelity < self.fidelity:
+    def _judge(self, candidate: Candidate) -> Standing:
+        if candidate.state == "measured" and candidate.fidelity < self.fidelity:
             return "eliminated"
-        return _standing(one, self.objectives, self._by_id[self._original])
+        return _independent_standing(candidate, self.objectives, self._by_id[self._original])
 
     def _judge_all(self) -> None:
-        self._own = {id: self._judged(one) for id, one in self._by_id.items()}
-        compared = {id: metrics(self._by_id[id]) for id, own in self._own.items() if own == "front"}
-        self._front = ParetoFront(self.objectives, compared)
+        self._independent = {id: self._judge(candidate) for id, candidate in self._by_id.items()}
+        comparable = {}
+        for id, standing in self._independent.items():
+            if standing == "front":
+                comparable[id] = metrics(self._by_id[id])
+        self._front = ParetoFront(self.objectives, comparable)
 
 
 def bound(objective: Objective, original: float) -> float:
-    """What bounds the hypervolume in one objective, by what the original has; see `Results.reference`."""
+    """Return the reference value of one objective, given that of the original; see `Results.reference`."""
     if objective.metric.endswith(COSTS):
         return original
     if objective.goal == "max" and original > 0:
         return 0.0
-    return original + (abs(original) if objective.goal == "min" else -abs(original))
+    if objective.goal == "min":
+        return original + abs(original)
+    return original + -abs(original)
 
 
 def metrics(candidate: Candidate) -> Metrics:
-    """What is known of a candidate: its exact size, and what was measured."""
-    measured = candidate.measurement.metrics if candidate.measurement else {}
-    return {"size_bytes": float(candidate.size_bytes), **measured}
+    """Return the exact size and all measured metrics of a candidate."""
+    size = {"size_bytes": float(candidate.size_bytes)}
+    if candidate.measurement is None:
+        return size
+    return {**size, **candidate.measurement.metrics}
 
 
 def errors(candidate: Candidate) -> Mapping[str, float]:
+    """Return the standard errors of the measured metrics."""
     return candidate.measurement.errors if candidate.measurement else {}
 
 
-def difference(one: Candidate, other: Candidate, metric: str) -> Difference | None:
-    """`one` against `other`; see `paired`."""
-    if one.measurement is None or other.measurement is None:
+def difference(candidate: Candidate, other: Candidate, metric: str) -> Difference | None:
+    """Return the paired difference of two candidates; see `paired`."""
+    if candidate.measurement is None or other.measurement is None:
         return None
-    return paired(one.measurement, other.measurement, metric)
+    return paired(candidate.measurement, other.measurement, metric)
 
 
-def paired(one: Measurement, other: Measurement, metric: str) -> Difference | None:
-    """`one` against `other`, item by item of what both were measured on, so that what is hard for both drops out; None
-    where there is nothing. That the items are the same is for the caller to know: those of one study are, and who was
-    measured on fewer has the first ones."""
-    count = min(len(one.items.get(metric, ())), len(other.items.get(metric, ())))
-    mine, theirs = first_items(one, metric, count), first_items(other, metric, count)
-    apart = [a - b for a, b in zip(mine, theirs, strict=True)]
-    return Difference(statistics.fmean(apart), standard_error(apart), len(apart)) if apart else None
+def paired(first: Measurement, second: Measurement, metric: str) -> Difference | None:
+    """Return the difference first − second over the items that both contain; None without such items.
+
+    The difficulty of items cancels out. The caller ensures that both measurements have the same items in the same
+    order, as those of one study do: a measurement on a share of the evaluation has its first items.
+    """
+    count = min(len(first.items.get(metric, ())), len(second.items.get(metric, ())))
+    if not count:
+        return None
+    pairs = zip(first_items(first, metric, count), first_items(second, metric, count), strict=True)
+    differences = [a - b for a, b in pairs]
+    return Difference(statistics.fmean(differences), standard_error(differences), count)
 
 
 def reasons(results: Results) -> list[tuple[int, str]]:
-    """What candidates failed of, the most frequent first, as how many did and why."""
-    failures = (one.failure for one in results.candidates if one.failure is not None)
-    said = Counter(
-        f"{failure.kind.replace('_', ' ')}: {failure.message.splitlines()[0]}" for failure in failures
-    )
-    return [(count, reason) for reason, count in said.most_common()]
+    """Return the reasons of failures with the number of candidates, the most frequent first."""
+    counts: Counter[str] = Counter()
+    for candidate in results.candidates:
+        failure = candidate.failure
+        if failure is not None:
+            counts[f"{failure.kind.replace('_', ' ')}: {failure.message.splitlines()[0]}"] += 1
+    return [(count, reason) for reason, count in counts.most_common()]
 
 
 def indistinguishable_objectives(results: Results) -> list[str]:
-    """The objectives in which no two members of the front differ by more than twice the error of that difference."""
+    """Return the objectives in which no two members of the front differ by more than two standard errors."""
     pairs = list(itertools.combinations([results.by_id[id] for id in results.members], 2))
-    found = []
-    for metric in (objective.metric for objective in results.objectives):
-        apart = [difference(one, other, metric) for one, other in pairs]
-        known = [one for one in apart if one is not None]
-        if known and all(abs(one.value) <= 2 * one.error for one in known):
-            found.append(metric)
-    return found
+    indistinguishable = []
+    for objective in results.objectives:
+        differences = [difference(first, second, objective.metric) for first, second in pairs]
+        paired_differences = [value for value in differences if value is not None]
+        if paired_differences and all(abs(value.value) <= 2 * value.error for value in paired_differences):
+            indistinguishable.append(objective.metric)
+    return indistinguishable
 
 
 @dataclass(frozen=True)
 class Flips:
-    """Of so many pairs that were measured on both shares of the evaluation, how many changed their order."""
+    """The number of pairs of candidates whose order differs between two shares of the evaluation."""
 
     metric: str
     low: float
+    """The smaller share."""
     high: float
+    """The larger share."""
     flipped: int
     pairs: int
+    """Number of pairs that were measured on both shares."""
 
 
 def rank_flips(results: Results) -> list[Flips]:
-    """From each rung to the next, for each objective that the evaluation tells."""
-    known: dict[str, list[dict[float, float]]] = {}
-    for one in results.candidates:
-        if one.measurement is not None and one.rungs:
-            ladder = {**one.rungs, one.fidelity: one.measurement.metrics}
-            for metric in one.measurement.items:
-                known.setdefault(metric, []).append(
-                    {rung: at[metric] for rung, at in ladder.items() if metric in at}
-                )
-    found = []
-    for metric in (objective.metric for objective in results.objectives if objective.metric in known):
-        rungs = sorted({rung for ladder in known[metric] for rung in ladder})
+    """Count the flips from each rung to the next one, for each evaluated objective."""
+    by_metric = _metrics_by_rung(results)
+    flips = []
+    for metric in (objective.metric for objective in results.objectives if objective.metric in by_metric):
+        candidates = by_metric[metric]
+        rungs = sorted({rung for values in candidates for rung in values})
         for low, high in itertools.pairwise(rungs):
-            both = [(ladder[low], ladder[high]) for ladder in known[metric] if {low, high} <= ladder.keys()]
+            both = [(values[low], values[high]) for values in candidates if {low, high} <= values.keys()]
             orders = [(a[0] - b[0]) * (a[1] - b[1]) for a, b in itertools.combinations(both, 2)]
-            found.append(Flips(metric, low, high, sum(order < 0 for order in orders), len(orders)))
-    return found
+            flips.append(Flips(metric, low, high, sum(order < 0 for order in orders), len(orders)))
+    return flips
+
+
+def _metrics_by_rung(results: Results) -> dict[str, list[dict[float, float]]]:
+    """For each evaluated metric, the values of each promoted candidate by rung."""
+    by_metric: dict[str, list[dict[float, float]]] = {}
+    for candidate in results.candidates:
+        if candidate.measurement is None or not candidate.rungs:
+            continue
+        rungs = {**candidate.rungs, candidate.fidelity: candidate.measurement.metrics}
+        for metric in candidate.measurement.items:
+            values = {rung: measured[metric] for rung, measured in rungs.items() if metric in measured}
+            by_metric.setdefault(metric, []).append(values)
+    return by_metric
 
 
 def prediction_errors(candidate: Candidate) -> dict[str, float]:
-    """By how much, relatively, what was predicted of a candidate was off what was measured, by metric."""
-    known = metrics(candidate)
-    return {metric: value / known[metric] - 1 for metric, value in candidate.predicted.items()}
+    """Return the relative errors of a candidate's predictions, by metric."""
+    measured = metrics(candidate)
+    return {metric: value / measured[metric] - 1 for metric, value in candidate.predicted.items()}
 
 
 def front_snapshot(results: Results) -> FrontSnapshot:
@@ -287,29 +322,31 @@ def _measured(candidate: Candidate) -> MeasuredModel:
     return MeasuredModel(metrics(candidate), errors(candidate), environment)
 
 
-def _standing(candidate: Candidate, objectives: Sequence[Objective], original: Candidate) -> Standing:
-    """Where a candidate stands by itself; "front" still means no more than that it may be compared."""
+def _independent_standing(
+    candidate: Candidate, objectives: Sequence[Objective], original: Candidate
+) -> Standing:
+    """The standing of a candidate without the others: "front" if it may be compared with them."""
     if candidate.state in ("failed", "over_limit", "stopped"):
         return candidate.state
-    known, measurement = metrics(candidate), candidate.measurement
-    if any(o.metric in known and o.broken_by(known[o.metric]) for o in objectives):
-        return "over_limit"
+    values, measurement = metrics(candidate), candidate.measurement
+    missing = False
+    for objective in objectives:
+        if objective.metric not in values:
+            missing = True
+        elif objective.broken_by(values[objective.metric]):
+            return "over_limit"
     if measurement is None or candidate.state != "measured":
         return "waiting"
-    if any(o.metric not in known for o in objectives):
+    if missing:
         return "incomplete"
-    if any(o.metric in measurement.unreliable for o in objectives):
+    if any(objective.metric in measurement.unreliable for objective in objectives):
         return "unreliable"
-    if not _comparable(measurement, original.measurement):
+    reference = original.measurement
+    if reference is not None and differing(measurement.environment, reference.environment):
         return "other_environment"
     return "front"
 
 
-def _comparable(one: Measurement, other: Measurement | None) -> bool:
-    """Whether both were measured in one environment: in nothing that both state do they differ."""
-    return other is None or not differing(one.environment, other.environment)
-
-
-def differing(one: Mapping[str, str], other: Mapping[str, str]) -> list[str]:
-    """What two environments both state, and not alike."""
-    return sorted(name for name in one.keys() & other.keys() if one[name] != other[name])
+def differing(environment: Mapping[str, str], other: Mapping[str, str]) -> list[str]:
+    """Return the names of the properties that both environments state with different values."""
+    return sorted(name for name in environment.keys() & other.keys() if environment[name] != other[name])

@@ -302,17 +302,17 @@ class Study:
         if job.meters[: len(self.plan.meters)] == self.plan.meters:
             self._timing.forget_contenders()
             node.fidelity = job.fidelity
-        before = self.candidates[node.id]
-        after = before.with_measurement(success.measurement, node.fidelity)
-        after = dataclasses.replace(after, artifact=success.artifact, attempts=node.attempt)
+        candidate = self.candidates[node.id]
+        measured = candidate.with_measurement(success.measurement, node.fidelity)
+        measured = dataclasses.replace(measured, artifact=success.artifact, attempts=node.attempt)
         original = self.original.measurement
         if node.parent is not None and node.cost is not None and original is not None:
             predicted = predictions(node.cost, self.plan.original_cost, original.metrics)
-            after = after.with_predictions(predicted)
-        self._table.put(after)
-        commands: list[Command] = [Record(after)]
-        if before.measurement is None:
-            commands += self._search_feedback(after, after.choices)
+            measured = measured.with_predictions(predicted)
+        self._table.put(measured)
+        commands: list[Command] = [Record(measured)]
+        if candidate.measurement is None:
+            commands += self._search_feedback(measured, measured.choices)
         return commands
 
     def _handle_failure(self, node: RecipeNode, failure: Failure) -> list[Command]:

@@ -1,4 +1,4 @@
-"""What every search promises. A file NAME_search.py in orchestrator/search is tested here by being there."""
+"""The contract of all searches; every file NAME_search.py in orchestrator/search is tested."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_the_same_seed_gives_the_same_choices_and_another_gives_others(name: str
 
 def test_a_limit_that_nothing_keeps_is_named_with_the_nearest_value_seen(name: str) -> None:
     hopeless = search.make(name, SPACE, [Objective("size_bytes", "min", limit=1.0)], size, seed=0)
-    with pytest.raises(LookupError, match=r"size_bytes has the limit 1, the nearest value seen was [34]"):
+    with pytest.raises(LookupError, match=r"size_bytes has the limit 1, the nearest value was [34]"):
         hopeless.ask(1)
 
 

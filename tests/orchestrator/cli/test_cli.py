@@ -61,7 +61,7 @@ def test_a_plan_tells_the_price_and_what_the_budget_allows_and_no_sum_that_nobod
 ) -> None:
     done = slimfront("plan", study_file, "cluster.price_per_hour=2", "budget.money=20", cwd=study_file.parent)
     assert done.returncode == 0, done.stderr
-    assert "What it will cost is not known: nothing like it has run here." in done.stdout
+    assert "The cost is unknown: nothing like it has run here." in done.stdout
     assert "A node-hour costs 2.00 (cluster.price_per_hour)." in done.stdout
     assert "The budget of 20.00 allows 10.00 node-hours." in done.stdout
 

@@ -1,4 +1,4 @@
-"""What is known beside objectives is a feature: what must be measured is believed to go with it."""
+"""Hints: known metrics that are no objectives are features of the models."""
 
 from __future__ import annotations
 
@@ -26,43 +26,45 @@ def plain(choices: Choices) -> dict[str, float]:
 
 
 def hinting(choices: Choices) -> dict[str, float]:
-    return {**plain(choices), "foretold": harm(choices)}
+    return {**plain(choices), "predicted": harm(choices)}
 
 
-def survey(known: KnownMetrics) -> tuple[SpaceEncoder, CandidateEvaluator]:
-    places = SpaceEncoder(SPACE)
-    made = CandidateEvaluator(places, OBJECTIVES, known, np.random.default_rng(0))
-    made.update_deterministic_objectives(made.space_sample)
-    return places, made
+def evaluator_of(known_metrics: KnownMetrics) -> tuple[SpaceEncoder, CandidateEvaluator]:
+    encoder = SpaceEncoder(SPACE)
+    evaluator = CandidateEvaluator(encoder, OBJECTIVES, known_metrics, np.random.default_rng(0))
+    evaluator.update_deterministic_objectives(evaluator.space_sample)
+    return encoder, evaluator
 
 
 def test_a_hint_is_one_feature_more_and_no_objective() -> None:
-    (_, without), (_, with_hint) = survey(plain), survey(hinting)
+    (_, without), (_, with_hint) = evaluator_of(plain), evaluator_of(hinting)
     assert with_hint.features.count == without.features.count + 1
     assert with_hint.deterministic_objectives.tolist() == [True, False]
 
 
 def test_what_goes_with_a_hint_is_learned_from_few_results() -> None:
-    def error(known: KnownMetrics, seed: int) -> float:
-        places, made = survey(known)
+    def error(known_metrics: KnownMetrics, seed: int) -> float:
+        encoder, evaluator = evaluator_of(known_metrics)
         generator = np.random.default_rng(seed)
-        few, others = places.levelled(20, generator), places.levelled(200, generator)
-        loss = [np.array([1 + harm(places.choices(point)) for point in points]) for points in (few, others)]
-        belief = ObjectiveModel(made.features)
-        belief.fit(made.evaluate(few).rows, loss[0], made.space_sample.rows)
-        foretold = belief.predict(made.evaluate(others).rows).median
-        return float(np.abs(np.log(foretold) - np.log(loss[1])).mean())
+        few, new = encoder.levelled(20, generator), encoder.levelled(200, generator)
+        loss = [np.array([1 + harm(encoder.choices(point)) for point in points]) for points in (few, new)]
+        model = ObjectiveModel(evaluator.features)
+        model.fit(evaluator.evaluate(few).rows, loss[0], evaluator.space_sample.rows)
+        predicted = model.predict(evaluator.evaluate(new).rows).median
+        return float(np.abs(np.log(predicted) - np.log(loss[1])).mean())
 
-    with_hint, without = (sum(error(known, seed) for seed in (1, 2, 3)) for known in (hinting, plain))
+    with_hint, without = (
+        sum(error(known_metrics, seed) for seed in (1, 2, 3)) for known_metrics in (hinting, plain)
+    )
     assert with_hint < 0.7 * without
 
 
 def test_choices_without_a_hint_are_believed_about_too() -> None:
-    def known(choices: Choices) -> dict[str, float]:
+    def known_metrics(choices: Choices) -> dict[str, float]:
         return plain(choices) if choices["bits.0"] == 2 else hinting(choices)
 
-    trying = search.make("surrogate", SPACE, OBJECTIVES, known)
+    trying = search.make("surrogate", SPACE, OBJECTIVES, known_metrics)
     for _ in range(12):
-        asked: list[dict[str, Value]] = trying.ask(1)
-        trying.tell([(one, {**plain(one), "loss": 1 + harm(one)}) for one in asked])
+        proposals: list[dict[str, Value]] = trying.ask(1)
+        trying.tell([(choices, {**plain(choices), "loss": 1 + harm(choices)}) for choices in proposals])
     assert len(trying.ask(2)) == 2

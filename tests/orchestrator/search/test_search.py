@@ -1,4 +1,4 @@
-"""What is particular to the searches that ship, and to making one."""
+"""The searches that ship, and `search.make`."""
 
 from __future__ import annotations
 

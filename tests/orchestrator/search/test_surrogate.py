@@ -1,4 +1,4 @@
-"""The surrogate search and what it stands on: points, beliefs, expected improvement."""
+"""The surrogate search and its parts: encoding, Gaussian processes, expected improvement."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ SPACE = {
 }
 
 
-def places() -> SpaceEncoder:
+def make_encoder() -> SpaceEncoder:
     return SpaceEncoder(SPACE)
 
 
@@ -49,40 +49,40 @@ def places() -> SpaceEncoder:
 
 
 def test_choices_come_back_from_their_points() -> None:
-    there = places()
-    for point in there.uniform(200, np.random.default_rng(0)):
-        choices = there.choices(point)
+    encoder = make_encoder()
+    for point in encoder.uniform(200, np.random.default_rng(0)):
+        choices = encoder.choices(point)
         assert all(choices[knob] in domain for knob, domain in SPACE.items())
-        np.testing.assert_allclose(there.point(choices), point, atol=1e-9)
+        np.testing.assert_allclose(encoder.point(choices), point, atol=1e-9)
 
 
 def test_values_stand_in_their_order_whatever_order_they_are_given_in() -> None:
-    there = places()
-    base = there.choices(there.uniform(1, np.random.default_rng(0))[0])
-    along = [there.point({**base, "bits": bits})[4] for bits in (3, 4, 8)]
+    encoder = make_encoder()
+    base = encoder.choices(encoder.uniform(1, np.random.default_rng(0))[0])
+    along = [encoder.point({**base, "bits": bits})[4] for bits in (3, 4, 8)]
     assert along == [0.0, 0.5, 1.0]
 
 
 @pytest.mark.parametrize("draw", ["uniform", "levelled", "neighbours"])
 def test_what_is_drawn_is_on_values_and_idle_knobs_are_at_their_first(draw: str) -> None:
-    there, generator = places(), np.random.default_rng(1)
-    points = there.uniform(300, generator)
+    encoder, generator = make_encoder(), np.random.default_rng(1)
+    points = encoder.uniform(300, generator)
     if draw == "levelled":
-        points = there.levelled(300, generator)
+        points = encoder.levelled(300, generator)
     if draw == "neighbours":
-        points = there.neighbours(points, 300, generator)
+        points = encoder.neighbours(points, 300, generator)
     for point in points:
-        choices = there.choices(point)
-        np.testing.assert_allclose(there.point(choices), point, atol=1e-9)
+        choices = encoder.choices(point)
+        np.testing.assert_allclose(encoder.point(choices), point, atol=1e-9)
         assert choices["stage"] == "svd" or choices["stage.svd.rank"] == 16
         assert choices["stage"] == "asvd" or choices["stage.asvd.alpha"] == 0.0
 
 
 def test_a_neighbour_differs_from_its_parent_in_few_knobs_that_matter() -> None:
-    there = SpaceEncoder({f"x{i}": Choice((1, 2, 3, 4)) for i in range(40)})
+    encoder = SpaceEncoder({f"x{i}": Choice((1, 2, 3, 4)) for i in range(40)})
     generator = np.random.default_rng(2)
-    parent = there.uniform(1, generator)
-    changed = (there.neighbours(parent, 500, generator) != parent).sum(axis=1)
+    parent = encoder.uniform(1, generator)
+    changed = (encoder.neighbours(parent, 500, generator) != parent).sum(axis=1)
     assert changed.max() < 12
     assert 0.8 < changed.mean() < 3
 
@@ -99,17 +99,17 @@ def test_choices_that_mean_the_same_are_asked_once() -> None:
 # Beliefs
 
 
-def rows_of(there: SpaceEncoder, count: int, seed: int) -> tuple[Features, np.ndarray]:
-    points = there.uniform(count, np.random.default_rng(seed))
-    features = Features(there.axes)
-    return features, features.rows(points, there.active(points))
+def rows_of(encoder: SpaceEncoder, count: int, seed: int) -> tuple[Features, np.ndarray]:
+    points = encoder.uniform(count, np.random.default_rng(seed))
+    features = Features(encoder.axes)
+    return features, features.rows(points, encoder.active(points))
 
 
 def test_rows_tell_effects_and_distances_of_the_knobs_that_act() -> None:
-    there = SpaceEncoder({"bits": Choice((2, 4, 8)), "kind": Choice(("a", "b"))})
-    features = Features(there.axes)
+    encoder = SpaceEncoder({"bits": Choice((2, 4, 8)), "kind": Choice(("a", "b"))})
+    features = Features(encoder.axes)
     points = np.array([[0.0, 0.0], [0.5, 1.0], [1.0, 0.0]])
-    rows = features.rows(points, there.active(points))
+    rows = features.rows(points, encoder.active(points))
     apart = rows[:, None, features.distances] - rows[None, :, features.distances]
     squares = [[0, 0.25 + 1, 1], [0.25 + 1, 0, 0.25 + 1], [1, 0.25 + 1, 0]]
     np.testing.assert_allclose((apart**2).sum(axis=2), squares)
@@ -119,7 +119,7 @@ def test_rows_tell_effects_and_distances_of_the_knobs_that_act() -> None:
 
 
 def test_the_slope_of_the_evidence_is_that_of_its_differences() -> None:
-    features, rows = rows_of(places(), 30, 0)
+    features, rows = rows_of(make_encoder(), 30, 0)
     generator = np.random.default_rng(0)
     y = generator.normal(size=30)
     at = generator.normal(size=2 * features.count + 3) * 0.5 - 0.5
@@ -133,18 +133,18 @@ def test_the_slope_of_the_evidence_is_that_of_its_differences() -> None:
 
 
 def test_the_evidence_is_the_density_of_a_normal_and_predictions_are_its_conditionals() -> None:
-    features, rows = rows_of(places(), 24, 1)
+    features, rows = rows_of(make_encoder(), 24, 1)
     y = np.sin(3 * rows[:, features.distances].sum(axis=1))
-    belief = GaussianProcess(features)
-    belief.fit(rows[:16], y[:16])
-    covariance = belief._covariance
+    process = GaussianProcess(features)
+    process.fit(rows[:16], y[:16])
+    covariance = process._covariance
     known = covariance.between(rows[:16], rows[:16]) + covariance.noise * np.eye(16)
     scaled = (y[:16] - y[:16].mean()) / y[:16].std()
     assert covariance.evidence(rows[:16], scaled)[0] == pytest.approx(
         float(stats.multivariate_normal.logpdf(scaled, cov=known))
     )
     across = covariance.between(rows[16:], rows[:16])
-    mean, deviation = belief.predict(rows[16:])
+    mean, deviation = process.predict(rows[16:])
     np.testing.assert_allclose(
         mean, y[:16].mean() + y[:16].std() * across @ np.linalg.solve(known, scaled), rtol=1e-6
     )
@@ -153,52 +153,52 @@ def test_the_evidence_is_the_density_of_a_normal_and_predictions_are_its_conditi
 
 
 def test_results_that_are_added_or_changed_count_as_if_all_were_taken_in_at_once() -> None:
-    features, rows = rows_of(places(), 240, 1)
+    features, rows = rows_of(make_encoder(), 240, 1)
     y = np.sin(3 * rows[:, features.distances].sum(axis=1))
-    belief = GaussianProcess(features)
-    belief.fit(rows[:210], y[:210])
-    learned = belief._covariance
+    process = GaussianProcess(features)
+    process.fit(rows[:210], y[:210])
+    learned = process._covariance
     for some in (slice(0, 210), slice(0, 211), slice(0, 214), slice(1, 215), slice(5, 215)):
-        belief.fit(rows[some], y[some])
-        assert belief._covariance is learned
+        process.fit(rows[some], y[some])
+        assert process._covariance is learned
         had, values = rows[some], y[some]
         known = learned.between(had, had) + learned.noise * np.eye(len(had))
         across = learned.between(rows[215:], had)
-        mean, deviation = belief.predict(rows[215:])
+        mean, deviation = process.predict(rows[215:])
         scaled = (values - values.mean()) / values.std()
         np.testing.assert_allclose(
             mean, values.mean() + values.std() * across @ np.linalg.solve(known, scaled), rtol=1e-6
         )
         left = np.diag(learned.between(rows[215:], rows[215:]) - across @ np.linalg.solve(known, across.T))
         np.testing.assert_allclose(deviation, values.std() * np.sqrt(left), rtol=1e-4)
-        assert np.array_equal(belief.mean(rows[215:]), mean)
+        assert np.array_equal(process.mean(rows[215:]), mean)
 
 
 def test_what_is_awaited_leaves_less_to_be_told_as_if_it_had_come_out_as_believed() -> None:
-    features, rows = rows_of(places(), 40, 1)
+    features, rows = rows_of(make_encoder(), 40, 1)
     y = np.sin(3 * rows[:, features.distances].sum(axis=1))
-    belief = GaussianProcess(features)
-    belief.fit(rows[:20], y[:20])
-    had, awaited, others = rows[:20], rows[20:23], rows[23:]
-    mean, deviation = belief.predict(others, awaited)
-    assert np.array_equal(mean, belief.predict(others)[0])
-    covariance, both = belief._covariance, np.concatenate([had, awaited])
+    process = GaussianProcess(features)
+    process.fit(rows[:20], y[:20])
+    had, pending, others = rows[:20], rows[20:23], rows[23:]
+    mean, deviation = process.predict(others, pending)
+    assert np.array_equal(mean, process.predict(others)[0])
+    covariance, both = process._covariance, np.concatenate([had, pending])
     known = covariance.between(both, both) + covariance.noise * np.eye(23)
     across = covariance.between(others, both)
     left = np.diag(covariance.between(others, others) - across @ np.linalg.solve(known, across.T))
     np.testing.assert_allclose(deviation, y[:20].std() * np.sqrt(left), rtol=1e-4)
-    assert (belief.predict(awaited, awaited)[1] < 0.7 * belief.predict(awaited)[1]).all()
+    assert (process.predict(pending, pending)[1] < 0.7 * process.predict(pending)[1]).all()
 
 
 def test_what_adds_up_over_many_knobs_is_learned_from_few_results() -> None:
-    there = SpaceEncoder({f"x{i}": Choice((2, 3, 4, 8)) for i in range(30)})
-    features, rows = rows_of(there, 220, 3)
+    encoder = SpaceEncoder({f"x{i}": Choice((2, 3, 4, 8)) for i in range(30)})
+    features, rows = rows_of(encoder, 220, 3)
     generator = np.random.default_rng(3)
     weights = np.where(generator.random(30) < 0.2, generator.normal(size=30), 0.02)
-    values = there.uniform(220, np.random.default_rng(3)) ** 2 @ weights
-    belief = GaussianProcess(features)
-    belief.fit(rows[:70], values[:70])
-    mean, deviation = belief.predict(rows[70:])
+    values = encoder.uniform(220, np.random.default_rng(3)) ** 2 @ weights
+    process = GaussianProcess(features)
+    process.fit(rows[:70], values[:70])
+    mean, deviation = process.predict(rows[70:])
     assert np.corrcoef(mean, values[70:])[0, 1] > 0.95
     # Errors are no larger than it says, and it says that it has learned most.
     assert np.sqrt(np.mean(((mean - values[70:]) / deviation) ** 2)) < 1.5
@@ -206,27 +206,27 @@ def test_what_adds_up_over_many_knobs_is_learned_from_few_results() -> None:
 
 
 def test_knobs_that_only_act_together_are_learned_too() -> None:
-    there = SpaceEncoder({"a": Range(-1.0, 1.0), "b": Range(-1.0, 1.0), "c": Range(-1.0, 1.0)})
-    features, rows = rows_of(there, 200, 4)
-    points = 2 * there.uniform(200, np.random.default_rng(4)) - 1
+    encoder = SpaceEncoder({"a": Range(-1.0, 1.0), "b": Range(-1.0, 1.0), "c": Range(-1.0, 1.0)})
+    features, rows = rows_of(encoder, 200, 4)
+    points = 2 * encoder.uniform(200, np.random.default_rng(4)) - 1
     values = points[:, 0] * points[:, 1]
-    belief = GaussianProcess(features)
-    belief.fit(rows[:60], values[:60])
-    assert np.corrcoef(belief.predict(rows[60:])[0], values[60:])[0, 1] > 0.9
+    process = GaussianProcess(features)
+    process.fit(rows[:60], values[:60])
+    assert np.corrcoef(process.predict(rows[60:])[0], values[60:])[0, 1] > 0.9
 
 
 def test_noise_is_told_from_effects() -> None:
-    features, rows = rows_of(places(), 120, 5)
-    belief = GaussianProcess(features)
-    belief.fit(rows, np.random.default_rng(5).normal(size=120))
-    mean, _ = belief.predict(rows)
+    features, rows = rows_of(make_encoder(), 120, 5)
+    process = GaussianProcess(features)
+    process.fit(rows, np.random.default_rng(5).normal(size=120))
+    mean, _ = process.predict(rows)
     assert mean.std() < 0.5
 
 
 def test_what_multiplies_is_believed_by_its_logarithm_and_what_adds_is_not() -> None:
-    there = SpaceEncoder({f"x{i}": Range(0.0, 1.0) for i in range(5)})
-    features, rows = rows_of(there, 60, 6)
-    total = there.uniform(60, np.random.default_rng(6)).sum(axis=1)
+    encoder = SpaceEncoder({f"x{i}": Range(0.0, 1.0) for i in range(5)})
+    features, rows = rows_of(encoder, 60, 6)
+    total = encoder.uniform(60, np.random.default_rng(6)).sum(axis=1)
     multiplied, added = ObjectiveModel(features), ObjectiveModel(features)
     multiplied.fit(rows, np.exp(2 * total), rows)
     added.fit(rows, total, rows)
@@ -235,21 +235,21 @@ def test_what_multiplies_is_believed_by_its_logarithm_and_what_adds_is_not() -> 
 
 
 def test_one_result_and_equal_results_can_be_believed() -> None:
-    features, rows = rows_of(places(), 10, 7)
+    features, rows = rows_of(make_encoder(), 10, 7)
     for count in (1, 10):
-        belief = ObjectiveModel(features)
-        belief.fit(rows[:count], np.full(count, 3.0), rows)
-        assert np.isfinite(belief.predict(rows).mean).all()
+        process = ObjectiveModel(features)
+        process.fit(rows[:count], np.full(count, 3.0), rows)
+        assert np.isfinite(process.predict(rows).mean).all()
 
 
 def test_what_is_far_out_is_seen_nearer_and_in_the_same_order() -> None:
     losses = np.array([1.0, 1.1, 1.2, 1.3, 1.4, 5.0, 1e3, 1e9])
     for logarithm in (False, True):
         warping = Warping.fit(losses[:6], logarithm)
-        seen = warping.warp(losses)
-        assert (np.diff(seen) > 0).all()
-        np.testing.assert_allclose(warping.unwarp(seen), losses, rtol=1e-9)
-        assert np.ptp(seen) < 40 * np.ptp(seen[:5])
+        warped = warping.warp(losses)
+        assert (np.diff(warped) > 0).all()
+        np.testing.assert_allclose(warping.unwarp(warped), losses, rtol=1e-9)
+        assert np.ptp(warped) < 40 * np.ptp(warped[:5])
         slopes = (warping.warp(losses * (1 + 1e-7)) - warping.warp(losses * (1 - 1e-7))) / (2e-7 * losses)
         assert warping.log_derivative(losses) == pytest.approx(float(np.log(slopes).sum()), rel=1e-5)
 
@@ -362,11 +362,11 @@ def test_a_batch_is_spread() -> None:
 
 
 def test_an_objective_may_become_known_while_the_search_goes_on() -> None:
-    seen: dict[str, float] = {}
+    measured: dict[str, float] = {}
     space = {"bits": Choice((2, 3, 4, 8)), "ratio": Range(0.0, 1.0)}
 
     def known(choices: Mapping[str, Value]) -> dict[str, float]:
-        return {"decode_ms": seen["unit"] * float(choices["bits"])} if seen else {}
+        return {"decode_ms": measured["unit"] * float(choices["bits"])} if measured else {}
 
     objectives = [Objective("decode_ms", limit=10.0), Objective("error")]
     trying = search.make("surrogate", space, objectives, known, seed=0)
@@ -376,7 +376,7 @@ def test_an_objective_may_become_known_while_the_search_goes_on() -> None:
             assert turn <= 12 or decode_ms <= 10
             trying.tell([(choices, {"decode_ms": decode_ms, "error": float(choices["ratio"])})])
         if turn == 12:
-            seen["unit"] = 2.0
+            measured["unit"] = 2.0
 
 
 def lesson(results: int) -> Search:
@@ -410,15 +410,15 @@ def test_what_surely_breaks_a_limit_has_no_chance_and_what_is_not_in_the_space_m
 
 def test_a_belief_is_no_surer_of_outcomes_than_it_was_right_of_each_result_by_the_others() -> None:
     generator = np.random.default_rng(0)
-    there = SpaceEncoder({f"x{i}": Range(0.0, 1.0) for i in range(3)})
-    points = there.uniform(25, generator)
-    features = Features(there.axes)
-    rows = features.rows(points, there.active(points))
+    encoder = SpaceEncoder({f"x{i}": Range(0.0, 1.0) for i in range(3)})
+    points = encoder.uniform(25, generator)
+    features = Features(encoder.axes)
+    rows = features.rows(points, encoder.active(points))
     values = points[:, 0] + np.sin(40 * points[:, 1])
-    belief = GaussianProcess(features)
-    belief.fit(rows, values)
-    noise = belief._covariance.noise
-    covariance = belief._covariance.between(rows, rows) + noise * np.eye(25)
+    process = GaussianProcess(features)
+    process.fit(rows, values)
+    noise = process._covariance.noise
+    covariance = process._covariance.between(rows, rows) + noise * np.eye(25)
     y = (values - values.mean()) / values.std()
     errors, claimed = [], []
     for one in range(25):
@@ -426,13 +426,13 @@ def test_a_belief_is_no_surer_of_outcomes_than_it_was_right_of_each_result_by_th
         weights = np.linalg.solve(covariance[np.ix_(others, others)], covariance[others, one])
         errors.append(y[one] - weights @ y[others])
         claimed.append(math.sqrt(covariance[one, one] - weights @ covariance[others, one]))
-    new = there.uniform(40, generator)
-    new = features.rows(new, there.active(new))
+    new = encoder.uniform(40, generator)
+    new = features.rows(new, encoder.active(new))
     surprise = math.sqrt(np.mean(np.square(np.divide(errors, claimed))))
-    spread = max(surprise, 1.0) * np.hypot(belief.predict(new)[1], values.std() * math.sqrt(noise))
+    spread = max(surprise, 1.0) * np.hypot(process.predict(new)[1], values.std() * math.sqrt(noise))
     usual = values.std() * math.sqrt(np.mean(np.square(errors)))
-    mean, deviation = belief.predict_result(new)
-    np.testing.assert_allclose(mean, belief.predict(new)[0])
+    mean, deviation = process.predict_result(new)
+    np.testing.assert_allclose(mean, process.predict(new)[0])
     np.testing.assert_allclose(deviation, np.maximum(spread, usual), rtol=1e-6)
 
 

@@ -191,7 +191,7 @@ def test_what_has_no_price_ends_a_study_that_must_keep_to_money(
     ready, done = prepared("search.algorithm=random"), list[Job]()
     study = carried_on(ready, Budget(money=20), Clock(), 1.0, done)
     assert [job.recipe for job in done] == [ready.plan.original]
-    assert "what an hour of g6.2xlarge in us-east-1 (spot) costs is not known" in str(study.exhausted)
+    assert "the price of g6.2xlarge in us-east-1 (spot) is unknown" in str(study.exhausted)
 
 
 def test_hours_are_those_that_a_study_runs(prepared: Callable[..., PreparedStudy]) -> None:

@@ -1,4 +1,4 @@
-"""What is counted of nodes and hours, what it comes to, and when a budget lets nothing more begin."""
+"""Node hours, their cost, and the allowance that follows from a budget."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def test_whichever_part_of_a_budget_ends_first_ends_it() -> None:
 def test_money_cannot_be_kept_to_where_a_price_is_unknown() -> None:
     found = allowance(Budget(money=100), bill(0.0, GPU, UNKNOWN), 0)
     assert found.work == "finish_pending"
-    assert "what an hour of gpu-workers costs is not known; give cluster.price_per_hour" in str(found.reason)
+    assert "the price of gpu-workers is unknown; set cluster.price_per_hour" in str(found.reason)
     assert allowance(Budget(hours=100), bill(0.0, UNKNOWN), 0).work == "all"
     assert allowance(Budget(money=1), bill(2.0, GPU, UNKNOWN), 0).work == "none"
 
@@ -132,7 +132,7 @@ def test_nobody_is_told_of_money_who_gave_no_price_and_no_budget() -> None:
     assert summary(bill(1.0, UNKNOWN), Budget()) == ""
     assert (
         summary(bill(1.0, UNKNOWN), Budget(hours=3))
-        == "60 minutes of 3 hours, 1.00 node-hours, at a price that is not known"
+        == "60 minutes of 3 hours, 1.00 node-hours, at an unknown price"
     )
     assert summary(bill(1.0, HEAD), Budget()) == "1.00 node-hours, 0.10 USD"
 
@@ -140,7 +140,7 @@ def test_nobody_is_told_of_money_who_gave_no_price_and_no_budget() -> None:
 def test_before_anything_ran_no_sum_is_foretold_but_what_the_budget_allows() -> None:
     price = dataclasses.replace(GPU, per_hour=2.0)
     assert describe_forecast(None, "nothing like it has run here", price, Budget(money=20)) == [
-        "What it will cost is not known: nothing like it has run here.",
+        "The cost is unknown: nothing like it has run here.",
         "A node-hour costs 2.00 USD (a table, 2026-09-24).",
         "The budget of 20.00 USD allows 10.00 node-hours.",
     ]

@@ -1,4 +1,4 @@
-"""Measuring on more of the evaluation only who may be on the front."""
+"""Racing: which candidates are promoted to a larger share of the evaluation."""
 
 from __future__ import annotations
 

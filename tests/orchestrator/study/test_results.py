@@ -1,4 +1,4 @@
-"""What a study's candidates add up to."""
+"""The results that follow from the candidates of a study."""
 
 from __future__ import annotations
 

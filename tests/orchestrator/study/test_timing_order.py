@@ -1,4 +1,4 @@
-"""What timings say of those that were not timed, against the slow obvious version and against made-up truths."""
+"""The timing order: predictions compared with a slow reference implementation, and decisions on synthetic costs."""
 
 from __future__ import annotations
 
