@@ -161,7 +161,7 @@ class Services:
 def cluster(findings: Findings) -> Iterator[Head]:
     """A cluster of its own. What of it lives on afterwards is a fault."""
     everything: list[Any] = []
-    with head({"slot": NodeType(cpus=1, memory_gib=4, most=NODES)}, IDLE_SECONDS) as found:
+    with head({"slot": NodeType(cpus=1, memory_gib=4, max_nodes=NODES)}, IDLE_SECONDS) as found:
         yield found
         everything = found.process.children(recursive=True)
     left = [process for process in everything if process.is_running()]

@@ -1,4 +1,4 @@
-"""Servers that tests and benchmarks start beside themselves, each ended with everything that it has started."""
+"""Servers for tests and benchmarks, each ended with all its descendants."""
 
 from __future__ import annotations
 
@@ -21,8 +21,10 @@ ENDING_SECONDS = 60.0
 def running(
     command: Sequence[str], log: Path, cwd: Path | None = None, env: Mapping[str, str] | None = None
 ) -> Iterator[psutil.Popen]:
-    """A command under a supervisor, whose process is yielded: what descends from it is what the command started. All of
-    it ends with the block, or when this process dies. What it writes goes to `log`."""
+    """Run a command under a supervisor and yield the supervisor's process, whose descendants are the command's.
+
+    All of them end with the block, or when this process dies. Their output goes to `log`.
+    """
     with log.open("ab") as out:
         supervisor = psutil.Popen(
             [sys.executable, str(SUPERVISOR), *command], cwd=cwd, env=None if env is None else dict(env),
@@ -35,23 +37,23 @@ def running(
         supervisor.wait(ENDING_SECONDS)
 
 
-def wait_for(what: str, found: Callable[[], bool], seconds: float, server: psutil.Popen, log: Path) -> None:
-    """Wait until a server of ours answers. RuntimeError with its log where it has ended or is too slow."""
+def wait_for(name: str, is_up: Callable[[], bool], seconds: float, server: psutil.Popen, log: Path) -> None:
+    """Wait until a server answers. RuntimeError with its log if it has ended or is too slow."""
     deadline = time.monotonic() + seconds
-    while not found():
+    while not is_up():
         if server.poll() is not None or time.monotonic() > deadline:
             raise RuntimeError(
-                f"{what} did not start within {seconds:g} s:\n{log.read_text(errors='replace')}"
+                f"{name} did not start within {seconds:g} s:\n{log.read_text(errors='replace')}"
             )
         time.sleep(0.1)
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports of 127.0.0.1 that nobody listens at now."""
+    """Return ports of 127.0.0.1 that are free now."""
     sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
+    ports = [server.getsockname()[1] for server in sockets]
+    for server in sockets:
+        server.close()
     return ports
 
 
@@ -64,12 +66,11 @@ def listening(port: int) -> bool:
 
 
 def without_ray(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """An environment that says nothing of a Ray."""
+    """Return an environment without Ray's variables."""
     return {key: value for key, value in environ.items() if not key.startswith("RAY_")}
 
 
-# One request at a time: moto looks whether an object is there and then writes it, in two steps that others may come
-# between; S3 does it in one.
+# One request at a time: moto checks whether an object exists and then writes it, in two steps; S3 does it in one.
 S3_SERVER = """
 import sys
 from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
@@ -81,8 +82,10 @@ run_simple("127.0.0.1", int(sys.argv[1]), DomainDispatcherApplication(create_bac
 
 @contextlib.contextmanager
 def s3_server(folder: Path) -> Iterator[str]:
-    """The URL of a server that does what S3 does; lists of more than three are told page by page. Its log lies in
-    the folder."""
+    """Start a server that behaves as S3 and yield its URL; it lists more than three objects page by page.
+
+    Its log is in the folder.
+    """
     (port,) = free_ports(1)
     log = folder / "s3.log"
     env = {**os.environ, "MOTO_S3_DEFAULT_MAX_KEYS": "3"}
@@ -93,7 +96,7 @@ def s3_server(folder: Path) -> Iterator[str]:
 
 @contextlib.contextmanager
 def mlflow_server(folder: Path) -> Iterator[str]:
-    """The URL of an MLflow server that keeps all in the folder."""
+    """Start an MLflow server with its data in the folder and yield its URL."""
     (port,) = free_ports(1)
     log = folder / "mlflow.log"
     command = [

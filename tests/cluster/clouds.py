@@ -1,4 +1,4 @@
-"""What clouds tell a machine about itself: real servers that answer as EC2's and GCE's do."""
+"""Metadata services of clouds: real servers that answer as EC2's and GCE's do."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ Answers = Callable[[str, str, dict[str, str]], tuple[int, str]]
 
 @contextmanager
 def served(answers: Answers, headers: dict[str, str] | None = None) -> Iterator[str]:
-    """The address of a server that answers so."""
+    """Start a server with these answers and yield its address."""
 
     class Handler(BaseHTTPRequestHandler):
         def answer(self) -> None:
-            given = {name.lower(): value for name, value in self.headers.items()}
-            status, body = answers(self.command, self.path, given)
+            request_headers = {name.lower(): value for name, value in self.headers.items()}
+            status, body = answers(self.command, self.path, request_headers)
             self.send_response(status)
             for name, value in (headers or {}).items():
                 self.send_header(name, value)
             self.end_headers()
             self.wfile.write(body.encode())
 
-        do_GET = do_PUT = answer  # noqa: N815 - so it is found
+        do_GET = do_PUT = answer  # noqa: N815 - the base class calls these names
 
-        def log_message(self, *given: object) -> None:
+        def log_message(self, *arguments: object) -> None:
             pass
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
@@ -44,17 +44,17 @@ def served(answers: Answers, headers: dict[str, str] | None = None) -> Iterator[
 
 
 class Ec2:
-    """What EC2 answers: an action, once there is one, to who has a token."""
+    """The answers of EC2: an action, after `take_away`, to requests with a token."""
 
     def __init__(self) -> None:
         self.action: str | None = None
         self.tokens: list[str] = []
 
     def take_away(self, seconds: int) -> int:
-        """Give notice of so many seconds; when they end, in seconds since 1970."""
+        """Give notice of the machine's end in `seconds`; return the time of the end in seconds since 1970."""
         ends_at = int(time.time()) + seconds
-        at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(ends_at))
-        self.action = json.dumps({"action": "terminate", "time": at})
+        utc_time = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(ends_at))
+        self.action = json.dumps({"action": "terminate", "time": utc_time})
         return ends_at
 
     def __call__(self, method: str, path: str, headers: dict[str, str]) -> tuple[int, str]:

@@ -1,4 +1,4 @@
-"""What several tests of stores put into them."""
+"""An artifact for the tests of stores."""
 
 from __future__ import annotations
 

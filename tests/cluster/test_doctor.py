@@ -55,7 +55,7 @@ def test_without_the_drivers_tool_there_are_no_gpus(monkeypatch: pytest.MonkeyPa
     assert doctor.gpus() == 0
 
 
-def test_a_store_that_works_is_tried_and_left_as_it_was(tmp_path: Path, s3_address: str, s3: Any) -> None:
+def test_a_working_store_is_probed_and_left_unchanged(tmp_path: Path, s3_address: str, s3: Any) -> None:
     for address in (str(tmp_path / "runs"), s3_address):
         facts = {fact.what: fact for fact in doctor.of_store(address)}
         assert all(fact.ok for fact in facts.values()), facts
@@ -66,7 +66,7 @@ def test_a_store_that_works_is_tried_and_left_as_it_was(tmp_path: Path, s3_addre
     assert s3.list_objects_v2(Bucket=bucket)["KeyCount"] == 0
 
 
-def test_what_a_store_does_not_allow_is_named_and_the_rest_is_tried(s3_address: str, s3: Any) -> None:
+def test_a_missing_permission_is_named_and_other_operations_are_probed(s3_address: str, s3: Any) -> None:
     bucket = s3_address.removeprefix("s3://").partition("/")[0]
     denied = {
         "Effect": "Deny",
@@ -84,7 +84,7 @@ def test_what_a_store_does_not_allow_is_named_and_the_rest_is_tried(s3_address: 
 
 
 @pytest.mark.parametrize("address", ["gs://bucket/prefix", "/proc/none"])
-def test_what_is_no_store_is_one_line(address: str) -> None:
+def test_an_invalid_store_is_one_line(address: str) -> None:
     (fact,) = doctor.of_store(address)
     assert not fact.ok
 
@@ -107,7 +107,7 @@ Pending Demands:
 """
 
 
-def test_what_an_autoscaler_waits_for_and_could_not_get_is_told() -> None:
+def test_pending_nodes_failures_and_demands_of_an_autoscaler_are_reported() -> None:
     facts = {fact.what: fact for fact in doctor.autoscaler(SCALING)}
     assert facts["pending"].value == "10.0.0.7: gpu-spot, setting-up"
     assert facts["pending"].ok
@@ -126,7 +126,7 @@ def test_a_cluster_that_does_not_answer_is_one_line() -> None:
     assert "no cluster answers" in fact.value
 
 
-def test_nodes_are_counted_by_kind_and_a_head_that_works_beside_others_is_told() -> None:
+def test_nodes_are_counted_by_type_and_a_head_that_runs_tasks_is_reported() -> None:
     head, worker = Node("", True, 4, 0, 16), Node("gpu-spot", False, 8, 1, 32)
     facts = {fact.what: fact.value for fact in doctor.nodes([head, worker, worker])}
     assert facts["nodes"] == "1 head (4 CPUs, 16 GiB); 2 gpu-spot (8 CPUs, 1 GPUs, 32 GiB)"

@@ -1,4 +1,4 @@
-"""The cluster that tests grow and break does what a real one would, and leaves nothing behind."""
+"""The cluster of tests/fake_cluster.py behaves as a real one, and ends with all its processes."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ DRIVER = """
 import json, os, sys, ray
 ray.init(address=sys.argv[1], log_to_driver=False)
 @ray.remote(num_cpus=1, memory=2**30, label_selector={"ray.io/node-group": "small", "zone": "a"})
-class Where:
-    def told(self):
+class Actor:
+    def node_id(self):
         return ray.get_runtime_context().get_node_id()
-actors = [Where.remote() for _ in range(2)]
-print(json.dumps(ray.get([actor.told.remote() for actor in actors])), flush=True)
+actors = [Actor.remote() for _ in range(2)]
+print(json.dumps(ray.get([actor.node_id.remote() for actor in actors])), flush=True)
 print(json.dumps([node["Resources"]["memory"] for node in ray.nodes() if node["Resources"].get("CPU")]), flush=True)
 sys.stdin.read()
 """
@@ -45,8 +45,11 @@ def driver(cluster: Head) -> subprocess.Popen[str]:
     )  # fmt: skip
 
 
-def test_a_cluster_grows_to_what_is_asked_loses_a_node_shrinks_and_ends_with_all_that_it_started() -> None:
-    types = {"small": NodeType(memory_gib=2, labels={"zone": "a"}, most=2), "other": NodeType(most=2)}
+def test_a_cluster_grows_with_the_demand_loses_a_node_shrinks_and_ends_with_all_its_processes() -> None:
+    types = {
+        "small": NodeType(memory_gib=2, labels={"zone": "a"}, max_nodes=2),
+        "other": NodeType(max_nodes=2),
+    }
     with head(types, idle_seconds=3) as cluster:
         assert cluster.nodes() == []
         with driver(cluster) as running:
@@ -67,10 +70,10 @@ def test_a_cluster_grows_to_what_is_asked_loses_a_node_shrinks_and_ends_with_all
     assert not folder.exists()
 
 
-def test_two_clusters_beside_each_other_end_apart(tmp_path: Path) -> None:
-    with head() as one:
-        with head() as other:
-            assert one.address != other.address
-        assert not psutil.pid_exists(other.process.pid)
-        assert one.ask("/api/jobs/") == []
-        assert os.path.isdir(one.log.parent)
+def test_two_clusters_run_at_the_same_time_and_end_independently(tmp_path: Path) -> None:
+    with head() as first:
+        with head() as second:
+            assert first.address != second.address
+        assert not psutil.pid_exists(second.process.pid)
+        assert first.ask("/api/jobs/") == []
+        assert os.path.isdir(first.log.parent)

@@ -1,4 +1,4 @@
-"""The files of a cluster: ours are valid, by Ray's own word too; each thing wrong with one is one clear line."""
+"""Templates: the shipped ones are valid, by Ray's own checks too; each problem of one is one clear line."""
 
 from __future__ import annotations
 
@@ -196,16 +196,16 @@ JOB_WRONG = [
 def cases() -> Iterator[tuple[str, Choices, str, str, str, str]]:
     wrongs = (AWS_TYPOS + AWS_NUMBERS + AWS_SPOT, GCP_WRONG, CLUSTER_WRONG, JOB_WRONG)
     for (template, choices, name), wrong in zip(SHIPPED, wrongs, strict=True):
-        yield from ((template, choices, name, old, new, said) for old, new, said in wrong)
+        yield from ((template, choices, name, old, new, message) for old, new, message in wrong)
 
 
-@pytest.mark.parametrize(("template", "choices", "name", "old", "new", "said"), [*cases()])
-def test_each_thing_that_is_wrong_is_one_line(
-    template: str, choices: Choices, name: str, old: str, new: str, said: str, tmp_path: Path
+@pytest.mark.parametrize(("template", "choices", "name", "old", "new", "message"), [*cases()])
+def test_each_problem_is_one_line(
+    template: str, choices: Choices, name: str, old: str, new: str, message: str, tmp_path: Path
 ) -> None:
     path = changed(written(tmp_path, template, choices, name), old, new)
-    told = [line.text for line in check(path) if line.certain]
-    assert [text.partition(" ")[2] for text in told].count(said) == 1, told
+    problems = [line.text for line in check(path) if line.certain]
+    assert [text.partition(" ")[2] for text in problems].count(message) == 1, problems
 
 
 def test_a_launch_template_may_name_the_instance_type(tmp_path: Path) -> None:
@@ -234,7 +234,7 @@ def test_gpus_are_attached_to_n1_types_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "said"),
+    ("old", "new", "message"),
     [
         ("InstanceType: c7i.2xlarge", "InstanceType: c7i.4xlarge",
          "laptop-timing.labels.instance: got c7i.2xlarge, expected c7i.4xlarge: the node's price is found by it"),
@@ -242,20 +242,20 @@ def test_gpus_are_attached_to_n1_types_alone(tmp_path: Path) -> None:
          "head.labels.region: got us-west-2, expected us-east-1: the node's price is found by it"),
     ],
 )  # fmt: skip
-def test_a_label_that_would_price_another_node_is_wrong(
-    old: str, new: str, said: str, tmp_path: Path
+def test_a_label_with_the_price_of_another_node_is_a_problem(
+    old: str, new: str, message: str, tmp_path: Path
 ) -> None:
     (line,) = check(changed(written(tmp_path, *SHIPPED[0]), old, new))
     assert line.certain
-    assert line.text.endswith(said)
+    assert line.text.endswith(message)
 
 
-def test_a_line_tells_where_it_is(tmp_path: Path) -> None:
+def test_a_line_names_the_file_and_its_line(tmp_path: Path) -> None:
     path = changed(written(tmp_path, *SHIPPED[0]), "one-time", "persistent")
     assert [line.text.split(" ")[0] for line in check(path)] == [f"{path}:{line_of(path, 'persistent')}"]
 
 
-def test_everything_that_is_wrong_is_told_at_once_in_order(tmp_path: Path) -> None:
+def test_all_problems_are_reported_in_the_order_of_the_lines(tmp_path: Path) -> None:
     path = written(tmp_path, *SHIPPED[0])
     changed(changed(path, "GPU: 1}", "GPU: 3}"), "idle_timeout_minutes", "idle_minutes")
     changed(path, "CoreCount", "CoreCont")
@@ -263,14 +263,14 @@ def test_everything_that_is_wrong_is_told_at_once_in_order(tmp_path: Path) -> No
     assert lines == sorted(line_of(path, text) for text in ("GPU: 3}", "idle_minutes", "CoreCont"))
 
 
-def test_what_an_alias_brings_is_told_once_where_it_stands(tmp_path: Path) -> None:
+def test_a_problem_of_an_alias_is_reported_once_at_its_anchor(tmp_path: Path) -> None:
     path = changed(written(tmp_path, *SHIPPED[0]), "VolumeType: gp3", "VolumeType: gp33")
     (line,) = check(path)
     assert line.text.startswith(f"{path}:{line_of(path, 'gp33')} available_node_types.head.")
 
 
 @pytest.mark.parametrize(
-    ("name", "old", "new", "said"),
+    ("name", "old", "new", "message"),
     [
         ("aws.yaml", "c7i.2xlarge", "c9i.2xlarge", "does not have (or is it c"),
         ("gcp.yaml", "c3-standard-8", "c3-highcpu-8", "does not have"),
@@ -286,17 +286,20 @@ def test_what_an_alias_brings_is_told_once_where_it_stands(tmp_path: Path) -> No
         ("rayjob.yaml", "  shutdownAfterJobFinishes: true\n  ttlSecondsAfterFinished: 600\n", "", "would stay"),
     ],
 )  # fmt: skip
-def test_what_may_be_meant_is_a_warning(name: str, old: str, new: str, said: str, tmp_path: Path) -> None:
+def test_an_uncertain_problem_is_a_warning(
+    name: str, old: str, new: str, message: str, tmp_path: Path
+) -> None:
     template, choices, _ = next(shipped for shipped in SHIPPED if shipped[2] == name)
     path = changed(written(tmp_path, template, choices, name), old, new)
-    again = old not in new and old in path.read_text()  # a type stands in a label too
-    lines = check(changed(path, old, new) if again else path)
+    if old not in new and old in path.read_text():  # a label contains the type too
+        changed(path, old, new)
+    lines = check(path)
     assert lines
-    assert all(said in line.text and not line.certain for line in lines)
+    assert all(message in line.text and not line.certain for line in lines)
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("a: [1", ":1 got expected ',' or ']'"),
         ("", " got nothing, expected a template"),
@@ -310,16 +313,16 @@ def test_what_may_be_meant_is_a_warning(name: str, old: str, new: str, said: str
         ), " got more than 100000 keys: aliases multiply them"),
     ],
 )  # fmt: skip
-def test_what_is_no_template_is_told_in_one_line(text: str, said: str, tmp_path: Path) -> None:
+def test_a_file_that_is_no_template_is_refused_in_one_line(text: str, message: str, tmp_path: Path) -> None:
     path = tmp_path / "cluster.yaml"
     path.write_text(text)
     with pytest.raises(ValueError) as caught:
         check(path)
-    assert str(caught.value).startswith(f"{path}{said}")
+    assert str(caught.value).startswith(f"{path}{message}")
     assert "\n" not in str(caught.value)
 
 
-def test_a_key_given_twice_is_told(tmp_path: Path) -> None:
+def test_a_key_that_is_given_twice_is_reported(tmp_path: Path) -> None:
     path = changed(
         written(tmp_path, *SHIPPED[0]), "resources: {CPU: 0}", "resources: {CPU: 0}\n    resources: {CPU: 1}"
     )
@@ -329,7 +332,7 @@ def test_a_key_given_twice_is_told(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("template", "choices", "name"), SHIPPED)
-def test_whatever_stands_at_a_key_it_is_told_and_not_stumbled_over(
+def test_any_value_at_any_key_is_reported_without_an_exception(
     template: str, choices: Choices, name: str, tmp_path: Path
 ) -> None:
     path = written(tmp_path, template, choices, name)
@@ -342,8 +345,8 @@ def test_whatever_stands_at_a_key_it_is_told_and_not_stumbled_over(
                 inside = inside[part]
             inside[key[-1]] = value
             with suppress(ValueError):  # neither Ray's nor KubeRay's any more
-                told = problems_of(path, Document(data, document.lines, ()))
-                assert all(document.line(problem.key) for problem in told)
+                problems = problems_of(path, Document(data, document.lines, ()))
+                assert all(document.line(problem.key) for problem in problems)
 
 
 def test_kuberays_schema_is_closed_everywhere() -> None:
@@ -354,12 +357,12 @@ def test_kuberays_schema_is_closed_everywhere() -> None:
             for value in schema.values():
                 yield from objects(value)
 
-    found = list(objects(kuberay.schema("RayJob")))
-    assert len(found) > 20
-    assert all(one["additionalProperties"] is False for one in found)
+    schemas = list(objects(kuberay.schema("RayJob")))
+    assert len(schemas) > 20
+    assert all(schema["additionalProperties"] is False for schema in schemas)
 
 
-def test_the_table_tells_what_a_machine_has() -> None:
+def test_the_table_has_the_resources_of_a_machine_type() -> None:
     aws, gcp = table("aws"), table("gcp")
     assert (aws.types["g5.12xlarge"].gpus, aws.types["g5.12xlarge"].gpu) == (4, "A10G")
     assert (gcp.types["a2-highgpu-2g"].cpus, gcp.types["a2-highgpu-2g"].gpus) == (24, 2)
@@ -372,12 +375,12 @@ def test_the_image_has_the_versions_of_this_machine(tmp_path: Path) -> None:
     assert f"FROM python:{platform.python_version()}-slim" in contents["Dockerfile"]
     pins = contents["constraints.txt"].splitlines()
     assert f"ray=={metadata.version('ray')}" in pins
-    assert not any(pin.startswith("pytest==") for pin in pins)  # nor anything else that only developers need
+    assert not any(pin.startswith("pytest==") for pin in pins)  # nor other packages that only developers need
     assert f"torch=={metadata.version('torch').partition('+')[0]}" in pins
     assert f'rayVersion: "{metadata.version("ray")}"' in contents["rayjob.yaml"]
 
 
-def test_choices_stand_in_the_file() -> None:
+def test_the_file_contains_the_choices() -> None:
     choices = Choices(
         "team", "registry.example.org/team/slimfront:2", 9, "europe-west4", "europe-west4-b", "my-project-1"
     )
@@ -391,7 +394,7 @@ def test_choices_stand_in_the_file() -> None:
 
 
 @pytest.mark.parametrize(
-    ("template", "choices", "said"),
+    ("template", "choices", "message"),
     [
         ("azure", Choices(), "template: got azure, expected one of aws, gcp, kuberay"),
         ("aws", Choices(name="My Cluster"), "name: got My Cluster, expected a letter and up to 29 of a-z, 0-9 and -"),
@@ -404,10 +407,10 @@ def test_choices_stand_in_the_file() -> None:
         ("kuberay", Choices(gpu="L4"), "gpu: got L4, which does not apply to kuberay"),
     ],
 )  # fmt: skip
-def test_a_wrong_choice_is_refused(template: str, choices: Choices, said: str) -> None:
+def test_a_wrong_choice_is_refused(template: str, choices: Choices, message: str) -> None:
     with pytest.raises(ValueError) as caught:
         filling.fill(template, choices)
-    assert str(caught.value).startswith(said)
+    assert str(caught.value).startswith(message)
 
 
 def test_nothing_is_overwritten(tmp_path: Path) -> None:
@@ -428,7 +431,7 @@ for name in sys.argv[1:]:
 
 
 @pytest.mark.ray
-def test_ray_itself_takes_the_files(tmp_path: Path) -> None:
+def test_ray_accepts_the_files(tmp_path: Path) -> None:
     paths = [written(tmp_path / name, template, choices, name) for template, choices, name in SHIPPED[:2]]
     done = subprocess.run(
         [sys.executable, "-c", RAY_SAYS, *map(str, paths)], capture_output=True, text=True, check=False,
@@ -451,8 +454,8 @@ with mock_aws():
     for name, node_type in config["available_node_types"].items():
         provider.create_node(node_type["node_config"], {"ray-user-node-type": name}, 1)
     for reservation in boto3.client("ec2").describe_instances()["Reservations"]:
-        for one in reservation["Instances"]:
-            print("started", one["InstanceType"], one.get("InstanceLifecycle", "on-demand"))
+        for instance in reservation["Instances"]:
+            print("started", instance["InstanceType"], instance.get("InstanceLifecycle", "on-demand"))
 """
 
 

@@ -1,4 +1,4 @@
-"""What every store promises. One is found here as soon as its class is in a module of `cluster`."""
+"""The contract of every store. A new class in a module of `cluster.storage` is tested here automatically."""
 
 from __future__ import annotations
 
@@ -35,14 +35,17 @@ def implementations() -> dict[str, type]:
         for package in (storage,)
         for module in pkgutil.iter_modules(package.__path__)
     ]
-    return {
-        name: found
-        for module in modules
-        for name, found in inspect.getmembers(module, inspect.isclass)
-        if found.__module__ == module.__name__
-        and found is not ArtifactStore
-        and all(callable(getattr(found, method, None)) for method in methods)
-    }
+    classes: dict[str, type] = {}
+    for module in modules:
+        for name, candidate in inspect.getmembers(module, inspect.isclass):
+            is_defined_there = candidate.__module__ == module.__name__ and candidate is not ArtifactStore
+            if is_defined_there and has_methods(candidate, methods):
+                classes[name] = candidate
+    return classes
+
+
+def has_methods(candidate: type, methods: list[str]) -> bool:
+    return all(callable(getattr(candidate, method, None)) for method in methods)
 
 
 @pytest.fixture(params=sorted(ADDRESSES))
@@ -55,11 +58,11 @@ def store(address: str, tmp_path: Path) -> ArtifactStore:
     return open_store(address, tmp_path / "downloads")
 
 
-def folder_of(place: Path, files: dict[str, bytes]) -> Path:
+def folder_of(folder: Path, files: dict[str, bytes]) -> Path:
     for name, content in files.items():
-        (place / name).parent.mkdir(parents=True, exist_ok=True)
-        (place / name).write_bytes(content)
-    return place
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    return folder
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -97,7 +100,7 @@ def test_opening_a_store_and_reading_from_it_creates_nothing(store: ArtifactStor
     assert list(tmp_path.iterdir()) == []
 
 
-def test_opening_a_store_asks_nobody(tmp_path: Path) -> None:
+def test_opening_a_store_sends_no_request_and_writes_no_file(tmp_path: Path) -> None:
     # No server answers at port 9, and no folder can be created below a file.
     (tmp_path / "file").touch()
     for address in ("s3://bucket/prefix?endpoint=http://127.0.0.1:9", str(tmp_path / "file" / "store")):
@@ -115,7 +118,9 @@ def test_a_store_that_cannot_be_used_is_refused_before_the_first_write(address: 
         open_store(unusable).ensure()
 
 
-def test_what_is_put_is_fetched_whole(store: ArtifactStore, model: Path, tmp_path: Path) -> None:
+def test_a_fetched_artifact_equals_the_folder_that_was_put(
+    store: ArtifactStore, model: Path, tmp_path: Path
+) -> None:
     ref = store.put(model)
     store.fetch(ref, tmp_path / "new" / "copy")
     assert contents(tmp_path / "new" / "copy") == contents(model)
@@ -138,17 +143,17 @@ def test_the_same_content_has_one_reference_and_other_content_another(
     assert changed.size_bytes == ref.size_bytes
 
 
-def test_what_changes_after_it_was_put_does_not_change_in_the_store(
+def test_a_later_change_of_the_folder_does_not_change_the_artifact(
     store: ArtifactStore, model: Path, tmp_path: Path
 ) -> None:
-    before = contents(model)
+    original = contents(model)
     ref = store.put(model)
     (model / "config.json").write_bytes(b"changed")
     store.fetch(ref, tmp_path / "copy")
-    assert contents(tmp_path / "copy") == before
+    assert contents(tmp_path / "copy") == original
 
 
-def test_a_removed_artifact_is_gone_and_can_be_put_again(
+def test_a_removed_artifact_is_absent_and_can_be_put_again(
     store: ArtifactStore, model: Path, tmp_path: Path
 ) -> None:
     ref = store.put(model)
@@ -163,7 +168,7 @@ def test_a_removed_artifact_is_gone_and_can_be_put_again(
     assert store.has(ref)
 
 
-def test_nothing_is_fetched_over_what_exists(store: ArtifactStore, model: Path, tmp_path: Path) -> None:
+def test_an_existing_folder_is_not_overwritten(store: ArtifactStore, model: Path, tmp_path: Path) -> None:
     ref = store.put(model)
     (tmp_path / "copy").mkdir()
     with pytest.raises(FileExistsError, match="copy"):
@@ -187,12 +192,12 @@ def test_a_folder_without_files_is_refused(store: ArtifactStore, tmp_path: Path)
 
 
 @pytest.mark.parametrize("digest", ["", "../../etc", "0" * 63, "G" * 64, "0" * 64 + "\n"])
-def test_what_is_no_digest_is_refused(store: ArtifactStore, digest: str) -> None:
+def test_an_invalid_digest_is_refused(store: ArtifactStore, digest: str) -> None:
     with pytest.raises(ValueError, match="digest"):
         store.has(ArtifactRef(digest, 1))
 
 
-def test_a_record_is_created_once_and_kept_as_it_was(store: ArtifactStore) -> None:
+def test_a_record_is_created_once_and_never_changed(store: ArtifactStore) -> None:
     record = {"metrics": {"size_bytes": 1e6, "accuracy": 0.123456789012345}, "steps": ["é", None, True]}
     assert store.record("results/01") is None
     assert store.commit("results/01", record)
@@ -248,7 +253,7 @@ def test_a_forgotten_record_can_be_created_anew(store: ArtifactStore) -> None:
         store.forget("../tmp")
 
 
-def test_all_that_is_held_is_told_with_its_last_use(
+def test_holdings_list_all_artifacts_with_their_last_use(
     store: ArtifactStore, model: Path, tmp_path: Path
 ) -> None:
     assert store.holdings() == Holdings((), 0, 0, 0)
@@ -256,23 +261,23 @@ def test_all_that_is_held_is_told_with_its_last_use(
     (model / "empty").write_bytes(b"full")
     second = store.put(model)
     store.commit("results/01", {"a": 1})
-    held = {one.ref: one.used_at for one in store.holdings().artifacts}
-    assert held.keys() == {first, second}
-    assert all(abs(used_at - time.time()) < 60 for used_at in held.values())
+    used = {artifact.ref: artifact.used_at for artifact in store.holdings().artifacts}
+    assert used.keys() == {first, second}
+    assert all(abs(used_at - time.time()) < 60 for used_at in used.values())
     assert store.holdings().records == 1
     assert store.holdings().records_bytes > 0
     time.sleep(0.02)
     store.fetch(first, tmp_path / "copy")
-    later = {one.ref: one.used_at for one in store.holdings().artifacts}
+    later = {artifact.ref: artifact.used_at for artifact in store.holdings().artifacts}
     assert later[first] >= later[second]
     store.sweep(0)
     assert store.holdings().unfinished_bytes == 0
     store.remove(first)
-    assert [one.ref for one in store.holdings().artifacts] == [second]
+    assert [artifact.ref for artifact in store.holdings().artifacts] == [second]
 
 
-def _race(place: str, number: int, start: object, wins: object) -> None:
-    store = open_store(place)
+def _race(address: str, number: int, start: object, wins: object) -> None:
+    store = open_store(address)
     start.wait()  # type: ignore[attr-defined]
     for key in range(20):
         if store.commit(f"results/{key}", {"winner": number, "padding": "x" * 10_000}):
@@ -289,12 +294,13 @@ def test_of_eight_processes_that_commit_one_key_one_wins(address: str) -> None:
     won: dict[int, int] = {}
     ended = 0
     while ended < 8:
-        one = wins.get(timeout=60)
-        if one is None:
+        win = wins.get(timeout=60)
+        if win is None:
             ended += 1
         else:
-            assert one[0] not in won
-            won[one[0]] = one[1]
+            key, number = win
+            assert key not in won
+            won[key] = number
     for racer in racers:
         racer.join()
     store = open_store(address)

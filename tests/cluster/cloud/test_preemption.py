@@ -1,4 +1,4 @@
-"""A machine's notice of its end, by whom it comes."""
+"""Notices of a machine's end, from each source."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ def ec2(monkeypatch: pytest.MonkeyPatch) -> Iterator[Ec2]:
     with served(answers) as address:
         monkeypatch.setenv("AWS_EC2_METADATA_SERVICE_ENDPOINT", f"{address}/")
         monkeypatch.setenv("GCE_METADATA_HOST", "127.0.0.1:9")
-        # A proxy that is not there: nobody may ask it.
+        # A proxy that does not exist: no request may use it.
         monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
         yield answers
 
 
 @pytest.fixture(autouse=True)
 def _soon(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Polls often, and leaves the environment as it was."""
+    """Poll often, and restore the environment."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(preemption, "POLL_SECONDS", 0.02)
     monkeypatch.setenv("SLIMFRONT_NOTICE", "")
     monkeypatch.delenv("SLIMFRONT_NOTICE")
 
 
-def awaited(seconds: float = 10) -> Notice | None:
+def wait_for_notice(seconds: float = 10) -> Notice | None:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline and latest_notice() is None:
         time.sleep(0.01)
@@ -47,22 +47,22 @@ def ask() -> Notice | None:
     return latest_notice()
 
 
-def test_the_notice_of_ec2_is_told_with_its_time_here_and_to_the_processes_started_from_here(
+def test_a_notice_of_ec2_reaches_this_process_and_its_children_with_its_time(
     ec2: Ec2,
 ) -> None:
     assert latest_notice() is None
-    told: list[Notice] = []
-    watch(announce=told.append)
+    announced: list[Notice] = []
+    watch(announce=announced.append)
     time.sleep(0.2)
     assert latest_notice() is None
-    assert len(ec2.tokens) > 1, "nobody asked"
+    assert len(ec2.tokens) > 1, "EC2 was not polled"
     ends_at = ec2.take_away(120)
-    notice = awaited()
+    notice = wait_for_notice()
     assert notice == Notice("EC2 (terminate)", ends_at)
     assert 110 < (notice.seconds_left or 0) <= 120
-    while not told:
+    while not announced:
         time.sleep(0.01)
-    assert told == [notice]
+    assert announced == [notice]
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         assert pool.apply(ask) == notice
 
@@ -70,14 +70,14 @@ def test_the_notice_of_ec2_is_told_with_its_time_here_and_to_the_processes_start
 @pytest.mark.parametrize(
     "answer", ["", "[]", "<html>hello</html>", '{"action": "stop"}', '{"action": 1, "time": 2}']
 )
-def test_what_is_no_notice_of_ec2_is_none(ec2: Ec2, answer: str) -> None:
+def test_an_answer_of_ec2_that_is_no_notice_is_ignored(ec2: Ec2, answer: str) -> None:
     source = metadata_service()
     assert source is not None
     ec2.action = answer
     assert source() is None
 
 
-def test_gce_says_true(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_notice_of_gce_is_the_flag_true(monkeypatch: pytest.MonkeyPatch) -> None:
     flag = ["FALSE"]
 
     def answers(method: str, path: str, headers: dict[str, str]) -> tuple[int, str]:
@@ -96,37 +96,37 @@ def test_gce_says_true(monkeypatch: pytest.MonkeyPatch) -> None:
     assert notice is not None
     assert notice.source == "GCE"
     assert 25 < (notice.seconds_left or 0) <= 30
-    # A service that is gone for a moment takes nobody's work.
+    # A service that does not answer for a moment gives no notice.
     assert source() is None
 
 
-def test_where_no_cloud_answers_nothing_is_polled(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
+def test_without_a_cloud_nothing_is_polled(monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = []
 
     def answers(method: str, path: str, headers: dict[str, str]) -> tuple[int, str]:
-        asked.append(path)
+        paths.append(path)
         return 404, ""
 
     with served(answers) as address:
         monkeypatch.setenv("AWS_EC2_METADATA_SERVICE_ENDPOINT", address)
         monkeypatch.setenv("GCE_METADATA_HOST", address.removeprefix("http://"))
         assert metadata_service() is None
-        asked.clear()
+        paths.clear()
         watch()
         time.sleep(0.5)
-        assert len(asked) == 2
+        assert len(paths) == 2
         assert not any(thread.name == "slimfront-preempt" for thread in threading.enumerate())
         monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
         assert metadata_service() is None
-        assert len(asked) == 3
+        assert len(paths) == 3
 
 
-def test_what_another_source_says_counts_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_notice_of_another_source_counts_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_EC2_METADATA_SERVICE_ENDPOINT", "no address")
     monkeypatch.setenv("GCE_METADATA_HOST", "127.0.0.1:9")
     answers = iter([None, None, Notice("Ray"), Notice("late")])
     watch([lambda: next(answers)])
-    notice = awaited()
+    notice = wait_for_notice()
     assert notice == Notice("Ray")
     assert notice.seconds_left is None
     assert list(answers) == [Notice("late")]

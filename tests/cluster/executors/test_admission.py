@@ -1,4 +1,4 @@
-"""What may start now: decided without processes or a clock, and tested so."""
+"""Admission: which task may start now, decided without processes and clock."""
 
 from __future__ import annotations
 
@@ -18,33 +18,33 @@ needs = st.builds(
 
 
 def admission(*waiting: Resources, slots: int = 2, cpus: float = 4, memory_gib: float = 8) -> Admission:
-    made = Admission(Capacity(slots, cpus, memory_gib))
-    for ticket, one in enumerate(waiting):
-        made.add(ticket, one)
-    return made
+    queue = Admission(Capacity(slots, cpus, memory_gib))
+    for ticket, task in enumerate(waiting):
+        queue.add(ticket, task)
+    return queue
 
 
 def started(admission: Admission) -> list[int]:
     return list(iter(admission.next, None))
 
 
-def test_pieces_start_in_the_order_they_came_until_the_slots_are_full() -> None:
+def test_tasks_start_in_the_order_of_submission_until_the_slots_are_full() -> None:
     queue = admission(Resources(), Resources(), Resources())
     assert started(queue) == [0, 1]
     queue.end(0)
     assert started(queue) == [2]
 
 
-def test_pieces_that_fit_the_memory_exactly_run_together() -> None:
+def test_tasks_that_fit_the_memory_exactly_run_together() -> None:
     assert started(admission(*[Resources(memory_gib=0.1)] * 3, slots=3, memory_gib=0.3)) == [0, 1, 2]
 
 
-def test_a_smaller_piece_overtakes_one_that_waits_for_memory() -> None:
+def test_a_smaller_task_overtakes_a_task_that_waits_for_memory() -> None:
     queue = admission(Resources(memory_gib=6), Resources(memory_gib=6), Resources(memory_gib=1))
     assert started(queue) == [0, 2]
 
 
-def test_a_piece_that_was_overtaken_often_is_next() -> None:
+def test_a_task_that_was_overtaken_often_is_next() -> None:
     queue = admission(Resources(memory_gib=6), Resources(memory_gib=6))
     small = Resources(memory_gib=1)
     assert started(queue) == [0]
@@ -58,9 +58,9 @@ def test_a_piece_that_was_overtaken_often_is_next() -> None:
     assert started(queue) == [1, 100]
 
 
-def test_exclusive_pieces_start_alone_when_no_other_kind_waits() -> None:
-    alone = Resources(exclusive=True)
-    queue = admission(alone, Resources(), alone, Resources(), Resources())
+def test_exclusive_tasks_start_alone_when_no_other_kind_waits() -> None:
+    exclusive = Resources(exclusive=True)
+    queue = admission(exclusive, Resources(), exclusive, Resources(), Resources())
     assert started(queue) == [1, 3]
     queue.end(1)
     assert started(queue) == [4]
@@ -74,7 +74,7 @@ def test_exclusive_pieces_start_alone_when_no_other_kind_waits() -> None:
     assert started(queue) == [5]
 
 
-def test_a_waiting_piece_that_ends_frees_those_behind_it() -> None:
+def test_a_waiting_task_that_is_removed_lets_the_next_ones_start() -> None:
     queue = admission(Resources(), Resources(exclusive=True), Resources(), slots=1)
     assert started(queue) == [0]
     queue.end(2)
@@ -88,7 +88,7 @@ def test_an_executor_needs_a_slot(slots: int) -> None:
         Capacity(slots)
 
 
-def test_a_refusal_says_what_is_allowed() -> None:
+def test_a_refusal_names_the_allowed_range() -> None:
     with pytest.raises(ValueError, match=r"memory_gib=9 is not available here: from 0 to 8"):
         admission(Resources(memory_gib=9))
     with pytest.raises(ValueError, match="memory_gib=nan"):
@@ -96,20 +96,20 @@ def test_a_refusal_says_what_is_allowed() -> None:
 
 
 @given(st.lists(needs, max_size=30), st.randoms(use_true_random=False))
-def test_whatever_ends_first_nothing_is_over_committed_and_all_start(pieces, random) -> None:
-    queue = admission(*pieces, slots=3)
+def test_in_any_order_of_ends_resources_are_never_exceeded_and_all_tasks_start(tasks, random) -> None:
+    queue = admission(*tasks, slots=3)
     running: list[int] = []
     done: list[int] = []
-    while len(done) < len(pieces):
+    while len(done) < len(tasks):
         running += started(queue)
         assert running, "nothing runs and nothing may start"
-        now = [pieces[ticket] for ticket in running]
+        now = [tasks[ticket] for ticket in running]
         assert len(now) <= 3
-        assert sum(one.memory_gib for one in now) <= 8 + 1e-6
-        assert sum(one.cpus for one in now) <= 4
-        assert len(now) == 1 or not any(one.exclusive for one in now)
+        assert sum(task.memory_gib for task in now) <= 8 + 1e-6
+        assert sum(task.cpus for task in now) <= 4
+        assert len(now) == 1 or not any(task.exclusive for task in now)
         ended = random.choice(running)
         running.remove(ended)
         done.append(ended)
         queue.end(ended)
-    assert sorted(done) == list(range(len(pieces)))
+    assert sorted(done) == list(range(len(tasks)))

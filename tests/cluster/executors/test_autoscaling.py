@@ -1,4 +1,4 @@
-"""Which workers to want of a cluster, whom to let go and who does what: decided without processes, and tested so."""
+"""WorkerPlan: requests, releases and assignments of workers, decided without processes and clock."""
 
 from __future__ import annotations
 
@@ -25,54 +25,55 @@ LAPTOP = {"target": "laptop"}
 
 
 class Cluster:
-    """A workforce with whoever does what it says, on a clock of its own: nodes come when `place` is called."""
+    """A plan whose requests are carried out, with its own clock: a worker gets a node when `give_node` is called."""
 
     def __init__(self, limit: int = 100, node_capacity: Capacity | None = None) -> None:
         self.plan = WorkerPlan(node_capacity)
         self.limits: dict[frozenset[tuple[str, str]], int] = {ANY: limit}
         self.now = 0.0
-        self.wanted: list[int] = []
+        self.requested: list[int] = []
         self.shapes: dict[int, Shape] = {}
         self.running: dict[int, tuple[int, ...]] = {}
-        self.hired, self.added = 0, 0
+        self.started, self.added = 0, 0
 
     def add(self, *needs: Resources) -> None:
-        for one in needs:
-            self.plan.add(self.added, one, self.now)
+        for task in needs:
+            self.plan.add(self.added, task, self.now)
             self.added += 1
-        self.go_on()
+        self.step()
 
-    def go_on(self) -> None:
-        while (found := self.plan.next(self.now)) is not None:
-            self.running[found[0]] = found[1]
+    def step(self) -> None:
+        while (assigned := self.plan.next(self.now)) is not None:
+            ticket, workers = assigned
+            self.running[ticket] = workers
         change = self.plan.change(self.limits, self.now)
         for worker in change.release:
             self.plan.remove(worker)
-            self.wanted = [one for one in self.wanted if one != worker]
+            self.requested = [number for number in self.requested if number != worker]
         for shape in change.request:
-            self.plan.request(self.hired, shape)
-            self.wanted.append(self.hired)
-            self.shapes[self.hired] = shape
-            self.hired += 1
+            self.plan.request(self.started, shape)
+            self.requested.append(self.started)
+            self.shapes[self.started] = shape
+            self.started += 1
 
-    def place(self, node: Node) -> int:
-        """The worker that has waited longest is there."""
-        worker = self.wanted.pop(0)
+    def give_node(self, node: Node) -> int:
+        """Give the worker that was requested first a node."""
+        worker = self.requested.pop(0)
         self.plan.ready(worker, node, self.now)
-        self.go_on()
+        self.step()
         return worker
 
     def end(self, ticket: int) -> None:
         del self.running[ticket]
         self.plan.end(ticket, self.now)
-        self.go_on()
+        self.step()
 
-    def later(self, seconds: float) -> None:
+    def wait(self, seconds: float) -> None:
         self.now += seconds
-        self.go_on()
+        self.step()
 
     @property
-    def held(self) -> int:
+    def workers(self) -> int:
         return self.plan.count({})
 
 
@@ -80,98 +81,98 @@ def nodes(count: int) -> list[Node]:
     return [Node(f"node {number}") for number in range(count)]
 
 
-def test_each_waiting_piece_has_a_worker_wanted_up_to_what_the_cluster_could_have() -> None:
+def test_a_worker_is_requested_for_each_waiting_task_up_to_the_limit_of_the_cluster() -> None:
     cluster = Cluster(limit=3)
     cluster.add(*[Resources()] * 2)
-    assert cluster.held == 2
+    assert cluster.workers == 2
     cluster.add(*[Resources()] * 5)
-    assert cluster.held == 3
+    assert cluster.workers == 3
 
 
-def test_work_is_only_given_to_workers_that_are_there() -> None:
+def test_tasks_start_only_on_workers_that_have_a_node() -> None:
     cluster = Cluster()
     cluster.add(Resources(), Resources())
     assert not cluster.running
-    worker = cluster.place(Node("a"))
+    worker = cluster.give_node(Node("a"))
     assert list(cluster.running.values()) == [(worker,)]
 
 
-def test_who_does_the_next_piece_at_once_stays_and_who_has_nothing_to_do_goes_after_a_while() -> None:
+def test_a_worker_with_a_next_task_stays_and_an_idle_one_is_released_after_a_while() -> None:
     cluster = Cluster()
     cluster.add(Resources())
-    worker = cluster.place(Node("a"))
+    worker = cluster.give_node(Node("a"))
     for _ in range(3):
         cluster.end(next(iter(cluster.running)))
-        cluster.later(LINGER_SECONDS - 0.1)
+        cluster.wait(LINGER_SECONDS - 0.1)
         cluster.add(Resources())
         assert list(cluster.running.values()) == [(worker,)]
     cluster.end(next(iter(cluster.running)))
-    cluster.later(LINGER_SECONDS)
-    assert cluster.held == 0
+    cluster.wait(LINGER_SECONDS)
+    assert cluster.workers == 0
 
 
-def test_workers_that_nobody_waits_for_any_more_are_not_waited_for() -> None:
+def test_a_requested_worker_is_released_when_its_task_was_cancelled() -> None:
     cluster = Cluster()
     cluster.plan.add(1, Resources(), cluster.now)
-    cluster.go_on()
-    assert cluster.held == 1
+    cluster.step()
+    assert cluster.workers == 1
     cluster.plan.end(1, cluster.now)
-    cluster.go_on()
-    cluster.later(LINGER_SECONDS)
-    assert cluster.held == 0
+    cluster.step()
+    cluster.wait(LINGER_SECONDS)
+    assert cluster.workers == 0
 
 
-def test_what_the_cluster_cannot_have_is_let_go_at_once_but_never_who_is_there() -> None:
+def test_requests_beyond_the_limit_are_released_at_once_but_workers_with_a_node_are_not() -> None:
     cluster = Cluster()
     cluster.add(*[Resources()] * 4)
     for node in nodes(2):
-        cluster.place(node)
+        cluster.give_node(node)
     cluster.limits[ANY] = 1
-    cluster.go_on()
-    assert cluster.held == 2
+    cluster.step()
+    assert cluster.workers == 2
     assert len(cluster.running) == 2
 
 
-def test_workers_hold_what_the_largest_piece_asked_for_so_that_all_kinds_find_them_warm() -> None:
+def test_workers_hold_the_resources_of_the_largest_task_so_that_all_kinds_find_them_warm() -> None:
     cluster = Cluster()
     cluster.add(Resources(memory_gib=4, gpus=0.5), Resources(memory_gib=1))
     assert cluster.plan.requested({}) == [Shape(1, 0.5, 4)] * 1 + [Shape(1, 0.5, 4)]
 
 
-def test_workers_of_certain_nodes_hold_what_pieces_for_these_asked_for() -> None:
+def test_workers_of_labelled_nodes_hold_the_resources_of_the_tasks_with_these_labels() -> None:
     cluster = Cluster()
     cluster.add(Resources(memory_gib=4, gpus=0.5), Resources(memory_gib=1, labels=LAPTOP))
     assert cluster.plan.requested(LAPTOP) == [Shape(memory_gib=1, labels=LAPTOP)]
 
 
-def test_a_larger_piece_gets_a_larger_worker_in_the_place_of_one_that_is_too_small() -> None:
+def test_a_larger_task_gets_a_larger_worker_which_replaces_one_that_is_too_small() -> None:
     cluster = Cluster(limit=1)
     cluster.add(Resources(memory_gib=1))
-    cluster.place(Node("a"))
+    cluster.give_node(Node("a"))
     cluster.add(Resources(memory_gib=4))
-    assert not cluster.wanted
+    assert not cluster.requested
     cluster.end(next(iter(cluster.running)))
     assert not cluster.running
-    cluster.later(LINGER_SECONDS)
-    cluster.later(0)
+    cluster.wait(LINGER_SECONDS)
+    cluster.wait(0)
     assert cluster.plan.requested({}) == [Shape(memory_gib=4)]
 
 
 def test_a_gang_takes_all_its_workers_at_once_and_they_wait_for_it() -> None:
     cluster = Cluster()
     cluster.add(Resources(ranks=3))
-    there = [cluster.place(node) for node in nodes(2)]
+    workers = [cluster.give_node(node) for node in nodes(2)]
     assert not cluster.running
-    cluster.later(10 * LINGER_SECONDS)
-    there.append(cluster.place(Node("c")))
-    assert [set(workers) for workers in cluster.running.values()] == [set(there)]
+    cluster.wait(10 * LINGER_SECONDS)
+    workers.append(cluster.give_node(Node("c")))
+    assert [set(running) for running in cluster.running.values()] == [set(workers)]
 
 
 def test_a_gang_prefers_workers_of_one_node() -> None:
     cluster = Cluster()
     cluster.add(*[Resources()] * 4)
     for name in "abbc":
-        cluster.place(Node(name))
+        cluster.give_node(Node(name))
     for ticket in list(cluster.running):
         cluster.end(ticket)
     cluster.add(Resources(ranks=2))
@@ -179,62 +180,62 @@ def test_a_gang_prefers_workers_of_one_node() -> None:
     assert [cluster.plan.node_of(worker) for worker in workers] == [Node("b")] * 2
 
 
-def test_exclusive_pieces_have_a_node_each_and_others_go_on_elsewhere() -> None:
+def test_exclusive_tasks_have_a_node_each_and_other_tasks_run_on_other_nodes() -> None:
     cluster = Cluster()
     cluster.add(*[Resources()] * 3)
     for name in "aab":
-        cluster.place(Node(name))
+        cluster.give_node(Node(name))
     on_a, _, on_b = cluster.running
     cluster.add(Resources(exclusive=True))
     cluster.end(on_a)
-    assert len(cluster.running) == 2  # the other one of its node is busy
+    assert len(cluster.running) == 2  # the other worker of its node is busy
     cluster.end(on_b)
     assert len(cluster.running) == 2
-    alone = cluster.running[[*cluster.running][-1]]
-    assert cluster.plan.node_of(alone[0]) == Node("b")
+    workers = cluster.running[[*cluster.running][-1]]
+    assert cluster.plan.node_of(workers[0]) == Node("b")
     cluster.add(Resources())
     assert len(cluster.running) == 3
 
 
-def test_exclusive_pieces_keep_to_the_kind_of_node_of_the_first() -> None:
+def test_exclusive_tasks_run_on_the_kind_of_node_of_the_first() -> None:
     cluster = Cluster()
     fast, slow = Node("a", {GROUP: "fast"}, "new"), Node("b", {GROUP: "slow"}, "old")
     cluster.add(Resources(exclusive=True), Resources(exclusive=True))
-    cluster.place(fast)
-    cluster.place(slow)
+    cluster.give_node(fast)
+    cluster.give_node(slow)
     assert len(cluster.running) == 1
     cluster.limits[label_set({GROUP: "fast"})] = 2
-    cluster.go_on()
+    cluster.step()
     assert cluster.plan.requested({GROUP: "fast"}) == [Shape(labels={GROUP: "fast"})]
 
 
-def test_a_piece_with_labels_gets_a_worker_there_or_one_that_was_placed_there_by_chance() -> None:
+def test_a_task_with_labels_gets_a_worker_that_was_requested_with_them_or_has_them_by_chance() -> None:
     cluster = Cluster()
     cluster.add(Resources(labels=LAPTOP))
     assert cluster.plan.requested(LAPTOP) == [Shape(labels=LAPTOP)]
     cluster = Cluster()
     cluster.add(Resources())
-    cluster.place(Node("a", LAPTOP))
+    cluster.give_node(Node("a", LAPTOP))
     cluster.end(next(iter(cluster.running)))
     cluster.add(Resources(labels=LAPTOP))
     assert len(cluster.running) == 1
 
 
-def test_nothing_starts_on_a_node_that_is_about_to_go() -> None:
+def test_no_task_starts_on_a_draining_node() -> None:
     cluster = Cluster()
     cluster.add(Resources())
-    cluster.place(Node("a"))
+    cluster.give_node(Node("a"))
     cluster.end(next(iter(cluster.running)))
     cluster.plan.draining_nodes = {"a"}
     cluster.add(Resources())
     assert not cluster.running
-    assert len(cluster.wanted) == 1
+    assert len(cluster.requested) == 1
 
 
-def test_who_waits_for_a_worker_that_is_on_its_way_holds_nobody_up() -> None:
+def test_a_task_that_waits_for_a_requested_worker_does_not_delay_other_tasks() -> None:
     cluster = Cluster()
     cluster.add(Resources())
-    cluster.place(Node("a"))
+    cluster.give_node(Node("a"))
     cluster.add(Resources(labels=LAPTOP))
     for _ in range(20):
         cluster.add(Resources())
@@ -242,7 +243,7 @@ def test_who_waits_for_a_worker_that_is_on_its_way_holds_nobody_up() -> None:
         assert len(cluster.running) == 1
 
 
-def test_pieces_of_one_machine_share_its_memory() -> None:
+def test_tasks_of_one_machine_share_its_memory() -> None:
     cluster = Cluster(node_capacity=Capacity(3, 8, 8))
     for number in range(3):
         cluster.plan.request(number, Shape(8, 0, 8))
@@ -251,29 +252,29 @@ def test_pieces_of_one_machine_share_its_memory() -> None:
     assert len(cluster.running) == 2
 
 
-def test_room_is_doubled_until_the_autoscaler_refuses() -> None:
-    room = CapacityEstimator()
-    assert room.limit == FIRST_LIMIT
-    room.update(workers=FIRST_LIMIT - 1, refused=0, now=0)
-    assert room.limit == FIRST_LIMIT  # it may not even have been asked for more
-    room.update(workers=4, refused=0, now=1)
-    room.update(workers=8, refused=0, now=2)
-    assert room.limit == 16
-    room.update(workers=16, refused=5, now=3)
-    assert room.limit == 11
-    room.update(workers=11, refused=0, now=4)
-    assert room.limit == 11
-    room.update(workers=11, refused=0, now=3 + AGAIN_SECONDS)
-    assert room.limit == 12
-    room.update(workers=12, refused=12, now=200)
-    assert room.limit == 1  # one goes on to be asked for
+def test_the_estimate_doubles_until_the_autoscaler_refuses() -> None:
+    estimator = CapacityEstimator()
+    assert estimator.limit == FIRST_LIMIT
+    estimator.update(workers=FIRST_LIMIT - 1, refused=0, now=0)
+    assert estimator.limit == FIRST_LIMIT  # the autoscaler may not have seen a request for more
+    estimator.update(workers=4, refused=0, now=1)
+    estimator.update(workers=8, refused=0, now=2)
+    assert estimator.limit == 16
+    estimator.update(workers=16, refused=5, now=3)
+    assert estimator.limit == 11
+    estimator.update(workers=11, refused=0, now=4)
+    assert estimator.limit == 11
+    estimator.update(workers=11, refused=0, now=3 + AGAIN_SECONDS)
+    assert estimator.limit == 12
+    estimator.update(workers=12, refused=12, now=200)
+    assert estimator.limit == 1  # at least one worker is always requested
 
 
-def test_room_that_is_given_stays() -> None:
-    room = CapacityEstimator(3)
-    room.update(workers=3, refused=2, now=0)
-    room.update(workers=3, refused=0, now=1)
-    assert room.limit == 3
+def test_a_fixed_limit_stays() -> None:
+    estimator = CapacityEstimator(3)
+    estimator.update(workers=3, refused=2, now=0)
+    estimator.update(workers=3, refused=0, now=1)
+    assert estimator.limit == 3
 
 
 needs = st.builds(
@@ -287,51 +288,50 @@ needs = st.builds(
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(needs, max_size=20), st.integers(3, 6), st.randoms(use_true_random=False))
-def test_whatever_comes_and_goes_every_piece_runs_and_never_beside_what_it_must_not(
-    pieces: list[Resources], limit: int, random: randoms.Random
+def test_with_any_nodes_that_come_and_go_every_task_runs_and_exclusive_ones_run_alone(
+    tasks: list[Resources], limit: int, random: randoms.Random
 ) -> None:
-    """Nodes of two slots come in any order, and go; as many as the limits say, of either kind."""
+    """Nodes of two slots come and go in any order, up to the limit of each kind."""
     cluster = Cluster(limit)
     cluster.limits[label_set(LAPTOP)] = 3
     started: dict[int, int] = {}
-    for ticket, piece in enumerate(pieces):
-        cluster.plan.add(ticket, piece, cluster.now)
-    cluster.go_on()
+    for ticket, task in enumerate(tasks):
+        cluster.plan.add(ticket, task, cluster.now)
+    cluster.step()
     for step in range(3000):
         if not cluster.running and not list(cluster.plan.waiting):
             break
-        _check(cluster, pieces)
+        _check(cluster, tasks)
         choice = random.choice("pppeel")
-        if choice == "p" and cluster.wanted:
-            shape = cluster.shapes[cluster.wanted[0]]
+        if choice == "p" and cluster.requested:
+            shape = cluster.shapes[cluster.requested[0]]
             kind = "laptop" if shape.labels else "any"
-            cluster.place(Node(f"{kind} {random.randrange(limit)}", dict(shape.labels), "all alike"))
+            cluster.give_node(Node(f"{kind} {random.randrange(limit)}", dict(shape.labels), "same kind"))
         elif choice == "e" and cluster.running:
             cluster.end(random.choice(list(cluster.running)))
         elif choice == "l" and cluster.running and step < 500:
             ticket = random.choice(list(cluster.running))
             started[ticket] = started.get(ticket, 0) + 1
-            lost = cluster.running.pop(ticket)
-            for worker in lost:
+            for worker in cluster.running.pop(ticket):
                 cluster.plan.remove(worker)
             cluster.plan.end(ticket, cluster.now)
-            cluster.plan.add(ticket, pieces[ticket], cluster.now)
-        cluster.later(random.choice([0.0, 0.5, LINGER_SECONDS]))
+            cluster.plan.add(ticket, tasks[ticket], cluster.now)
+        cluster.wait(random.choice([0.0, 0.5, LINGER_SECONDS]))
     assert not cluster.running
     assert not list(cluster.plan.waiting)
 
 
-def _check(cluster: Cluster, pieces: list[Resources]) -> None:
+def _check(cluster: Cluster, tasks: list[Resources]) -> None:
     busy: dict[str, set[int]] = {}
     for ticket, workers in cluster.running.items():
-        assert len(set(workers)) == pieces[ticket].ranks
+        assert len(set(workers)) == tasks[ticket].ranks
         for worker in workers:
             node = cluster.plan.node_of(worker)
             assert node is not None
-            assert pieces[ticket].labels.items() <= node.labels.items()
-            assert cluster.shapes[worker].covers(pieces[ticket])
+            assert tasks[ticket].labels.items() <= node.labels.items()
+            assert cluster.shapes[worker].covers(tasks[ticket])
             busy.setdefault(node.id, set()).add(ticket)
     for tickets in busy.values():
-        assert len(tickets) == 1 or not any(pieces[one].exclusive for one in tickets)
+        assert len(tickets) == 1 or not any(tasks[ticket].exclusive for ticket in tickets)
     for key, limit in cluster.limits.items():
         assert cluster.plan.count(dict(key)) <= limit

@@ -1,4 +1,4 @@
-"""A gang's ranks run at once, each in a fresh process; it ends as rank 0 does, or is lost once and leaves nobody."""
+"""A gang's ranks run at once, each in a fresh process; the gang has one result and leaves no process."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from cluster.executors.task import TaskResult
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR")
 
 
-def told() -> tuple[int, list[str | None]]:
+def environment() -> tuple[int, list[str | None]]:
     return os.getpid(), [os.environ.get(name) for name in NAMES]
 
 
 def meet(folder: Path) -> str:
-    """Wait for the other rank: one after the other they would never meet."""
+    """Wait for the other rank: if the ranks ran one after another, this would fail."""
     rank = os.environ["RANK"]
     (folder / rank).write_text(str(os.getpid()))
     deadline = time.monotonic() + 30
@@ -49,9 +49,9 @@ def fail_if_last(folder: Path) -> None:
 
 
 def sleep_with_name(folder: Path) -> None:
-    beside = folder / "beside"
-    beside.write_text(str(os.getpid()))
-    beside.rename(folder / "pid")
+    draft = folder / "draft"
+    draft.write_text(str(os.getpid()))
+    draft.rename(folder / "pid")
     time.sleep(300)
 
 
@@ -63,7 +63,7 @@ def appears(file: Path) -> str:
     return file.read_text()
 
 
-def gone(pid: int) -> bool:
+def has_ended(pid: int) -> bool:
     deadline = time.monotonic() + 10
     while time.monotonic() < deadline:
         try:
@@ -75,25 +75,25 @@ def gone(pid: int) -> bool:
     return False
 
 
-def one(rank: int = 0) -> Rank:
+def rank_of_four(rank: int = 0) -> Rank:
     return Rank(rank, 4, rank % 2, "10.0.0.1", 29500)
 
 
-def test_a_rank_finds_in_a_fresh_process_what_torch_reads() -> None:
-    ended = run_rank("a", told, (), one(3))
-    assert ended.error is None
-    pid, names = ended.value
+def test_a_rank_has_the_environment_of_torch_distributed_in_a_fresh_process() -> None:
+    result = run_rank("a", environment, (), rank_of_four(3))
+    assert result.error is None
+    pid, names = result.value
     assert names == ["3", "4", "1", "10.0.0.1"]
     assert pid != os.getpid()
     assert not any(name in os.environ for name in NAMES)
 
 
-def test_a_function_of_no_module_is_sent_as_it_is() -> None:
+def test_a_function_that_no_module_contains_is_pickled_by_value() -> None:
     factor = 3
-    here: dict[str, Any] = {"__name__": "__main__"}
-    exec("def double(x):\n    return 2 * x", here)
-    assert run_rank("a", lambda x: factor * x, (2,), one()) == TaskResult("a", 6)
-    assert run_rank("a", here["double"], (2,), one()) == TaskResult("a", 4)
+    module: dict[str, Any] = {"__name__": "__main__"}
+    exec("def double(x):\n    return 2 * x", module)
+    assert run_rank("a", lambda x: factor * x, (2,), rank_of_four()) == TaskResult("a", 6)
+    assert run_rank("a", module["double"], (2,), rank_of_four()) == TaskResult("a", 4)
 
 
 def leave() -> None:
@@ -112,42 +112,42 @@ def frame() -> Any:
         (frame, "its value does not pickle"),
     ],
 )
-def test_what_goes_wrong_comes_back_as_lost(fn: Callable[..., Any], why: str) -> None:
-    ended = run_rank("a", fn, (), one())
-    assert ended.error is not None
-    assert why in ended.error.splitlines()[0]
+def test_a_failure_of_a_rank_is_returned_as_an_error(fn: Callable[..., Any], why: str) -> None:
+    result = run_rank("a", fn, (), rank_of_four())
+    assert result.error is not None
+    assert why in result.error.splitlines()[0]
 
 
-def test_what_does_not_pickle_is_lost_before_it_starts() -> None:
-    ended = run_rank("a", id, (sys._getframe(),), one())
-    assert ended.error is not None
-    assert "does not pickle" in ended.error
+def test_arguments_that_do_not_pickle_are_an_error_before_the_start() -> None:
+    result = run_rank("a", id, (sys._getframe(),), rank_of_four())
+    assert result.error is not None
+    assert "does not pickle" in result.error
 
 
-def first_tells(folder: Path) -> str | None:
+def first_returns(folder: Path) -> str | None:
     return "first" if meet(folder) == "0" else None
 
 
-def last_stays(folder: Path) -> str | None:
+def last_sleeps(folder: Path) -> str | None:
     if meet(folder) == "1":
         time.sleep(300)
     return "first"
 
 
-def last_tells(folder: Path) -> str | None:
+def last_returns(folder: Path) -> str | None:
     if meet(folder) == "0":
         time.sleep(300)
     return "last"
 
 
 @pytest.mark.parametrize(
-    ("fn", "value"), [(first_tells, "first"), (last_stays, "first"), (last_tells, "last")]
+    ("fn", "value"), [(first_returns, "first"), (last_sleeps, "first"), (last_returns, "last")]
 )
-def test_ranks_run_at_once_and_what_the_first_returns_or_another_objects_ends_them(
+def test_ranks_run_at_once_and_the_first_result_that_decides_the_task_ends_them(
     fn: Callable[..., Any], value: str, tmp_path: Path
 ) -> None:
     assert run_gang("a", fn, (tmp_path,), 2) == TaskResult("a", value)
-    assert all(gone(int(file.read_text())) for file in tmp_path.iterdir())
+    assert all(has_ended(int(file.read_text())) for file in tmp_path.iterdir())
     assert {file.name for file in tmp_path.iterdir()} == {"0", "1"}
 
 
@@ -155,35 +155,35 @@ def test_ranks_run_at_once_and_what_the_first_returns_or_another_objects_ends_th
     ("fn", "why"),
     [(sleep_unless_last, "rank 1 of 2 was killed by SIGKILL"), (fail_if_last, "ValueError: boom")],
 )
-def test_a_lost_rank_ends_the_others_and_the_gang_is_lost_once(
+def test_a_failed_rank_ends_the_others_and_the_gang_has_one_error(
     fn: Callable[..., Any], why: str, tmp_path: Path
 ) -> None:
-    ended = run_gang("a", fn, (tmp_path,), 2)
-    assert ended.error is not None
-    assert ended.error.splitlines()[0] == why
-    assert gone(int((tmp_path / "0").read_text()))
+    result = run_gang("a", fn, (tmp_path,), 2)
+    assert result.error is not None
+    assert result.error.splitlines()[0] == why
+    assert has_ended(int((tmp_path / "0").read_text()))
 
 
 def test_a_running_rank_is_killed_from_another_thread(tmp_path: Path) -> None:
-    found: list[TaskResult] = []
-    with RankProcess("a", sleep_with_name, (tmp_path,), one()) as process:
-        waiting = threading.Thread(target=lambda: found.append(process.result()))
+    results: list[TaskResult] = []
+    with RankProcess("a", sleep_with_name, (tmp_path,), rank_of_four()) as process:
+        waiting = threading.Thread(target=lambda: results.append(process.result()))
         waiting.start()
         pid = int(appears(tmp_path / "pid"))
         process.kill()
         waiting.join(10)
-    assert found[0].error == "rank 0 of 4 was killed by SIGKILL"
-    assert gone(pid)
+    assert results[0].error == "rank 0 of 4 was killed by SIGKILL"
+    assert has_ended(pid)
 
 
 def test_a_rank_that_was_killed_before_it_started_never_starts(tmp_path: Path) -> None:
-    process = RankProcess("a", sleep_with_name, (tmp_path,), one())
+    process = RankProcess("a", sleep_with_name, (tmp_path,), rank_of_four())
     process.kill()
     assert process.result().error == "rank 0 of 4 was killed before it started"
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="the kernel must know of parents that died")
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux kills a process with its parent")
 def test_a_rank_dies_with_the_process_that_started_it(tmp_path: Path) -> None:
     script = (
         "import sys, pathlib, time; from cluster.executors.gang import run_gang\n"
@@ -199,7 +199,7 @@ def test_a_rank_dies_with_the_process_that_started_it(tmp_path: Path) -> None:
             assert time.monotonic() < deadline
             time.sleep(0.01)
         parent.kill()
-    assert all(gone(int(file.read_text())) for file in tmp_path.iterdir())
+    assert all(has_ended(int(file.read_text())) for file in tmp_path.iterdir())
 
 
 def test_a_free_port_can_be_listened_on() -> None:

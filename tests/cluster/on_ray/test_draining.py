@@ -1,4 +1,4 @@
-"""Nodes of a real Ray that are taken away: their workers are told, and Ray is, whoever of both hears of it first."""
+"""Nodes of a real Ray that are taken away: their workers and Ray learn of it, whichever has the notice first."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.cluster.clouds import Ec2, served
 
 pytestmark = pytest.mark.ray
 
-# A cluster of a head and two nodes: one is ended as pods are, of the other the cloud gives notice. Prints who was told.
+# A cluster of a head and two nodes: one is ended as pods are, the cloud gives notice of the other. Prints all notices.
 PROGRAM = """
 import json
 import os
@@ -32,11 +32,11 @@ def sources():
     notice = latest_notice()
     return None if notice is None else (notice.source, notice.seconds_left)
 
-def until(wanted, seconds=60):
+def until(condition, seconds=60):
     deadline = time.monotonic() + seconds
-    while not (found := wanted()) and time.monotonic() < deadline:
+    while not (value := condition()) and time.monotonic() < deadline:
         time.sleep(0.1)
-    return found
+    return value
 
 ray, _ = connect("local", 1, 0)
 monitor = ClusterMonitor(ray)
@@ -46,27 +46,28 @@ start = [sys.executable, "-m", "ray.scripts.scripts", "start", f"--address={addr
 quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
 nodes = {}
 try:
-    for name in ("pod", "spot"):  # one after the other: two that start at once on one machine take each other's ports
+    # One after another: nodes that start at the same time on one machine take each other's ports.
+    for name in ("pod", "spot"):
         nodes[name] = subprocess.Popen([*start, "--resources", json.dumps({name: 1})], **quiet)
         until(lambda: name in ray.cluster_resources())
     ids = {name: next(node["NodeID"] for node in ray.nodes() if name in node["Resources"]) for name in nodes}
     workers = {}
     for name, service in {"pod": "http://127.0.0.1:9", "spot": sys.argv[1]}.items():
-        told = {"AWS_EC2_METADATA_SERVICE_ENDPOINT": service, "GCE_METADATA_HOST": "127.0.0.1:9"}
-        options = dict(num_cpus=1, resources={name: 1}, runtime_env={"env_vars": told})
+        services = {"AWS_EC2_METADATA_SERVICE_ENDPOINT": service, "GCE_METADATA_HOST": "127.0.0.1:9"}
+        options = dict(num_cpus=1, resources={name: 1}, runtime_env={"env_vars": services})
         workers[name] = ray.remote(Worker).options(**options).remote()
-    packed = ray.cloudpickle.dumps(sources)
-    ask = lambda name: ray.get(workers[name].run.remote("", packed, ())).value
-    before = [ask(name) for name in nodes], sorted(monitor.snapshot().draining_nodes)
+    pickled = ray.cloudpickle.dumps(sources)
+    ask = lambda name: ray.get(workers[name].run.remote("", pickled, ())).value
+    first = [ask(name) for name in nodes], sorted(monitor.snapshot().draining_nodes)
     print("ready", flush=True)
     sys.stdin.readline()
     nodes["pod"].send_signal(signal.SIGTERM)
-    told = {name: until(lambda: ask(name)) for name in nodes}
+    notices = {name: until(lambda: ask(name)) for name in nodes}
     drained = until(lambda: monitor.snapshot().draining_nodes == set(ids.values()))
     for worker in workers.values():
         ray.kill(worker)
-    gone = until(lambda: sum(node["Alive"] for node in ray.nodes()) == 1)
-    print(json.dumps({"before": before, "told": told, "drained": drained, "gone": gone}))
+    ended = until(lambda: sum(node["Alive"] for node in ray.nodes()) == 1)
+    print(json.dumps({"first": first, "notices": notices, "drained": drained, "ended": ended}))
 finally:
     for node in nodes.values():
         os.killpg(node.pid, signal.SIGKILL)
@@ -75,7 +76,7 @@ finally:
 """
 
 
-def test_a_worker_is_told_that_its_node_goes_and_ray_places_nothing_there() -> None:
+def test_a_worker_learns_that_its_node_will_end_and_ray_places_nothing_there() -> None:
     ec2 = Ec2()
     with served(ec2) as address:
         driver = subprocess.Popen(
@@ -90,13 +91,13 @@ def test_a_worker_is_told_that_its_node_goes_and_ray_places_nothing_there() -> N
             assert driver.stdin is not None
             assert driver.stdout.readline() == "ready\n"
             ec2.take_away(seconds=120)
-            found = json.loads(driver.communicate("go\n", timeout=150)[0])
-    assert found["before"] == [[None, None], []]
-    source, seconds_left = found["told"]["pod"]
+            output = json.loads(driver.communicate("go\n", timeout=150)[0])
+    assert output["first"] == [[None, None], []]
+    source, seconds_left = output["notices"]["pod"]
     assert source == "Ray"
     assert 0 < seconds_left <= 30
-    source, seconds_left = found["told"]["spot"]
+    source, seconds_left = output["notices"]["spot"]
     assert source == "EC2 (terminate)"
     assert 60 < seconds_left <= 120
-    assert found["drained"]
-    assert found["gone"]
+    assert output["drained"]
+    assert output["ended"]

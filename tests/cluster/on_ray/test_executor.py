@@ -1,4 +1,4 @@
-"""A real Ray on this machine: warm workers, killed pieces, killed drivers."""
+"""RayExecutor on a real Ray of this machine: warm workers, killed tasks, killed drivers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from cluster.on_ray.nodes import node_type
 
 pytestmark = pytest.mark.ray
 
-# A program that works on a Ray of its own until it is stopped. Each piece writes down its process.
+# A program that runs tasks on a Ray of its own until it is stopped. Each task records its pid.
 DRIVER = """
 import signal
 import sys
@@ -37,7 +37,7 @@ def busy(folder):
     time.sleep(600)
 
 def main():
-    # Tests that were started in the background of a shell ignore it, and so would this program.
+    # A shell starts background processes with SIGINT ignored, which this program would inherit.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     executor = RayExecutor(slots=2)
     try:
@@ -67,8 +67,8 @@ def one_ray() -> Iterator[None]:
 
 @pytest.fixture
 def executor(one_ray: None) -> Iterator[RayExecutor]:
-    with closing(RayExecutor(slots=2)) as made:
-        yield made
+    with closing(RayExecutor(slots=2)) as ray_executor:
+        yield ray_executor
 
 
 class Times:
@@ -86,10 +86,10 @@ class Times:
 
 
 def remember(value: int) -> tuple[int, Any]:
-    """This process, and what the last call in it remembered."""
-    before = getattr(sys, "_remembered", None)
+    """Return this process, and the value of the previous call in it."""
+    previous = getattr(sys, "_remembered", None)
     sys._remembered = value  # type: ignore[attr-defined]
-    return os.getpid(), before
+    return os.getpid(), previous
 
 
 def threads() -> str | None:
@@ -111,11 +111,13 @@ def until(holds: Any, seconds: float = 60) -> None:
 
 @contextmanager
 def driver(folder: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """A running DRIVER, whose workers write to `folder`, and itself to a file beside it: not to a pipe, which
-    whatever it started might hold open."""
+    """Run DRIVER; its workers write to `folder`, and it writes to a log file next to the folder.
+
+    The log is not a pipe, which a descendant might hold open.
+    """
     folder.mkdir()
     with (
-        said_by(folder).open("w") as log,
+        log_of(folder).open("w") as log,
         subprocess.Popen(
             [sys.executable, "-c", DRIVER, str(folder)],
             stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
@@ -128,7 +130,7 @@ def driver(folder: Path) -> Iterator[subprocess.Popen[bytes]]:
             process.kill()
 
 
-def said_by(folder: Path) -> Path:
+def log_of(folder: Path) -> Path:
     return folder.with_suffix(".log")
 
 
@@ -136,18 +138,18 @@ def workers_of(folder: Path) -> list[int]:
     return [int(file.name) for file in folder.iterdir()]
 
 
-def gone(pid: int) -> bool:
+def has_ended(pid: int) -> bool:
     return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
 
 
-def test_a_worker_stays_warm_from_piece_to_piece(one_ray: None) -> None:
+def test_a_worker_stays_warm_from_task_to_task(one_ray: None) -> None:
     with closing(RayExecutor(slots=1)) as executor:
-        seen = []
+        answers = []
         for value in range(3):
             executor.submit("a", remember, value, resources=Resources())
-            seen.append(executor.wait(60)[0].value)
-    assert len({pid for pid, _ in seen}) == 1
-    assert [before for _, before in seen] == [None, 0, 1]
+            answers.append(executor.wait(60)[0].value)
+    assert len({pid for pid, _ in answers}) == 1
+    assert [previous for _, previous in answers] == [None, 0, 1]
 
 
 def test_all_slots_are_used(executor: RayExecutor, tmp_path: Path) -> None:
@@ -158,34 +160,34 @@ def test_all_slots_are_used(executor: RayExecutor, tmp_path: Path) -> None:
         executor.cancel(key)
 
 
-def test_work_is_handed_out_while_the_caller_does_not_wait(executor: RayExecutor, tmp_path: Path) -> None:
+def test_tasks_start_while_the_caller_does_not_wait(executor: RayExecutor, tmp_path: Path) -> None:
     for key in "abcd":
         executor.submit(key, touch_and_sleep, tmp_path / key, 0, resources=Resources())
     until(lambda: all((tmp_path / key).exists() for key in "abcd"))
 
 
-def test_running_work_that_is_cancelled_dies_and_its_slot_works_again(
+def test_a_running_task_that_is_cancelled_is_killed_and_its_slot_is_used_again(
     executor: RayExecutor, tmp_path: Path
 ) -> None:
     executor.submit("a", touch_and_sleep, tmp_path / "pid", 600, resources=Resources())
     until(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text())
     executor.cancel("a")
     assert executor.wait() == []
-    # Exclusive work shows that the cancelled piece no longer counts, and by then it is dead.
+    # An exclusive task starts only when the cancelled one no longer counts, and its process has ended by then.
     executor.submit("a", os.getpid, resources=Resources(exclusive=True))
-    (ended,) = executor.wait(60)
-    assert ended.error is None
-    assert gone(int((tmp_path / "pid").read_text()))
+    (result,) = executor.wait(60)
+    assert result.error is None
+    assert has_ended(int((tmp_path / "pid").read_text()))
 
 
-def test_a_worker_computes_with_one_thread_unless_told(one_ray: None) -> None:
+def test_a_worker_computes_with_one_thread_by_default(one_ray: None) -> None:
     for env, expected in ((None, "1"), ({"OPENBLAS_NUM_THREADS": "2"}, "2")):
         with closing(RayExecutor(slots=1, env=env)) as executor:
             executor.submit("a", threads, resources=Resources())
             assert executor.wait(60) == [TaskResult("a", expected)]
 
 
-def test_a_ray_that_someone_else_started_is_left_running(one_ray: None) -> None:
+def test_a_ray_that_this_executor_did_not_start_is_left_running(one_ray: None) -> None:
     RayExecutor(slots=1).close()
     with closing(RayExecutor(slots=1)) as executor:
         executor.submit("a", abs, -1, resources=Resources())
@@ -203,14 +205,14 @@ def test_a_ray_that_someone_else_started_is_left_running(one_ray: None) -> None:
         ({"ray.io/node-id": "ab12"}, NodeType()),
     ],
 )  # fmt: skip
-def test_labels_tell_what_kind_a_node_is(labels: dict[str, str], kind: NodeType) -> None:
+def test_the_type_of_a_node_follows_from_its_labels(labels: dict[str, str], kind: NodeType) -> None:
     assert node_type(labels) == kind
 
 
 def test_losing_a_worker_prints_nothing(executor: RayExecutor, capfd: pytest.CaptureFixture[str]) -> None:
     executor.submit("a", os._exit, 1, resources=Resources())
-    (ended,) = executor.wait(60)
-    assert ended.error
+    (result,) = executor.wait(60)
+    assert result.error
     time.sleep(0.5)
     assert capfd.readouterr() == ("", "")
 
@@ -220,42 +222,42 @@ def test_after_a_kill_the_same_program_starts_at_once_and_ends_quietly_on_ctrl_c
         until(lambda: len(workers_of(tmp_path / "killed")) == 2)
         killed.kill()
         killed.wait(60)
-        until(lambda: all(map(gone, workers_of(tmp_path / "killed"))), seconds=10)
+        until(lambda: all(map(has_ended, workers_of(tmp_path / "killed"))), seconds=10)
 
     again = tmp_path / "again"
     with driver(again) as running:
         until(lambda: len(workers_of(again)) == 2)
         processes = psutil.Process(running.pid).children(recursive=True)
         os.killpg(running.pid, signal.SIGINT)
-        # Longer than it waits itself: where that is in vain, what it says tells so.
+        # Longer than its own time limit: if that runs out, the log contains the reason.
         until(lambda: running.poll() is not None, seconds=100)
-        assert (running.returncode, said_by(again).read_text()) == (0, "1\n")
-        _, left = psutil.wait_procs(processes, timeout=20)
-        assert left == []
+        assert (running.returncode, log_of(again).read_text()) == (0, "1\n")
+        _, alive = psutil.wait_procs(processes, timeout=20)
+        assert alive == []
 
 
-def test_a_machine_that_went_away_is_told_from_work_that_failed(one_ray: None) -> None:
+def test_the_loss_of_a_node_is_distinguished_from_a_failed_task(one_ray: None) -> None:
     from ray import exceptions
 
-    node = exceptions.RayActorError(error_msg="The actor died because its node has died. Node Id: 1")
+    dead = exceptions.RayActorError(error_msg="The actor died because its node has died. Node Id: 1")
     drained = exceptions.RayActorError(error_msg="gone", preempted=True)
     unreachable = exceptions.ActorUnavailableError("no connection", None)
-    assert all(call_error("a", error).preempted for error in (node, drained, unreachable))
+    assert all(call_error("a", error).preempted for error in (dead, drained, unreachable))
     crashed = call_error("a", exceptions.ActorDiedError())
     assert not crashed.preempted
     assert crashed.error
     assert crashed.error.startswith("ActorDiedError: ")
 
 
-def test_a_function_is_pickled_once_and_each_piece_runs_its_own(executor: RayExecutor) -> None:
+def test_a_function_is_pickled_once_and_each_task_runs_its_own(executor: RayExecutor) -> None:
     twice, thrice = Times(2), Times(3)
-    found = {}
+    values = {}
     for round, function in enumerate([twice, twice, twice, thrice, thrice, twice]):
-        for one in (1, 10):
-            executor.submit(f"{round} {one}", function, one, resources=Resources())
-        found |= {ended.key: ended.value for _ in (1, 2) for ended in executor.wait(60)}
-    found |= {ended.key: ended.value for ended in executor.wait(60)}
-    assert [found[f"{round} 10"] for round in range(6)] == [20, 20, 20, 30, 30, 20]
-    assert [found[f"{round} 1"] for round in range(6)] == [2, 2, 2, 3, 3, 2]
-    # Anew only where another came between.
+        for value in (1, 10):
+            executor.submit(f"{round} {value}", function, value, resources=Resources())
+        values |= {result.key: result.value for _ in (1, 2) for result in executor.wait(60)}
+    values |= {result.key: result.value for result in executor.wait(60)}
+    assert [values[f"{round} 10"] for round in range(6)] == [20, 20, 20, 30, 30, 20]
+    assert [values[f"{round} 1"] for round in range(6)] == [2, 2, 2, 3, 3, 2]
+    # A function is pickled again only after another one.
     assert (twice.pickled, thrice.pickled) == (2, 1)

@@ -1,4 +1,4 @@
-"""The store in a folder: killed at every step, damaged, on another file system."""
+"""LocalStore: killed at every step, damaged, on another file system."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_a_writer_killed_at_any_step_leaves_all_or_nothing(
     tmp_path: Path, model: Path, operation: str
 ) -> None:
     ref = LocalStore(tmp_path / "reference").put(model)
-    seen = set()
+    states = set()
     for fatal in range(1, 60):
         root = tmp_path / f"store-{fatal}"
         ended = subprocess.run(
@@ -64,13 +64,13 @@ def test_a_writer_killed_at_any_step_leaves_all_or_nothing(
         store = LocalStore(root)
         if store.has(ref):
             store.fetch(ref, tmp_path / f"copy-{fatal}")
-            seen.add("artifact")
+            states.add("artifact")
         else:
-            seen.add("no artifact")
+            states.add("no artifact")
         record = store.record("results/01")
         assert record is None or len(record["padding"]) == 100_000
-        assert list(store.records("")) == ([] if record is None else ["results/01"])
-        # And whoever comes after can do it.
+        assert list(store.records("")) == ["results/01"] * (record is not None)
+        # A later process can do it.
         assert store.put(model) == ref
         assert store.commit("results/01", {}) == (record is None)
         if ended.returncode == 0:
@@ -78,17 +78,17 @@ def test_a_writer_killed_at_any_step_leaves_all_or_nothing(
         assert ended.returncode == -signal.SIGKILL
     assert ended.returncode == 0
     assert fatal > 3
-    assert operation in ("commit", "forget") or seen == {"artifact", "no artifact"}
+    assert operation in ("commit", "forget") or states == {"artifact", "no artifact"}
 
 
-def test_damaged_content_is_not_handed_out(tmp_path: Path, model: Path) -> None:
+def test_damaged_content_is_not_fetched(tmp_path: Path, model: Path) -> None:
     store = LocalStore(tmp_path / "store")
     ref = store.put(model)
-    (held,) = (tmp_path / "store" / "objects").rglob("weights")
-    held.chmod(0o644)
-    content = bytearray(held.read_bytes())
+    (file,) = (tmp_path / "store" / "objects").rglob("weights")
+    file.chmod(0o644)
+    content = bytearray(file.read_bytes())
     content[50_000] ^= 1
-    held.write_bytes(content)
+    file.write_bytes(content)
     with pytest.raises(OSError, match="damaged"):
         store.fetch(ref, tmp_path / "copy")
     assert not (tmp_path / "copy").exists()
@@ -97,12 +97,12 @@ def test_damaged_content_is_not_handed_out(tmp_path: Path, model: Path) -> None:
     store.fetch(ref, tmp_path / "copy")
 
 
-def test_held_files_are_read_only_and_fetched_as_links(tmp_path: Path, model: Path) -> None:
+def test_stored_files_are_read_only_and_fetched_as_links(tmp_path: Path, model: Path) -> None:
     store = LocalStore(tmp_path / "store")
     store.fetch(store.put(model), tmp_path / "copy")
-    found = (tmp_path / "copy" / "sub" / "weights").stat()
-    assert stat.S_IMODE(found.st_mode) == 0o444
-    assert found.st_nlink == 2
+    status = (tmp_path / "copy" / "sub" / "weights").stat()
+    assert stat.S_IMODE(status.st_mode) == 0o444
+    assert status.st_nlink == 2
 
 
 def test_across_file_systems_files_are_copied(
@@ -119,7 +119,7 @@ def test_across_file_systems_files_are_copied(
     assert (tmp_path / "copy" / "sub" / "weights").stat().st_nlink == 1
 
 
-def test_leftovers_go_after_a_day_and_work_in_progress_stays(tmp_path: Path) -> None:
+def test_unfinished_writes_are_removed_after_a_day_and_recent_ones_stay(tmp_path: Path) -> None:
     prepare_store(str(tmp_path))
     for name in ("old", "new"):
         (tmp_path / "tmp" / name).mkdir()
@@ -131,17 +131,17 @@ def test_leftovers_go_after_a_day_and_work_in_progress_stays(tmp_path: Path) -> 
     assert sorted(file.name for file in (tmp_path / "tmp").iterdir()) == ["new", "new-file"]
 
 
-def test_fetching_is_using(tmp_path: Path, model: Path) -> None:
+def test_a_fetch_counts_as_a_use(tmp_path: Path, model: Path) -> None:
     store = LocalStore(tmp_path / "store")
     ref = store.put(model)
-    (held,) = (tmp_path / "store" / "objects").glob("*/*")
-    os.utime(held, (1000, 1000))
-    assert [one.used_at for one in store.holdings().artifacts] == [1000]
+    (artifact,) = (tmp_path / "store" / "objects").glob("*/*")
+    os.utime(artifact, (1000, 1000))
+    assert [stored.used_at for stored in store.holdings().artifacts] == [1000]
     store.fetch(ref, tmp_path / "copy")
     assert store.holdings().artifacts[0].used_at > 1000
 
 
-def test_what_is_unfinished_is_told_and_swept(tmp_path: Path) -> None:
+def test_unfinished_writes_are_counted_and_swept(tmp_path: Path) -> None:
     store = LocalStore(tmp_path)
     store.ensure()
     (tmp_path / "tmp" / "half").mkdir()
@@ -171,9 +171,9 @@ def test_a_store_is_opened_by_its_folder(tmp_path: Path) -> None:
         open_store("gs://bucket/prefix")
 
 
-def test_the_place_of_an_artifact_is_where_its_files_lie(tmp_path: Path, model: Path) -> None:
+def test_the_url_of_an_artifact_is_the_folder_of_its_files(tmp_path: Path, model: Path) -> None:
     ref = open_store(str(tmp_path / "runs")).put(model)
-    place = Path(artifact_url(str(tmp_path / "runs"), ref.digest))
-    assert (place / "sub" / "weights").read_bytes() == (model / "sub" / "weights").read_bytes()
+    folder = Path(artifact_url(str(tmp_path / "runs"), ref.digest))
+    assert (folder / "sub" / "weights").read_bytes() == (model / "sub" / "weights").read_bytes()
     with pytest.raises(ValueError, match="no artifact's digest"):
         artifact_url(str(tmp_path / "runs"), "../..")

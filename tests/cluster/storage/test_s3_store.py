@@ -1,4 +1,4 @@
-"""The store in a bucket: answers that fail or get lost, writers that are killed, what others put there, copies here."""
+"""S3Store: requests that fail, lost answers, killed writers, objects of other programs, and copies on this machine."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ from cluster.storage.s3_upload import PART_BYTES, part_size
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning")
 
 Fault = Callable[[str, str], int | str | None]
-"""Of a method and a path with its query: a status to answer instead of the service, `drop` to lose its answer, `half`
-to lose half of it, `strip` to lose the condition, or None."""
+"""The fault for a method and a path with its query: a status to answer instead of the service, `drop` to lose the
+answer, `half` to lose half of it, `strip` to remove the condition from the request, or None."""
 
 
 class Proxy:
-    """Stands between a store and its service, notes all requests, and does what `fault` says."""
+    """A proxy between a store and its service: it records all requests and injects faults."""
 
     def __init__(self, service: str) -> None:
         proxy = self
@@ -75,7 +75,7 @@ class Proxy:
                 finally:
                     connection.close()
                 if response.status == 500 and "uploadId=" in self.path:
-                    # moto fails where a part comes when its upload has ended; S3 says that there is none.
+                    # moto fails if a part comes after the end of its upload; S3 answers that there is no such upload.
                     self.send(404, {}, b"<Error><Code>NoSuchUpload</Code></Error>")
                     return
                 if fault == "half" and len(content) > 1:
@@ -86,11 +86,11 @@ class Proxy:
                     self.close_connection = True
                     return
                 dropped = ("connection", "transfer-encoding", "date", "server", "content-length")
-                kept = {name: value for name, value in response.getheaders() if name.lower() not in dropped}
-                length = response.getheader("Content-Length") if self.command == "HEAD" else None
-                self.send(
-                    response.status, {**kept, **({"Content-Length": length} if length else {})}, content
-                )
+                passed = {name: value for name, value in response.getheaders() if name.lower() not in dropped}
+                length = response.getheader("Content-Length")
+                if self.command == "HEAD" and length:
+                    passed["Content-Length"] = length
+                self.send(response.status, passed, content)
 
             def send(self, status: int, headers: dict[str, str], content: bytes) -> None:
                 self.send_response(status)
@@ -109,22 +109,26 @@ class Proxy:
         self.server.handle_error = lambda request, client: None  # of clients that were killed
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
 
-    def made(self, *parts: str) -> list[str]:
-        """The requests so far that hold all of these words."""
-        return [one for one in self.requests if all(part in one for part in parts)]
+    def requests_with(self, *words: str) -> list[str]:
+        """Return the requests so far that contain all of these words."""
+        matching = []
+        for request in self.requests:
+            if all(word in request for word in words):
+                matching.append(request)
+        return matching
 
 
 @pytest.fixture
 def proxy(s3_server: str) -> Iterator[Proxy]:
-    made = Proxy(s3_server)
-    yield made
-    made.server.shutdown()
-    made.server.server_close()
+    started = Proxy(s3_server)
+    yield started
+    started.server.shutdown()
+    started.server.server_close()
 
 
 @pytest.fixture
 def address(s3_address: str, s3_server: str, proxy: Proxy) -> str:
-    """The address of an empty store, by way of the proxy."""
+    """The address of an empty store, through the proxy."""
     return s3_address.replace(s3_server, f"http://127.0.0.1:{proxy.server.server_port}")
 
 
@@ -138,7 +142,7 @@ def bucket_of(address: str) -> str:
     return parse(address).bucket
 
 
-def test_where_a_third_of_all_requests_fails_nothing_is_lost_or_counted_twice(
+def test_if_a_third_of_all_requests_fails_nothing_is_lost_or_counted_twice(
     address: str, proxy: Proxy, model: Path, tmp_path: Path
 ) -> None:
     draw = random.Random(0)
@@ -148,7 +152,7 @@ def test_where_a_third_of_all_requests_fails_nothing_is_lost_or_counted_twice(
         if draw.random() >= 0.3:
             return None
         injected.append(1)
-        # An answer that got lost has had its effect.
+        # The request of a lost answer has had its effect.
         return draw.choice([500, 503, "drop", "half"])
 
     proxy.fault = fault
@@ -183,7 +187,7 @@ def test_a_commit_whose_answer_was_lost_has_won_and_the_same_content_of_another_
     proxy.fault = fault
     store = S3Store(address)
     assert store.commit("results/01", {"a": 1})
-    assert len(proxy.made("PUT", "results/01")) == 2
+    assert len(proxy.requests_with("PUT", "results/01")) == 2
     assert not store.commit("results/01", {"a": 1})
 
 
@@ -193,18 +197,20 @@ def test_a_commit_that_collides_with_another_is_tried_again(address: str, proxy:
     assert len(proxy.requests) == 3
 
 
-def test_of_many_who_put_the_same_at_once_all_succeed(address: str, model: Path, tmp_path: Path) -> None:
+def test_processes_that_put_the_same_folder_at_once_all_succeed(
+    address: str, model: Path, tmp_path: Path
+) -> None:
     (model / "sub" / "large").write_bytes(os.urandom(PART_BYTES + 5))
     with ThreadPoolExecutor(4) as pool:
         refs = {*pool.map(lambda _: S3Store(address, tmp_path / "here").put(model), range(4))}
     (ref,) = refs
     store = S3Store(address)
-    assert [one.ref for one in store.holdings().artifacts] == [ref]
+    assert [artifact.ref for artifact in store.holdings().artifacts] == [ref]
     store.fetch(ref, tmp_path / "copy")
     assert contents(tmp_path / "copy") == contents(model)
 
 
-def test_an_upload_goes_on_with_the_parts_that_are_not_there(
+def test_an_upload_resumes_with_its_missing_parts(
     address: str, proxy: Proxy, model: Path, tmp_path: Path
 ) -> None:
     (model / "sub" / "large").write_bytes(os.urandom(4 * PART_BYTES + 5))
@@ -213,25 +219,25 @@ def test_an_upload_goes_on_with_the_parts_that_are_not_there(
         TimeoutError, match=r"s3:PutObject on .*large.* failed 1 times, the last time with SlowDown"
     ):
         S3Store(address, attempts=1).put(model)
-    sent = {path for path in proxy.made("PUT", "partNumber=") if "partNumber=4" not in path}
+    sent = {path for path in proxy.requests_with("PUT", "partNumber=") if "partNumber=4" not in path}
     assert sent
     proxy.fault = lambda method, path: None
     proxy.requests.clear()
     store = S3Store(address)
     ref = store.put(model)
-    again = proxy.made("PUT", "files/")
+    again = proxy.requests_with("PUT", "files/")
     assert len(again) == 5 - len(sent)
     assert not sent & {*again}
     assert store.holdings().unfinished_bytes == 0
     proxy.requests.clear()
     assert store.put(model) == ref
-    assert proxy.made("PUT", "files/") == []
+    assert proxy.requests_with("PUT", "files/") == []
     store.fetch(ref, tmp_path / "copy")
     assert contents(tmp_path / "copy") == contents(model)
 
 
 @pytest.mark.parametrize("swept", [True, False])
-def test_an_upload_that_another_ended_meanwhile_is_done_or_begins_anew(
+def test_an_upload_that_another_process_ended_is_complete_or_starts_anew(
     address: str, proxy: Proxy, s3: Any, model: Path, tmp_path: Path, swept: bool
 ) -> None:
     (model / "sub" / "large").write_bytes(os.urandom(PART_BYTES + 5))
@@ -255,9 +261,7 @@ def test_an_upload_that_another_ended_meanwhile_is_done_or_begins_anew(
     assert contents(tmp_path / "copy") == contents(model)
 
 
-def test_a_part_that_was_sent_of_other_content_is_sent_again(
-    address: str, s3: Any, model: Path, tmp_path: Path
-) -> None:
+def test_a_part_with_other_content_is_sent_again(address: str, s3: Any, model: Path, tmp_path: Path) -> None:
     (model / "sub" / "large").write_bytes(os.urandom(PART_BYTES + 5))
     ref = S3Store(address).put(model)
     key = next(
@@ -293,16 +297,16 @@ def test_a_writer_killed_at_any_request_leaves_all_or_nothing(
 ) -> None:
     ref = S3Store(address).put(model)
     S3Store(address).remove(ref)
-    seen = set()
+    states = set()
     for fatal in range(1, 30):
-        place = address.replace("/of/a/team", f"/{fatal}")
-        before = len(proxy.requests)
-        arguments = [sys.executable, "-c", KILLED_WRITER, place, str(model)]
+        store_address = address.replace("/of/a/team", f"/{fatal}")
+        first_request = len(proxy.requests)
+        arguments = [sys.executable, "-c", KILLED_WRITER, store_address, str(model)]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         with subprocess.Popen(arguments, env=environment) as writer:
 
             def fault(
-                method: str, path: str, fatal: int = before + fatal, pid: int = writer.pid
+                method: str, path: str, fatal: int = first_request + fatal, pid: int = writer.pid
             ) -> str | None:
                 if len(proxy.requests) == fatal:
                     os.kill(pid, signal.SIGKILL)
@@ -310,11 +314,11 @@ def test_a_writer_killed_at_any_request_leaves_all_or_nothing(
 
             proxy.fault = fault
         proxy.fault = lambda method, path: None
-        store = S3Store(place)
+        store = S3Store(store_address)
         if store.has(ref):
             store.fetch(ref, tmp_path / f"copy-{fatal}")
             assert contents(tmp_path / f"copy-{fatal}") == contents(model)
-        seen.add(store.has(ref))
+        states.add(store.has(ref))
         record = store.record("results/01")
         assert record in (None, {"perplexity": 12.5})
         assert store.put(model) == ref
@@ -324,10 +328,10 @@ def test_a_writer_killed_at_any_request_leaves_all_or_nothing(
         assert writer.returncode == -signal.SIGKILL
     assert writer.returncode == 0
     assert fatal > 5
-    assert seen == {True, False}
+    assert states == {True, False}
 
 
-def test_what_killed_writers_left_is_told_and_swept_and_what_goes_on_stays(
+def test_unfinished_writes_of_killed_writers_are_counted_and_swept_and_recent_ones_stay(
     address: str, proxy: Proxy, model: Path
 ) -> None:
     store = S3Store(address)
@@ -337,20 +341,20 @@ def test_what_killed_writers_left_is_told_and_swept_and_what_goes_on_stays(
     with pytest.raises(TimeoutError, match="s3:PutObject"):
         S3Store(address, attempts=1).put(model)
     proxy.fault = lambda method, path: None
-    left = 2 * PART_BYTES + 100_002
-    assert store.holdings().unfinished_bytes == left
+    expected_bytes = 2 * PART_BYTES + 100_002
+    assert store.holdings().unfinished_bytes == expected_bytes
     store.sweep(60)
-    assert store.holdings().unfinished_bytes == left
+    assert store.holdings().unfinished_bytes == expected_bytes
     store.sweep(0)
     assert store.holdings().unfinished_bytes == 0
-    assert [one.ref for one in store.holdings().artifacts] == [ref]
+    assert [artifact.ref for artifact in store.holdings().artifacts] == [ref]
     store.put(model)
 
 
-def test_what_is_missing_is_told_in_one_line(address: str, s3: Any, model: Path) -> None:
+def test_a_missing_bucket_or_object_is_one_line(address: str, s3: Any, model: Path) -> None:
     bucket = bucket_of(address)
-    gone = S3Store(address.replace(bucket, "no-such-bucket"))
-    for do in (gone.check, lambda: gone.put(model), lambda: gone.record("results/01")):
+    absent = S3Store(address.replace(bucket, "no-such-bucket"))
+    for do in (absent.check, lambda: absent.put(model), lambda: absent.record("results/01")):
         with pytest.raises(
             FileNotFoundError, match=r"^there is no bucket no-such-bucket at http://\S+: create it"
         ):
@@ -376,11 +380,11 @@ def test_what_is_missing_is_told_in_one_line(address: str, s3: Any, model: Path)
      ("DELETE", "probe/", "s3:DeleteObject"), ("DELETE", "uploadId", "s3:AbortMultipartUpload"),
      ("GET", "?uploads", "s3:ListBucketMultipartUploads")]
 )  # fmt: skip
-def test_each_permission_that_a_study_needs_is_tried_before(
+def test_the_check_uses_each_permission_that_a_study_needs(
     address: str, proxy: Proxy, method: str, query: str, permission: str
 ) -> None:
     S3Store(address).check()
-    proxy.fault = lambda given, path: 403 if given == method and query in path else None
+    proxy.fault = lambda request_method, path: 403 if request_method == method and query in path else None
     with pytest.raises(PermissionError, match=f"may not do {permission} on s3://"):
         S3Store(address).check()
 
@@ -391,24 +395,24 @@ def test_a_service_that_overwrites_in_spite_of_the_condition_is_refused(address:
         S3Store(address).check()
 
 
-def test_a_check_leaves_nothing_behind(address: str, s3: Any) -> None:
+def test_a_check_leaves_no_object_and_no_upload(address: str, s3: Any) -> None:
     S3Store(address).check()
     bucket = bucket_of(address)
     assert s3.list_objects_v2(Bucket=bucket)["KeyCount"] == 0
     assert not s3.list_multipart_uploads(Bucket=bucket).get("Uploads")
 
 
-def test_without_credentials_or_a_service_it_is_said_so(
+def test_missing_credentials_or_services_are_one_line(
     address: str, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     proxy.fault = lambda method, path: 500
     with pytest.raises(
         TimeoutError, match=r"s3:GetObject on .* failed 2 times, the last time with InternalError"
-    ) as told:
+    ) as raised:
         S3Store(address, attempts=2).record("results/01")
     assert len(proxy.requests) == 2
-    # What is recorded of a failure is all of its traceback.
-    assert "jane" not in "".join(traceback.format_exception(told.value))
+    # The record of a failure contains its whole traceback.
+    assert "jane" not in "".join(traceback.format_exception(raised.value))
     with pytest.raises(TimeoutError, match="failed 2 times, the last time with EndpointConnectionError"):
         S3Store("s3://bucket?endpoint=http://127.0.0.1:9", attempts=2).record("results/01")
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
@@ -424,7 +428,7 @@ def test_without_credentials_or_a_service_it_is_said_so(
 
 
 def forged(s3: Any, address: str, entries: list[list[object]]) -> ArtifactRef:
-    """An artifact that says this of its files, as nobody here would put it."""
+    """Write an artifact with any manifest, as S3Store would not."""
     content = json.dumps(entries).encode()
     digest = hashlib.sha256(content).hexdigest()
     s3.put_object(Bucket=bucket_of(address), Key=f"of/a/team/objects/{digest}/manifest.json", Body=content)
@@ -442,12 +446,12 @@ def test_names_from_the_bucket_that_would_leave_the_folder_are_refused(
     assert not (tmp_path / "below" / "copy").exists()
 
 
-def test_the_place_of_an_artifact_is_where_its_files_lie(address: str, s3: Any, model: Path) -> None:
+def test_the_url_of_an_artifact_is_the_prefix_of_its_files(address: str, s3: Any, model: Path) -> None:
     bucket, _, key = (
         artifact_url(address, open_store(address).put(model).digest).removeprefix("s3://").partition("/")
     )
-    found = s3.get_object(Bucket=bucket, Key=f"{key}/sub/weights")["Body"].read()
-    assert found == (model / "sub" / "weights").read_bytes()
+    content = s3.get_object(Bucket=bucket, Key=f"{key}/sub/weights")["Body"].read()
+    assert content == (model / "sub" / "weights").read_bytes()
 
 
 def test_a_name_that_a_bucket_cannot_list_is_not_put(address: str, model: Path) -> None:
@@ -456,7 +460,7 @@ def test_a_name_that_a_bucket_cannot_list_is_not_put(address: str, model: Path) 
         S3Store(address).put(model)
 
 
-def test_what_others_put_into_the_bucket_is_no_record_and_no_artifact(address: str, s3: Any) -> None:
+def test_objects_of_other_programs_are_no_records_and_no_artifacts(address: str, s3: Any) -> None:
     for key in ("records/results/", "records/results/../x.json", "records/results/.a.json", "objects/readme",
                 "records/results/a.txt", "objects/../x/manifest.json"):  # fmt: skip
         s3.put_object(Bucket=bucket_of(address), Key=f"of/a/team/{key}", Body=b"{}")
@@ -467,15 +471,15 @@ def test_what_others_put_into_the_bucket_is_no_record_and_no_artifact(address: s
 
 
 @pytest.mark.parametrize("changed", ["files/sub/weights", "manifest.json"])
-def test_damaged_content_is_not_handed_out(
+def test_damaged_content_is_not_fetched(
     address: str, s3: Any, model: Path, tmp_path: Path, changed: str
 ) -> None:
     store = S3Store(address)
     ref = store.put(model)
-    place = {"Bucket": bucket_of(address), "Key": f"of/a/team/objects/{ref.digest}/{changed}"}
-    content = bytearray(s3.get_object(**place)["Body"].read())
+    location = {"Bucket": bucket_of(address), "Key": f"of/a/team/objects/{ref.digest}/{changed}"}
+    content = bytearray(s3.get_object(**location)["Body"].read())
     content[50] ^= 1
-    s3.put_object(**place, Body=bytes(content))
+    s3.put_object(**location, Body=bytes(content))
     with pytest.raises(OSError, match="damaged"):
         store.fetch(ref, tmp_path / "copy")
     assert not (tmp_path / "copy").exists()
@@ -484,7 +488,7 @@ def test_damaged_content_is_not_handed_out(
     store.fetch(ref, tmp_path / "copy")
 
 
-def test_an_artifact_that_lacks_a_file_is_not_held_and_can_be_put_again(
+def test_an_artifact_that_lacks_a_file_is_absent_and_can_be_put_again(
     address: str, s3: Any, model: Path, tmp_path: Path
 ) -> None:
     store = S3Store(address)
@@ -497,34 +501,34 @@ def test_an_artifact_that_lacks_a_file_is_not_held_and_can_be_put_again(
     store.fetch(ref, tmp_path / "copy")
 
 
-def test_what_was_put_or_fetched_here_is_not_downloaded_again(
+def test_an_artifact_that_was_put_or_fetched_on_this_machine_is_not_downloaded_again(
     address: str, proxy: Proxy, model: Path, tmp_path: Path
 ) -> None:
     ref = open_store(address).put(model)
-    there, other = (S3Store(address, tmp_path / name) for name in ("there", "other"))
-    other.put(model)
+    first, second = (S3Store(address, tmp_path / name) for name in ("first", "second"))
+    second.put(model)
     proxy.requests.clear()
-    other.fetch(ref, tmp_path / "of-other")
-    assert proxy.made("GET", "files/") == []
-    there.fetch(ref, tmp_path / "first")
-    assert len(proxy.made("GET", "files/")) == 2
-    again = S3Store(address, tmp_path / "there")  # as another process of this machine
-    again.fetch(ref, tmp_path / "second")
-    assert len(proxy.made("GET", "files/")) == 2
-    assert contents(tmp_path / "second") == contents(tmp_path / "of-other") == contents(model)
-    assert (tmp_path / "second" / "config.json").stat().st_nlink == 3
-    (kept,) = (tmp_path / "there" / "objects").rglob("config.json")
-    kept.chmod(0o644)
-    kept.write_bytes(b"[]")
+    second.fetch(ref, tmp_path / "copy-0")
+    assert proxy.requests_with("GET", "files/") == []
+    first.fetch(ref, tmp_path / "copy-1")
+    assert len(proxy.requests_with("GET", "files/")) == 2
+    again = S3Store(address, tmp_path / "first")  # as another process of this machine
+    again.fetch(ref, tmp_path / "copy-2")
+    assert len(proxy.requests_with("GET", "files/")) == 2
+    assert contents(tmp_path / "copy-2") == contents(tmp_path / "copy-0") == contents(model)
+    assert (tmp_path / "copy-2" / "config.json").stat().st_nlink == 3
+    (copy,) = (tmp_path / "first" / "objects").rglob("config.json")
+    copy.chmod(0o644)
+    copy.write_bytes(b"[]")
     again.fetch(ref, tmp_path / "third")
     assert contents(tmp_path / "third") == contents(model)
-    assert len(proxy.made("GET", "files/")) == 4
-    other.remove(ref)
+    assert len(proxy.requests_with("GET", "files/")) == 4
+    second.remove(ref)
     with pytest.raises(LookupError, match=ref.digest):
         again.fetch(ref, tmp_path / "fourth")
 
 
-def test_copies_make_room_for_others_the_longest_unused_first(
+def test_copies_beyond_the_limit_are_removed_the_longest_unused_first(
     address: str, model: Path, tmp_path: Path
 ) -> None:
     store = S3Store(f"{address}&cache_gb=0.00025", tmp_path / "here")  # 250 kB
@@ -532,23 +536,23 @@ def test_copies_make_room_for_others_the_longest_unused_first(
     for number in range(4):
         (model / "number").write_text(str(number))
         refs.append(store.put(model))
-        for place in (tmp_path / "here" / "objects").glob(f"*/{refs[-1].digest}"):
-            os.utime(place, (1000 + number, 1000 + number))
-    kept = {place.name for place in (tmp_path / "here" / "objects").glob("*/*")}
-    assert kept == {refs[2].digest, refs[3].digest}
+        for folder in (tmp_path / "here" / "objects").glob(f"*/{refs[-1].digest}"):
+            os.utime(folder, (1000 + number, 1000 + number))
+    copies = {folder.name for folder in (tmp_path / "here" / "objects").glob("*/*")}
+    assert copies == {refs[2].digest, refs[3].digest}
     store.fetch(refs[0], tmp_path / "copy")
 
 
-def test_fetching_is_using(address: str, s3: Any, model: Path, tmp_path: Path) -> None:
+def test_a_fetch_counts_as_a_use(address: str, s3: Any, model: Path, tmp_path: Path) -> None:
     store = S3Store(address, tmp_path / "here")
     ref = store.put(model)
-    place = {"Bucket": bucket_of(address), "Key": f"of/a/team/objects/{ref.digest}/manifest.json"}
-    before = s3.get_object(**place)
+    location = {"Bucket": bucket_of(address), "Key": f"of/a/team/objects/{ref.digest}/manifest.json"}
+    first = s3.get_object(**location)
     store.fetch(ref, tmp_path / "copy")
-    after = s3.get_object(**place)
-    assert "used" in after["Metadata"]
-    assert "used" not in before["Metadata"]
-    assert before["Body"].read() == after["Body"].read()
+    last = s3.get_object(**location)
+    assert "used" in last["Metadata"]
+    assert "used" not in first["Metadata"]
+    assert first["Body"].read() == last["Body"].read()
 
 
 @pytest.mark.parametrize(
@@ -568,16 +572,16 @@ def test_fetching_is_using(address: str, s3: Any, model: Path, tmp_path: Path) -
         ("s3://bucket?cache_gb=-1", "cache_gb=-1 is no number of gigabytes"),
     ],
 )
-def test_an_address_that_is_wrong_is_refused(address: str, message: str) -> None:
+def test_an_invalid_address_is_refused(address: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         open_store(address)
 
 
 @pytest.mark.parametrize("address", ["s3://me:hidden@bucket/a", "s3://bucket?endpoint=http://me:hidden@host"])
 def test_credentials_in_an_address_are_refused_and_not_repeated(address: str) -> None:
-    with pytest.raises(ValueError, match="credentials") as told:
+    with pytest.raises(ValueError, match="credentials") as raised:
         open_store(address)
-    assert "hidden" not in str(told.value)
+    assert "hidden" not in str(raised.value)
 
 
 @pytest.mark.parametrize(
@@ -589,7 +593,7 @@ def test_credentials_in_an_address_are_refused_and_not_repeated(address: str) ->
         ("?endpoint=https://s3.example.org&path_style=false", "https://bucket.s3.example.org/k"),
     ],
 )
-def test_an_address_says_where_the_bucket_is(
+def test_the_options_of_an_address_choose_the_url_of_the_bucket(
     s3: Any, monkeypatch: pytest.MonkeyPatch, options: str, url: str
 ) -> None:
     client = S3Store(f"s3://bucket/a{options}")._bucket._client
@@ -599,7 +603,7 @@ def test_an_address_says_where_the_bucket_is(
     assert elsewhere.meta.endpoint_url == "https://elsewhere.example.org"
 
 
-def test_a_huge_file_is_sent_in_no_more_parts_than_s3_takes() -> None:
+def test_a_huge_file_is_sent_in_no_more_parts_than_s3_allows() -> None:
     assert part_size(1) == part_size(160 * 10**9) == PART_BYTES
     size_bytes = 5 * 2**40
     assert -(-size_bytes // part_size(size_bytes)) <= 10_000

@@ -16,7 +16,10 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Head]:
-    types = {"small": NodeType(cpus=1, memory_gib=1, most=1), "gpu": NodeType(cpus=1, gpus=1, most=1)}
+    types = {
+        "small": NodeType(cpus=1, memory_gib=1, max_nodes=1),
+        "gpu": NodeType(cpus=1, gpus=1, max_nodes=1),
+    }
     with fake_cluster.head(types, idle_seconds=2) as found:
         yield found
 
