@@ -27,7 +27,7 @@ from jobs.context import Context
 from jobs.formats import EXPORT_MANIFEST
 from jobs.materials import Materials, Target, TextSource
 from jobs.measure import measure
-from jobs.measurement.meter import MeasuredModel
+from jobs.measurement.meter import ShippedModel
 from jobs.measurement.paired_timing import time_pair
 from jobs.measurement.timing import request_of
 from jobs.models import loading, sources
@@ -112,7 +112,7 @@ def main() -> None:
 
 
 def show(case: str, whose: str, folder: Path, original: Path, materials: Materials) -> None:
-    subject = MeasuredModel(folder, original, materials)
+    subject = ShippedModel(folder, original, materials)
     found = measure(["size", "text"], subject)
     size, perplexity = found.metrics["size_bytes"] / 1e6, found.metrics["perplexity"]
     print(

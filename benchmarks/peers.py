@@ -26,7 +26,7 @@ from jobs import data, techniques
 from jobs.calibration.statistics import Statistics
 from jobs.context import Context
 from jobs.measure import measure
-from jobs.measurement.meter import MeasuredModel
+from jobs.measurement.meter import ShippedModel
 from jobs.models import loading, sources
 from jobs.models.layers import linear_of
 from jobs.models.model import DTYPE, Model
@@ -67,7 +67,7 @@ def perplexity(model: Model, tokens: int) -> float:
     with tempfile.TemporaryDirectory() as scratch:
         loading.save(model, Path(scratch), {})
         materials = texts(encoder=False, quick=tokens < 16384)
-        return measure(["text"], MeasuredModel(Path(scratch), folder, materials)).metrics["perplexity"]
+        return measure(["text"], ShippedModel(Path(scratch), folder, materials)).metrics["perplexity"]
 
 
 def ours(

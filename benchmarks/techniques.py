@@ -32,7 +32,7 @@ from jobs.compression.importance import fisher
 from jobs.compression.low_rank import root_of
 from jobs.context import Context
 from jobs.materials import Materials, Target, TextSource
-from jobs.measurement.meter import MeasuredModel
+from jobs.measurement.meter import ShippedModel
 from jobs.models import loading, memory, sources
 from jobs.models.model import Model
 from jobs.technique import Technique
@@ -166,7 +166,7 @@ def run(row: Row, cache: Path, quick: bool) -> dict[str, Any]:
         peak_times = 1 + (_status_bytes("VmHWM") - held) / model_bytes
         loading.save(model, Path(scratch) / "made", {})
         meter = "agreement" if row.source == ENCODER else "text"
-        measured = measure.measure(["size", meter], MeasuredModel(Path(scratch) / "made", folder, materials))
+        measured = measure.measure(["size", meter], ShippedModel(Path(scratch) / "made", folder, materials))
         same = outputs(loading.load(Path(scratch) / "made")).equal(outputs(model))
     return {
         "model": row.source, "steps": str(row), **measured.metrics, "seconds": seconds,
@@ -200,7 +200,7 @@ def full_rank(quick: bool) -> float:
             u, v, values = low_rank.terms_of(weight, root_of(grams.gram(name)).float())
             model.replace(name, low_rank.factored(layer, u, v, len(values), name))
         loading.save(model, Path(scratch) / "made", {})
-        found = measure.measure(["text"], MeasuredModel(Path(scratch) / "made", folder, materials))
+        found = measure.measure(["text"], ShippedModel(Path(scratch) / "made", folder, materials))
     return found.metrics["perplexity"]
 
 

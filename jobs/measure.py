@@ -15,10 +15,10 @@ import torch
 from jobs import meters, runtimes
 from jobs.materials import Target
 from jobs.measurement.measurement import Measurement
-from jobs.measurement.meter import MeasuredModel
+from jobs.measurement.meter import ShippedModel
 
 
-def measure(names: Sequence[str], subject: MeasuredModel) -> Measurement:
+def measure(names: Sequence[str], subject: ShippedModel) -> Measurement:
     """Return the results of these meters as one measurement, with its environment and duration."""
     started = time.perf_counter()
     measurement = Measurement({})

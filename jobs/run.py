@@ -19,7 +19,7 @@ from jobs.job import Failure, Job
 from jobs.materials import Materials, TextSource
 from jobs.measure import environment, measure
 from jobs.measurement.measurement import Measurement
-from jobs.measurement.meter import MeasuredModel
+from jobs.measurement.meter import ShippedModel
 from jobs.models import loading, memory, placement, sources
 from jobs.models.model import Model
 from jobs.parallel import Sharing
@@ -122,7 +122,7 @@ def _attempt(request: WorkRequest, report: Report) -> JobOutput:
     previous = request.previous
     if previous is not None and previous.environment != environment(request.materials.target):
         previous = None
-    subject = MeasuredModel(
+    subject = ShippedModel(
         request.built or dirs.folder,
         sources.locate(request.materials.model),
         request.materials,

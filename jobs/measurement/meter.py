@@ -29,7 +29,7 @@ Reads = Literal["evaluation", "choices", "labelled", "tasks"]
 
 
 @dataclass(frozen=True)
-class MeasuredModel:
+class ShippedModel:
     """An artifact under measurement, as it is shipped to the target.
 
     The properties export, load and time the artifact when they are first used, and keep the result for all meters.
@@ -172,7 +172,7 @@ class Meter:
     metrics: tuple[str, ...]
     """The metrics that `measure` returns; each may be an objective."""
     tasks: tuple[Task, ...]
-    measure: Callable[[MeasuredModel], Measurement]
+    measure: Callable[[ShippedModel], Measurement]
     reads: Reads | None = None
     """The part of the study's data that it needs."""
     exclusive: bool = False

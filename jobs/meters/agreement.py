@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from jobs.measurement.measurement import Measurement
-from jobs.measurement.meter import MeasuredModel, Meter, run_meter
+from jobs.measurement.meter import Meter, ShippedModel, run_meter
 from jobs.models import loading
 from jobs.runtimes import Runner, on_torch
 
@@ -20,7 +20,7 @@ _TOKENS_AT_ONCE = 1024
 """Tokens of one forward pass."""
 
 
-def measure(subject: MeasuredModel) -> Measurement:
+def measure(subject: ShippedModel) -> Measurement:
     """Measure agreement: the mean cosine similarity of the artifact's and the original's vectors of the same window.
 
     A vector is the mean of the last hidden states. The original runs in torch for every target, where its agreement

@@ -12,7 +12,7 @@ from jobs import data
 from jobs.data import Question
 from jobs.measurement import likelihood
 from jobs.measurement.measurement import Measurement
-from jobs.measurement.meter import MeasuredModel, Meter, run_meter
+from jobs.measurement.meter import Meter, ShippedModel, run_meter
 from jobs.models.tokenizers import Tokenizer
 from jobs.runtimes import Runner
 
@@ -25,7 +25,7 @@ class _Encoded:
     endings: list[list[int]]
 
 
-def measure(subject: MeasuredModel) -> Measurement:
+def measure(subject: ShippedModel) -> Measurement:
     """Measure choice_accuracy and choice_accuracy_norm.
 
     The answer is the choice with the highest log-likelihood after the context. `_norm` divides the log-likelihood by
@@ -44,7 +44,7 @@ def measure(subject: MeasuredModel) -> Measurement:
     return run_meter(dict(zip(names, subject.observed(names, len(questions), observe), strict=True)))
 
 
-def _is_right(subject: MeasuredModel, question: Question) -> tuple[bool, bool]:
+def _is_right(subject: ShippedModel, question: Question) -> tuple[bool, bool]:
     """Return whether the most likely choice is right, and whether the most likely one per byte is."""
     scores = likelihoods(subject.runner, subject.tokenizer, question)
     lengths = torch.tensor([len(choice.encode()) for choice in question.choices])

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from jobs.materials import Target
 from jobs.measurement.measurement import Measurement
-from jobs.measurement.meter import MeasuredModel, Meter
+from jobs.measurement.meter import Meter, ShippedModel
 from jobs.meters.latency import summary
 from jobs.models.families import TASKS
 
 
-def measure(subject: MeasuredModel) -> Measurement:
+def measure(subject: ShippedModel) -> Measurement:
     """Measure cost_per_million_tokens: the target's price for the time of a million tokens, without batches.
 
     For causal models these are new tokens, one after the other; for encoders and classifiers, input tokens. The

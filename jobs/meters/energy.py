@@ -7,12 +7,12 @@ import statistics
 from jobs.materials import Target
 from jobs.measurement import energy_counters
 from jobs.measurement.measurement import Measurement
-from jobs.measurement.meter import MeasuredModel, Meter
+from jobs.measurement.meter import Meter, ShippedModel
 from jobs.measurement.timing import Part
 from jobs.models.families import TASKS
 
 
-def measure(subject: MeasuredModel) -> Measurement:
+def measure(subject: ShippedModel) -> Measurement:
     """Measure token_joules: the energy per new token, or per input token of an encoder or classifier.
 
     The counters include all that the machine's processors and GPUs draw. The value is the median over the timing

@@ -11,12 +11,12 @@ from torch import Tensor
 from jobs import data
 from jobs.data import Labelled
 from jobs.measurement.measurement import Measurement
-from jobs.measurement.meter import MeasuredModel, Meter, run_meter
+from jobs.measurement.meter import Meter, ShippedModel, run_meter
 from jobs.models import loading
 
 
 @torch.inference_mode()
-def measure(subject: MeasuredModel) -> Measurement:
+def measure(subject: ShippedModel) -> Measurement:
     """Measure accuracy and f1 on the labelled texts.
 
     accuracy: the share of texts whose label has the highest logit. f1: the mean of 2 TP / (2 TP + FP + FN) over the
@@ -39,7 +39,7 @@ def measure(subject: MeasuredModel) -> Measurement:
     return run_meter(items, {"answers": answers})
 
 
-def _answer(subject: MeasuredModel, item: Labelled, longest: int) -> int:
+def _answer(subject: ShippedModel, item: Labelled, longest: int) -> int:
     tokens = subject.tokenizer(item.text, truncation=True, max_length=longest, return_tensors="pt")
     logits = torch.from_numpy(subject.runner.answer(tokens.input_ids.numpy()))[0]
     if not bool(torch.isfinite(logits).all()):

@@ -7,11 +7,11 @@ from collections.abc import Iterable
 import numpy as np
 
 from jobs.measurement.measurement import Measurement
-from jobs.measurement.meter import MeasuredModel, Meter
+from jobs.measurement.meter import Meter, ShippedModel
 from jobs.measurement.timing import PARTS, RepeatedTimings, median_ms, milliseconds, spread
 
 
-def measure(subject: MeasuredModel) -> Measurement:
+def measure(subject: ShippedModel) -> Measurement:
     """Measure prefill_ms for `prompt_tokens`, and decode_ms for each of `new_tokens` after them, with a KV cache.
 
     Both are medians, with 90th percentiles; see `summary`.

@@ -20,7 +20,7 @@ from jobs.materials import Target, TaskSource
 from jobs.measurement import likelihood
 from jobs.measurement.generation import generate
 from jobs.measurement.measurement import Measurement
-from jobs.measurement.meter import MeasuredModel, Meter, run_meter
+from jobs.measurement.meter import Meter, ShippedModel, run_meter
 from jobs.models import loading
 from jobs.models.tokenizers import Tokenizer
 from jobs.runtimes import Runner
@@ -39,7 +39,7 @@ def missing(target: Target) -> str | None:
     return None
 
 
-def measure(subject: MeasuredModel) -> Measurement:
+def measure(subject: ShippedModel) -> Measurement:
     """Measure task_score: the mean over the study's tasks of each task's metric.
 
     A group counts as the mean of its tasks. The standard error is over items, for fixed tasks. A measurement on more

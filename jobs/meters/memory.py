@@ -5,11 +5,11 @@ from __future__ import annotations
 from jobs.materials import Target
 from jobs.measurement import machine
 from jobs.measurement.measurement import Measurement
-from jobs.measurement.meter import MeasuredModel, Meter
+from jobs.measurement.meter import Meter, ShippedModel
 from jobs.models.families import TASKS
 
 
-def measure(subject: MeasuredModel) -> Measurement:
+def measure(subject: ShippedModel) -> Measurement:
     """Measure memory_gib: the peak memory of the timing process, including loading.
 
     It includes the interpreter and its libraries, some 0.3 GiB for every artifact, and pages of mapped files. The value

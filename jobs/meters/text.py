@@ -7,14 +7,14 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from jobs.measurement.measurement import Measurement
-from jobs.measurement.meter import MeasuredModel, Meter, run_meter
+from jobs.measurement.meter import Meter, ShippedModel, run_meter
 from jobs.runtimes import Runner
 
 _TOKENS_AT_ONCE = 512
 """Tokens of one forward pass: more are not faster, and the logits of a whole vocabulary take much memory."""
 
 
-def measure(subject: MeasuredModel) -> Measurement:
+def measure(subject: ShippedModel) -> Measurement:
     """Measure perplexity and accuracy: each token is predicted from the tokens before it in its window.
 
     Standard errors are clustered by window, since tokens of one text are not independent.

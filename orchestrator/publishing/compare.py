@@ -11,7 +11,7 @@ from pathlib import Path
 from jobs import measure, meters
 from jobs.materials import Materials
 from jobs.measurement.measurement import Measurement
-from jobs.measurement.meter import MeasuredModel
+from jobs.measurement.meter import ShippedModel
 from jobs.measurement.paired_timing import time_pair
 from jobs.measurement.stopwatch import Request
 from jobs.measurement.timing import request_of
@@ -66,7 +66,7 @@ def compare(first: Path, second: Path, pairs: int) -> list[ComparedMetric]:
 def _measured(folder: Path, materials: Materials, names: list[str]) -> Measurement:
     with tempfile.TemporaryDirectory() as scratch:
         original = original_of(folder, materials, {*names})
-        subject = MeasuredModel(folder, original, materials, workdir=Path(scratch))
+        subject = ShippedModel(folder, original, materials, workdir=Path(scratch))
         return measure.measure(names, subject)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from jobs import formats, measure, meters, runtimes
 from jobs.materials import Materials, materials_from_dict
 from jobs.measurement.measurement import Measurement
-from jobs.measurement.meter import MeasuredModel
+from jobs.measurement.meter import ShippedModel
 from jobs.models import sources
 from orchestrator.persistence.study_folder import MEASUREMENT
 from orchestrator.study.results import COSTS, differing
@@ -53,7 +53,7 @@ def verify(folder: Path) -> list[VerifiedMetric]:
     usable = {name for name in names if meters.load(name).missing(materials.target) is None}
     with tempfile.TemporaryDirectory() as scratch:
         original = original_of(folder, materials, usable)
-        subject = MeasuredModel(folder, original, materials, workdir=Path(scratch))
+        subject = ShippedModel(folder, original, materials, workdir=Path(scratch))
         measurement = measure.measure(sorted(usable), subject)
     return compare(record, measurement)
 

@@ -11,7 +11,7 @@ from jobs import meters
 from jobs.materials import Materials, Target, TaskSource, TextSource
 from jobs.measurement import timing
 from jobs.measurement.measurement import standard_error
-from jobs.measurement.meter import MeasuredModel
+from jobs.measurement.meter import ShippedModel
 from jobs.models.families import TASKS, Task
 
 TARGET = Target(prompt_tokens=8, new_tokens=4, price_per_hour=0.5)
@@ -24,7 +24,7 @@ def subject_of(
     text_file: Path,
     lm_eval_task: Callable[..., None],
     tmp_path_factory: pytest.TempPathFactory,
-) -> Callable[[Task], MeasuredModel]:
+) -> Callable[[Task], ShippedModel]:
     """One subject for each task, so that what several meters read of it is made once."""
     folder = tmp_path_factory.mktemp("items")
     item = {"context": "An expression", "choices": [" list", " of names"], "answer": 0}
@@ -33,7 +33,7 @@ def subject_of(
     (folder / "labels.jsonl").write_text("\n".join(texts))
 
     @functools.cache
-    def subject(task: Task) -> MeasuredModel:
+    def subject(task: Task) -> ShippedModel:
         model = tiny(*{"causal-lm": ("llama",), "embedding": ("bert",)}.get(task, ("bert", "classification")))
         source = TextSource(str(text_file), 3, 16)
         questions, labels = str(folder / "questions.jsonl"), str(folder / "labels.jsonl")
@@ -46,14 +46,14 @@ def subject_of(
             tasks=TaskSource(("questions",), str(folder)),
             target=TARGET,
         )
-        return MeasuredModel(model, model, materials)
+        return ShippedModel(model, model, materials)
 
     return subject
 
 
 @pytest.mark.parametrize(("name", "task"), CASES)
 def test_a_meter_measures_exactly_the_metrics_it_names(
-    name: str, task: Task, subject_of: Callable[[Task], MeasuredModel], monkeypatch: pytest.MonkeyPatch
+    name: str, task: Task, subject_of: Callable[[Task], ShippedModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(timing, "_PATIENCE_S", 0.0)  # one try, however noisy the machine that tests run on
     meter, subject = meters.load(name), subject_of(task)

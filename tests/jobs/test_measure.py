@@ -5,12 +5,12 @@ from pathlib import Path
 
 from jobs.materials import Materials, Target, TextSource
 from jobs.measure import environment, measure
-from jobs.measurement.meter import MeasuredModel
+from jobs.measurement.meter import ShippedModel
 
 
 def test_all_meters_are_joined_with_environment_and_seconds(tiny_llama: Path, text_file: Path) -> None:
     materials = Materials(str(tiny_llama), "causal-lm", TextSource(str(text_file), 2, 16))
-    found = measure(["text", "size"], MeasuredModel(tiny_llama, tiny_llama, materials))
+    found = measure(["text", "size"], ShippedModel(tiny_llama, tiny_llama, materials))
     assert set(found.metrics) == {"perplexity", "accuracy", "size_bytes"}
     assert found.environment == environment(Target())
     assert found.seconds > 0

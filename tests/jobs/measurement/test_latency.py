@@ -8,16 +8,16 @@ import pytest
 from jobs.materials import Materials, Target, TextSource
 from jobs.measurement import paired_timing, stopwatch, timing
 from jobs.measurement.measurement import Measurement
-from jobs.measurement.meter import MeasuredModel
+from jobs.measurement.meter import ShippedModel
 from jobs.measurement.stopwatch import Request, Timings, Turn
 from jobs.measurement.timing import RepeatedTimings
 from jobs.meters import cost, energy, latency, memory
 
 
-def subject(folder: Path, text_file: Path, price_per_hour: float | None = None) -> MeasuredModel:
+def subject(folder: Path, text_file: Path, price_per_hour: float | None = None) -> ShippedModel:
     target = Target(threads=1, prompt_tokens=8, new_tokens=4, price_per_hour=price_per_hour)
     task = "causal-lm" if "llama" in folder.name else "embedding"
-    return MeasuredModel(
+    return ShippedModel(
         folder, folder, Materials(str(folder), task, TextSource(str(text_file), 1, 8), target=target)
     )  # type: ignore[arg-type]
 

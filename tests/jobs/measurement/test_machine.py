@@ -75,4 +75,4 @@ def test_a_machine_without_counters_says_so(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(energy_counters, "_gpus", list)
     reason = energy_counters.missing(tmp_path)
     assert reason is not None
-    assert "has no counter of energy" in reason
+    assert "has no energy counter" in reason

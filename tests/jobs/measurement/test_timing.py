@@ -9,7 +9,7 @@ from jobs.measurement.timing import RepeatedTimings, noisy, time_quietly
 
 
 def steady(ms: float = 1.0, **disturbed: object) -> Timings:
-    return Timings([10 * ms] * 10, [ms] * 10, **{"others": 0.0, **disturbed})  # type: ignore[arg-type]
+    return Timings([10 * ms] * 10, [ms] * 10, **{"load_share": 0.0, **disturbed})  # type: ignore[arg-type]
 
 
 def spread_out(by: float) -> Timings:
@@ -66,7 +66,7 @@ def test_processes_that_disagree_are_not_relied_on() -> None:
     ("disturbed", "expected"),
     [
         ({}, False),
-        ({"others": 0.11}, True),
+        ({"load_share": 0.11}, True),
         ({"throttled": 1}, True),
         ({"mhz": [3000.0, 2800.0]}, False),
         ({"mhz": [3000.0, 2600.0, 3000.0]}, True),

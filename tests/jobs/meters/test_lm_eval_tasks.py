@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from jobs.materials import Materials, TaskSource, materials_from_dict
-from jobs.measurement.meter import MeasuredModel
+from jobs.measurement.meter import ShippedModel
 from jobs.meters import choices, lm_eval_tasks
 from jobs.models import loading, tokenizers
 from jobs.runtimes import on_torch
@@ -55,15 +55,15 @@ def folder(lm_eval_task: Callable[..., None], tmp_path_factory: pytest.TempPathF
     return made
 
 
-def subject(model: Path, folder: Path, *names: str, **options: Any) -> MeasuredModel:
+def subject(model: Path, folder: Path, *names: str, **options: Any) -> ShippedModel:
     tasks = TaskSource(names, str(folder), **options)
-    return MeasuredModel(model, model, Materials(str(model), "causal-lm", tasks=tasks))
+    return ShippedModel(model, model, Materials(str(model), "causal-lm", tasks=tasks))
 
 
 def test_questions_score_as_the_meter_of_choices_scores_them(tiny_llama: Path, folder: Path) -> None:
     asked = subject(tiny_llama, folder, "many")
     materials = Materials(str(tiny_llama), "causal-lm", choices=str(folder / "many.jsonl"))
-    ours = choices.measure(MeasuredModel(tiny_llama, tiny_llama, materials))
+    ours = choices.measure(ShippedModel(tiny_llama, tiny_llama, materials))
     found = lm_eval_tasks.measure(asked)
     assert found.metrics["task_score"] == pytest.approx(ours.metrics["choice_accuracy"])
     assert found.errors["task_score"] == pytest.approx(ours.errors["choice_accuracy"])
@@ -130,8 +130,8 @@ def test_fewer_items_are_read_where_asked(tiny_llama: Path, folder: Path) -> Non
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (("many:f1",), r"many has no metric f1 \(there are: acc, acc_norm\)"),
-        (("texts",), "perplexity is no task"),
+        (("many:f1",), r"many has no metric f1 \(it has: acc, acc_norm\)"),
+        (("texts",), "perplexity is not available as a task"),
     ],
 )
 def test_what_is_no_mean_over_items_is_refused(
@@ -163,7 +163,7 @@ def test_the_digest_follows_the_tasks_and_their_files(folder: Path, tmp_path: Pa
 def test_a_task_that_samples_is_refused(tiny_llama: Path, folder: Path) -> None:
     asked = subject(tiny_llama, folder, "answers")
     with pytest.raises(ValueError, match="samples its answers"):
-        lm_eval_tasks._written(
+        lm_eval_tasks._generate(
             asked.runner, asked.tokenizer, 64, "An", {"do_sample": True, "temperature": 0.7}
         )
 

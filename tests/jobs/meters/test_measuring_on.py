@@ -16,7 +16,7 @@ from jobs.job import Success as Done
 from jobs.job import outcome_from_dict, outcome_to_dict
 from jobs.materials import Materials, TextSource
 from jobs.measurement.measurement import Measurement
-from jobs.measurement.meter import MeasuredModel
+from jobs.measurement.meter import ShippedModel
 from jobs.models.families import Task
 
 ITEMS = 24
@@ -46,7 +46,7 @@ class Counting:
 @pytest.fixture
 def subject_of(
     tiny: Callable[..., Path], text_file: Path, tmp_path: Path
-) -> Callable[[str, Task], Callable[..., MeasuredModel]]:
+) -> Callable[[str, Task], Callable[..., ShippedModel]]:
     questions = [
         {"context": f"The operator {n}", "choices": [" is", f" was defined {n}"], "answer": n % 2}
         for n in range(ITEMS)
@@ -55,13 +55,13 @@ def subject_of(
     for name, records in (("choices", questions), ("labels", texts)):
         (tmp_path / name).write_text("\n".join(map(json.dumps, records)))
 
-    def made(name: str, task: Task) -> Callable[..., MeasuredModel]:
+    def made(name: str, task: Task) -> Callable[..., ShippedModel]:
         model = tiny(*{"causal-lm": ("llama",), "embedding": ("bert",)}.get(task, ("bert", "classification")))
         source = TextSource(str(text_file), ITEMS, TOKENS.get(name, 16))
         materials = Materials(
             str(model), task, source, choices=str(tmp_path / "choices"), labelled=str(tmp_path / "labels")
         )
-        return lambda fidelity, before=None: MeasuredModel(
+        return lambda fidelity, before=None: ShippedModel(
             model, model, materials, fidelity, before=None if before is None else stored(before)
         )
 
@@ -76,7 +76,7 @@ def stored(measurement: Measurement) -> Measurement:
     return again.measurement
 
 
-def read(subject: MeasuredModel, meter: str) -> tuple[Measurement, list[int]]:
+def read(subject: ShippedModel, meter: str) -> tuple[Measurement, list[int]]:
     """What the meter finds, and how many rows went through the model at a time."""
     counting = Counting(subject.runner)
     subject.__dict__["runner"] = counting  # where a cached property lies
@@ -89,7 +89,7 @@ def test_every_bit_is_that_of_measuring_all_at_once(
     name: str,
     task: Task,
     rungs: Sequence[float],
-    subject_of: Callable[[str, Task], Callable[..., MeasuredModel]],
+    subject_of: Callable[[str, Task], Callable[..., ShippedModel]],
 ) -> None:
     subject = subject_of(name, task)
     found = None
@@ -102,7 +102,7 @@ def test_every_bit_is_that_of_measuring_all_at_once(
 
 @pytest.mark.parametrize(("name", "task"), CASES)
 def test_only_what_was_not_in_a_whole_batch_is_read(
-    name: str, task: Task, subject_of: Callable[[str, Task], Callable[..., MeasuredModel]]
+    name: str, task: Task, subject_of: Callable[[str, Task], Callable[..., ShippedModel]]
 ) -> None:
     subject = subject_of(name, task)
     first, begun = read(subject(0.5), name)
@@ -115,7 +115,7 @@ def test_only_what_was_not_in_a_whole_batch_is_read(
 
 
 def test_what_an_earlier_version_found_is_not_gone_on_from(
-    subject_of: Callable[[str, Task], Callable[..., MeasuredModel]],
+    subject_of: Callable[[str, Task], Callable[..., ShippedModel]],
 ) -> None:
     subject = subject_of("text", "causal-lm")
     first, _ = read(subject(0.5), "text")

@@ -14,25 +14,25 @@ import torch
 
 from jobs.data import Question
 from jobs.materials import Materials, TextSource
-from jobs.measurement.meter import MeasuredModel, run_meter
+from jobs.measurement.meter import ShippedModel, run_meter
 from jobs.meters import agreement, choices, labels, size, text
 from jobs.models import loading, tokenizers
 from jobs.runtimes import on_torch
 
 
 @pytest.fixture
-def subject(tiny_llama: Path, text_file: Path) -> MeasuredModel:
+def subject(tiny_llama: Path, text_file: Path) -> ShippedModel:
     materials = Materials(str(tiny_llama), "causal-lm", TextSource(str(text_file), samples=6, tokens=20))
-    return MeasuredModel(tiny_llama, tiny_llama, materials)
+    return ShippedModel(tiny_llama, tiny_llama, materials)
 
 
 @pytest.fixture
-def encoder(tiny_bert: Path, text_file: Path) -> MeasuredModel:
+def encoder(tiny_bert: Path, text_file: Path) -> ShippedModel:
     materials = Materials(str(tiny_bert), "embedding", TextSource(str(text_file), samples=6, tokens=20))
-    return MeasuredModel(tiny_bert, tiny_bert, materials)
+    return ShippedModel(tiny_bert, tiny_bert, materials)
 
 
-def questions(subject: MeasuredModel, file: Path, *items: dict[str, object]) -> MeasuredModel:
+def questions(subject: ShippedModel, file: Path, *items: dict[str, object]) -> ShippedModel:
     file.write_text("\n".join(json.dumps(item) for item in items))
     return dataclasses.replace(subject, materials=dataclasses.replace(subject.materials, choices=str(file)))
 
@@ -44,7 +44,7 @@ class Certain:
         return 50.0 * np.eye(10, dtype=np.float32)[(rows + 1) % 10]
 
 
-def test_perplexity_and_accuracy_are_those_of_the_obvious_loop(subject: MeasuredModel) -> None:
+def test_perplexity_and_accuracy_are_those_of_the_obvious_loop(subject: ShippedModel) -> None:
     rows = subject.evaluation()
     losses, hits = [], []
     with torch.no_grad():
@@ -64,7 +64,7 @@ def test_a_model_that_is_sure_and_right_has_perplexity_1() -> None:
     assert hits.tolist() == [1.0, 1.0]
 
 
-def test_errors_of_text_are_clustered_by_window(subject: MeasuredModel) -> None:
+def test_errors_of_text_are_clustered_by_window(subject: ShippedModel) -> None:
     losses, hits = text.score(subject.runner, subject.evaluation())
     found = text.measure(subject)
     assert found.errors["accuracy"] == pytest.approx(hits.std().item() / math.sqrt(6), rel=1e-3)
@@ -72,13 +72,13 @@ def test_errors_of_text_are_clustered_by_window(subject: MeasuredModel) -> None:
     assert found.errors["perplexity"] == pytest.approx(clustered, rel=1e-2)
 
 
-def test_fidelity_reads_the_first_windows(subject: MeasuredModel) -> None:
+def test_fidelity_reads_the_first_windows(subject: ShippedModel) -> None:
     half = dataclasses.replace(subject, fidelity=0.5)
     assert torch.equal(half.evaluation(), subject.evaluation()[:3])
     assert len(dataclasses.replace(subject, fidelity=0.01).evaluation()) == 1
 
 
-def test_a_model_of_nan_is_no_measurement(subject: MeasuredModel, tmp_path: Path) -> None:
+def test_a_model_of_nan_is_no_measurement(subject: ShippedModel, tmp_path: Path) -> None:
     model = loading.load(subject.original)
     next(model.blocks.parameters()).fill_(math.nan)
     loading.save(model, tmp_path / "broken", {})
@@ -93,7 +93,7 @@ def test_the_error_of_a_mean_is_the_deviation_over_the_root_of_the_number() -> N
     assert found.items == {"four": [1.0, 2.0, 3.0, 4.0], "one": [3.0]}
 
 
-def test_the_likelihood_of_a_choice_is_that_of_its_tokens_after_the_context(subject: MeasuredModel) -> None:
+def test_the_likelihood_of_a_choice_is_that_of_its_tokens_after_the_context(subject: ShippedModel) -> None:
     question = Question("The operator", (" is", " was defined elsewhere"), 0)
     found = choices.likelihoods(subject.runner, subject.tokenizer, question)
     context = subject.tokenizer("The operator").input_ids
@@ -105,7 +105,7 @@ def test_the_likelihood_of_a_choice_is_that_of_its_tokens_after_the_context(subj
         assert score.item() == pytest.approx(expected, abs=0.05)
 
 
-def test_a_choice_without_context_is_predicted_from_the_first_token(subject: MeasuredModel) -> None:
+def test_a_choice_without_context_is_predicted_from_the_first_token(subject: ShippedModel) -> None:
     found = choices.likelihoods(subject.runner, subject.tokenizer, Question("", ("a", "b"), 0))
     with torch.no_grad():
         said = torch.from_numpy(subject.runner.answer(np.array([[1]])))[0, -1].log_softmax(-1)
@@ -113,7 +113,7 @@ def test_a_choice_without_context_is_predicted_from_the_first_token(subject: Mea
     torch.testing.assert_close(found, said[ids], rtol=0.02, atol=0.02)
 
 
-def test_choice_accuracy_counts_right_answers(subject: MeasuredModel, tmp_path: Path) -> None:
+def test_choice_accuracy_counts_right_answers(subject: ShippedModel, tmp_path: Path) -> None:
     options = [" name", " statement list", " of"]
     item = {"context": "An expression", "choices": options, "answer": 0}
     scores = choices.likelihoods(
@@ -126,20 +126,20 @@ def test_choice_accuracy_counts_right_answers(subject: MeasuredModel, tmp_path: 
     assert found.errors["choice_accuracy"] == pytest.approx(0.25)
 
 
-def test_the_normalised_choice_does_not_favour_short_ones(subject: MeasuredModel, tmp_path: Path) -> None:
+def test_the_normalised_choice_does_not_favour_short_ones(subject: ShippedModel, tmp_path: Path) -> None:
     # Of a random model every token is about equally unlikely, so fewer tokens win unless lengths count.
     item = {"context": "A", "choices": [" b", " the value of the expression and the statement"], "answer": 1}
     found = choices.measure(questions(subject, tmp_path / "q.jsonl", item))
     assert found.metrics == {"choice_accuracy": 0.0, "choice_accuracy_norm": 1.0}
 
 
-def test_choices_without_items_are_refused_with_the_cure(subject: MeasuredModel) -> None:
+def test_choices_without_items_are_refused_with_the_cure(subject: ShippedModel) -> None:
     with pytest.raises(ValueError, match=r"data\.choices"):
         choices.measure(subject)
 
 
 def test_an_original_agrees_with_itself_and_less_with_a_damaged_model(
-    encoder: MeasuredModel, tmp_path: Path
+    encoder: ShippedModel, tmp_path: Path
 ) -> None:
     assert agreement.measure(encoder).metrics["agreement"] == pytest.approx(1.0, abs=1e-6)
     model = loading.load(encoder.original)
@@ -151,7 +151,7 @@ def test_an_original_agrees_with_itself_and_less_with_a_damaged_model(
 
 
 def test_the_original_is_read_once_and_again_only_where_it_has_changed(
-    encoder: MeasuredModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    encoder: ShippedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     original = tmp_path / "original"
     shutil.copytree(encoder.original, original)
@@ -173,15 +173,15 @@ def test_the_original_is_read_once_and_again_only_where_it_has_changed(
     assert changed.metrics["agreement"] < 0.9999
 
 
-def test_the_size_is_that_of_the_weight_files(subject: MeasuredModel) -> None:
+def test_the_size_is_that_of_the_weight_files(subject: ShippedModel) -> None:
     expected = (subject.folder / "model.safetensors").stat().st_size
     assert size.measure(subject).metrics == {"size_bytes": float(expected)}
 
 
-def classifier(tiny: Callable[..., Path], file: Path, *items: dict[str, object]) -> MeasuredModel:
+def classifier(tiny: Callable[..., Path], file: Path, *items: dict[str, object]) -> ShippedModel:
     folder = tiny("bert", "classification")
     file.write_text("\n".join(json.dumps(item) for item in items))
-    return MeasuredModel(folder, folder, Materials(str(folder), "classification", labelled=str(file)))
+    return ShippedModel(folder, folder, Materials(str(folder), "classification", labelled=str(file)))
 
 
 def test_a_classifiers_accuracy_is_the_share_of_texts_it_labels_right(
@@ -232,6 +232,6 @@ def test_a_class_that_is_never_told_counts_as_zero() -> None:
 def test_a_label_that_the_model_does_not_know_is_refused(tiny: Callable[..., Path], tmp_path: Path) -> None:
     for label in (2, "joy"):
         with pytest.raises(
-            ValueError, match=f"{label!r}.*is none of the model's: LABEL_0, LABEL_1 or 0 to 1"
+            ValueError, match=f"{label!r}.*is not a label of the model: expected LABEL_0, LABEL_1 or 0 to 1"
         ):
             labels.measure(classifier(tiny, tmp_path / "x.jsonl", {"text": "An expression", "label": label}))
