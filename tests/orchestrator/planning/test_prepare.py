@@ -190,7 +190,7 @@ def test_energy_is_refused_where_the_machine_has_no_counter(
     monkeypatch.setattr(energy_counters, "counters", lambda *_: [])
     (line,) = problems(study_file, "objectives.token_joules={goal: min}")
     assert "objectives.token_joules: got token_joules, which cannot be measured here: " in line
-    assert "no counter of energy" in line
+    assert "no energy counter" in line
 
 
 def test_all_that_one_timing_can_tell_is_measured_with_it(
