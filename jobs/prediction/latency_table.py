@@ -1,4 +1,4 @@
-"""Table: times models of the shapes that a study searches, with arbitrary weights, to predict the others."""
+"""Make the table of operations: time models of a study's shapes, with arbitrary weights, and fit it to them."""
 
 from __future__ import annotations
 
@@ -18,68 +18,78 @@ from jobs.measurement.stopwatch import Stopwatch, Turn, started
 from jobs.measurement.timing import request_of
 from jobs.models import loading, sources, stand_in
 from jobs.models.layout import Layout
-from jobs.prediction.latency_model import Sample, Table, amounts, fit, kinds, telling
+from jobs.prediction.latency_model import Sample, Table, amounts, fit, kinds, most_informative
 
-_EACH, _MORE = 2, 8
-"""So many samples for each kind of operation, and so many besides: one timing is off by several percent on a machine
-that others share, and the fit takes their mean."""
+_SAMPLES_PER_KIND, _EXTRA_SAMPLES = 2, 8
+"""Numbers of samples. One timing is wrong by several percent on a shared machine, and the fit averages them."""
 _TURN = Turn(repeats=5, seconds=0.2)
 _ROUNDS = 4
 
 
-def make_table(materials: Materials, layouts: Sequence[Layout], cache: Path, most: int) -> Table:
-    """The table for the study's target, from at most `most` new timings; nothing else may run on the machine.
+def make_table(materials: Materials, layouts: Sequence[Layout], cache: Path, max_timings: int) -> Table:
+    """Return the table for the study's target, from at most `max_timings` new timings on an otherwise idle machine.
 
-    layouts: of models as the study may propose them; the most telling are timed. What was timed is kept in `cache`
-    for later studies of the same original and target.
+    layouts: of models that the study may propose; the most informative ones are timed. `cache` keeps the samples for
+    later studies of the same original and target.
     """
     original = sources.locate(materials.model)
-    whole, pool = amounts(loading.original_layout(original)), [amounts(layout) for layout in layouts]
+    original_amounts = amounts(loading.original_layout(original))
+    pool = [amounts(layout) for layout in layouts]
     file = cache / "tables" / f"{_key(materials, original)}.json"
     samples = _read(file)
-    wanted = kinds([whole, *pool])
-    held = [sample for sample in samples if wanted >= sample.amounts.keys()]
-    enough = _EACH * len(wanted) + _MORE
-    # A kind that no sample does is asked for even where there are samples enough of the others.
-    lacking = enough - len(held) if wanted <= kinds(sample.amounts for sample in held) else enough
-    chosen = telling(pool, [sample.amounts for sample in held], max(0, min(most, lacking)))
+    searched_kinds = kinds([original_amounts, *pool])
+    usable = [sample for sample in samples if searched_kinds >= sample.amounts.keys()]
+    missing = _SAMPLES_PER_KIND * len(searched_kinds) + _EXTRA_SAMPLES
+    # If a kind has no sample, samples of the other kinds do not reduce the number of new timings.
+    if searched_kinds <= kinds(sample.amounts for sample in usable):
+        missing -= len(usable)
+    timed = [sample.amounts for sample in usable]
+    chosen = most_informative(pool, timed, max(0, min(max_timings, missing)))
     if chosen:
-        before = next((sample.milliseconds for sample in held if sample.amounts == whole), None)
-        new = _timed(materials, original, [layouts[number] for number in chosen], before)
+        reference = next(
+            (sample.milliseconds for sample in usable if sample.amounts == original_amounts), None
+        )
+        new = _timed(materials, original, [layouts[number] for number in chosen], reference)
         _write(file, [*samples, *new])
-        held += new
-    return fit(held)
+        usable += new
+    return fit(usable)
 
 
 def time_with_original(
     first: Stopwatch, materials: Materials, original: Path, layout: Layout, scratch: Path
 ) -> dict[str, tuple[float, float]]:
-    """Milliseconds by metric of `first` and of a stand-in of this layout, timed in turn."""
+    """Return the milliseconds by metric of `first` and of a stand-in of this layout, timed in turns."""
     with tempfile.TemporaryDirectory(dir=scratch) as inner:
         stand_in.save_stand_in(layout, original, Path(inner) / "made")
         folder = _shipped(materials, Path(inner) / "made", scratch)
         with started(request_of(materials, original, folder)) as second:
-            found = paired_timing.turns(first, second, _TURN, _ROUNDS)
-    return {f"{part}_ms": both for part, both in found.items()}
+            medians = paired_timing.turns(first, second, _TURN, _ROUNDS)
+    return {f"{part}_ms": pair for part, pair in medians.items()}
 
 
 def _timed(
-    materials: Materials, original: Path, layouts: Sequence[Layout], before: Mapping[str, float] | None
+    materials: Materials, original: Path, layouts: Sequence[Layout], reference: Mapping[str, float] | None
 ) -> list[Sample]:
-    """Samples of these layouts, each timed beside the original and told in a time in which that takes as long as
-    it did `before`, or where it was never timed as it does at first: the machine's drift is none of theirs."""
+    """Return samples of these layouts, each timed in turns with the original.
+
+    Times are scaled so that the original takes the `reference` times, or those of its first timing if that is None. So
+    a drift of the machine's speed cancels.
+    """
     samples: list[Sample] = []
     with tempfile.TemporaryDirectory() as scratch:
-        whole = loading.original_layout(original)
-        stand_in.save_stand_in(whole, original, Path(scratch) / "original")
+        original_layout = loading.original_layout(original)
+        stand_in.save_stand_in(original_layout, original, Path(scratch) / "original")
         folder = _shipped(materials, Path(scratch) / "original", Path(scratch))
         with started(request_of(materials, original, folder)) as first:
             for layout in layouts:
-                found = time_with_original(first, materials, original, layout, Path(scratch))
-                if before is None:
-                    before = {metric: ms for metric, (ms, _) in found.items()}
-                    samples.append(Sample(amounts(whole), before))
-                scaled = {metric: before[metric] * ms / beside for metric, (beside, ms) in found.items()}
+                pairs = time_with_original(first, materials, original, layout, Path(scratch))
+                if reference is None:
+                    reference = {metric: original_ms for metric, (original_ms, _) in pairs.items()}
+                    samples.append(Sample(amounts(original_layout), reference))
+                scaled = {
+                    metric: reference[metric] * ms / original_ms
+                    for metric, (original_ms, ms) in pairs.items()
+                }
                 samples.append(Sample(amounts(layout), scaled))
     return samples
 
@@ -93,11 +103,11 @@ def _shipped(materials: Materials, artifact: Path, scratch: Path) -> Path:
 
 def _key(materials: Materials, original: Path) -> str:
     target = dataclasses.replace(materials.target, price_per_hour=None)
-    decides = [
+    parts = [
         loading.digest(original), materials.task, dataclasses.astuple(target),
         dict(environment(materials.target)),
     ]  # fmt: skip
-    return hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
 def _read(file: Path) -> list[Sample]:

@@ -1,7 +1,11 @@
-"""Damage: what a step does to what a model predicts, each part of it alone. One pass tells of every mix of levels."""
+"""Layer sensitivity: the divergence of a model's predictions when a step changes one layer alone.
+
+One measurement serves every mix of settings over layers.
+"""
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 import tempfile
@@ -29,58 +33,60 @@ from jobs.runtimes.on_torch import unpacked
 from jobs.technique import Technique
 
 _TOKENS = 2048
-"""Tokens of calibration text that answers are compared on, about; whole windows, spread evenly over the text."""
+"""Approximate number of calibration tokens that are compared: whole windows, spread evenly over the text."""
 _LINEARS_TOKENS = 512
+"""The same for single linears, of which there are many more."""
 _ROWS = 128
-"""Positions whose logits are held in fp32 at once."""
+"""Positions whose logits are converted to fp32 at once."""
 
 
 @dataclass(frozen=True)
 class LayerSensitivity:
-    """Divergences from what the parent predicts, all at least 0: nats a token, or a text that is classified, or for an
-    embedding one less the cosine.
+    """Divergences from the original's predictions, at least 0.
 
-    parts: of the parent with one block, or one linear, as the step leaves it, for each of them in order; rest: with all
-        but the blocks so.
+    The unit is nats per token, nats per classified text, or 1 − cosine for embeddings.
     """
 
     parts: tuple[float, ...]
+    """For each block, or each linear, in order: the divergence of the original with this one part changed."""
     rest: float
+    """The divergence of the original with everything but the blocks changed."""
 
 
 def measure_layer_sensitivity(
     recipes: Sequence[Recipe], materials: Materials, cache: Path, report: Report, by_linear: bool = False
 ) -> list[LayerSensitivity]:
-    """What the one step of each recipe does to the original, from the statistics in `cache` or else measured now.
+    """Return the layer sensitivity for the one step of each recipe, from `cache` or measured now.
 
-    by_linear: tell linears apart, on fewer tokens, since there are so many more.
-    ValueError where there is no calibration text, or a step changes the number of blocks.
+    by_linear: measure each linear instead of each block, on fewer tokens. Raises ValueError if there is no calibration
+    text or if a step changes the number of blocks.
     """
-    parent: list[_Parent] = []
+    tokens = _LINEARS_TOKENS if by_linear else _TOKENS
+    original: list[_Original] = []  # loaded only if something must be measured
 
-    def measured(recipe: Recipe, context: Context) -> dict[str, Tensor]:
-        if not parent:
-            parent.append(_Parent(materials, by_linear))
-        return parent[0].compared(recipe.steps[0], context)
+    def measure(recipe: Recipe, context: Context) -> tuple[dict[str, Tensor], dict[str, str]]:
+        if not original:
+            original.append(_Original(materials, by_linear))
+        return original[0].compare(recipe.steps[0], context), {}
 
-    found = []
+    sensitivities = []
     for recipe in recipes:
         if materials.calibration is None or len(recipe.steps) != 1:
-            raise ValueError(f"the damage of {recipe} takes one step and a calibration text to be measured")
+            raise ValueError(f"the layer sensitivity of {recipe} needs one step and a calibration text")
         with tempfile.TemporaryDirectory() as workdir:
             context = context_of(recipe, materials, JobDirs(Path(workdir) / "made", cache), report)
             stored = context.statistics.stored(
-                f"damage-{_LINEARS_TOKENS if by_linear else _TOKENS}-{recipe.id}",
-                lambda recipe=recipe, context=context: (measured(recipe, context), {}),  # type: ignore[misc]
+                f"damage-{tokens}-{recipe.id}",  # the name in the caches of version 0.1.0
+                functools.partial(measure, recipe, context),
             )
-        found.append(LayerSensitivity(tuple(stored["parts"].tolist()), float(stored["rest"])))
-    return found
+        sensitivities.append(LayerSensitivity(tuple(stored["parts"].tolist()), float(stored["rest"])))
+    return sensitivities
 
 
-class _Parent:
-    """The original, what it answers on some text, and what was found of parts in the place of its own.
+class _Original:
+    """The original, its predictions on some text, and the divergences of parts that replaced its own.
 
-    Settings that differ outside the blocks alone leave the same parts: these are compared once.
+    Settings that differ only outside the blocks give the same parts, which are compared once.
     """
 
     def __init__(self, materials: Materials, by_linear: bool) -> None:
@@ -90,48 +96,49 @@ class _Parent:
         layout = self._model.layout()
         blocks = [f"{self._model.blocks_name}.{index}" for index in range(len(self._model.blocks))]
         self._parts = list(layout.linears) if by_linear else blocks
-        self._found: dict[tuple[str, str], float] = {}
+        self._divergences: dict[tuple[str, str], float] = {}
 
-    def compared(self, step: Technique, context: Context) -> dict[str, Tensor]:
+    def compare(self, step: Technique, context: Context) -> dict[str, Tensor]:
+        """Return the divergences of each part and of the rest, as `LayerSensitivity` has them."""
         changed = move_all(unpacked(step.compress(loading.load(self._folder, device()), context)))
-        own = list(self._model.blocks)
-        if len(changed.blocks) != len(own):
-            raise ValueError(f"{step} leaves {len(changed.blocks)} of {len(own)} blocks: none is what it was")
+        blocks = list(self._model.blocks)
+        if len(changed.blocks) != len(blocks):
+            raise ValueError(
+                f"{step} leaves {len(changed.blocks)} of {len(blocks)} blocks, so they cannot be compared one by one"
+            )
         parts = []
-        for done, name in enumerate(self._parts):
-            context.report(done / len(self._parts), f"damage of {step} to {name}")
-            parts.append(self._of_part(name, changed.module.get_submodule(name)))
-        for index, block in enumerate(own):
+        for number, name in enumerate(self._parts):
+            context.report(number / len(self._parts), f"sensitivity of {name} to {step}")
+            parts.append(self._part_divergence(name, changed.module.get_submodule(name)))
+        for index, block in enumerate(blocks):
             changed.blocks[index] = block
         rest = self._mean(lambda batch: batch.divergence(changed))
         return {
-            name: torch.tensor(value, dtype=torch.float64)
-            for name, value in (("parts", parts), ("rest", rest))
+            "parts": torch.tensor(parts, dtype=torch.float64),
+            "rest": torch.tensor(rest, dtype=torch.float64),
         }
 
-    def _of_part(self, name: str, part: nn.Module) -> float:
-        same, block = (
-            (name, _digest(part)),
-            int(name.removeprefix(f"{self._model.blocks_name}.").split(".")[0]),
-        )
-        if same not in self._found:
-            with _in_the_place_of(self._model, name, part):
-                self._found[same] = self._mean(lambda batch: batch.from_block(self._model, block))
-        return self._found[same]
+    def _part_divergence(self, name: str, part: nn.Module) -> float:
+        key = (name, _digest(part))
+        block = int(name.removeprefix(f"{self._model.blocks_name}.").split(".")[0])
+        if key not in self._divergences:
+            with _replaced(self._model, name, part):
+                self._divergences[key] = self._mean(lambda batch: batch.from_block(self._model, block))
+        return self._divergences[key]
 
-    def _mean(self, of: Callable[[_Batch], float]) -> float:
-        found = sum(of(batch) for batch in self._batches) / len(self._batches)
-        if not math.isfinite(found):
-            raise FloatingPointError("the model answers NaN on the calibration text")
-        return found
+    def _mean(self, divergence_of: Callable[[_Batch], float]) -> float:
+        mean = sum(divergence_of(batch) for batch in self._batches) / len(self._batches)
+        if not math.isfinite(mean):
+            raise FloatingPointError("the logits of the model are NaN on the calibration text")
+        return mean
 
 
 def _digest(part: nn.Module) -> str:
-    told = hashlib.sha256()
+    digest = hashlib.sha256()
     for name, tensor in part.state_dict().items():
-        told.update(name.encode())
-        told.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return told.hexdigest()
+        digest.update(name.encode())
+        digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def _rows(materials: Materials, folder: Path, by_linear: bool) -> Iterator[Int[Tensor, "1 tokens"]]:
@@ -145,72 +152,83 @@ def _rows(materials: Materials, folder: Path, by_linear: bool) -> Iterator[Int[T
 
 @dataclass(frozen=True)
 class _Batch:
-    """A window of text, what the parent answers, and what enters each of its blocks."""
+    """A window of text with the original's predictions and hidden states."""
 
     rows: Int[Tensor, "1 tokens"]
     answer: Float[Tensor, "1 ..."]
     states: Sequence[Float[Tensor, "1 tokens width"]]
+    """The input of each block."""
     in_tuples: bool
+    """Whether blocks return tuples."""
 
     @staticmethod
-    def of(parent: Model, rows: Int[Tensor, "1 tokens"]) -> _Batch:
+    def of(original: Model, rows: Int[Tensor, "1 tokens"]) -> _Batch:
+        """Run the original on a window and record its predictions and hidden states."""
         states: list[Tensor] = []
         outputs: list[Any] = []
         hooks = [
-            block.register_forward_pre_hook(lambda _, args: states.append(args[0])) for block in parent.blocks
+            block.register_forward_pre_hook(lambda _, args: states.append(args[0]))
+            for block in original.blocks
         ]
-        hooks.append(parent.blocks[0].register_forward_hook(lambda _, args, output: outputs.append(output)))
+        hooks.append(original.blocks[0].register_forward_hook(lambda _, args, output: outputs.append(output)))
         try:
             with torch.inference_mode():
-                answer = parent.answer(rows.to(parent.device))
+                answer = original.answer(rows.to(original.device))
         finally:
             for hook in hooks:
                 hook.remove()
         return _Batch(rows, answer, states, isinstance(outputs[0], tuple))
 
     def from_block(self, model: Model, index: int) -> float:
-        """How far this model's answer is from the parent's, whose blocks before this one it shares: they are not
-        run again."""
+        """Return the divergence of a model that shares all blocks before this one with the original.
+
+        Those blocks are not run again.
+        """
         state = self.states[index]
-        before = [cast(Any, block) for block in list(model.blocks)[:index]]
-        given = (state,) if self.in_tuples else state
-        for block in before:
-            block.forward = lambda *_, **__: given
+        shared_blocks = [cast(Any, block) for block in list(model.blocks)[:index]]
+        output = (state,) if self.in_tuples else state
+        for block in shared_blocks:
+            block.forward = lambda *_, **__: output
         try:
             return self.divergence(model)
         finally:
-            for block in before:
+            for block in shared_blocks:
                 del block.forward
 
     def divergence(self, model: Model) -> float:
+        """Return the divergence of a model from the original."""
         with torch.inference_mode():
             return divergence(self.answer, model.answer(self.rows.to(model.device)), model.task)
 
 
 def divergence(
-    meant: Float[Tensor, "*rows outputs"], said: Float[Tensor, "*rows outputs"], task: Task
+    original: Float[Tensor, "*rows outputs"], changed: Float[Tensor, "*rows outputs"], task: Task
 ) -> float:
-    """The mean of KL(meant ‖ said) over rows of logits; of one number alone the squared difference, of embeddings one
-    less the cosine."""
-    total, rows = 0.0, meant.flatten(0, -2)
-    for at in range(0, len(rows), _ROWS):
-        ours, theirs = rows[at : at + _ROWS].float(), said.flatten(0, -2)[at : at + _ROWS].float()
+    """Return the mean of KL(original ‖ changed) over rows of logits.
+
+    For a single output it is the squared difference, for embeddings 1 − cosine.
+    """
+    total, rows, changed_rows = 0.0, original.flatten(0, -2), changed.flatten(0, -2)
+    for start in range(0, len(rows), _ROWS):
+        expected = rows[start : start + _ROWS].float()
+        actual = changed_rows[start : start + _ROWS].float()
         if task == "embedding":
-            each = 1 - nn.functional.cosine_similarity(ours, theirs, dim=-1)
-        elif ours.shape[-1] == 1:
-            each = (ours - theirs).square()
+            divergences = 1 - nn.functional.cosine_similarity(expected, actual, dim=-1)
+        elif expected.shape[-1] == 1:
+            divergences = (expected - actual).square()
         else:
-            log = ours.log_softmax(dim=-1)
-            each = (log.exp() * (log - theirs.log_softmax(dim=-1))).sum(dim=-1)
-        total += float(each.double().sum())
+            log = expected.log_softmax(dim=-1)
+            divergences = (log.exp() * (log - actual.log_softmax(dim=-1))).sum(dim=-1)
+        total += float(divergences.double().sum())
     return max(total / len(rows), 0.0)
 
 
 @contextmanager
-def _in_the_place_of(model: Model, name: str, part: nn.Module) -> Iterator[None]:
-    own = model.module.get_submodule(name)
+def _replaced(model: Model, name: str, part: nn.Module) -> Iterator[None]:
+    """Replace a part of a model within the context."""
+    original = model.module.get_submodule(name)
     model.replace(name, part)
     try:
         yield
     finally:
-        model.replace(name, own)
+        model.replace(name, original)

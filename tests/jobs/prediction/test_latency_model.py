@@ -10,7 +10,7 @@ from jobs.materials import Materials, Target
 from jobs.models import loading
 from jobs.models.layout import Layout, Packing
 from jobs.prediction import latency_model, latency_table
-from jobs.prediction.latency_model import Sample, Table, amounts, fit, predict, telling
+from jobs.prediction.latency_model import Sample, Table, amounts, fit, most_informative, predict
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def test_a_prediction_is_the_sum_over_what_the_model_does(layout: Layout) -> Non
 
 def test_an_operation_that_was_never_timed_is_not_guessed(layout: Layout) -> None:
     known = fit([Sample(amounts(layout), {"decode_ms": 1.0})])
-    with pytest.raises(LookupError, match="holds nothing of linear packed 4, weights packed 4 group 32"):
+    with pytest.raises(LookupError, match="has no linear packed 4, weights packed 4 group 32"):
         predict(packed(layout, 4), known)
 
 
@@ -72,20 +72,22 @@ def test_no_operation_takes_negative_time() -> None:
 
 def test_the_most_telling_models_are_those_that_differ() -> None:
     pool = [{"a": 1.0, "b": 1.0}, {"a": 1.01, "b": 1.0}, {"a": 0.1, "b": 1.0}, {"a": 1.0, "c": 1.0}]
-    assert set(telling(pool, [], 3)) == {1, 2, 3}
-    assert telling(pool, [{"a": 1.0, "c": 1.0}], 2)[0] in (1, 2)
-    assert telling(pool, [], 9).__len__() == 4
+    assert set(most_informative(pool, [], 3)) == {1, 2, 3}
+    assert most_informative(pool, [{"a": 1.0, "c": 1.0}], 2)[0] in (1, 2)
+    assert most_informative(pool, [], 9).__len__() == 4
 
 
 @pytest.mark.slow
 def test_a_table_is_made_of_timed_models_and_kept(tiny_llama: Path, tmp_path: Path, layout: Layout) -> None:
     materials = Materials(str(tiny_llama), "causal-lm", target=Target(prompt_tokens=8, new_tokens=4))
     pool = [packed(layout, bits) for bits in (4, 8)]
-    made = latency_table.make_table(materials, pool, tmp_path, most=2)
+    made = latency_table.make_table(materials, pool, tmp_path, max_timings=2)
     assert set(made.unit_ms) == {"prefill_ms", "decode_ms"}
     for one in (layout, *pool):
         assert predict(one, made)["decode_ms"] > 0
     (file,) = (tmp_path / "tables").iterdir()
     before = file.read_text()
-    assert latency_table.make_table(materials, pool, tmp_path, most=0) == Table(**dataclasses.asdict(made))
+    assert latency_table.make_table(materials, pool, tmp_path, max_timings=0) == Table(
+        **dataclasses.asdict(made)
+    )
     assert file.read_text() == before

@@ -77,7 +77,9 @@ def test_it_is_measured_once_and_falls_as_bits_rise(
     two, eight = measure_layer_sensitivity(recipes, given, tmp_path, quiet)
     assert sum(eight.parts) < sum(two.parts)
     assert two.rest == 0.0
-    monkeypatch.setattr("jobs.prediction.layer_sensitivity._Parent", lambda *_: pytest.fail("measured again"))
+    monkeypatch.setattr(
+        "jobs.prediction.layer_sensitivity._Original", lambda *_: pytest.fail("measured again")
+    )
     assert measure_layer_sensitivity(recipes, given, tmp_path, quiet) == [two, eight]
 
 
