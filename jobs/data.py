@@ -19,6 +19,7 @@ from torch import Tensor
 
 from jobs.materials import TextSource
 from jobs.models import tokenizers
+from jobs.models.facts import remembered
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,18 @@ def windows_for(source: TextSource, model_folder: Path) -> Int[Tensor, "samples 
     The tensor is shared: it must not be changed.
     """
     return _read(_Reading(digest(source), tokenizers.tokenizer_digest(model_folder), source, model_folder))
+
+
+def check_windows(source: TextSource, model_folder: Path) -> None:
+    """Raise ValueError if a source has too little text for its windows by the tokenizer of a model folder.
+
+    The answer for the same text, tokenizer and options is remembered.
+    """
+
+    def count() -> int:
+        return len(windows_for(source, model_folder))
+
+    remembered("windows", [digest(source), tokenizers.tokenizer_digest(model_folder)], count)
 
 
 def windows(source: TextSource, tokenizer: tokenizers.Tokenizer) -> Int[Tensor, "samples tokens"]:

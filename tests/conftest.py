@@ -25,6 +25,14 @@ VOCABULARY = 512
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def empty_user_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Let tests compute what an earlier run of them has left in the user's cache."""
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=needs_cuda)])
 def device(request: pytest.FixtureRequest) -> str:
     """Where models compute. `pytest -k cuda` runs what needs a GPU, on a machine that has one; the rest is for

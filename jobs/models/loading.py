@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import importlib.metadata
 import inspect
 import json
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
-import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers.cache_utils import DynamicLayer
-from transformers.initialization import no_init_weights
-from transformers.pytorch_utils import Conv1D
 
+from jobs.models.facts import remembered
 from jobs.models.families import Task, family
 from jobs.models.layers import PackedEmbedding, linear_of
 from jobs.models.layout import LAYOUT_FILE, Layout, TensorSpec
@@ -34,8 +33,11 @@ from jobs.models.model import (
 )
 from jobs.models.tokenizers import TOKENIZER_FILES, copy_tokenizer
 
+if TYPE_CHECKING:
+    import transformers  # elsewhere inside functions: its import takes a second, and many commands need no model
+
 WEIGHTS = "model.safetensors"
-VERSIONS = (torch.__version__, transformers.__version__)
+VERSIONS = (torch.__version__, importlib.metadata.version("transformers"))
 """Versions of the libraries that decide how a model is computed."""
 
 
@@ -70,6 +72,8 @@ def load(folder: Path, device: str = "cpu") -> Model:
     device: the device it computes on; it is loaded to the CPU (see `jobs.models.placement`). Raises ValueError if the
     weights of an artifact do not match its layout.
     """
+    import transformers
+
     # Workers load a model for every job: progress bars would fill their logs.
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     config = transformers.AutoConfig.from_pretrained(folder)
@@ -98,7 +102,11 @@ def computed_constant_bytes(original: Path) -> tuple[int, ...]:
 
     The result is cached, since the size of every candidate depends on it.
     """
-    return computed_constant_bytes_of(empty_module(transformers.AutoConfig.from_pretrained(original), "cpu"))
+
+    def compute() -> tuple[int, ...]:
+        return computed_constant_bytes_of(empty_module(load_config(original), "cpu"))
+
+    return tuple(remembered("constants", [_config_text(original)], compute))
 
 
 def computed_constant_bytes_of(module: nn.Module) -> tuple[int, ...]:
@@ -110,6 +118,9 @@ def computed_constant_bytes_of(module: nn.Module) -> tuple[int, ...]:
 
 def cache_with(blocks: Sequence[tuple[Tensor, Tensor]]) -> transformers.Cache:
     """Return a KV cache of these keys and values, one pair per block."""
+    import transformers
+    from transformers.cache_utils import DynamicLayer
+
     cache = transformers.DynamicCache()
     for keys, values in blocks:
         # `update` would concatenate them with a tensor of no dimensions, which graphs cannot represent.
@@ -136,9 +147,12 @@ def cached_tensors(cache: transformers.Cache) -> list[Tensor]:
 
 def original_layout(folder: Path) -> Layout:
     """Return the layout of an original from its config alone, without reading weights."""
-    config = transformers.AutoConfig.from_pretrained(folder)
-    kind = family(config.model_type)
-    return Model(empty_module(config, "meta"), kind, folder).layout()
+
+    def compute() -> dict[str, Any]:
+        config = load_config(folder)
+        return Model(empty_module(config, "meta"), family(config.model_type), folder).layout().to_dict()
+
+    return Layout.from_dict(remembered("layout", [_config_text(folder)], compute))
 
 
 def save(model: Model, folder: Path, provenance: Mapping[str, Any]) -> None:
@@ -177,20 +191,31 @@ def read_provenance(folder: Path) -> dict[str, Any]:
 
 def load_config(folder: Path) -> Any:
     """Return the config of a model folder. Never runs code from the folder."""
+    import transformers
+
     return transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
 
 
 def family_of(folder: Path) -> str:
     """Return the name of the family of a model folder."""
-    return str(json.loads((folder / "config.json").read_text())["model_type"])
+    return str(json.loads(_config_text(folder))["model_type"])
 
 
 def task_of(folder: Path) -> Task:
     """Return the task of a model folder, by the architecture that its config names."""
-    return task_of_config(transformers.AutoConfig.from_pretrained(folder))
+    config = json.loads(_config_text(folder))
+    return task_of_config(
+        SimpleNamespace(architectures=config.get("architectures"), model_type=config["model_type"])
+    )
+
+
+def _config_text(folder: Path) -> str:
+    return (folder / "config.json").read_text(encoding="utf-8")
 
 
 def _auto_class(config: transformers.PretrainedConfig) -> Any:
+    import transformers
+
     return {
         "causal-lm": transformers.AutoModelForCausalLM,
         "classification": transformers.AutoModelForSequenceClassification,
@@ -200,6 +225,8 @@ def _auto_class(config: transformers.PretrainedConfig) -> Any:
 
 def _replace_conv1d(module: nn.Module) -> None:
     """Replace each of GPT-2's Conv1D, linears with a transposed weight, by an `nn.Linear`."""
+    from transformers.pytorch_utils import Conv1D
+
     for name, part in list(module.named_modules()):
         if isinstance(part, Conv1D):
             parent, _, child = name.rpartition(".")
@@ -212,6 +239,8 @@ def empty_module(config: transformers.PretrainedConfig, device: str) -> nn.Modul
     On the CPU its parameters are uninitialized bf16 memory, and the buffers that no file stores (rotary frequencies)
     have their values; on `meta` there are only shapes.
     """
+    from transformers.initialization import no_init_weights
+
     with torch.device(device), no_init_weights():
         # In fp32, since some families compute buffers (GPT-J's sinusoids) in the module's dtype.
         module = cast(nn.Module, _auto_class(config).from_config(config, dtype=torch.float32))

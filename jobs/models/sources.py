@@ -11,7 +11,6 @@ import tempfile
 from pathlib import Path
 
 import torch
-import transformers
 
 from jobs.models.families import names
 
@@ -121,6 +120,8 @@ def _from_package(package: str) -> Path:
 
 def _convert_gguf(file: Path, target: Path) -> None:
     """Write a GGUF model as a folder of config, safetensors and tokenizer; `target` appears only when complete."""
+    import transformers
+
     config = transformers.GgufConfig(dequantize=True)
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:

@@ -6,20 +6,19 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-import transformers
 from torch import Tensor, nn
 
 from jobs.models.bit_packing import pack
 from jobs.models.families import family
 from jobs.models.layers import PackedEmbedding
 from jobs.models.layout import Layout
-from jobs.models.loading import empty_module, save, tie_weights
+from jobs.models.loading import empty_module, load_config, save, tie_weights
 from jobs.models.model import DTYPE_NAMES, Model, fit_heads, reshape
 
 
 def uninitialized_model(folder: Path, layout: Layout) -> Model:
     """Return an artifact's model in another layout of the same parts, with uninitialized tensors."""
-    config = transformers.AutoConfig.from_pretrained(folder)
+    config = load_config(folder)
     module = empty_module(config, "cpu")
     model = Model(module, family(config.model_type), folder)
     reshape(model, layout)
@@ -40,7 +39,7 @@ def save_stand_in(layout: Layout, original: Path, folder: Path) -> None:
 
     layout: derived from the layout of `original` by techniques.
     """
-    config: Any = transformers.AutoConfig.from_pretrained(original)
+    config: Any = load_config(original)
     for key in ("layer_types", "attention_layers"):  # lists of one entry per block
         if getattr(config, key, None):
             setattr(config, key, getattr(config, key)[: layout.depth])

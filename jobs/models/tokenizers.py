@@ -6,16 +6,19 @@ import hashlib
 import json
 import shutil
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, TypeAlias
 
-import transformers
+from jobs.models.facts import remembered
+
+if TYPE_CHECKING:
+    import transformers  # its import takes a second
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt", "vocab.json",
     "merges.txt", "added_tokens.json", "chat_template.jinja", "generation_config.json",
 )  # fmt: skip
 
-Tokenizer = transformers.PreTrainedTokenizerBase
+Tokenizer: TypeAlias = "transformers.PreTrainedTokenizerBase"
 
 
 def tokenizer_digest(folder: Path) -> str:
@@ -36,7 +39,10 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
 
 def load_tokenizer(folder: Path) -> Tokenizer:
     """Load the tokenizer of a model folder. Never runs code from the folder."""
-    return cast(Tokenizer, transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False))
+    import transformers
+
+    tokenizer: Tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    return tokenizer
 
 
 def vocabulary_size(folder: Path) -> int:
@@ -49,10 +55,14 @@ def check_vocabulary(folder: Path) -> None:
 
     More rows than ids are usual, since embeddings are padded.
     """
-    ids = load_tokenizer(folder).get_vocab().values()
+
+    def compute() -> int:
+        return max(load_tokenizer(folder).get_vocab().values(), default=-1)
+
+    highest_id = remembered("highest-id", [tokenizer_digest(folder), str(vocabulary_size(folder))], compute)
     rows = vocabulary_size(folder)
-    if ids and max(ids) >= rows:
+    if highest_id >= rows:
         raise ValueError(
-            f"the tokenizer in {folder} makes ids up to {max(ids)}, and the embedding has {rows} rows: "
+            f"the tokenizer in {folder} makes ids up to {highest_id}, and the embedding has {rows} rows: "
             f"they belong to different models; give the model its own tokenizer"
         )

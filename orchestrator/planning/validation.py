@@ -249,6 +249,6 @@ def _check_text(
     try:
         data.check(source)
         if folder is not None:
-            data.windows_for(source, folder)
+            data.check_windows(source, folder)
     except (ValueError, OSError) as error:
         problems.add(Problem(key, f"got {error}"))
