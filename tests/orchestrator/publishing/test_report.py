@@ -12,7 +12,8 @@ from jobs.job import Failure
 from jobs.measurement.measurement import Measurement
 from jobs.recipe import Origin, Recipe
 from orchestrator.pareto.front import Objective
-from orchestrator.publishing.report import axis_title, front_figure, report_html
+from orchestrator.publishing.front_figure import axis_title, front_figure
+from orchestrator.publishing.report import report_html
 from orchestrator.study.candidate import Candidate
 from orchestrator.study.results import Results, judge
 from orchestrator.study.savings import Savings
