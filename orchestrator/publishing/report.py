@@ -59,7 +59,7 @@ def report_html(results: Results, yaml_text: str, savings: Savings, spent: Seque
         f"<style>{STYLE}</style></head><body>\n<h1>{title}</h1>\n<p>{_summary(results)}</p>\n{figure}\n"
         f"<h2>The front, relative to the original</h2>\n{_front_table(results)}\n{_failures(results)}\n"
         f"{_predictions(results)}\n{_race(results)}\n{_sharing(savings)}\n{_took(spent)}\n"
-        f"<h2>Measured on</h2>\n{_environment(results)}\n<h2>Study</h2>\n"
+        f"<h2>Environment</h2>\n{_environment(results)}\n<h2>Study</h2>\n"
         f"<pre>{html.escape(yaml_text)}</pre>\n</body></html>\n"
     )
 
@@ -189,7 +189,8 @@ def _race(results: Results) -> str:
         for flips in rank_flips(results)
     ]
     return (
-        f"<h2>The race</h2>\n<p>{every} models were measured on {read / every:.0%} of the evaluation, on average. "
+        f"<h2>Evaluation on smaller shares</h2>\n<p>"
+        f"{every} models were measured on {read / every:.0%} of the evaluation, on average. "
         f"Pairs whose order changed when they were measured on more: {'; '.join(texts) or 'none were'}.</p>"
     )
 
@@ -198,18 +199,18 @@ def _sharing(savings: Savings) -> str:
     """The measured seconds that sharing saved; empty if nothing was shared."""
     parts = [
         (
-            f"{savings.steps} steps of one candidate were another's too",
+            f"{savings.steps} steps shared by several candidates",
             savings.steps and savings.steps_seconds,
         ),
-        ("statistics of a model were there for its next candidates", savings.statistics_seconds),
-        (f"{savings.jobs} jobs were done in the store already", savings.jobs and savings.jobs_seconds),
+        ("statistics reused from earlier candidates", savings.statistics_seconds),
+        (f"{savings.jobs} jobs already in the store", savings.jobs and savings.jobs_seconds),
     ]
     texts = [f"{what} ({seconds:,.1f} s)" for what, seconds in parts if seconds]
     if not texts:
         return ""
     return (
-        f"<h2>What was shared</h2>\n<p>{html.escape('; '.join(texts))}: {savings.seconds:,.1f} s of one slot's "
-        f"time saved, by what the same work took where it was done.</p>"
+        f"<h2>Time saved by sharing</h2>\n<p>{html.escape('; '.join(texts))}: {savings.seconds:,.1f} s of one slot's "
+        f"time saved, measured where the same work was done.</p>"
     )
 
 
@@ -217,7 +218,7 @@ def _took(spent: Sequence[str]) -> str:
     """Time, nodes and money; the total is first."""
     if not spent:
         return ""
-    return "<h2>What it took</h2>\n" + "\n".join(f"<p>{html.escape(one)}</p>" for one in spent)
+    return "<h2>Time and cost</h2>\n" + "\n".join(f"<p>{html.escape(one)}</p>" for one in spent)
 
 
 def _environment(results: Results) -> str:
