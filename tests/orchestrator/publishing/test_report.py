@@ -12,7 +12,8 @@ from jobs.job import Failure
 from jobs.measurement.measurement import Measurement
 from jobs.recipe import Origin, Recipe
 from orchestrator.pareto.front import Objective
-from orchestrator.publishing.report import axis_title, front_figure, report_html
+from orchestrator.publishing.front_figure import axis_title, front_figure
+from orchestrator.publishing.report import report_html
 from orchestrator.study.candidate import Candidate
 from orchestrator.study.results import Results, judge
 from orchestrator.study.savings import Savings
@@ -52,10 +53,10 @@ def results(*objectives: Objective) -> Results:
 
 def test_the_page_tells_what_sharing_saved() -> None:
     page = report_html(results(SIZE), "", Savings(3, 30.0, 12.4, 0, 0.0))
-    assert "3 steps of one candidate were another&#x27;s too (30.0 s)" in page
+    assert "3 steps shared by several candidates (30.0 s)" in page
     assert "(12.4 s): 42.4 s of one slot's time saved" in page
-    assert "in the store already" not in page
-    assert "What was shared" not in report_html(results(SIZE), "", Savings())
+    assert "already in the store" not in page
+    assert "Time saved by sharing" not in report_html(results(SIZE), "", Savings())
 
 
 def test_the_page_tells_what_the_study_took() -> None:
@@ -63,10 +64,10 @@ def test_the_page_tells_what_the_study_took() -> None:
         results(SIZE), "", Savings(), ["2.00 node-hours, 1.80 USD", "g6 <spot>: 2.00 node-hours"]
     )
     assert (
-        "<h2>What it took</h2>\n<p>2.00 node-hours, 1.80 USD</p>\n<p>g6 &lt;spot&gt;: 2.00 node-hours</p>"
+        "<h2>Time and cost</h2>\n<p>2.00 node-hours, 1.80 USD</p>\n<p>g6 &lt;spot&gt;: 2.00 node-hours</p>"
         in page
     )
-    assert "What it took" not in report_html(results(SIZE), "", Savings())
+    assert "Time and cost" not in report_html(results(SIZE), "", Savings())
 
 
 def test_the_page_tells_how_far_predictions_were_off() -> None:
