@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+import scipy  # its modules are imported at their first use: commands that only plan do not need them
 from jaxtyping import Float
 from numpy.typing import NDArray
-from scipy.special import ndtr
 
 from orchestrator.pareto.warping import Warping
 
@@ -45,14 +45,14 @@ class Prediction:
             return np.asarray(np.maximum(distance, 0.0))
         deviation = np.maximum(exploration * self.deviation, _MIN_DEVIATION)[:, None]
         z = distance / deviation
-        return np.asarray(deviation * (z * ndtr(z) + np.exp(-0.5 * z**2) / np.sqrt(2 * np.pi)))
+        return np.asarray(deviation * (z * scipy.special.ndtr(z) + np.exp(-0.5 * z**2) / np.sqrt(2 * np.pi)))
 
     def probability_below(self, edges: NDArray[np.float64]) -> Lengths:
         """Return P(loss < edge) for each candidate and each edge, both warped."""
         distance = edges[None, :] - self.mean[:, None]
         if not self.deviation.any():
             return np.asarray(distance > 0, dtype=np.float64)
-        return np.asarray(ndtr(distance / np.maximum(self.deviation, _MIN_DEVIATION)[:, None]))
+        return np.asarray(scipy.special.ndtr(distance / np.maximum(self.deviation, _MIN_DEVIATION)[:, None]))
 
 
 def expected_improvement(

@@ -6,10 +6,9 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
+import scipy  # its modules are imported at their first use: commands that only plan do not need them
 from jaxtyping import Float
 from numpy.typing import NDArray
-from scipy import linalg, optimize
-from scipy.special import ndtr
 
 from orchestrator.pareto.expected_improvement import Prediction
 from orchestrator.pareto.warping import Warping
@@ -75,7 +74,7 @@ class GaussianProcess:
         self.fit_hyperparameters(rows, values)
         self._mean, self._scale, y = _standardize(values)
         self._factorize(rows)
-        self._weights = linalg.cho_solve((self._factor, True), y, check_finite=False)
+        self._weights = scipy.linalg.cho_solve((self._factor, True), y, check_finite=False)
 
     def fit_hyperparameters(self, rows: Rows, values: Vector) -> None:
         """Fit the hyperparameters and `evidence` if there are a tenth more results than last time.
@@ -114,9 +113,9 @@ class GaussianProcess:
             pending_half = self._whiten(self._covariance.between(pending, self._rows))
             covariance = self._covariance.between(pending, pending) - pending_half.T @ pending_half
             covariance[np.diag_indices(len(pending))] += self._covariance.noise
-            factor = linalg.cholesky(covariance, lower=True, check_finite=False)
+            factor = scipy.linalg.cholesky(covariance, lower=True, check_finite=False)
             shared = self._covariance.between(pending, rows) - pending_half.T @ half
-            explained = linalg.solve_triangular(factor, shared, lower=True, check_finite=False)
+            explained = scipy.linalg.solve_triangular(factor, shared, lower=True, check_finite=False)
             variance -= (explained**2).sum(axis=0)
         variance = np.maximum(variance, 1e-10)
         return self._mean + self._scale * (across @ self._weights), self._scale * np.sqrt(variance)
@@ -128,7 +127,7 @@ class GaussianProcess:
         eq. 5.12): neither the mean error nor the mean ratio of error to predicted deviation is smaller.
         """
         mean, deviation = self.predict(rows)
-        inverse = linalg.solve_triangular(
+        inverse = scipy.linalg.solve_triangular(
             self._factor, np.eye(len(self._rows)), lower=True, check_finite=False
         )
         precision = (inverse**2).sum(axis=0)
@@ -139,12 +138,14 @@ class GaussianProcess:
 
     def _whiten(self, across: Matrix) -> Matrix:
         """L⁻¹ times these covariances with the results: one column per row of `across`."""
-        return np.asarray(linalg.solve_triangular(self._factor, across.T, lower=True, check_finite=False))
+        return np.asarray(
+            scipy.linalg.solve_triangular(self._factor, across.T, lower=True, check_finite=False)
+        )
 
     def probability_below(self, rows: Rows, bound: float) -> Vector:
         """Return the probability that the value at these rows is below a bound."""
         mean, deviation = self.predict(rows)
-        return np.asarray(ndtr((bound - mean) / deviation))
+        return np.asarray(scipy.special.ndtr((bound - mean) / deviation))
 
     def _factorize(self, rows: Rows) -> None:
         """Compute the Cholesky factor of the results' covariance.
@@ -164,7 +165,9 @@ class GaussianProcess:
             half = self._whiten(self._covariance.between(new, self._rows))
             factor[reused:, :reused] = half.T
             corner -= half.T @ half
-        factor[reused:, reused:] = linalg.cholesky(corner, lower=True, overwrite_a=True, check_finite=False)
+        factor[reused:, reused:] = scipy.linalg.cholesky(
+            corner, lower=True, overwrite_a=True, check_finite=False
+        )
         self._rows, self._factor = rows, factor
 
     def _optimize(self, rows: Rows, y: Vector) -> None:
@@ -176,7 +179,7 @@ class GaussianProcess:
             deviation = (logarithms - self._means) / self._widths
             return 0.5 * float(deviation @ deviation) - evidence, deviation / self._widths - gradient
 
-        result = optimize.minimize(
+        result = scipy.optimize.minimize(
             loss,
             self._logarithms,
             jac=True,
@@ -283,8 +286,8 @@ class _Covariance:
         smooth, slope = _matern(squares), _matern_slope(squares)
         covariance = effects + self.pairs * effects**2 + self.joint * smooth
         covariance[np.diag_indices(len(y))] += self.noise
-        factor = linalg.cholesky(covariance, lower=True, check_finite=False)
-        inverse = linalg.cho_solve((factor, True), np.eye(len(y)), check_finite=False)
+        factor = scipy.linalg.cholesky(covariance, lower=True, check_finite=False)
+        inverse = scipy.linalg.cho_solve((factor, True), np.eye(len(y)), check_finite=False)
         alpha = inverse @ y
         likelihood = (
             -0.5 * float(y @ alpha)
