@@ -46,7 +46,8 @@ def submit(
 ) -> None:
     """Run a study on a cluster, with its local files. If it runs already, follow it; if it has stopped, resume it."""
     from orchestrator.config.load import load
-    from orchestrator.service import submission
+    from orchestrator.service.study_package import study_package
+    from orchestrator.service.submission import submit as submit_package
 
     with exit_on_error():
         loaded = load(study, overrides or [])
@@ -54,8 +55,8 @@ def submit(
         refuse([loaded.located(problem) for problem in loaded.problems])
     with connect_cluster(address, insecure) as jobs:
         with exit_on_error(ValueError, code=ExitCode.INVALID_INPUT):
-            packed = submission.submission(loaded, overrides or [], jobs.on_this_machine())
-            submitted = submission.submit(packed, jobs)
+            package = study_package(loaded, overrides or [], jobs.on_this_machine())
+            submitted = submit_package(package, jobs)
         id = print_submission(submitted)
         if follow:
             follow_job(jobs, id)

@@ -39,8 +39,8 @@ def print_submission(submitted: Attach | Start) -> str:
     if isinstance(submitted, Start):
         id = submitted.id
         message = f"{id} was submitted"
-        if submitted.again is not None:
-            message += f"; it resumes where {submitted.again.id} stopped"
+        if submitted.resumed is not None:
+            message += f"; it resumes where {submitted.resumed.id} stopped"
     else:
         id = submitted.job.id
         message = f"{id} is {submitted.job.status.lower()} already"

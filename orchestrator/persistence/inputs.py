@@ -1,7 +1,7 @@
-"""Inputs: the files and folders that a study reads. Those too large for a package travel through its store.
+"""Inputs of a study that are too large for its package and travel through its store.
 
-One that lies in a store has an address: `artifact:DIGEST-BYTES` for a folder, `artifact:DIGEST-BYTES/NAME` for a file.
-Each machine that needs it fetches it once, into `inputs` beside the studies.
+An input in a store has an address: `artifact:DIGEST-BYTES` for a folder, `artifact:DIGEST-BYTES/NAME` for a file. Each
+machine that needs it fetches it once, into the folder `inputs` next to the studies.
 """
 
 from __future__ import annotations
@@ -26,18 +26,21 @@ _ADDRESS = re.compile(r"artifact:([0-9a-f]{64})-([0-9]+)(/[^/]+)?")
 
 @dataclass(frozen=True)
 class StoredInput:
-    """An input to be kept in a store. files: of this machine, by their names in the artifact."""
+    """An input as an artifact of a store."""
 
     ref: ArtifactRef
     files: Mapping[str, Path]
+    """The files on this machine by their names in the artifact."""
     name: str | None
+    """The name of the file if the input is a single file; None for a folder."""
 
     @property
     def address(self) -> str:
-        return f"{SCHEME}{_folder(self.ref)}" + (f"/{self.name}" if self.name else "")
+        folder = f"{SCHEME}{_folder_name(self.ref)}"
+        return folder if self.name is None else f"{folder}/{self.name}"
 
     def put(self, store: ArtifactStore) -> None:
-        """Keep it, unless it is held already."""
+        """Store the input unless the store has it. Raises OSError if a file has changed since it was digested."""
         if store.has(self.ref):
             return
         with tempfile.TemporaryDirectory(prefix="slimfront-") as folder:
@@ -47,38 +50,47 @@ class StoredInput:
                 raise OSError("a file of the study changed while it was sent: submit it again")
 
 
-def stored(files: Mapping[str, Path], sha256: Mapping[str, str], name: str | None) -> StoredInput:
-    """The input that these files make, whose SHA-256 are known. name: of the single file that it is, or None."""
+def stored_input(files: Mapping[str, Path], sha256: Mapping[str, str], name: str | None) -> StoredInput:
+    """Return the stored input of these files.
+
+    files, sha256: files and their SHA-256 digests by their names in the artifact. name: see `StoredInput.name`.
+    """
     entries = [Entry(inner, file.stat().st_size, sha256[inner]) for inner, file in files.items()]
     return StoredInput(manifest(entries), files, name)
 
 
 def bring(materials: Materials, store: ArtifactStore, home: Path) -> None:
-    """Fetch what of the materials is stored inputs and not on this machine yet. LookupError where the store lost it."""
-    for path in _read(materials):
+    """Fetch the stored inputs among the materials that this machine lacks. Raises LookupError if the store lost one."""
+    for path in _input_paths(materials):
         if Path(path).is_relative_to(home / FOLDER):
             folder = home / FOLDER / Path(path).relative_to(home / FOLDER).parts[0]
-            _lay(_ref(folder.name), store, folder)
+            _fetch_once(_ref(folder.name), store, folder)
 
 
-def _read(materials: Materials) -> Iterable[str]:
-    texts = (materials.evaluation, materials.calibration, materials.training)
-    tasks = materials.tasks
-    every = [materials.model, materials.choices, materials.labelled, tasks and tasks.folder]
-    return [path for path in (*every, *(text.path for text in texts if text is not None)) if path]
+def _input_paths(materials: Materials) -> Iterable[str]:
+    """Return the paths that the materials name."""
+    paths = [materials.model, materials.choices, materials.labelled]
+    if materials.tasks is not None:
+        paths.append(materials.tasks.folder)
+    for text in (materials.evaluation, materials.calibration, materials.training):
+        if text is not None:
+            paths.append(text.path)
+    return [path for path in paths if path]
 
 
 def fetch_input(address: str, store: str, folder: Path) -> Path:
+    """Fetch the input of this address into a folder of `folder`, and return its path. Raises ValueError for any other
+    text."""
     match = _ADDRESS.fullmatch(address)
     if match is None:
         raise ValueError(f"{address}, which is no input's address")
-    place = folder / f"{match[1]}-{match[2]}"
-    _lay(_ref(place.name), open_store(store), place)
-    return place / (match[3] or "").removeprefix("/")
+    target = folder / f"{match[1]}-{match[2]}"
+    _fetch_once(_ref(target.name), open_store(store), target)
+    return target / (match[3] or "").removeprefix("/")
 
 
-def _lay(ref: ArtifactRef, store: ArtifactStore, folder: Path) -> None:
-    """Fetch an input into its folder, where many processes may want it at once."""
+def _fetch_once(ref: ArtifactRef, store: ArtifactStore, folder: Path) -> None:
+    """Fetch an input into its folder. Several processes may do so at the same time; the first to finish wins."""
     if folder.is_dir():
         return
     staged = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
@@ -86,15 +98,15 @@ def _lay(ref: ArtifactRef, store: ArtifactStore, folder: Path) -> None:
         store.fetch(ref, staged)
         staged.rename(folder)
     except LookupError:
-        raise LookupError(f"input {ref.digest[:12]} is gone from the store: submit the study again") from None
+        raise LookupError(f"the store has no input {ref.digest[:12]}: submit the study again") from None
     except OSError:
-        if not folder.is_dir():  # nobody else was first
+        if not folder.is_dir():  # no other process was first
             raise
     finally:
         shutil.rmtree(staged, ignore_errors=True)
 
 
-def _folder(ref: ArtifactRef) -> str:
+def _folder_name(ref: ArtifactRef) -> str:
     return f"{ref.digest}-{ref.size_bytes}"
 
 
