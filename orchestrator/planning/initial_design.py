@@ -42,7 +42,7 @@ def _single_techniques(
         largest = min(largest, limit)
     weakest: list[_Sized] = []
     strongest: list[_Sized] = []
-    for corners in prepared.space.alone():
+    for corners in prepared.space.single_techniques():
         fitting: list[_Sized] = []
         for choices in corners:
             size = known.size_bytes(choices)

@@ -49,32 +49,32 @@ class Levels:
         """
         total = 0.0
         for stage, options in space.stages.items():
-            if choices[stage] == SKIP or not any(option.spread for option in options):
+            if choices[stage] == SKIP or not any(option.per_part for option in options):
                 continue
             option = _chosen_option(options, choices[stage])
-            if not option.spread:
+            if not option.per_part:
                 return None
             prefix = f"{stage}.{option.technique.name()}."
-            chosen = {knob: choices[prefix + knob] for knob in option.knobs()}
-            divergence = self._of_stage(option, chosen)
+            values = {knob: choices[prefix + knob] for knob in option.knobs()}
+            divergence = self._of_stage(option, values)
             if divergence is None:
                 return None
             total += divergence
         return total
 
-    def _of_stage(self, option: Option, chosen: Choices) -> float | None:
-        """The divergence of one stage. chosen: the values of the option's knobs, by their names within it."""
+    def _of_stage(self, option: Option, values: Choices) -> float | None:
+        """The divergence of one stage. values: of the option's knobs, by their names within it."""
         part_count = len(next(iter(self.damages.values())).parts)
-        uniform = {name: chosen[name] for name in option.searched}
+        uniform = {name: values[name] for name in option.searched}
         by_level: dict[tuple[Value, ...], LayerSensitivity | None] = {}
         total, outside = 0.0, 0.0
         for part in range(part_count):
             level = tuple(
-                chosen[f"{name}.{part * spread.runs // part_count}"] for name, spread in option.spread.items()
+                values[f"{name}.{part * knobs.runs // part_count}"] for name, knobs in option.per_part.items()
             )
             if level not in by_level:
-                values = dict(zip(option.spread, level, strict=True))
-                by_level[level] = self.damages.get(_key(option, {**uniform, **values}))
+                options = {**uniform, **dict(zip(option.per_part, level, strict=True))}
+                by_level[level] = self.damages.get(_key(option, options))
             sensitivity = by_level[level]
             if sensitivity is None:
                 return None
@@ -88,11 +88,11 @@ def uniform_steps(space: SearchSpace) -> dict[str, Technique]:
     Techniques with too many values to try are left out."""
     steps: dict[str, Technique] = {}
     for option in space.options():
-        if not option.spread:
+        if not option.per_part:
             continue
-        domains = {**option.searched, **{name: spread.domain for name, spread in option.spread.items()}}
-        values = {name: _values(domain) for name, domain in domains.items()}
-        count = math.prod(len(of_one) for of_one in values.values())
+        values = {name: _values(domain) for name, domain in option.searched.items()}
+        values |= {name: _values(knobs.domain) for name, knobs in option.per_part.items()}
+        count = math.prod(len(option_values) for option_values in values.values())
         if not 0 < count <= _MAX_STEPS:
             continue
         for combination in itertools.product(*values.values()):
@@ -127,7 +127,9 @@ class Allocations:
         """The best allocation of at most `budget` bytes; None if none fits."""
         best, least = None, math.inf
         for setting in self.settings:
-            choices = setting.solved(budget, self.size) if setting.least <= budget else None
+            choices = None
+            if setting.least <= budget:
+                choices = setting.solved(budget, self.size)
             if choices is None:
                 continue
             divergence = self.levels.divergence(self.space, choices) or 0.0
@@ -193,12 +195,12 @@ class _Setting:
 def _settings(space: SearchSpace, stage: str, levels: Levels, size: Size) -> Iterator[_Setting]:
     """The settings of a stage, of the techniques with exactly one option that differs by block."""
     for option in space.stages[stage]:
-        if len(option.spread) != 1:
+        if len(option.per_part) != 1:
             continue
-        (name, spread), *_ = option.spread.items()
+        ((name, knobs),) = option.per_part.items()
         prefix = f"{stage}.{option.technique.name()}."
-        runs = tuple(f"{prefix}{name}.{run}" for run in range(spread.runs))
-        values = _values(spread.domain)
+        runs = tuple(prefix + knob for knob in knobs.names(name))
+        values = _values(knobs.domain)
         if not values:
             continue
         uniform = [_values(domain) for domain in option.searched.values()]
@@ -249,7 +251,10 @@ def _skipping(space: SearchSpace) -> dict[str, Value]:
     """Choices that skip every stage; all other knobs have some value."""
     choices: dict[str, Value] = {}
     for name, domain in space.knobs().items():
-        choices[name] = domain.values[0] if isinstance(domain, Choice) else domain.normal(domain.low)
+        if isinstance(domain, Choice):
+            choices[name] = domain.values[0]
+        else:
+            choices[name] = domain.normal(domain.low)
     return {**choices, **dict.fromkeys(space.stages, SKIP)}
 
 

@@ -17,9 +17,9 @@ from orchestrator.pareto.front import Objective
 from orchestrator.persistence.study_folder import home
 from orchestrator.planning.cost import cost_of
 from orchestrator.planning.input_files import fetch_inputs
+from orchestrator.planning.parse_space import SHALLOW, Depth, parse
 from orchestrator.planning.prepared_study import PreparedStudy
 from orchestrator.planning.problem_list import ProblemList
-from orchestrator.planning.search_space import SHALLOW, Depth, parse
 from orchestrator.planning.study_materials import data_digest, materials_of, measuring_digest
 from orchestrator.planning.study_meters import choose_meters, rungs_of
 from orchestrator.planning.validation import check_data, check_techniques, check_values, check_zero_stage

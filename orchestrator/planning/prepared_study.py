@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from jobs.prediction.latency_model import Table
 from orchestrator.config.schema import StudyConfig
 from orchestrator.persistence.study_folder import StudyFolder
 from orchestrator.planning.layer_sensitivity import Levels
-from orchestrator.planning.search_space import SearchSpace
+from orchestrator.planning.search_space import KnobsPerPart, SearchSpace
 from orchestrator.study.budget import Budget
 from orchestrator.study.events import StudyPlan
 
@@ -51,8 +52,8 @@ class PreparedStudy:
             for option in alternatives:
                 name, version = option.technique.name(), option.technique.version
                 parts = [stage, name, version, str(option.searched), str(option.fixed)]
-                if option.spread:
-                    parts.append(str(option.spread))
+                if option.per_part:
+                    parts.append(_digested_text(option.per_part))
                 options.append(parts)
         content = [
             self.plan.original.id,
@@ -63,3 +64,14 @@ class PreparedStudy:
             self.config.search.algorithm,
         ]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+
+
+def _digested_text(per_part: Mapping[str, KnobsPerPart]) -> str:
+    """Return the knobs per part as digests contain them. The text has never changed, so that stored studies resume."""
+    entries = []
+    for name, knobs in per_part.items():
+        entries.append(
+            f"{name!r}: Spread(domain={knobs.domain!r}, runs={knobs.runs!r}, by_linear={knobs.by_linear!r}, "
+            f"grouped={knobs.grouped!r})"
+        )
+    return "{" + ", ".join(entries) + "}"

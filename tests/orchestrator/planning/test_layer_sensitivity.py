@@ -17,9 +17,9 @@ from orchestrator.planning.candidates import KnownMetrics, propose
 from orchestrator.planning.cost import CostModel
 from orchestrator.planning.initial_design import initial_design
 from orchestrator.planning.layer_sensitivity import PREDICTED_KL, Allocations, Levels, uniform_steps
+from orchestrator.planning.parse_space import Depth, parse
 from orchestrator.planning.prepare import prepare
 from orchestrator.planning.prepared_study import PreparedStudy
-from orchestrator.planning.search_space import Depth, parse
 from orchestrator.service import fit_predictors
 
 EACH = "{rtn: {bits: {choices: [2, 4, 8], each: layer}, embedding_bits: [16, 8]}}"

@@ -1,4 +1,4 @@
-"""Options that a study searches block by block: knobs, recipes, and what validate says of senseless ones."""
+"""Options that a study searches block by block: their knobs, their recipes and the refusals of `validate`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import pytest
 
 from jobs.knobs import Choice
 from jobs.recipe import Origin
-from orchestrator.planning.search_space import Depth, parse
+from orchestrator.planning.parse_space import Depth, parse
+from orchestrator.planning.prepared_study import _digested_text
 from orchestrator.search.encoding import SpaceEncoder
 from orchestrator.search.proposals import uniform
 
@@ -33,27 +34,34 @@ def test_each_layer_makes_a_knob_for_every_block_and_groups_one_for_every_run() 
     assert whole.knobs()["bits.rtn.correction_rank.0"].integer
 
 
+def test_the_digest_contains_the_knobs_of_blocks_in_the_spelling_of_stored_studies() -> None:
+    (option,) = space_of({"bits": EACH}).stages["bits"]
+    assert _digested_text(option.per_part) == (
+        "{'bits': Spread(domain=Choice(values=(2, 4, 8)), runs=4, by_linear=False, grouped=False)}"
+    )
+
+
 def test_the_values_of_the_blocks_become_one_option_and_equal_ones_the_uniform_recipe() -> None:
     space, fixed = space_of({"bits": EACH}), space_of({"bits": [2, 4, 8]})
     names = [f"bits.rtn.bits.{block}" for block in range(4)]
     mixed = space.recipe(ORIGIN, {"bits": "rtn", **dict(zip(names, (8, 4, 2, 2), strict=True))})
     assert mixed.steps[0].options()["bits"] == "8 4 2 2"
-    alike = space.recipe(ORIGIN, {"bits": "rtn", **dict.fromkeys(names, 4)})
-    assert alike.id == fixed.recipe(ORIGIN, {"bits": "rtn", "bits.rtn.bits": 4}).id
+    equal = space.recipe(ORIGIN, {"bits": "rtn", **dict.fromkeys(names, 4)})
+    assert equal.id == fixed.recipe(ORIGIN, {"bits": "rtn", "bits.rtn.bits": 4}).id
 
 
 def test_knobs_of_blocks_do_nothing_where_their_technique_is_skipped() -> None:
     knobs = space_of({"bits": EACH}).knobs()
-    places = SpaceEncoder(knobs)
+    encoder = SpaceEncoder(knobs)
     drawn = uniform(knobs, np.random.default_rng(0))
-    skipped, other = (places.point({**drawn, "bits": "skip", "bits.rtn.bits.3": bits}) for bits in (2, 8))
+    skipped, other = (encoder.point({**drawn, "bits": "skip", "bits.rtn.bits.3": bits}) for bits in (2, 8))
     assert (skipped == other).all()
-    used, changed = (places.point({**drawn, "bits": "rtn", "bits.rtn.bits.3": bits}) for bits in (2, 8))
+    used, changed = (encoder.point({**drawn, "bits": "rtn", "bits.rtn.bits.3": bits}) for bits in (2, 8))
     assert (used != changed).any()
 
 
 @pytest.mark.parametrize(
-    ("given", "key", "told"),
+    ("value", "key", "message"),
     [
         ({"group": {"choices": [32], "each": "layer"}}, "group", "only bits and correction_rank may differ"),
         ({"bits": {"choices": [2, 4], "each": "head"}}, "bits", "expected each: layer or each: linear"),
@@ -68,21 +76,21 @@ def test_knobs_of_blocks_do_nothing_where_their_technique_is_skipped() -> None:
         ({"bits": {"each": "layer"}}, "bits", "got a range, expected"),
     ],
 )
-def test_what_cannot_differ_by_block_is_told(given: Any, key: str, told: str) -> None:
-    _, problems = parse({"bits": {"rtn": given}}, depth=Depth(4, 28))
+def test_an_option_that_cannot_differ_by_block_is_refused(value: Any, key: str, message: str) -> None:
+    _, problems = parse({"bits": {"rtn": value}}, depth=Depth(4, 28))
     assert [problem.key for problem in problems] == [f"space.bits.rtn.{key}"]
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=message):
         raise ValueError(problems[0].message)
 
 
-def test_a_technique_whose_options_are_for_all_blocks_says_so() -> None:
+def test_a_technique_without_options_per_block_is_refused_by_name() -> None:
     _, problems = parse(
         {"bits": {"mixed": {"average_bits": {"low": 3, "high": 4, "each": "layer"}}}}, depth=Depth(4, 28)
     )
     assert "no option of mixed may differ by layer" in problems[0].message
 
 
-def test_a_knob_for_every_block_cannot_follow_what_drops_blocks_but_runs_of_them_can() -> None:
+def test_a_knob_for_every_block_cannot_follow_a_removal_of_blocks_but_knobs_for_runs_can() -> None:
     depth = {"drop_layers": {"count": [0, 1]}}
     _, problems = parse({"depth": depth, "bits": {"rtn": {"bits": EACH}}}, depth=Depth(4, 28))
     assert [problem.key for problem in problems] == ["space.bits.rtn.bits"]
@@ -91,5 +99,5 @@ def test_a_knob_for_every_block_cannot_follow_what_drops_blocks_but_runs_of_them
         1
     ]
     assert not parse({"bits": {"rtn": {"bits": EACH}}, "depth": depth}, depth=Depth(4, 28))[1]
-    anyhow, _ = parse({"depth": depth, "bits": {"rtn": {"bits": EACH}}}, any_order=True, depth=Depth(4, 28))
-    assert anyhow.orders == (("bits", "depth"),)
+    space, _ = parse({"depth": depth, "bits": {"rtn": {"bits": EACH}}}, any_order=True, depth=Depth(4, 28))
+    assert space.orders == (("bits", "depth"),)

@@ -1,4 +1,4 @@
-"""The order of stages is a knob where the study asks for it, and only orders that make sense are tried."""
+"""The order of stages is a knob if the study asks for it, and only valid orders are tried."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 from jobs.knobs import Choice
 from jobs.recipe import Origin
-from orchestrator.planning.search_space import parse
+from orchestrator.planning.parse_space import parse
 
 ORIGIN = Origin("model", "data", 0)
 STAGES: dict[str, Any] = {
@@ -16,7 +16,7 @@ STAGES: dict[str, Any] = {
 }
 
 
-def test_the_given_order_stays_unless_any_is_asked_for() -> None:
+def test_the_order_of_the_file_is_fixed_unless_the_study_searches_it() -> None:
     space, problems = parse(STAGES)
     assert not problems
     assert "order" not in space.knobs()
@@ -25,7 +25,7 @@ def test_the_given_order_stays_unless_any_is_asked_for() -> None:
 def test_every_order_that_the_forms_allow_is_a_choice() -> None:
     space, problems = parse(STAGES, any_order=True)
     assert not problems
-    # Not first: nothing is lost yet. Not after rtn: packed integers cannot be trained.
+    # Distillation is never first, since the original needs no recovery, nor after rtn: packed integers cannot train.
     assert space.knobs()["order"] == Choice(("depth, recover, bits",))
     two, _ = parse({name: STAGES[name] for name in ("depth", "bits")}, any_order=True)
     assert two.knobs()["order"] == Choice(("depth, bits", "bits, depth"))
@@ -40,7 +40,7 @@ def test_a_recipe_takes_its_steps_in_the_chosen_order() -> None:
     assert space.size() == 2 * 2 * 2
 
 
-def test_stages_that_make_sense_in_no_order_are_told() -> None:
+def test_stages_without_a_valid_order_are_reported() -> None:
     _, problems = parse({"one": STAGES["bits"], "two": {"gptq": {"bits": 4}}}, any_order=True)
     assert [problem.key for problem in problems] == ["space.two"]
 
