@@ -1,1 +1,1 @@
-"""WHAT to try next, and what to keep. May import `jobs` and `cluster`."""
+"""Studies: decide which candidates to try, run them, and publish the front. May import `jobs` and `cluster`."""

@@ -119,7 +119,9 @@ def _merged(config: Any, key: str, value: Any, problems: list[Problem]) -> Any:
     except ConfigKeyError as error:
         wrong = str(error.full_key)
         similar = re.search(r"Did you mean[^']*'([^']+)'", str(error))
-        hint = f"did you mean {similar[1]}?" if similar else "this section has no key of this name"
+        hint = "this section has no key of this name"
+        if similar:
+            hint = f"did you mean {similar[1]}?"
         problems.append(Problem(wrong, f"got {wrong.rpartition('.')[2]}, expected a known key: {hint}"))
     except OmegaConfBaseException as error:
         problems.append(Problem(key, f"got {value!r}, expected {_expected(error)}"))
@@ -132,11 +134,9 @@ def _expected(error: Exception) -> str:
     if converted:
         return kinds.get(converted[1], converted[1])
     if "type hint 'Union[" in str(error):
-        return (
-            "auto or a number"
-            if "float" in str(error).rpartition("type hint")[2]
-            else "auto or a whole number"
-        )
+        if "float" in str(error).rpartition("type hint")[2]:
+            return "auto or a number"
+        return "auto or a whole number"
     if "ListConfig" in str(error):
         return "a list"
     if "Merge error" in str(error) or "Cannot assign" in str(error):

@@ -32,13 +32,15 @@ class Warping:
     @classmethod
     def fit(cls, losses: Vector, logarithm: bool) -> Warping:
         """Return the warping for a sample of typical losses."""
-        values = np.log(np.maximum(losses, _MIN_LOSS)) if logarithm else losses
+        values = _scaled(losses, logarithm)
         best, middle = (float(quantile) for quantile in np.quantile(values, [0.1, 0.5]))
         reach = _REACH * (middle - best)
-        return cls(logarithm, middle, reach) if reach > 0 else cls(logarithm)
+        if reach <= 0:
+            return cls(logarithm)
+        return cls(logarithm, middle, reach)
 
     def warp(self, losses: Vector) -> Vector:
-        values = np.log(np.maximum(losses, _MIN_LOSS)) if self.logarithm else losses
+        values = _scaled(losses, self.logarithm)
         far = values - self.middle > self.reach
         if not far.any():
             return values
@@ -51,11 +53,22 @@ class Warping:
         if far.any():
             exponent = np.minimum(np.maximum((warped - self.middle) / self.reach, 1.0) - 1, 50.0)
             warped = np.where(far, self.middle + self.reach * np.exp(exponent), warped)
-        return np.exp(np.minimum(warped, 700.0)) if self.logarithm else warped
+        if self.logarithm:
+            return np.exp(np.minimum(warped, 700.0))
+        return warped
 
     def log_derivative(self, losses: Vector) -> float:
         """Return Σ ln |d warped / d loss|, which turns a log density of warped values into one of losses."""
-        values = np.log(np.maximum(losses, _MIN_LOSS)) if self.logarithm else losses
+        values = _scaled(losses, self.logarithm)
         distance = np.maximum((values - self.middle) / self.reach, 1.0)
-        compression = -float(np.log(distance).sum())
-        return compression - (float(values.sum()) if self.logarithm else 0.0)
+        total = -float(np.log(distance).sum())
+        if self.logarithm:
+            total -= float(values.sum())
+        return total
+
+
+def _scaled(losses: Vector, logarithm: bool) -> Vector:
+    """Return the losses or their logarithms."""
+    if logarithm:
+        return np.log(np.maximum(losses, _MIN_LOSS))
+    return losses

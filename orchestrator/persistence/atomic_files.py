@@ -14,7 +14,7 @@ def write_json(file: Path, content: Mapping[str, object]) -> None:
 
 
 def write_whole(file: Path, text: str) -> None:
-    """Replace a file whole: a reader sees the old one or the new one."""
-    beside = file.with_suffix(f".{os.getpid()}.tmp")
-    beside.write_text(text)
-    os.replace(beside, file)
+    """Replace a file as a whole: a reader sees the old content or the new content."""
+    draft = file.with_suffix(f".{os.getpid()}.tmp")
+    draft.write_text(text)
+    os.replace(draft, file)

@@ -38,10 +38,10 @@ create table if not exists events (
 
 
 class Ledger:
-    """Events in the order in which they were counted. What `append` returned from survives a kill.
+    """The events of a study in their order. An event survives a kill as soon as `append` has returned.
 
-    The ledger is the service's own: one process writes, any number may read. If it is lost, the results
-    in the store remain, and a study that comes to the same jobs finds them there instead of running them.
+    One process writes the ledger, any number may read it. If it is lost, the results in the store remain, and a study
+    that needs the same jobs finds their results there instead of running them.
     """
 
     def __init__(self, file: Path, read_only: bool = False) -> None:
@@ -56,7 +56,7 @@ class Ledger:
             self._db.executescript(_SCHEMA)
 
     def note(self, key: str, value: str) -> None:
-        """Set what is known about the study as a whole (its digest, its text)."""
+        """Set a value that describes the whole study, such as its digest."""
         self._db.execute("insert or replace into about values (?, ?)", (key, value))
 
     def noted(self, key: str) -> str | None:
@@ -64,8 +64,8 @@ class Ledger:
         return None if row is None else str(row[0])
 
     @contextmanager
-    def together(self) -> Iterator[None]:
-        """What is appended within is durable once this ends: all of it or, killed before, nothing."""
+    def transaction(self) -> Iterator[None]:
+        """Append several events as one transaction: after a kill all of them are in the ledger, or none."""
         self._db.execute("begin")
         try:
             yield

@@ -26,7 +26,7 @@ def propose(prepared: PreparedStudy, costs: CostModel, choices: Choices) -> Cand
 
 
 class KnownMetrics:
-    """The metrics of choices that are known without an evaluation: what a search is given.
+    """The metrics of choices that are known without an evaluation. A search reads them before it proposes.
 
     These are the size and, where options differ by block, the predicted divergence. With a study also estimates of
     the timed metrics, once the original is timed, and the seconds that evaluating the choices would take.

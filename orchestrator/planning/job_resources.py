@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 import torch
 
@@ -14,6 +14,7 @@ from jobs.job import Job
 from jobs.models import memory
 from jobs.models.layout import Layout
 from jobs.parallel import WORKER_GIB, Sharing
+from jobs.technique import Technique
 from orchestrator.config.schema import ClusterSpec, StudyConfig, unless_auto
 from orchestrator.planning.prepared_study import PreparedStudy
 
@@ -44,13 +45,15 @@ class JobResources:
         ranks = self.ranks(job, slots)
         memory_gib = self.memory_gib(job, ranks)
         if self._is_timing(job):
-            labels = self._cluster.timing if self._cluster.address else {}
+            labels: Mapping[str, str] = {}
+            if self._cluster.address:
+                labels = self._cluster.timing
             return Resources(0.0, 1.0, memory_gib, ranks, exclusive, labels)
         return Resources(self._gpus(memory_gib), 1.0, memory_gib, ranks, exclusive)
 
     def memory_gib(self, job: Job, ranks: int = 1) -> float:
         """The estimated memory of a job, or of each of its ranks, from the size of the original."""
-        step = job.recipe.steps[-1] if job.recipe.steps else None
+        step = _last_step(job)
         if step is not None and step.trains():
             stage = self._sharing.stage(self._weights, ranks, self._device_gib, step.highest_stage)
             return round(parallel.training_gib(self._weights, stage, ranks), 3)
@@ -62,7 +65,7 @@ class JobResources:
     def ranks(self, job: Job, slots: int) -> int:
         """The number of slots that a job takes. A training takes as many as the study says, or as few as can hold it.
         Any other job, and a job whose model exists already, takes one."""
-        step = job.recipe.steps[-1] if job.recipe.steps else None
+        step = _last_step(job)
         only_measures = job.before is not None or self._is_timing(job)
         if step is None or not step.trains() or only_measures:
             return 1
@@ -78,10 +81,19 @@ class JobResources:
         if self._cluster.address is None:
             return 0.0
         gpus = unless_auto(self._cluster.gpus)
-        return share_of_gpu(memory_gib, self._device_gib) if gpus is None else float(gpus)
+        if gpus is None:
+            return share_of_gpu(memory_gib, self._device_gib)
+        return float(gpus)
 
     def _is_timing(self, job: Job) -> bool:
         return not self._timers.isdisjoint(job.meters)
+
+
+def _last_step(job: Job) -> Technique | None:
+    """Return the last step of a job's recipe; None for the original."""
+    if job.recipe.steps:
+        return job.recipe.steps[-1]
+    return None
 
 
 def sharing_of(cluster: ClusterSpec) -> Sharing:
@@ -97,7 +109,9 @@ def sharing_of(cluster: ClusterSpec) -> Sharing:
 def local_slots(config: StudyConfig) -> int:
     """The number of jobs that run at once on this machine."""
     slots = unless_auto(config.cluster.slots)
-    return (os.cpu_count() or 1) if slots is None else slots
+    if slots is None:
+        return os.cpu_count() or 1
+    return slots
 
 
 def share_of_gpu(memory_gib: float, device_gib: float) -> float:

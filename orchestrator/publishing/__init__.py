@@ -1,1 +1,1 @@
-"""Show and ship what a study found: reports, exports, verification, comparison."""
+"""Publish the results of a study: reports, exports, verification, comparison."""

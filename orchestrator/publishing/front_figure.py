@@ -29,24 +29,28 @@ def front_figure(results: Results) -> go.Figure:
     columns = min(len(pairs), 3)
     rows = -(-len(pairs) // columns)
     figure = make_subplots(rows, columns, horizontal_spacing=0.085, vertical_spacing=0.16)
-    shade = next((o for o in results.objectives if o not in pairs[0]), None) if len(pairs) > 1 else None
+    shade = None
+    if len(pairs) > 1:
+        shade = next((objective for objective in results.objectives if objective not in pairs[0]), None)
     groups = _groups(results)
     for number, (x, y) in enumerate(pairs):
-        place = {"row": number // columns + 1, "col": number % columns + 1}
+        cell = {"row": number // columns + 1, "col": number % columns + 1}
         for name, candidates in groups.items():
-            shown = [one for one in candidates if x.metric in metrics(one) and y.metric in metrics(one)]
-            if shown:
-                figure.add_trace(_scatter(name, shown, results, x, y, shade, number == 0), **place)
-        figure.update_xaxes(title_text=axis_title(x), **place)
-        figure.update_yaxes(title_text=axis_title(y), **place)
+            plotted = [
+                candidate for candidate in candidates if {x.metric, y.metric} <= metrics(candidate).keys()
+            ]
+            if plotted:
+                figure.add_trace(_scatter(name, plotted, results, x, y, shade, number == 0), **cell)
+        figure.update_xaxes(title_text=axis_title(x), **cell)
+        figure.update_yaxes(title_text=axis_title(y), **cell)
         for objective, draw in ((x, figure.add_vline), (y, figure.add_hline)):
-            if objective.limit is not None and _near(objective, results):
+            if objective.limit is not None and _within_range(objective, results):
                 limit = objective.limit * display_unit(objective.metric)[1]
-                draw(limit, line={"color": "#c9ced4", "width": 1, "dash": "dot"}, **place)
+                draw(limit, line={"color": "#c9ced4", "width": 1, "dash": "dot"}, **cell)
     figure.update_xaxes(gridcolor=LINE, linecolor=LINE, zeroline=False, title_standoff=8, automargin=True)
     figure.update_yaxes(gridcolor=LINE, linecolor=LINE, zeroline=False, title_standoff=8, automargin=True)
     figure.update_layout(
-        height=470 if rows == 1 else 400 * rows,
+        height={1: 470}.get(rows, 400 * rows),
         margin={"l": 10, "r": 10, "t": 56, "b": 10},
         font={"family": "system-ui, -apple-system, Segoe UI, Roboto, sans-serif", "size": 13, "color": INK},
         plot_bgcolor="#fff",
@@ -66,8 +70,11 @@ def axis_title(objective: Objective) -> str:
     name = objective.metric
     for suffix in UNITS:
         name = name.removesuffix(suffix)
-    better = "smaller" if objective.goal == "min" else "larger"
-    return f"{name.replace('_', ' ')}{f' ({unit})' if unit else ''}, {better} is better"
+    title = name.replace("_", " ")
+    if unit:
+        title += f" ({unit})"
+    better = {"min": "smaller", "max": "larger"}[objective.goal]
+    return f"{title}, {better} is better"
 
 
 def _pairs(objectives: Sequence[Objective]) -> list[tuple[Objective, Objective]]:
@@ -86,20 +93,23 @@ def _is_quality(objective: Objective) -> bool:
 
 def _groups(results: Results) -> dict[str, list[Candidate]]:
     """Return the candidates of each group in drawing order; the original is last, on top."""
-    others: list[Candidate] = []
+    dominated: list[Candidate] = []
     front: list[Candidate] = []
     for candidate in results.candidates:
         if candidate.measurement is None or candidate.id == results.original.id:
             continue
-        (front if results.standings[candidate.id] == "front" else others).append(candidate)
-    front.sort(key=lambda one: results.members.index(one.id))
-    found = {"not on the front": others, "front": front, "original": [results.original]}
-    return {name: members for name, members in found.items() if members}
+        if results.standings[candidate.id] == "front":
+            front.append(candidate)
+        else:
+            dominated.append(candidate)
+    front.sort(key=lambda candidate: results.members.index(candidate.id))
+    groups = {"not on the front": dominated, "front": front, "original": [results.original]}
+    return {name: members for name, members in groups.items() if members}
 
 
 def _scatter(
     group: str,
-    shown: Sequence[Candidate],
+    plotted: Sequence[Candidate],
     results: Results,
     x: Objective,
     y: Objective,
@@ -112,54 +122,60 @@ def _scatter(
         "original": {"color": "#b42318", "size": 16, "symbol": "star", "line": {"color": "#fff", "width": 1}},
     }[group]
     if group == "front" and shade is not None:
-        factor = display_unit(shade.metric)[1]
-        marker |= {"color": [metrics(one)[shade.metric] * factor for one in shown], "coloraxis": "coloraxis"}
+        marker |= {"color": _values(plotted, shade), "coloraxis": "coloraxis"}
+    mode = "markers"
+    if group == "front" and len(results.objectives) == 2:
+        mode = "lines+markers"
     return go.Scatter(
-        x=_values(shown, x),
-        y=_values(shown, y),
-        error_x=_bars(shown, x, group),
-        error_y=_bars(shown, y, group),
-        mode="lines+markers" if group == "front" and len(results.objectives) == 2 else "markers",
+        x=_values(plotted, x),
+        y=_values(plotted, y),
+        error_x=_bars(plotted, x, group),
+        error_y=_bars(plotted, y, group),
+        mode=mode,
         line={"color": "#9dbfb2", "width": 1.5},
         marker=marker,
         name=group,
         legendgroup=group,
         showlegend=legend,
-        text=[_hover(one, results) for one in shown],
+        text=[_hover(candidate, results) for candidate in plotted],
         hovertemplate="%{text}<extra></extra>",
     )
 
 
-def _values(shown: Sequence[Candidate], objective: Objective) -> list[float]:
+def _values(plotted: Sequence[Candidate], objective: Objective) -> list[float]:
     factor = display_unit(objective.metric)[1]
-    return [metrics(one)[objective.metric] * factor for one in shown]
+    return [metrics(candidate)[objective.metric] * factor for candidate in plotted]
 
 
-def _bars(shown: Sequence[Candidate], objective: Objective, group: str) -> dict[str, Any] | None:
+def _bars(plotted: Sequence[Candidate], objective: Objective, group: str) -> dict[str, Any] | None:
     """Return error bars for the front and the original; more of them would hide the points."""
     factor = display_unit(objective.metric)[1]
-    lengths = [errors(one).get(objective.metric, 0.0) * factor for one in shown]
+    lengths = [errors(candidate).get(objective.metric, 0.0) * factor for candidate in plotted]
     if group == "not on the front" or not any(lengths):
         return None
     return {"type": "data", "array": lengths, "color": "#8a929b", "thickness": 1, "width": 2}
 
 
 def _hover(candidate: Candidate, results: Results) -> str:
-    known, spread = metrics(candidate), errors(candidate)
+    values, spread = metrics(candidate), errors(candidate)
     lines = [f"<b>{html.escape(step)}</b>" for step in str(candidate.recipe).split(" → ")]
-    names = [o.metric for o in results.objectives]
-    names += sorted(known.keys() - {*names})
+    names = [objective.metric for objective in results.objectives]
+    names += sorted(values.keys() - {*names})
     for name in names:
-        if name in known:
-            error = f" ± {metric_value(name, spread[name])}" if name in spread else ""
-            lines.append(f"{metric_label(name)}: {metric_value(name, known[name])}{error}")
+        if name not in values:
+            continue
+        line = f"{metric_label(name)}: {metric_value(name, values[name])}"
+        if name in spread:
+            line += f" ± {metric_value(name, spread[name])}"
+        lines.append(line)
     standing = results.standings[candidate.id]
-    return "<br>".join([*lines, "" if standing in ("front", "dominated") else standing.replace("_", " ")])
+    if standing not in ("front", "dominated"):
+        lines.append(standing.replace("_", " "))
+    return "<br>".join(lines)
 
 
-def _near(objective: Objective, results: Results) -> bool:
-    """Whether a limit is within the range of the values; a distant one would squeeze the points into a corner."""
-    values = [
-        metrics(one)[objective.metric] for one in results.candidates if objective.metric in metrics(one)
-    ]
+def _within_range(objective: Objective, results: Results) -> bool:
+    """Whether a limit is within the range of the values. A distant one would squeeze the points into a corner."""
+    measured = [metrics(candidate) for candidate in results.candidates]
+    values = [values[objective.metric] for values in measured if objective.metric in values]
     return bool(values) and objective.limit is not None and min(values) <= objective.limit <= max(values)

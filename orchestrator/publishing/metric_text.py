@@ -22,5 +22,12 @@ def metric_value(metric: str, value: float, with_unit: bool = True) -> str:
     """Return the value in the unit of the metric."""
     unit, factor = display_unit(metric)
     scaled = value * factor
-    digits = 1 if abs(scaled) >= 100 else 2 if abs(scaled) >= 10 or unit else 3
-    return f"{scaled:,.{digits}f}{f' {unit}' if unit and with_unit else ''}"
+    digits = 3
+    if abs(scaled) >= 10 or unit:
+        digits = 2
+    if abs(scaled) >= 100:
+        digits = 1
+    text = f"{scaled:,.{digits}f}"
+    if unit and with_unit:
+        text += f" {unit}"
+    return text

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 
 import plotly.io
 
+from orchestrator.pareto.front import Objective
 from orchestrator.publishing.front_figure import front_figure
 from orchestrator.publishing.metric_text import metric_label, metric_value
 from orchestrator.study.candidate import Candidate
-from orchestrator.study.front_snapshot import Difference
 from orchestrator.study.results import (
     COSTS,
     Results,
@@ -48,8 +48,8 @@ pre { background: #f6f7f8; padding: 14px 16px; border-radius: 6px; overflow-x: a
 """
 
 
-def report_html(results: Results, yaml_text: str, savings: Savings, spent: Sequence[str] = ()) -> str:
-    """Return the whole page. spent: lines about the time and cost of the study."""
+def report_html(results: Results, yaml_text: str, savings: Savings, cost_lines: Sequence[str] = ()) -> str:
+    """Return the whole page. cost_lines: sentences about the time and cost of the study."""
     figure = plotly.io.to_html(
         front_figure(results), full_html=False, include_plotlyjs=True, config={"displaylogo": False}
     )
@@ -58,7 +58,7 @@ def report_html(results: Results, yaml_text: str, savings: Savings, spent: Seque
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}: the front</title>'
         f"<style>{STYLE}</style></head><body>\n<h1>{title}</h1>\n<p>{_summary(results)}</p>\n{figure}\n"
         f"<h2>The front, relative to the original</h2>\n{_front_table(results)}\n{_failures(results)}\n"
-        f"{_predictions(results)}\n{_race(results)}\n{_sharing(savings)}\n{_took(spent)}\n"
+        f"{_predictions(results)}\n{_race(results)}\n{_sharing(savings)}\n{_time_and_cost(cost_lines)}\n"
         f"<h2>Environment</h2>\n{_environment(results)}\n<h2>Study</h2>\n"
         f"<pre>{html.escape(yaml_text)}</pre>\n</body></html>\n"
     )
@@ -75,114 +75,140 @@ def _summary(results: Results) -> str:
         "stopped": "stopped early", "waiting": "not measured",
     }  # fmt: skip
     parts = [f"{counts[standing]} {text}" for standing, text in words.items() if counts[standing]]
-    limits = [
-        f"{metric_label(o.metric)} {'≤' if o.goal == 'min' else '≥'} {metric_value(o.metric, o.limit)}"
-        for o in results.objectives
-        if o.limit is not None
-    ]
-    volume, alike = results.hypervolume, indistinguishable_objectives(results)
     text = f"{len(results.candidates)} models: {', '.join(parts)}."
-    text += f" Limits: {', '.join(limits)} (dotted)." if limits else ""
-    text += f" Hypervolume {volume:.3f} of 1." if volume is not None else ""
-    if alike:
-        text += f" No two models of the front differ in {', '.join(alike)} by more than two standard errors."
+    limits = [_limit_text(objective) for objective in results.objectives if objective.limit is not None]
+    if limits:
+        text += f" Limits: {', '.join(limits)} (dotted)."
+    if results.hypervolume is not None:
+        text += f" Hypervolume {results.hypervolume:.3f} of 1."
+    indistinguishable = indistinguishable_objectives(results)
+    if indistinguishable:
+        metrics_text = ", ".join(indistinguishable)
+        text += f" No two models of the front differ in {metrics_text} by more than two standard errors."
     return html.escape(text + " Bars are standard errors; for timings, the spread.")
+
+
+def _limit_text(objective: Objective) -> str:
+    assert objective.limit is not None
+    sign = {"min": "≤", "max": "≥"}[objective.goal]
+    return f"{metric_label(objective.metric)} {sign} {metric_value(objective.metric, objective.limit)}"
 
 
 def _front_table(results: Results) -> str:
     names = [objective.metric for objective in results.objectives]
-    named: dict[str, list[str]] = defaultdict(list)
+    picks: dict[str, list[str]] = defaultdict(list)
     for name, id in results.picks.items():
-        named[id].append(name)
+        picks[id].append(name)
     by_id = {candidate.id: candidate for candidate in results.candidates}
-    head = "".join(f"<th>{html.escape(metric_label(n))}</th><th>vs original</th>" for n in names)
-    rows = [_row(results.original, results, [], "original")] if results.original.id not in named else []
-    rows += [_row(by_id[id], results, named[id], "") for id in results.members]
+    head = "".join(f"<th>{html.escape(metric_label(name))}</th><th>vs original</th>" for name in names)
+    rows = []
+    if results.original.id not in picks:
+        rows.append(_row(results.original, results, [], "original"))
+    rows += [_row(by_id[id], results, picks[id], "") for id in results.members]
     return f'<div class="scroll"><table><tr><th>recipe</th>{head}</tr>\n' + "\n".join(rows) + "</table></div>"
 
 
-def _row(candidate: Candidate, results: Results, named: Sequence[str], kind: str) -> str:
-    known, spread, original = metrics(candidate), errors(candidate), metrics(results.original)
-    tags = "".join(f'<span class="name">{html.escape(name)}</span>' for name in named)
+def _row(candidate: Candidate, results: Results, picks: Sequence[str], kind: str) -> str:
+    """picks: the names under which the study recommends this candidate. kind: the CSS class of the row."""
+    values, spread = metrics(candidate), errors(candidate)
+    tags = "".join(f'<span class="name">{html.escape(name)}</span>' for name in picks)
     cells = [f"<td>{html.escape(str(candidate.recipe))}{tags}</td>"]
     for objective in results.objectives:
         name = objective.metric
-        if name not in known:
+        if name not in values:
             cells.append("<td>–</td><td></td>")
             continue
-        error = f" <small>± {metric_value(name, spread[name], False)}</small>" if name in spread else ""
-        apart = None if kind == "original" else difference(candidate, results.original, name)
-        relative = "" if kind == "original" else _relative(name, known[name], original.get(name), apart)
-        cells.append(f"<td>{metric_value(name, known[name])}{error}</td><td>{relative}</td>")
+        error = ""
+        if name in spread:
+            error = f" <small>± {metric_value(name, spread[name], False)}</small>"
+        relative = ""
+        if kind != "original":
+            relative = _relative(candidate, results.original, name)
+        cells.append(f"<td>{metric_value(name, values[name])}{error}</td><td>{relative}</td>")
     return f'<tr class="{kind}">{"".join(cells)}</tr>'
 
 
-def _relative(metric: str, value: float, original: float | None, apart: Difference | None) -> str:
-    """Return the value relative to the original: size as a share, time as a speed-up, accuracy in points, other metrics
+def _relative(candidate: Candidate, original: Candidate, metric: str) -> str:
+    """Return a metric relative to the original: size as a share, time as a speed-up, accuracy in points, other metrics
     in percent; with the standard error of the difference if both were measured on the same items."""
-    if not original or not value:
+    value, reference = metrics(candidate)[metric], metrics(original).get(metric)
+    if not reference or not value:
         return ""
     if metric.endswith("_ms"):
-        return f"{original / value:.2f}× faster" if value <= original else f"{value / original:.2f}× slower"
+        if value <= reference:
+            return f"{reference / value:.2f}× faster"
+        return f"{value / reference:.2f}× slower"
     if metric.endswith(COSTS):
-        return f"{value / original:.0%}"
+        return f"{value / reference:.0%}"
+    paired = difference(candidate, original, metric)
+    error = ""
     if "accuracy" in metric:
-        error = f" <small>± {apart.error * 100:.1f}</small>" if apart else ""
-        return f"{(value - original) * 100:+.1f} points{error}"
-    error = f" <small>± {apart.error / abs(original):.1%}</small>" if apart else ""
-    return f"{value / original - 1:+.1%}{error}"
+        if paired:
+            error = f" <small>± {paired.error * 100:.1f}</small>"
+        return f"{(value - reference) * 100:+.1f} points{error}"
+    if paired:
+        error = f" <small>± {paired.error / abs(reference):.1%}</small>"
+    return f"{value / reference - 1:+.1%}{error}"
 
 
 def _failures(results: Results) -> str:
-    """The table of candidates that failed, exceeded a limit or were stopped, by kind."""
-    kinds: dict[str, list[tuple[str, str]]] = defaultdict(list)
-    for one in results.candidates:
-        if one.failure is not None:
-            kinds[one.failure.kind.replace("_", " ")].append((str(one.recipe), one.failure.message))
-        elif one.stopped is not None:
-            kinds["stopped early"].append((str(one.recipe), one.stopped))
-        elif results.standings[one.id] == "over_limit" and one.id != results.original.id:
-            broken = [o for o in results.objectives if o.metric in metrics(one)]
-            broken = [o for o in broken if o.broken_by(metrics(one)[o.metric])]
-            texts = [
-                f"{metric_label(o.metric)} {metric_value(o.metric, metrics(one)[o.metric])}" for o in broken
-            ]
-            kinds["over a limit"].append((str(one.recipe), ", ".join(texts)))
-    if not kinds:
+    """Return the table of candidates that failed, exceeded a limit or were stopped, by kind."""
+    messages: dict[str, list[tuple[str, str]]] = defaultdict(list)
+    for candidate in results.candidates:
+        recipe = str(candidate.recipe)
+        if candidate.failure is not None:
+            messages[candidate.failure.kind.replace("_", " ")].append((recipe, candidate.failure.message))
+        elif candidate.stopped is not None:
+            messages["stopped early"].append((recipe, candidate.stopped))
+        elif results.standings[candidate.id] == "over_limit" and candidate.id != results.original.id:
+            messages["over a limit"].append((recipe, _exceeded_limits(candidate, results.objectives)))
+    if not messages:
         return ""
-    rows = [
-        f"<tr><td>{html.escape(recipe)}</td><td>{html.escape(kind)}</td><td>{html.escape(message[:200])}</td></tr>"
-        for kind, found in sorted(kinds.items())
-        for recipe, message in found
-    ]
+    rows = []
+    for kind, reasons in sorted(messages.items()):
+        for recipe, message in reasons:
+            cells = (html.escape(recipe), html.escape(kind), html.escape(message[:200]))
+            rows.append(f"<tr><td>{'</td><td>'.join(cells)}</td></tr>")
     head = "<tr><th>recipe</th><th>kind</th><th>reason</th></tr>"
-    count = ", ".join(f"{len(found)} {kind}" for kind, found in sorted(kinds.items()))
+    count = ", ".join(f"{len(reasons)} {kind}" for kind, reasons in sorted(messages.items()))
     table = f'<div class="scroll text"><table>{head}{"".join(rows)}</table></div>'
     return f"<h2>Failed, over a limit or stopped: {count}</h2>{table}"
 
 
+def _exceeded_limits(candidate: Candidate, objectives: Sequence[Objective]) -> str:
+    """Return the metrics of a candidate that are over their limits, with their values."""
+    values, texts = metrics(candidate), []
+    for objective in objectives:
+        metric = objective.metric
+        if metric in values and objective.broken_by(values[metric]):
+            texts.append(f"{metric_label(metric)} {metric_value(metric, values[metric])}")
+    return ", ".join(texts)
+
+
 def _predictions(results: Results) -> str:
-    """The errors of predictions for each metric that was predicted and measured."""
-    off: dict[str, list[float]] = defaultdict(list)
-    for one in results.candidates:
-        for metric, error in prediction_errors(one).items():
-            off[metric].append(abs(error))
-    if not off:
+    """Return the relative errors of the predictions of each metric that was predicted and measured."""
+    errors_by_metric: dict[str, list[float]] = defaultdict(list)
+    for candidate in results.candidates:
+        for metric, error in prediction_errors(candidate).items():
+            errors_by_metric[metric].append(abs(error))
+    if not errors_by_metric:
         return ""
-    texts = [
-        f"{metric_label(metric)} by {statistics.median(found):.1%} (median), {max(found):.1%} (worst of {len(found)})"
-        for metric, found in sorted(off.items())
-    ]
+    texts = []
+    for metric, sizes in sorted(errors_by_metric.items()):
+        median = statistics.median(sizes)
+        texts.append(
+            f"{metric_label(metric)} {median:.1%} (median), {max(sizes):.1%} (worst of {len(sizes)})"
+        )
     return (
-        f"<h2>Predictions, which steered the search</h2>\n<p>Off what was measured: {'; '.join(texts)}.</p>"
+        f"<h2>Predictions, which steered the search</h2>\n"
+        f"<p>Relative errors against the measured values: {'; '.join(texts)}.</p>"
     )
 
 
 def _race(results: Results) -> str:
-    """The share of the evaluation that was used, and how well smaller shares predicted larger ones."""
-    read = sum(one.fidelity for one in results.candidates if one.measurement is not None)
-    every = sum(one.measurement is not None for one in results.candidates)
-    if read == every:
+    """Return the share of the evaluation that was used, and how well smaller shares predicted larger ones."""
+    shares = [candidate.fidelity for candidate in results.candidates if candidate.measurement is not None]
+    if sum(shares) == len(shares):
         return ""
     texts = [
         f"{metric_label(flips.metric)} from {flips.low:.0%} to {flips.high:.0%} of it: {flips.flipped} of {flips.pairs}"
@@ -190,13 +216,13 @@ def _race(results: Results) -> str:
     ]
     return (
         f"<h2>Evaluation on smaller shares</h2>\n<p>"
-        f"{every} models were measured on {read / every:.0%} of the evaluation, on average. "
+        f"{len(shares)} models were measured on {sum(shares) / len(shares):.0%} of the evaluation, on average. "
         f"Pairs whose order changed when they were measured on more: {'; '.join(texts) or 'none were'}.</p>"
     )
 
 
 def _sharing(savings: Savings) -> str:
-    """The measured seconds that sharing saved; empty if nothing was shared."""
+    """Return the measured seconds that sharing saved; empty if nothing was shared."""
     parts = [
         (
             f"{savings.steps} steps shared by several candidates",
@@ -205,7 +231,7 @@ def _sharing(savings: Savings) -> str:
         ("statistics reused from earlier candidates", savings.statistics_seconds),
         (f"{savings.jobs} jobs already in the store", savings.jobs and savings.jobs_seconds),
     ]
-    texts = [f"{what} ({seconds:,.1f} s)" for what, seconds in parts if seconds]
+    texts = [f"{description} ({seconds:,.1f} s)" for description, seconds in parts if seconds]
     if not texts:
         return ""
     return (
@@ -214,16 +240,16 @@ def _sharing(savings: Savings) -> str:
     )
 
 
-def _took(spent: Sequence[str]) -> str:
-    """Time, nodes and money; the total is first."""
-    if not spent:
+def _time_and_cost(lines: Sequence[str]) -> str:
+    """Return time, nodes and money; the total is first."""
+    if not lines:
         return ""
-    return "<h2>Time and cost</h2>\n" + "\n".join(f"<p>{html.escape(one)}</p>" for one in spent)
+    return "<h2>Time and cost</h2>\n" + "\n".join(f"<p>{html.escape(line)}</p>" for line in lines)
 
 
 def _environment(results: Results) -> str:
     measurement = results.original.measurement
-    known = measurement.environment if measurement else {}
-    return (
-        f"<p>{html.escape(' · '.join(f'{name} {value}' for name, value in known.items()) or 'unknown')}</p>"
-    )
+    if measurement is None:
+        return "<p>unknown</p>"
+    versions = [f"{name} {value}" for name, value in measurement.environment.items()]
+    return f"<p>{html.escape(' · '.join(versions) or 'unknown')}</p>"

@@ -5,6 +5,7 @@ A job that needs an evicted item makes it again (`orchestrator/worker/work.py`).
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import shutil
@@ -167,8 +168,9 @@ def parse_size(size: str) -> int:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", size, re.IGNORECASE)
     if match is None or (match[3] and not match[2]):
         raise ValueError(f"{size!r} is not a size; give one like 5GB, 500MB or 1.5GiB")
-    unit: int = (1024 if match[3] else 1000) ** _UNITS[match[2].lower()]
-    return round(float(match[1]) * unit)
+    base = 1024 if match[3] else 1000
+    unit_bytes: int = base ** _UNITS[match[2].lower()]
+    return round(float(match[1]) * unit_bytes)
 
 
 def inventory_at(address: str) -> Inventory:
@@ -181,12 +183,14 @@ def inventory_at(address: str) -> Inventory:
         return inventory(Path(address))
     store = open_store(address)
     holdings = store.holdings()
-    training_digests = set(checkpoint_sync.held(store).values())
+    training_digests = set(checkpoint_sync.stored_checkpoints(store).values())
     checkpoints: list[int] = []
     models: list[int] = []
     for artifact in holdings.artifacts:
-        sizes = checkpoints if artifact.ref.digest in training_digests else models
-        sizes.append(artifact.ref.size_bytes)
+        if artifact.ref.digest in training_digests:
+            checkpoints.append(artifact.ref.size_bytes)
+        else:
+            models.append(artifact.ref.size_bytes)
     items = [
         Item("models", address, sum(models), number=len(models)),
         Item("checkpoints", address, sum(checkpoints), number=len(checkpoints)),
@@ -201,7 +205,7 @@ def sweep(address: str) -> int:
     if not is_remote(address):
         inventory(Path(address))  # raises LookupError if the folder is not a store
     store = open_store(address)
-    trainings = checkpoint_sync.held(store)
+    trainings = checkpoint_sync.stored_checkpoints(store)
     before = store.holdings()
     store.sweep(LEFTOVER_SECONDS)
     since = time.time() - LEFTOVER_SECONDS
@@ -267,14 +271,17 @@ def _artifacts(
     records = ArtifactRecords(store)
     for id in records.recipe_ids():
         ref = records.named(id)
-        names.setdefault("" if ref is None else ref.digest, []).append(id)
+        if ref is not None:
+            names.setdefault(ref.digest, []).append(id)
     originals, measured = _measured(store)
     members = frozenset(id for study in studies for id in study.members)
     running = any(study.running for study in studies)
     for artifact in artifacts:
         digest = artifact.ref.digest
         ids = names.get(digest, [])
-        kind: Kind = "candidates" if digest in measured else "intermediates"
+        kind: Kind = "intermediates"
+        if digest in measured:
+            kind = "candidates"
         if not ids:
             kind = "unnamed"
         if not members.isdisjoint(ids):
@@ -311,17 +318,23 @@ def _remove_artifact(store: ArtifactStore, artifact: StoredArtifact, ids: Sequen
 def _cached(cache: Path, studies: Sequence[StudyUsage]) -> Iterator[Item]:
     running = any(study.running for study in studies)
     for entry in cached_statistics(cache):
-        needed = any(study.may_need([entry.key]) for study in studies)
-        remove = None if needed else entry.remove
-        yield Item("statistics", entry.name, entry.size_bytes, entry.used_at, remove=remove)
+        item = Item("statistics", entry.name, entry.size_bytes, entry.used_at, remove=entry.remove)
+        yield _unless(any(study.may_need([entry.key]) for study in studies), item)
     graphs = cache / _GRAPHS
     for entry in cached_statistics(graphs):
-        remove = None if running else entry.remove
-        yield Item("graphs", entry.name, entry.size_bytes, entry.used_at, remove=remove)
-    for path in graphs.iterdir() if graphs.is_dir() else ():
-        if path.is_dir():  # the scratch folder of an export that was killed, or that is running
-            remove = None if running else partial(shutil.rmtree, path, ignore_errors=True)
-            yield Item("scratch", f"{CACHE}/{_GRAPHS}/{path.name}", _size(path), remove=remove)
+        yield _unless(
+            running, Item("graphs", entry.name, entry.size_bytes, entry.used_at, remove=entry.remove)
+        )
+    for path in graphs.glob("*/"):  # the scratch folder of an export that was killed, or that is running
+        remove = partial(shutil.rmtree, path, ignore_errors=True)
+        yield _unless(running, Item("scratch", f"{CACHE}/{_GRAPHS}/{path.name}", _size(path), remove=remove))
+
+
+def _unless(needed: bool, item: Item) -> Item:
+    """Return the item, not evictable if it is needed."""
+    if needed:
+        return dataclasses.replace(item, remove=None)
+    return item
 
 
 def _of_study(study: StudyUsage) -> Iterator[Item]:
@@ -331,9 +344,9 @@ def _of_study(study: StudyUsage) -> Iterator[Item]:
         if path.name not in kinds:
             files_bytes += _size(path)
             continue
-        remove = None if study.running else partial(_remove_of_study, study.folder, path)
+        remove = partial(_remove_of_study, study.folder, path)
         name = f"{study.name}/{path.name}"
-        yield Item(kinds[path.name], name, _size(path), _used_at(path), remove=remove)
+        yield _unless(study.running, Item(kinds[path.name], name, _size(path), _used_at(path), remove=remove))
     yield Item("files", study.name, files_bytes)
 
 

@@ -48,8 +48,9 @@ class CostMeter:
         self._clock = clock
         self._ask = ask
         self._priced: dict[NodeType, Nodes] = {}
-        before = noted_bill(ledger)
-        self.bill = before if price_per_hour is None else before.priced_at(price_per_hour)
+        self.bill = noted_bill(ledger)
+        if price_per_hour is not None:
+            self.bill = self.bill.priced_at(price_per_hour)
         self._counted_at = clock()
         self.count()
 

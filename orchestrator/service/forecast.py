@@ -142,12 +142,15 @@ def _proposals(prepared: PreparedStudy, cost_model: CostModel, search: Search) -
     proposals: dict[str, CandidateProposed] = {}
     duplicates = 0
     while len(proposals) < prepared.config.search.candidates and duplicates < _MAX_DUPLICATES:
-        asked = search.ask(1)
-        if not asked:
+        choices = search.ask(1)
+        if not choices:
             break
-        proposal = propose(prepared, cost_model, asked[0])
-        duplicates = duplicates + 1 if proposal.recipe.id in proposals else 0
-        proposals.setdefault(proposal.recipe.id, proposal)
+        proposal = propose(prepared, cost_model, choices[0])
+        if proposal.recipe.id in proposals:
+            duplicates += 1
+        else:
+            duplicates = 0
+            proposals[proposal.recipe.id] = proposal
     return list(proposals.values())
 
 

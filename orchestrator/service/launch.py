@@ -65,30 +65,14 @@ def launch(
             meter = CostMeter(ledger, executor, prepared.budget, prepared.config.cluster.price_per_hour)
             prepared = _restore_rungs(prepared, ledger)
             prepared = fit_predictors(prepared, ledger, executor)
-            study = Study(prepared.plan)
-            costs = CostModel.of(prepared)
-            known = KnownMetrics(prepared, costs, study)
-            searching = search.make(
-                prepared.config.search.algorithm,
-                prepared.space.knobs(),
-                prepared.plan.objectives,
-                known,
-                prepared.config.search.seed,
-                initial_design(prepared, KnownMetrics(prepared, costs)),
-            )
-            replay(study, ledger, searching)
-            monitor = StudyMonitor(prepared, study, show, meter)
-            service = Service(
-                study, prepared, costs, searching, executor, ledger, tracker,
-                do or _work(prepared), monitor, meter,
-            )  # fmt: skip
+            service = _assemble(prepared, ledger, executor, tracker, show, meter, do or _work(prepared))
             try:
                 service.run()
             finally:
                 meter.settle()
-                monitor.write(study)
-        _remove_abandoned_work(prepared, study)
-        return _publish(prepared, study, meter, tracker)
+                service.monitor.write(service.study)
+        _remove_abandoned_work(prepared, service.study)
+        return _publish(prepared, service.study, meter, tracker)
 
 
 def _claim_folder(prepared: PreparedStudy, overrides: tuple[str, ...]) -> Ledger:
@@ -108,6 +92,31 @@ def _claim_folder(prepared: PreparedStudy, overrides: tuple[str, ...]) -> Ledger
     folder.note_store(prepared.config.store)
     write_json(folder.materials, dataclasses.asdict(prepared.materials))
     return ledger
+
+
+def _assemble(
+    prepared: PreparedStudy,
+    ledger: Ledger,
+    executor: Executor,
+    tracker: Tracker,
+    show: Show,
+    meter: CostMeter,
+    do: Work,
+) -> Service:
+    """Return the loop of a study in the state that its ledger describes."""
+    study = Study(prepared.plan)
+    costs = CostModel.of(prepared)
+    searching = search.make(
+        prepared.config.search.algorithm,
+        prepared.space.knobs(),
+        prepared.plan.objectives,
+        KnownMetrics(prepared, costs, study),
+        prepared.config.search.seed,
+        initial_design(prepared, KnownMetrics(prepared, costs)),
+    )
+    replay(study, ledger, searching)
+    monitor = StudyMonitor(prepared, study, show, meter)
+    return Service(study, prepared, costs, searching, executor, ledger, tracker, do, monitor, meter)
 
 
 def _start_tracking(prepared: PreparedStudy) -> Tracker:

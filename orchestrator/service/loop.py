@@ -116,14 +116,14 @@ class Service:
         duplicates = 0
         while self.study.wants(self.executor.slots):
             try:
-                asked = self.search.ask(1)
+                choices = self.search.ask(1)
             except LookupError as error:
                 self._take(SearchExhausted(str(error)))
                 return
-            if not asked:
+            if not choices:
                 self._take(SearchExhausted("every choice of the space was proposed"))
                 return
-            proposal = propose(self.prepared, self.costs, asked[0])
+            proposal = propose(self.prepared, self.costs, choices[0])
             if proposal.recipe.id not in self.study.candidates:
                 duplicates = 0
                 self._take(proposal)
@@ -153,7 +153,7 @@ class Service:
         if not events:
             return
         commands: list[Command] = []
-        with self.ledger.together():
+        with self.ledger.transaction():
             for event in events:
                 commands += self._decide(event)
         self._carry_out(commands)

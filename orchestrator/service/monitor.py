@@ -86,9 +86,13 @@ def _objectives(prepared: PreparedStudy, study: Study) -> list[Objective]:
     timed objectives do not count."""
     plan = prepared.plan
     untimed = [objective for objective in plan.objectives if objective.metric not in plan.timed]
-    return untimed if untimed and study.stage in ("searching", "racing") else list(plan.objectives)
+    if untimed and study.stage in ("searching", "racing"):
+        return untimed
+    return list(plan.objectives)
 
 
 def _fidelity(study: Study) -> float:
     """The smallest share of the evaluation that counts now. While the search runs, any share counts."""
-    return 0.0 if study.stage in ("searching", "racing") else 1.0
+    if study.stage in ("searching", "racing"):
+        return 0.0
+    return 1.0

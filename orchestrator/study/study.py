@@ -135,8 +135,12 @@ class Study:
     @property
     def stage(self) -> Stage:
         if not self._timing.started:
-            return "racing" if self._all_proposed and not self._table.open else "searching"
-        return "timing" if self.running else "done"
+            if self._all_proposed and not self._table.open:
+                return "racing"
+            return "searching"
+        if self.running:
+            return "timing"
+        return "done"
 
     def seconds(self, recipe: Recipe) -> float:
         """Return the expected slot time of a new candidate: its steps that are not planned yet, and its measurement."""

@@ -1,7 +1,7 @@
-"""Checkpoints: how those of a training reach the machine that goes on with it, where machines share no disk.
+"""Send training checkpoints to the store, so that a training can resume on a machine without a shared disk.
 
-They lie in a folder of the worker. Where the store is elsewhere they are put into it too: the record
-`checkpoints/RECIPE/STEPS` names an artifact, and that of the most steps counts.
+A worker writes checkpoints into its own folder. If the store is remote, they are also stored as artifacts: the record
+`checkpoints/RECIPE/STEPS` names the artifact, and the record with the most steps is the current one.
 """
 
 from __future__ import annotations
@@ -21,22 +21,25 @@ from cluster.storage.store import ArtifactStore
 from jobs.training.checkpoints import MARKER
 
 SEND_SECONDS = 60.0
-"""About so much training may be lost where a machine goes without notice, beyond what its last checkpoint lacks."""
+"""Seconds between two sent checkpoints. A machine that vanishes without notice loses about this much training, in
+addition to the steps since its last local checkpoint."""
 
 _PREFIX = "checkpoints/"
 
 
 def steps_in(folder: Path) -> int:
-    """How many steps are done in the checkpoint that lies in a folder of checkpoints; 0 where there is none."""
+    """Return the number of completed steps of the checkpoint in a folder of checkpoints; 0 if there is none."""
     try:
         return len(json.loads((folder / MARKER).read_text())["losses"])
     except FileNotFoundError:
         return 0
 
 
-def bring(recipe_id: str, store: ArtifactStore, folder: Path) -> None:
-    """Lay out in `folder` the checkpoint that the store holds, if it is further than the one that lies there. One that
-    is damaged, or that no training wrote, is removed."""
+def fetch(recipe_id: str, store: ArtifactStore, folder: Path) -> None:
+    """Fetch the stored checkpoint into `folder` if it has more steps than the checkpoint there.
+
+    Stored checkpoints that are damaged, or that no training wrote, are removed.
+    """
     for key in reversed(list(store.records(f"{_PREFIX}{recipe_id}/"))):
         record = store.record(key)
         if record is None or _steps(key) <= steps_in(folder):
@@ -45,7 +48,7 @@ def bring(recipe_id: str, store: ArtifactStore, folder: Path) -> None:
         try:
             store.fetch(ArtifactRef(**record), staged)
             _check(staged)
-        except LookupError:  # another attempt has sent a later one, and removed this
+        except LookupError:  # another attempt has sent a later one and removed this one
             continue
         except (DamagedError, ValueError):
             shutil.rmtree(staged, ignore_errors=True)
@@ -57,15 +60,14 @@ def bring(recipe_id: str, store: ArtifactStore, folder: Path) -> None:
 
 
 def send(recipe_id: str, store: ArtifactStore, folder: Path) -> None:
-    """Put the checkpoint that lies in `folder` into the store, if it is further than what the store holds, and remove
-    what it takes the place of."""
+    """Store the checkpoint in `folder` if it has more steps than the stored ones, and remove those that it replaces."""
     keys = list(store.records(f"{_PREFIX}{recipe_id}/"))
     steps = steps_in(folder)
     if steps == 0 or any(_steps(key) >= steps for key in keys):
         return
     ref, key = store.put(folder), f"{_PREFIX}{recipe_id}/{steps:08}"
     if not store.commit(key, asdict(ref)) and store.record(key) != asdict(ref):
-        store.remove(ref)  # another attempt was as far
+        store.remove(ref)  # another attempt has sent the same number of steps
     for key in list(store.records(f"{_PREFIX}{recipe_id}/"))[:-1]:
         _remove(key, store)
 
@@ -77,30 +79,37 @@ def drop(recipe_ids: Collection[str], store: ArtifactStore) -> None:
             _remove(key, store)
 
 
-def held(store: ArtifactStore) -> dict[str, str]:
-    """The recipes, by their ids, of whose trainings the store holds checkpoints; and the digest of each."""
-    records = ((key, store.record(key)) for key in store.records(_PREFIX))
-    return {_recipe_id(key): record["digest"] for key, record in records if record is not None}
+def stored_checkpoints(store: ArtifactStore) -> dict[str, str]:
+    """Return the digests of the stored checkpoints by the ids of their recipes."""
+    digests = {}
+    for key in store.records(_PREFIX):
+        record = store.record(key)
+        if record is not None:
+            digests[_recipe_id(key)] = record["digest"]
+    return digests
 
 
 def _check(folder: Path) -> None:
-    """ValueError for what is no checkpoint: others may write into a store too, and who reads this trains with it, and
-    removes the folder that it names."""
+    """Raise ValueError if a folder is not a checkpoint.
+
+    Other programs may write into a store too, and a training reads the checkpoint and removes the folder that its
+    marker names.
+    """
     names = {file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()}
     try:
         marker = json.loads((folder / MARKER).read_text())
-        counts, losses = marker["folder"], marker["losses"]
+        current, losses = marker["folder"], marker["losses"]
     except (OSError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder} holds no checkpoint") from error
+        raise ValueError(f"{folder} is not a checkpoint") from error
     inside = names - {MARKER}
-    plain = isinstance(counts, str) and "/" not in counts and counts not in ("", ".", "..")
-    safe = all(name.startswith(f"{counts}/") and name.endswith(".safetensors") for name in inside)
-    if not (plain and safe and inside and isinstance(losses, list)):
-        raise ValueError(f"{folder} holds what is no checkpoint")
+    is_plain = isinstance(current, str) and "/" not in current and current not in ("", ".", "..")
+    are_safe = all(name.startswith(f"{current}/") and name.endswith(".safetensors") for name in inside)
+    if not (is_plain and are_safe and inside and isinstance(losses, list)):
+        raise ValueError(f"{folder} is not a checkpoint")
 
 
 def _remove(key: str, store: ArtifactStore) -> None:
-    # Killed between the two, a record is left that names nothing, and goes next time.
+    # A process killed between the two leaves a record without an artifact, which is removed next time.
     record = store.record(key)
     if record is not None:
         store.remove(ArtifactRef(**record))
@@ -115,11 +124,11 @@ def _steps(key: str) -> int:
     return int(key.rpartition("/")[2])
 
 
-class Sending:
-    """Sends the checkpoints of one attempt while it goes on, in a thread, so that training does not wait.
+class CheckpointSender:
+    """Sends the checkpoints of one attempt from a thread, so that the training does not wait.
 
-    Call it after each step, from the thread that trains: what lies in the folder is then whole. workdir: for links to
-    what is being sent, on the same file system.
+    Call it after each step from the training thread: the checkpoint in the folder is complete at that time.
+    workdir: a folder of the same file system, for links to the files that are being sent.
     """
 
     def __init__(self, recipe_id: str, store: ArtifactStore, folder: Path, workdir: Path) -> None:
@@ -129,7 +138,7 @@ class Sending:
         self._thread: threading.Thread | None = None
 
     def __call__(self) -> None:
-        """Begin to send the last checkpoint, if it is time and there is a new one."""
+        """Start to send the latest checkpoint if it is new and the interval has passed."""
         busy = self._thread is not None and self._thread.is_alive()
         if busy or time.monotonic() - self._began < SEND_SECONDS:
             return
@@ -141,26 +150,26 @@ class Sending:
             self._thread = threading.Thread(target=self._send, args=(linked,), daemon=True)
             self._thread.start()
 
-    def last(self) -> None:
-        """Send what lies there now, and return when it is there. What is still under way goes on beside it."""
+    def send_now(self) -> None:
+        """Send the checkpoint in the folder and return when it is stored. A transfer in progress continues."""
         steps = steps_in(self._folder)
         if steps:
             self._send(_linked(self._folder, self._workdir / f"last-{steps}"))
 
-    def end(self) -> None:
-        """Wait for what is under way."""
+    def wait(self) -> None:
+        """Wait for the transfer in progress."""
         if self._thread is not None:
             self._thread.join()
 
     def _send(self, linked: Path) -> None:
-        # What does not get through is sent with the next one.
+        # A failed transfer is replaced by the next one.
         with contextlib.suppress(OSError):
             send(self._recipe_id, self._store, linked)
         shutil.rmtree(linked, ignore_errors=True)
 
 
 def _linked(folder: Path, target: Path) -> Path:
-    """The checkpoint that counts now, as links that stay when the training removes it."""
+    """Return the current checkpoint as hard links, which remain when the training removes it."""
     marker = (folder / MARKER).read_text()
     for file in (folder / json.loads(marker)["folder"]).rglob("*"):
         if file.is_file():

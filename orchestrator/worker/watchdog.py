@@ -1,6 +1,7 @@
-"""Lease: work that makes no progress ends its process, so that it is lost and tried again.
+"""End a worker process that makes no progress, so that its task is lost and tried again.
 
-What hangs may hold Python itself: faulthandler's watchdog, which needs none, writes down where and ends the process.
+A hanging call may hold Python's global lock, so the timer is the one of faulthandler: it runs without the lock, prints
+the stack and ends the process.
 """
 
 from __future__ import annotations
@@ -10,18 +11,20 @@ import os
 import time
 
 STALL_SECONDS = "SLIMFRONT_STALL_SECONDS"
-"""In a worker's environment: after so long without a report it is taken to hang. Elsewhere nothing is."""
+"""The environment variable of a worker with the seconds without a report after which it is assumed to hang. A process
+without the variable never ends itself."""
 _STDERR = 2
 _RENEWALS = 10
-"""So often at most a lease is renewed in the time that it is good for."""
+"""The number of renewals within the duration of a lease, at most."""
 
 
 class Lease:
-    """This process's lease, where it needs one. Each report renews it."""
+    """The time until this process ends itself. Each report of progress renews it."""
 
     def __init__(self) -> None:
-        told = os.environ.get(STALL_SECONDS)
-        self._seconds = None if told is None else float(told)
+        self._seconds: float | None = None
+        if STALL_SECONDS in os.environ:
+            self._seconds = float(os.environ[STALL_SECONDS])
         self._renewed_at = 0.0
         self.renew()
 
@@ -32,6 +35,6 @@ class Lease:
             self._renewed_at = now
 
     def end(self) -> None:
-        """The work is done: nothing ends this process any more."""
+        """Stop the timer: the work is done."""
         if self._seconds is not None:
             faulthandler.cancel_dump_traceback_later()

@@ -143,7 +143,9 @@ def _work(job: Job, context: WorkerContext) -> Outcome | RankDone:
     if ranks.here().first:  # if this rank finds no result, all ranks must take part
         existing = records.result(job)
         if existing is not None:
-            return dataclasses.replace(existing, found=True) if isinstance(existing, Success) else existing
+            if isinstance(existing, Success):
+                return dataclasses.replace(existing, found=True)
+            return existing
     if latest_notice() is not None:
         time.sleep(LEAVING_SECONDS)
         _stop_at_notice()
@@ -188,13 +190,15 @@ class _LocalArtifact:
 
 def _attempt(job: Job, context: WorkerContext, store: ArtifactStore, scratch: Path) -> Outcome | RankDone:
     """Fetch or make the artifact of a job's recipe, then measure it."""
-    artifact = _fetched(job.recipe, store, scratch) if ranks.here().first else None
+    artifact = None
+    if ranks.here().first:
+        artifact = _fetched(job.recipe, store, scratch)
     if artifact is None:
-        made = _make(job.recipe, context, store, scratch)
-        if not isinstance(made, _LocalArtifact):
-            _forget_after(made, job.recipe, context)
-            return made
-        artifact = made
+        result = _make(job.recipe, context, store, scratch)
+        if not isinstance(result, _LocalArtifact):
+            _forget_after(result, job.recipe, context)
+            return result
+        artifact = result
     if artifact.output is not None and not job.meters:
         outcome: Outcome = _success(artifact, artifact.output)
     else:
@@ -227,17 +231,19 @@ def _make(
     """Make the artifact of a recipe. Ancestors that were removed from the store are made first, the oldest first."""
     ancestors, parent = _missing_ancestors(recipe, store, scratch)
     for ancestor in ancestors:
-        made = _make_step(ancestor, parent, context, store, scratch)
-        _forget_after(made, ancestor, context)
-        if isinstance(made, Failure):
-            return dataclasses.replace(made, message=f"{ancestor} could not be made again: {made.message}")
-        if isinstance(made, RankDone):
-            if made.interrupted:
-                return made
-            made = _wait_for(ancestor, store, scratch)
+        result = _make_step(ancestor, parent, context, store, scratch)
+        _forget_after(result, ancestor, context)
+        if isinstance(result, Failure):
+            return dataclasses.replace(
+                result, message=f"{ancestor} could not be made again: {result.message}"
+            )
+        if isinstance(result, RankDone):
+            if result.interrupted:
+                return result
+            result = _wait_for(ancestor, store, scratch)
         if parent is not None:
             shutil.rmtree(parent.folder, ignore_errors=True)
-        parent = made
+        parent = result
     return _make_step(recipe, parent, context, store, scratch)
 
 
@@ -276,13 +282,13 @@ def _make_step(
     """Make the artifact of a recipe from its parent's, and put it into the store. It is put before it is measured, so
     that an interruption of the measurement does not lose it."""
     folder = scratch / f"made-{recipe.id}"
-    made = _run_step(recipe, parent, context, folder)
-    if not isinstance(made, JobOutput):
-        return made
+    output = _run_step(recipe, parent, context, folder)
+    if not isinstance(output, JobOutput):
+        return output
     ref = store.put(folder)
     committed = ArtifactRecords(store).commit(recipe, ref)
     if committed == ref:
-        return _LocalArtifact(ref, folder, made)
+        return _LocalArtifact(ref, folder, output)
     # Another attempt committed its copy of this model first, and the copies differ in their last bits: only the
     # committed copy is measured.
     shutil.rmtree(folder, ignore_errors=True)
@@ -298,25 +304,28 @@ def _run_step(
     """Make the model of a recipe in `folder`. A training resumes from the checkpoint of another attempt, whichever
     machine wrote it."""
     checkpoints = context.checkpoints / recipe.id
-    sending = None
+    sender = None
     if _uses_stored_checkpoints(recipe, context.store) and ranks.here().first:
         store = _cached_store(context.store, None)
-        checkpoint_sync.bring(recipe.id, store, checkpoints)
-        sending = checkpoint_sync.Sending(recipe.id, store, checkpoints, folder.parent)
+        checkpoint_sync.fetch(recipe.id, store, checkpoints)
+        sender = checkpoint_sync.CheckpointSender(recipe.id, store, checkpoints, folder.parent)
+    parent_folder = None
+    if parent is not None:
+        parent_folder = parent.folder
     request = WorkRequest(
         Job(recipe, (), ""),
         context.materials,
         JobDirs(folder, context.cache, checkpoints),
-        parent=None if parent is None else parent.folder,
+        parent=parent_folder,
         sharing=context.sharing,
     )
-    made = run.attempt(request, _reporting(sending))
-    if sending is not None:
-        if isinstance(made, Failure) and made.kind == "preempted":
-            sending.last()
+    output = run.attempt(request, _reporting(sender))
+    if sender is not None:
+        if isinstance(output, Failure) and output.kind == "preempted":
+            sender.send_now()
         else:
-            sending.end()
-    return made
+            sender.wait()
+    return output
 
 
 def _measure(
@@ -334,7 +343,9 @@ def _measure(
 
 def _previous_measurement(job: Job, ref: ArtifactRef, store: ArtifactStore) -> Measurement | None:
     """The measurement of `job.before` on this very artifact; None if there is none."""
-    outcome = None if job.before is None else ArtifactRecords(store).result(job.before)
+    if job.before is None:
+        return None
+    outcome = ArtifactRecords(store).result(job.before)
     if isinstance(outcome, Success) and outcome.artifact == ref.digest:
         return outcome.measurement
     return None
@@ -353,15 +364,15 @@ def _fetched(recipe: Recipe, store: ArtifactStore, scratch: Path) -> _LocalArtif
     return _LocalArtifact(ref, folder)
 
 
-def _reporting(sending: checkpoint_sync.Sending | None) -> Report:
+def _reporting(sender: checkpoint_sync.CheckpointSender | None) -> Report:
     """A report that renews the lease of this process, stops the job at a termination notice, and sends checkpoints."""
     lease = Lease()
 
     def report(share: float, activity: str) -> None:
         lease.renew()
         _stop_at_notice()
-        if sending is not None:
-            sending()
+        if sender is not None:
+            sender()
 
     return report
 

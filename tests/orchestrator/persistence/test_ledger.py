@@ -64,14 +64,14 @@ def test_what_an_earlier_version_wrote_of_a_beginning_is_read(tmp_path: Path) ->
 
 def test_of_what_is_recorded_together_all_is_kept_or_nothing(tmp_path: Path) -> None:
     ledger, reader = Ledger(tmp_path / "ledger.db"), Ledger(tmp_path / "ledger.db", read_only=True)
-    with ledger.together():
+    with ledger.transaction():
         ledger.append(EVENTS[0])
         ledger.append(EVENTS[1])
         assert list(reader.events()) == []
     assert [event for _, event in reader.events()] == EVENTS[:2]
 
     def interrupted() -> None:
-        with ledger.together():
+        with ledger.transaction():
             ledger.append(EVENTS[2])
             raise KeyboardInterrupt
 

@@ -68,8 +68,8 @@ class MortalLedger(Ledger):
     stopped = False
 
     @contextmanager
-    def together(self) -> Iterator[None]:
-        with super().together():
+    def transaction(self) -> Iterator[None]:
+        with super().transaction():
             yield
         if self.stopped:
             raise Killed

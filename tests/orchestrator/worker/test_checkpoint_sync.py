@@ -30,7 +30,14 @@ from orchestrator.publishing import store_usage
 from orchestrator.service.launch import launch
 from orchestrator.worker import checkpoint_sync
 from orchestrator.worker import work as working
-from orchestrator.worker.checkpoint_sync import Sending, bring, drop, held, send, steps_in
+from orchestrator.worker.checkpoint_sync import (
+    CheckpointSender,
+    drop,
+    fetch,
+    send,
+    steps_in,
+    stored_checkpoints,
+)
 from orchestrator.worker.work import WorkerContext, forget_training, work
 
 STEPS = 140
@@ -59,7 +66,7 @@ def test_the_furthest_checkpoint_counts_and_takes_the_place_of_others(
     store: ArtifactStore, tmp_path: Path
 ) -> None:
     elsewhere = tmp_path / "elsewhere"
-    bring("one", store, elsewhere)
+    fetch("one", store, elsewhere)
     assert not elsewhere.exists()
     for steps in (50, 100, 50):  # a late one is not sent
         send("one", store, lay(tmp_path / f"after-{steps}", steps))
@@ -67,14 +74,14 @@ def test_the_furthest_checkpoint_counts_and_takes_the_place_of_others(
     assert keys(store) == ["checkpoints/one/00000100", "checkpoints/other/00000050"]
     assert len(store.holdings().artifacts) == 2
     lay(elsewhere, 50)
-    bring("one", store, elsewhere)
+    fetch("one", store, elsewhere)
     assert steps_in(elsewhere) == 100
     lay(elsewhere, 150)
-    bring("one", store, elsewhere)
+    fetch("one", store, elsewhere)
     assert steps_in(elsewhere) == 150
     drop({"one"}, store)
     assert keys(store) == ["checkpoints/other/00000050"]
-    assert [one.ref.digest for one in store.holdings().artifacts] == [*held(store).values()]
+    assert [one.ref.digest for one in store.holdings().artifacts] == [*stored_checkpoints(store).values()]
 
 
 def test_of_two_attempts_that_send_at_once_the_furthest_stays(
@@ -102,7 +109,7 @@ def test_a_checkpoint_that_is_gone_or_damaged_is_not_gone_on_from(
 ) -> None:
     send("gone", store, lay(tmp_path / "here", 50))
     store.remove(store.holdings().artifacts[0].ref)
-    bring("gone", store, tmp_path / "there")
+    fetch("gone", store, tmp_path / "there")
     assert not (tmp_path / "there").exists()
     assert keys(store) == ["checkpoints/gone/00000050"]
     drop({"gone"}, store)
@@ -115,7 +122,7 @@ def test_a_damaged_checkpoint_is_removed(tmp_path: Path) -> None:
     (file,) = (tmp_path / "store" / "objects").rglob("step-50/*")
     file.chmod(0o644)
     file.write_bytes(b"changed")
-    bring("one", store, tmp_path / "there")
+    fetch("one", store, tmp_path / "there")
     assert not (tmp_path / "there").exists()
     assert keys(store) == []
     assert store.holdings().artifacts == ()
@@ -139,7 +146,7 @@ def test_what_no_training_wrote_is_not_gone_on_from(spoil: Callable[[Path], obje
     folder = lay(tmp_path / "here", 50)
     spoil(folder)
     store.commit("checkpoints/one/00000050", dataclasses.asdict(store.put(folder)))
-    bring("one", store, tmp_path / "there")
+    fetch("one", store, tmp_path / "there")
     assert [file.name for file in tmp_path.iterdir() if "there" in file.name] == []
     assert keys(store) == []
     assert store.holdings().artifacts == ()
@@ -151,20 +158,20 @@ def test_while_training_goes_on_a_new_checkpoint_is_sent_now_and_then(
     folder = tmp_path / "checkpoints"
     lay(folder, 9)  # a killed attempt left it
     monkeypatch.setattr(checkpoint_sync, "SEND_SECONDS", 3600.0)
-    sending = Sending("one", store, folder, tmp_path)
+    sender = CheckpointSender("one", store, folder, tmp_path)
     lay(folder, 50)
-    sending()
-    sending.end()
+    sender()
+    sender.wait()
     assert keys(store) == []
     monkeypatch.setattr(checkpoint_sync, "SEND_SECONDS", 0.0)
-    sending()
+    sender()
     lay(folder, 100)  # the training goes on, and removes what is being sent
     (folder / "step-50" / "00000.safetensors").unlink()
-    sending.end()
+    sender.wait()
     assert keys(store) == ["checkpoints/one/00000050"]
-    bring("one", store, tmp_path / "there")
+    fetch("one", store, tmp_path / "there")
     assert {file.name for file in (tmp_path / "there").iterdir()} == {"checkpoint.json", "step-50"}
-    sending.last()
+    sender.send_now()
     assert keys(store) == ["checkpoints/one/00000100"]
     assert not list(tmp_path.glob("sent-*"))
 
@@ -175,8 +182,8 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     told: list[str] = []
     reporting = working._reporting
 
-    def watched(sending: Sending | None) -> Report:
-        report = reporting(sending)
+    def watched(sender: CheckpointSender | None) -> Report:
+        report = reporting(sender)
 
         def watch(share: float, what: str) -> None:
             told.append(what)
@@ -346,9 +353,9 @@ def test_checkpoints_of_what_was_given_up_go_and_those_of_others_stay(
     for id in (ready.plan.original.id, given_up.id, "others"):
         send(id, store, lay(tmp_path / id, 50, id.encode()))
     forget_training(given_up, tmp_path / "none", s3_address)
-    assert {*held(store)} == {ready.plan.original.id, "others"}
+    assert {*stored_checkpoints(store)} == {ready.plan.original.id, "others"}
     launch(ready, lambda status: None, executor=InlineExecutor())
-    assert {*held(store)} == {"others"}
+    assert {*stored_checkpoints(store)} == {"others"}
 
 
 def test_old_checkpoints_are_told_and_swept(
@@ -360,8 +367,8 @@ def test_old_checkpoints_are_told_and_swept(
     assert sizes["checkpoints"] > 0
     assert sizes["models"] == 0
     assert store_usage.sweep(s3_address) == 0
-    assert {*held(store)} == {"one"}
+    assert {*stored_checkpoints(store)} == {"one"}
     monkeypatch.setattr(store_usage, "LEFTOVER_SECONDS", -60.0)
     assert store_usage.sweep(s3_address) == sizes["checkpoints"]
-    assert held(store) == {}
+    assert stored_checkpoints(store) == {}
     assert store.holdings().artifacts == ()
