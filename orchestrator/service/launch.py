@@ -65,12 +65,14 @@ def launch(
             meter = CostMeter(ledger, executor, prepared.budget, prepared.config.cluster.price_per_hour)
             prepared = _restore_rungs(prepared, ledger)
             prepared = fit_predictors(prepared, ledger, executor)
-            service = _assemble(prepared, ledger, executor, tracker, show, meter, do or _work(prepared))
+            service, monitor = _assemble(
+                prepared, ledger, executor, tracker, show, meter, do or _work(prepared)
+            )
             try:
                 service.run()
             finally:
                 meter.settle()
-                service.monitor.write(service.study)
+                monitor.write(service.study)
         _remove_abandoned_work(prepared, service.study)
         return _publish(prepared, service.study, meter, tracker)
 
@@ -102,8 +104,8 @@ def _assemble(
     show: Show,
     meter: CostMeter,
     do: Work,
-) -> Service:
-    """Return the loop of a study in the state that its ledger describes."""
+) -> tuple[Service, StudyMonitor]:
+    """Return the loop of a study in the state that its ledger describes, and the monitor that it calls."""
     study = Study(prepared.plan)
     costs = CostModel.of(prepared)
     searching = search.make(
@@ -116,7 +118,8 @@ def _assemble(
     )
     replay(study, ledger, searching)
     monitor = StudyMonitor(prepared, study, show, meter)
-    return Service(study, prepared, costs, searching, executor, ledger, tracker, do, monitor, meter)
+    service = Service(study, prepared, costs, searching, executor, ledger, tracker, do, monitor, meter)
+    return service, monitor
 
 
 def _start_tracking(prepared: PreparedStudy) -> Tracker:
