@@ -16,7 +16,7 @@ INSTALLED := $(VENV)/installed-$(DIGEST)
 # Two processes with one thread each: most tests wait for one core, and a contiguous half of the files is run by each.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
-.PHONY: help install quickstart check test test-slow test-cluster test-latest test-oldest wheel docs changelog upgrade clean
+.PHONY: help install quickstart check test benchmarks-smoke test-slow test-cluster test-latest test-oldest wheel docs changelog upgrade clean
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
 
@@ -46,6 +46,9 @@ check: $(INSTALLED)  ## the fast checks: style, types, walls between the rooms
 test: $(INSTALLED)  ## the tests, and the built wheel installed elsewhere
 	$(PYTEST) -m "not slow and not cluster"
 	$(MAKE) --no-print-directory wheel
+
+benchmarks-smoke: $(INSTALLED)  ## each benchmark at its smallest size (some minutes); a part of test-slow
+	$(BIN)/python -m pytest -m slow tests/benchmarks/test_smoke.py
 
 test-slow: $(VENV)/model  ## what needs the real model or minutes
 	$(BIN)/python -m pytest -m slow

@@ -219,7 +219,7 @@ def kills(services: Services, candidates: int, most: int) -> Findings:
         _finish(found, "kills", run, findings)
         seen = watcher.close()
         events = [event for _, event in _events(found, "kills")]
-        repeated = sum(attempt.seconds for attempt in seen.error) / seen.busy_seconds
+        repeated = sum(attempt.seconds for attempt in seen.lost) / seen.busy_seconds
         failures = Counter(
             event.outcome.kind
             for event in events
@@ -227,7 +227,7 @@ def kills(services: Services, candidates: int, most: int) -> Findings:
         )
         findings.numbers += [
             Number("kills", killed, ""),
-            Number("attempts that were lost with their node", len(seen.error), ""),
+            Number("attempts that were lost with their node", len(seen.lost), ""),
             *(Number(f"attempts that ended as {kind}", count, "") for kind, count in failures.items()),
             Number("work done for nothing", 100 * repeated, " %", 25),
             Number("utilisation of nodes while up", 100 * seen.utilisation(), " %"),
@@ -393,7 +393,7 @@ def _while_working(seen: Seen, events: list[tuple[float, Event]]) -> float:
 
 
 def _work(seen: Seen) -> list[Number]:
-    done = [attempt.seconds for attempt in seen.attempts if attempt not in seen.error]
+    done = [attempt.seconds for attempt in seen.attempts if attempt not in seen.lost]
     return [
         Number("pieces of work", len(seen.attempts), ""),
         Number("median piece", statistics.median(done), " s"),

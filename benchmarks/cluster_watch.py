@@ -70,8 +70,8 @@ class Seen:
         return sum(attempt.seconds for attempt in self.attempts)
 
     @property
-    def error(self) -> tuple[Attempt, ...]:
-        """The attempts that ended with their node: what they did was for nothing, or had to be gone on with."""
+    def lost(self) -> tuple[Attempt, ...]:
+        """The attempts that ended with their node: their work was lost, or another attempt had to resume it."""
         ends = {stay.node: stay.ended for stay in self.stays}
         return tuple(one for one in self.attempts if ends[one.node] - one.ended < 2 * PERIOD_SECONDS)
 

@@ -1,10 +1,11 @@
 """What a piece of work costs beside the work: milliseconds for an empty one, through two warm slots.
 
-Run from the repository's root: python -m benchmarks.executor
+Run from the repository's root: python -m benchmarks.executor [--pieces 1000]
 """
 
 from __future__ import annotations
 
+import argparse
 import time
 from contextlib import closing
 
@@ -30,11 +31,15 @@ def one_by_one(executor: Executor, pieces: int) -> float:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--pieces", type=int, default=1000)
+    options = parser.parse_args()
     for name, make in (("inline", InlineExecutor), ("ray", lambda: RayExecutor(slots=2))):
         with closing(make()) as executor:
             all_at_once(executor, 10)
             for measure in (all_at_once, one_by_one):
-                print(f"{name:8}{measure.__name__:14}{measure(executor, 1000):8.3f} ms per empty piece")
+                milliseconds = measure(executor, options.pieces)
+                print(f"{name:8}{measure.__name__:14}{milliseconds:8.3f} ms per empty piece")
 
 
 if __name__ == "__main__":

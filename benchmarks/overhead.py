@@ -124,11 +124,11 @@ def lognormal(name: str, mean: float, sigma: float) -> float:
     return mean * math.exp(NormalDist(-(sigma**2) / 2, sigma).inv_cdf(share))
 
 
-def write_model(folder: Path) -> None:
-    """A random Llama of one narrow block, and a tokenizer of bytes."""
+def write_model(folder: Path, width: int = 32, blocks: int = 1) -> None:
+    """A random Llama, by default of one narrow block, and a tokenizer of bytes."""
     config = transformers.LlamaConfig(
-        vocab_size=512, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
-        tie_word_embeddings=True,
+        vocab_size=512, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=blocks,
+        num_attention_heads=2, tie_word_embeddings=True,
     )  # fmt: skip
     transformers.LlamaForCausalLM(config).save_pretrained(folder)
     words = Tokenizer(

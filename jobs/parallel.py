@@ -23,7 +23,7 @@ class Sharing:
     """How training is divided among ranks. A value of None is chosen by the memory of the devices."""
 
     zero_stage: int | None = None
-    """ZeRO stage, see `jobs.training.engine.Training`."""
+    """ZeRO stage, see `jobs.training.settings.Training`."""
     micro_batch: int | None = None
     """Rows of one forward pass."""
     device_gib: float | None = None

@@ -79,7 +79,7 @@ class Technique(ABC):
     by_linear: ClassVar[frozenset[str]] = frozenset()
     """Options that may differ by linear too; a subset of `by_block`."""
     highest_stage: ClassVar[int] = HIGHEST_STAGE
-    """The highest ZeRO stage that the technique can train with (`jobs.training.engine.Training`)."""
+    """The highest ZeRO stage that the technique can train with (`jobs.training.settings.Training`)."""
 
     def __post_init__(self) -> None:
         for name, domain in self.domains().items():

@@ -58,7 +58,7 @@ def hold(model: Model, masks: Masks) -> None:
     """Apply the masks in every forward pass, until `sparsify`.
 
     The trained parameter is then `NAME.parametrizations.weight.original`. No gradient reaches a masked
-    position, so it stays zero whatever copies of the weights an optimizer has, as `jobs.training.engine`
+    position, so it stays zero whatever copies of the weights an optimizer has, as `jobs.training.loop`
     requires. The modules refer to the masks themselves: a mask changed in place counts from the next forward
     pass on, and a checkpoint of the training contains it.
     """

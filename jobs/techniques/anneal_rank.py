@@ -66,7 +66,7 @@ class AnnealRank(Technique):
         self.output_layout(layout)
         if self.is_noop:
             return model
-        schedule.check_given(self, context)
+        schedule.check_inputs(self, context)
         with on_device(model, ""):
             self._learn(model, layout, context)
         return model
@@ -82,7 +82,7 @@ class AnnealRank(Technique):
 
         def close_gates(step: int) -> None:
             for name, layer in gated.items():
-                layer.close(ranks[name], ramp.reached(step))
+                layer.close(ranks[name], ramp.share(step))
 
         close_gates(0)
         schedule.learn(model, self, context, close_gates)

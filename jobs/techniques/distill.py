@@ -107,8 +107,8 @@ class Distill(Technique):
 
     def _learn_from_cache(self, model: Model, rows: Rows, plan: TrainingPlan, context: Context) -> None:
         """Train `model` in place on the stored top predictions of the teacher."""
-        met = plan.met(rows, context.seed)
-        cached = CachedTeacher(context, self.top_k, self.temperature, met)
+        used = plan.used(rows, context.seed)
+        cached = CachedTeacher(context, self.top_k, self.temperature, used)
         trainer.check_vocabularies(self.name(), model, cached.vocabulary)
         device = model.device
 

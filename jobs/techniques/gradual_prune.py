@@ -58,7 +58,7 @@ class GradualPrune(Technique):
         expected = self.output_layout(model.layout()).linears
         if self.is_noop:
             return model
-        schedule.check_given(self, context)
+        schedule.check_inputs(self, context)
         with on_device(model, ""):  # the masks updated in place must be those of the forward pass
             self._learn(model, expected, context)
         return model
@@ -73,8 +73,8 @@ class GradualPrune(Technique):
         ramp = Ramp.of(self.ramp, self.steps)
 
         def update_masks(step: int) -> None:
-            if ramp.due(step):
-                share = ramp.reached(step)
+            if ramp.is_due(step):
+                share = ramp.share(step)
                 for name, mask in mask_of.items():
                     weight = model.module.get_parameter(f"{name}.parametrizations.weight.original")
                     mask.copy_(mask_at(share, weight.detach().float().abs(), self.layout_change))

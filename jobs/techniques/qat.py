@@ -75,7 +75,7 @@ class Qat(Technique):
 
     def compress(self, model: Model, context: Context) -> Model:
         self.output_layout(model.layout())
-        schedule.check_given(self, context)
+        schedule.check_inputs(self, context)
         with on_device(model, ""):
             round_in_forward(model, self.packing, self.name())
             schedule.learn(model, self, context)

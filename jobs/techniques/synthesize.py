@@ -90,7 +90,7 @@ class Synthesize(Technique):
                 f"synthesize.tokens={self.tokens} is outside [16, {longest}], the teacher's context length"
             )
         sampling = synthesis.Sampling(self.samples, self.tokens, self.sampling_temperature, self.top_p)
-        generated = synthesis.write(teacher, sampling, context.seed, context.report)
+        generated = synthesis.generate_rows(teacher, sampling, context.seed, context.report)
         origin = {
             "teacher": loading.digest(teacher.folder),
             "seed": context.seed,

@@ -1,6 +1,6 @@
-"""Checkpoints: what a training needs to go on after an interruption, as files that its first rank writes and reads.
+"""Checkpoints: files from which an interrupted training resumes. The first rank writes and reads them.
 
-They hold whole tensors in safetensors, so that any number of ranks, at any ZeRO stage, can go on from them.
+They contain whole tensors in safetensors, so that any number of ranks can resume at any ZeRO stage.
 """
 
 from __future__ import annotations
@@ -19,53 +19,55 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 MARKER = "checkpoint.json"
-"""In the folder of checkpoints: names the one that counts. It is replaced when that one is complete."""
+"""The file in a folder of checkpoints that names the current one. It is replaced when a checkpoint is complete."""
 _FORM = 2
-"""Another form's checkpoints are taken for none."""
+"""The version of the files. Checkpoints of another version are ignored."""
 _PART_BYTES = 2**28
-"""So many bytes of tensors are held before they are written to a file."""
+"""Bytes of tensors that are collected in memory before they are written to a file."""
 
 
 @dataclass(frozen=True)
 class Checkpoints:
-    """Where a training leaves what it needs to go on after an interruption, after each `every` steps.
-
-    folder: this training's own; it must outlive the attempt, and the caller removes it. Only the first rank needs it.
-        A checkpoint holds 12 bytes for each trained weight, and the last one stays until the next is complete.
-    """
+    """The folder and the interval of a training's checkpoints."""
 
     folder: Path
+    """Belongs to one training. It must outlive the attempt, and the caller removes it. Only the first rank needs it. A
+    checkpoint has 12 bytes for each trained weight, and the previous one stays until the next is complete."""
     every: int
+    """Steps between two checkpoints."""
 
     def write(self, course: dict[str, Any], tensors: Iterable[tuple[str, Tensor]]) -> None:
-        """course: plain JSON, with the number of steps as `done`. tensors: taken one by one."""
-        before = self._marker()
+        """Write a checkpoint and remove the previous one.
+
+        course: plain JSON data, with the number of steps as `done`. tensors: consumed one by one.
+        """
+        previous = self._marker()
         self.folder.mkdir(parents=True, exist_ok=True)
-        # A name of its own: an attempt that was given up may still be writing beside this one.
+        # The name is unique: an attempt that was given up may still be writing.
         folder = Path(tempfile.mkdtemp(dir=self.folder, prefix=f"step-{course['done']}-"))
-        waiting: dict[str, Tensor] = {}
+        pending: dict[str, Tensor] = {}
         parts = 0
         for name, tensor in tensors:
-            waiting[name] = tensor
-            if sum(one.nbytes for one in waiting.values()) >= _PART_BYTES:
-                parts = _write_part(folder, parts, waiting)
-        _write_part(folder, parts, waiting)
-        beside = folder / MARKER
-        beside.write_text(json.dumps({"form": _FORM, "folder": folder.name, **course}))
-        os.replace(beside, self.folder / MARKER)
-        if before is not None:
-            shutil.rmtree(self.folder / before["folder"], ignore_errors=True)
+            pending[name] = tensor
+            if sum(waiting.nbytes for waiting in pending.values()) >= _PART_BYTES:
+                parts = _write_part(folder, parts, pending)
+        _write_part(folder, parts, pending)
+        draft = folder / MARKER
+        draft.write_text(json.dumps({"form": _FORM, "folder": folder.name, **course}))
+        os.replace(draft, self.folder / MARKER)
+        if previous is not None:
+            shutil.rmtree(self.folder / previous["folder"], ignore_errors=True)
 
     def read(self) -> Checkpoint | None:
-        """The last one that is complete; None where there is none."""
+        """Return the last complete checkpoint; None if there is none."""
         marker = self._marker()
         if marker is None or marker.get("form") != _FORM:
             return None
-        found: dict[str, Any] = {}
+        files: dict[str, Any] = {}
         for file in sorted((self.folder / marker["folder"]).glob("*.safetensors")):
             opened: Any = safe_open(file, framework="pt")
-            found |= dict.fromkeys(opened.keys(), opened)
-        return Checkpoint(marker, found)
+            files |= dict.fromkeys(opened.keys(), opened)
+        return Checkpoint(marker, files)
 
     def _marker(self) -> dict[str, Any] | None:
         if not (self.folder / MARKER).is_file():
@@ -76,22 +78,24 @@ class Checkpoints:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One that was read. files: which one holds a tensor."""
+    """A checkpoint that is open for reading."""
 
     course: dict[str, Any]
+    """The settings and losses of the training, as they were written."""
     files: dict[str, Any]
+    """The open file that contains each tensor, by the tensor's name."""
 
     def tensor(self, name: str) -> Tensor:
         tensor: Tensor = self.files[name].get_tensor(name)
         return tensor
 
     def names(self, kind: str) -> list[str]:
-        """The names, without the kind itself, of the tensors named `KIND.NAME`."""
+        """Return the names of the tensors `KIND.NAME`, without the kind."""
         return [name.removeprefix(f"{kind}.") for name in self.files if name.startswith(f"{kind}.")]
 
 
-def _write_part(folder: Path, parts: int, waiting: dict[str, Tensor]) -> int:
-    """Write and forget what waits; how many parts there are then."""
-    save_file(waiting, folder / f"{parts:05}.safetensors")
-    waiting.clear()
+def _write_part(folder: Path, parts: int, pending: dict[str, Tensor]) -> int:
+    """Write the pending tensors, clear them, and return the number of written parts."""
+    save_file(pending, folder / f"{parts:05}.safetensors")
+    pending.clear()
     return parts + 1

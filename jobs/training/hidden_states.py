@@ -1,4 +1,4 @@
-"""States: what a model thinks on the way, read while it runs, and how far a student's are from a teacher's."""
+"""Record hidden states, queries and keys of a model while it runs, and compare a student's with a teacher's."""
 
 from __future__ import annotations
 
@@ -15,10 +15,9 @@ from jobs.models.model import Model
 
 
 class States:
-    """Of the last forward pass: the hidden state that each block left, and the queries and keys of the last
-    block, [batch, heads, tokens, head width]. Keys that several queries share are repeated.
+    """The hidden states after each block, and the queries and keys of the last block, of the last forward pass.
 
-    Queries and keys are as their linears give them: before rotary embedding, and before any norm of theirs.
+    Queries and keys are outputs of their linears: before rotary embedding, and before any norm.
     """
 
     def __init__(self, model: Model) -> None:
@@ -26,19 +25,21 @@ class States:
         self.hidden: dict[int, Float[Tensor, "batch tokens width"]] = {}
         self._paths = model.family.attention
         self._head_width = model.head_width
-        self.given: dict[str, Tensor] = {}
+        self.outputs: dict[str, Tensor] = {}
+        """Outputs of the linears of queries and keys, by path."""
 
     def forget(self) -> None:
-        """Let go of what was read, and of the graph that it hangs on."""
+        """Release the recorded tensors and their autograd graph."""
         self.hidden.clear()
-        self.given.clear()
+        self.outputs.clear()
 
     def queries_and_keys(self) -> tuple[Tensor, Tensor]:
+        """Return queries and keys, each [batch, heads, tokens, head width]. Keys of several queries are repeated."""
         paths, width = self._paths, self._head_width
         if paths.fused is None:
-            query, key = (_by_heads(self.given[path], width) for path in (paths.query, paths.key))
+            query, key = (_by_heads(self.outputs[path], width) for path in (paths.query, paths.key))
         else:
-            mixed = self.given[paths.query]
+            mixed = self.outputs[paths.query]
             if paths.fused == "stacked":
                 query, key, _ = (_by_heads(part, width) for part in mixed.chunk(3, dim=-1))
             else:
@@ -49,61 +50,69 @@ class States:
 
 @contextmanager
 def read(model: Model, *, hidden: bool, attention: bool) -> Iterator[States]:
-    """The states of every forward pass of `model` until the end of the block."""
+    """Record the states of every forward pass of `model` until the end of the `with` block."""
     states = States(model)
     hooks = []
 
-    def keep_hidden(index: int) -> Any:
+    def record_hidden(index: int) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            states.hidden[index] = output[0] if isinstance(output, tuple) else output
+            if isinstance(output, tuple):
+                output = output[0]
+            states.hidden[index] = output
 
         return hook
 
-    def keep_given(path: str) -> Any:
+    def record_output(path: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            states.given[path] = output
+            states.outputs[path] = output
 
         return hook
 
     if hidden:
-        hooks += [block.register_forward_hook(keep_hidden(index)) for index, block in enumerate(model.blocks)]
+        hooks += [
+            block.register_forward_hook(record_hidden(index)) for index, block in enumerate(model.blocks)
+        ]
     if attention:
         paths = model.family.attention
         for path in sorted({paths.query, paths.key}):
-            hooks.append(model.blocks[-1].get_submodule(path).register_forward_hook(keep_given(path)))
+            hooks.append(model.blocks[-1].get_submodule(path).register_forward_hook(record_output(path)))
     try:
         yield states
     finally:
-        for one in hooks:
-            one.remove()
+        for hook in hooks:
+            hook.remove()
 
 
-def _by_heads(given: Float[Tensor, "batch tokens width"], head_width: int) -> Tensor:
-    """[batch, heads, tokens, head width]"""
-    batch, tokens, _ = given.shape
-    return given.view(batch, tokens, -1, head_width).transpose(1, 2)
+def _by_heads(output: Float[Tensor, "batch tokens width"], head_width: int) -> Tensor:
+    """Return a tensor of shape [batch, heads, tokens, head width]."""
+    batch, tokens, _ = output.shape
+    return output.view(batch, tokens, -1, head_width).transpose(1, 2)
 
 
 def counterparts(student: int, teacher: int) -> list[int]:
-    """For each of a student's blocks, the teacher's to match: spaced evenly, the last to the last (the
-    uniform strategy of TinyBERT, arXiv:1909.10351, and PKD-skip, arXiv:1908.09355). With as many blocks it
-    is each its own."""
+    """Return the teacher's block that each of the student's blocks matches.
+
+    They are spaced evenly, and the last block matches the last one (the uniform strategy of TinyBERT,
+    arXiv:1909.10351, and PKD-skip, arXiv:1908.09355). With equal numbers of blocks, each matches the same block.
+    """
     return [math.ceil((index + 1) * teacher / student) - 1 for index in range(student)]
 
 
 def hidden_distance(student: States, teacher: States) -> Float[Tensor, ""]:
-    """The mean over the student's blocks of the mean squared error between the hidden states that they and
-    their counterparts leave, each normalised over its width. ValueError where the widths differ."""
-    pairs = enumerate(counterparts(len(student.hidden), len(teacher.hidden)))
-    return torch.stack(
-        [state_distance(student.hidden[own], teacher.hidden[other]) for own, other in pairs]
-    ).mean()
+    """Return the mean of `state_distance` over the student's blocks and their counterparts."""
+    distances = []
+    for index, counterpart in enumerate(counterparts(len(student.hidden), len(teacher.hidden))):
+        distances.append(state_distance(student.hidden[index], teacher.hidden[counterpart]))
+    return torch.stack(distances).mean()
 
 
 def state_distance(
     student: Float[Tensor, "batch tokens width"], teacher: Float[Tensor, "batch tokens width"]
 ) -> Float[Tensor, ""]:
-    """The mean squared error between states, each normalised over its width."""
+    """Return the mean squared error between states, each normalised over its width.
+
+    Raises ValueError if the widths differ.
+    """
     if student.shape != teacher.shape:
         raise ValueError(
             f"the student's hidden states are {student.shape[-1]} wide and the teacher's {teacher.shape[-1]}: "
@@ -114,22 +123,22 @@ def state_distance(
 
 
 def attention_distance(student: States, teacher: States) -> Float[Tensor, ""]:
-    """KL(teacher ‖ student) of softmax(QKᵀ/√d) in the last blocks (Wang et al. 2020, MiniLM, arXiv:2002.10957,
-    eq. 5 and 6), the mean over heads and positions. A decoder's positions see only what came before.
+    """Return KL(teacher ‖ student) of softmax(QKᵀ/√d) in the last blocks, the mean over heads and positions.
 
-    Where heads were removed, those that are left have no counterparts: the distributions are averaged over
-    all heads first.
+    Wang et al. 2020, MiniLM, arXiv:2002.10957, eq. 5 and 6. The attention of a decoder is causal. If heads were
+    removed, the remaining ones have no counterparts, so the distributions are averaged over all heads first.
     """
-    said, goal = _relations(student), _relations(teacher)
-    if said.shape[1] != goal.shape[1]:
-        said, goal = (_mean_over_heads(relation) for relation in (said, goal))
-    # What is masked has probability 0 and logarithm -inf in both, and adds nothing.
-    apart = torch.where(goal.isinf(), 0, goal.exp() * (goal - said.masked_fill(said.isinf(), 0)))
-    return apart.sum(dim=-1).mean()
+    student_logs, teacher_logs = _relations(student), _relations(teacher)
+    if student_logs.shape[1] != teacher_logs.shape[1]:
+        student_logs, teacher_logs = _mean_over_heads(student_logs), _mean_over_heads(teacher_logs)
+    # Masked positions have probability 0 and logarithm -inf in both, and contribute nothing.
+    difference = teacher_logs - student_logs.masked_fill(student_logs.isinf(), 0)
+    divergence = torch.where(teacher_logs.isinf(), 0, teacher_logs.exp() * difference)
+    return divergence.sum(dim=-1).mean()
 
 
 def _relations(states: States) -> Float[Tensor, "batch heads tokens tokens"]:
-    """The logarithms of the attention distributions, in fp32; -inf where a position may not look."""
+    """Return the logarithms of the attention distributions, in fp32; -inf at masked positions."""
     query, key = states.queries_and_keys()
     scores = query.float() @ key.float().transpose(-1, -2) / math.sqrt(query.shape[-1])
     if states.causal:

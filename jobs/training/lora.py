@@ -1,4 +1,4 @@
-"""LoRA: linears that stay as they are, each with a correction of low rank beside it that learns."""
+"""LoRA: frozen linears, each with a trained low-rank correction."""
 
 from __future__ import annotations
 
@@ -14,12 +14,14 @@ from jobs.models.placement import on_device
 
 
 class LoraLinear(nn.Linear):
-    """y = W x + b + U (V x), with V of [rank, in] and U of [out, rank] (Hu et al. 2021, LoRA, arXiv:2106.09685,
-    eq. 3). U starts at zero, so that nothing changes at first; the paper's α / r is 1, since a change of α
-    is one of the learning rate (section 4.1)."""
+    """y = W x + b + U (V x), with V of [rank, in] and U of [out, rank] (Hu et al. 2021, LoRA, arXiv:2106.09685, eq. 3).
+
+    U starts at zero, so the correction is zero at first. The paper's α / r is 1, since a change of α has the effect of
+    a change of the learning rate (section 4.1).
+    """
 
     def __init__(self, linear: nn.Linear, rank: int, generator: torch.Generator) -> None:
-        """Shares the weight and bias of `linear`; V is drawn with variance 1 / in."""
+        """Shares the weight and bias of `linear`. V is drawn with variance 1 / in."""
         super().__init__(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
         self.weight = linear.weight
         self.bias = linear.bias
@@ -28,18 +30,18 @@ class LoraLinear(nn.Linear):
         self.u = nn.Parameter(linear.weight.new_zeros(linear.out_features, rank))
 
     def forward(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
-        thin = nn.functional.linear(x, self.v)
-        return super().forward(x) + nn.functional.linear(thin, self.u)
+        projected = nn.functional.linear(x, self.v)
+        return super().forward(x) + nn.functional.linear(projected, self.u)
 
     def merged(self) -> nn.Linear:
-        """The linear of the weight W + U V, rounded once, to the weight's dtype."""
+        """Return a linear with the weight W + U V, rounded once to the dtype of W."""
         with torch.no_grad():
             weight = self.weight.float() + self.u.float() @ self.v.float()
         return linear_of(weight.to(self.weight.dtype), self.bias)
 
 
 def add(model: Model, rank: int, seed: int) -> None:
-    """Put a correction of this rank beside each linear of the blocks, in place; nothing else learns."""
+    """Add a correction of this rank to each linear of the blocks, in place, and freeze all other parameters."""
     generator = torch.Generator().manual_seed(seed)
     model.module.requires_grad_(False)
     for name, layer in model.linears().items():
@@ -47,7 +49,7 @@ def add(model: Model, rank: int, seed: int) -> None:
 
 
 def merge(model: Model) -> None:
-    """Add every correction to its weight, in place: the model has its former layout again."""
+    """Add every correction to its weight, in place. The model has its former layout again."""
     for name, layer in model.linears().items():
         if isinstance(layer, LoraLinear):
             with on_device(model, name):

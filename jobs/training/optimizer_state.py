@@ -1,4 +1,4 @@
-"""Save and load the state of an optimizer, whatever its ZeRO stage."""
+"""Read and write the state of an optimizer as whole tensors, at any ZeRO stage."""
 
 from __future__ import annotations
 
@@ -9,75 +9,81 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from jobs.training import ranks as gang
+from jobs.training import ranks as rank_group
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-"""What Adam keeps of each weight."""
+"""Adam's state of each weight: the moving averages of its gradient and of the squared gradient."""
 
 
 def optimizer_state(engine: Any, zero_stage: int) -> Zero0State | Zero1And2State | Zero3State:
-    """Access to what the optimizer of a stage holds of each weight: its fp32 `master` and Adam's moments, as whole
-    tensors. All ranks must read and write together."""
+    """Return access to an optimizer's fp32 `master` and Adam's moments of each weight, as whole tensors.
+
+    Call `read` and `write` on all ranks together.
+    """
     if zero_stage == 0:
         return Zero0State(engine)
-    return Zero3State(engine) if zero_stage == 3 else Zero1And2State(engine)
+    if zero_stage == 3:
+        return Zero3State(engine)
+    return Zero1And2State(engine)
 
 
 @dataclass
 class Zero0State:
-    """Stage 0: every rank holds all, tensor by tensor."""
+    """Stage 0: every rank has the whole state, tensor by tensor."""
 
     engine: Any
 
-    def begin(self, done: int) -> None:
-        """Have moments, of so many steps. DeepSpeed makes them by a step of zeros, which Adam counts: its bias
-        correction would then make the first update 0.74 of what it should be, and those after it too small as well."""
+    def begin(self, steps: int) -> None:
+        """Set the number of completed steps.
+
+        DeepSpeed creates the moments by a step of zeros, which Adam counts. Its bias correction would then reduce the
+        first update to 0.74 of its size, and later ones too.
+        """
         for state in self.engine.basic_optimizer.state.values():
-            state["step"].fill_(done)
+            state["step"].fill_(steps)
 
     def read(self, parameter: nn.Parameter, kind: str) -> Tensor:
-        return self._held(parameter, kind)
+        return self._tensor(parameter, kind)
 
     def write(self, parameter: nn.Parameter, kind: str, value: Tensor) -> None:
-        self._held(parameter, kind).copy_(value)
+        self._tensor(parameter, kind).copy_(value)
 
-    def _held(self, parameter: nn.Parameter, kind: str) -> Tensor:
+    def _tensor(self, parameter: nn.Parameter, kind: str) -> Tensor:
         optimizer = self.engine.optimizer
         for group, masters in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
-            for own, master in zip(group, masters, strict=True):
-                if own is parameter:
-                    held: Tensor = self.engine.basic_optimizer.state[master].get(kind, master).detach()
-                    return held
+            for trained, master in zip(group, masters, strict=True):
+                if trained is parameter:
+                    tensor: Tensor = self.engine.basic_optimizer.state[master].get(kind, master).detach()
+                    return tensor
         raise LookupError("a trained parameter is unknown to its optimizer")
 
 
 @dataclass
 class Zero1And2State:
-    """Stages 1 and 2: every rank holds a slice of all masters in a row."""
+    """Stages 1 and 2: every rank has a slice of the concatenated masters."""
 
     engine: Any
 
-    def begin(self, done: int) -> None:
-        if done:  # else the first step makes them
-            self._make(self.engine.optimizer.single_partition_of_fp32_groups, done)
+    def begin(self, steps: int) -> None:
+        if steps:  # otherwise the first step creates the moments
+            self._create(self.engine.optimizer.single_partition_of_fp32_groups, steps)
             self.engine.optimizer._lazy_init_hp_params_optimizer_state()
 
-    def _make(self, slices: Sequence[Tensor], done: int) -> None:
+    def _create(self, slices: Sequence[Tensor], steps: int) -> None:
         for slice_ in slices:
             self.engine.basic_optimizer.state[slice_] = {
-                "step": torch.full((), done, dtype=torch.float32, device=slice_.device),
+                "step": torch.full((), steps, dtype=torch.float32, device=slice_.device),
                 **{kind: torch.zeros_like(slice_) for kind in MOMENTS},
             }
 
     def read(self, parameter: nn.Parameter, kind: str) -> Tensor:
         from deepspeed import utils
 
-        found: Tensor = (
-            utils.safe_get_full_fp32_param(parameter)
-            if kind == "master"
-            else utils.safe_get_full_optimizer_state(parameter, kind)
-        )
-        return found
+        if kind == "master":
+            tensor: Tensor = utils.safe_get_full_fp32_param(parameter)
+        else:
+            tensor = utils.safe_get_full_optimizer_state(parameter, kind)
+        return tensor
 
     def write(self, parameter: nn.Parameter, kind: str, value: Tensor) -> None:
         from deepspeed import utils
@@ -90,20 +96,21 @@ class Zero1And2State:
 
 @dataclass
 class Zero3State(Zero1And2State):
-    """Stage 3: every rank holds a slice of each master, and of each weight."""
+    """Stage 3: every rank has a slice of each master and of each weight."""
 
-    def begin(self, done: int) -> None:
-        if done:
-            self._make(self.engine.optimizer.fp32_partitioned_groups_flat, done)
+    def begin(self, steps: int) -> None:
+        if steps:
+            self._create(self.engine.optimizer.fp32_partitioned_groups_flat, steps)
 
     def write(self, parameter: nn.Parameter, kind: str, value: Tensor) -> None:
         from deepspeed import utils
 
-        # The last slice is filled up with zeros.
+        # The last slice is padded with zeros.
+        ranks = rank_group.here()
         size = parameter.ds_tensor.numel()  # type: ignore[attr-defined]  # DeepSpeed's
-        padded = nn.functional.pad(value.flatten(), (0, size * gang.here().count - value.numel()))
-        own = padded[size * gang.here().rank :][:size]
+        padded = nn.functional.pad(value.flatten(), (0, size * ranks.count - value.numel()))
+        local = padded[size * ranks.rank :][:size]
         if kind == "master":
-            utils.safe_set_local_fp32_param(parameter, own)
+            utils.safe_set_local_fp32_param(parameter, local)
         else:
-            utils.safe_set_local_optimizer_state(parameter, own, kind)
+            utils.safe_set_local_optimizer_state(parameter, local, kind)

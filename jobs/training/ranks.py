@@ -1,6 +1,6 @@
-"""Ranks: the processes that train one model together, and what they tell each other. One where nothing says otherwise.
+"""Ranks: the processes that train one model together, and their collective operations. Without a launcher there is one.
 
-A process learns which rank it is from the environment that torch.distributed reads.
+A process reads its rank from the environment variables of torch.distributed.
 """
 
 from __future__ import annotations
@@ -18,85 +18,99 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Ranks:
-    """Which of how many this process is. What ranks tell each other needs `join` first, and all to take part."""
+    """The rank of this process. Collective operations need `join` first, and every rank must take part."""
 
     rank: int = 0
     count: int = 1
+    """The number of ranks."""
 
     @property
     def first(self) -> bool:
         return self.rank == 0
 
     def shard(self, batches: Sequence[T]) -> Iterator[tuple[T, int]]:
-        """Of each round of as many batches as there are ranks this rank's own, and how many the round has. Of a
-        round with too few, those who are left over get the first, so that all compute as often."""
+        """Yield this rank's batch of each round, and the number of batches in the round.
+
+        A round has one batch per rank. In a last round with fewer batches, the remaining ranks repeat the first batch,
+        so that all ranks compute equally often.
+        """
         for start in range(0, len(batches), self.count):
-            round_ = batches[start : start + self.count]
-            yield round_[self.rank if self.rank < len(round_) else 0], len(round_)
+            round_batches = batches[start : start + self.count]
+            index = 0
+            if self.rank < len(round_batches):
+                index = self.rank
+            yield round_batches[index], len(round_batches)
 
     def all_gather(self, value: float) -> list[float]:
-        """Each rank's value, in their order."""
+        """Return the values of all ranks, in their order."""
         if self.count == 1:
             return [value]
-        own = torch.tensor([value], dtype=torch.float64, device=_device())
-        every = [torch.empty_like(own) for _ in range(self.count)]
-        distributed.all_gather(every, own)
-        return [float(one) for one in every]
+        local = torch.tensor([value], dtype=torch.float64, device=_device())
+        gathered = [torch.empty_like(local) for _ in range(self.count)]
+        distributed.all_gather(gathered, local)
+        return [float(tensor) for tensor in gathered]
 
     def any(self, flag: bool) -> bool:
-        """Whether any rank says so."""
+        """Whether the flag is set on any rank."""
         return any(self.all_gather(float(flag)))
 
-    def broadcast_object(self, given: T) -> T:
-        """What the first rank gives."""
+    def broadcast_object(self, value: T) -> T:
+        """Return the first rank's value."""
         if self.count == 1:
-            return given
-        box = [given]
-        distributed.broadcast_object_list(box, src=0, device=_device())
-        return box[0]
+            return value
+        values = [value]
+        distributed.broadcast_object_list(values, src=0, device=_device())
+        return values[0]
 
     @torch.no_grad()
-    def share(self, tensors: Iterable[Tensor]) -> None:
-        """Give these tensors, in place, the values that the first rank's have."""
-        for tensor in tensors if self.count > 1 else ():
+    def broadcast(self, tensors: Iterable[Tensor]) -> None:
+        """Overwrite these tensors with the values of the first rank."""
+        if self.count == 1:
+            return
+        for tensor in tensors:
             values = tensor.detach().reshape(-1).contiguous()
             distributed.broadcast(values.view(torch.uint8), src=0)
             tensor.copy_(values.view(tensor.shape))
 
 
 def here() -> Ranks:
-    """Which rank this process is."""
+    """Return the rank of this process."""
     return Ranks(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
 
 
 def take_device() -> None:
-    """Compute on a GPU of one's own, where ranks see several."""
+    """Select a GPU for this rank if several ranks see several GPUs."""
     if here().count > 1 and torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
 
 
 def join() -> Ranks:
-    """Meet the other ranks, over gloo or, with GPUs, nccl. The group is kept for as long as the process lives, since
-    DeepSpeed keeps references to it; that of a single rank lives inside of the process, without a port."""
+    """Connect to the other ranks over gloo or, with GPUs, nccl.
+
+    The process group exists until the process ends, since DeepSpeed keeps references to it. The group of a single rank
+    needs no port.
+    """
     ranks = here()
-    if not distributed.is_initialized():
-        gpu = torch.cuda.is_available()
-        store = distributed.HashStore() if ranks.count == 1 else None  # type: ignore[attr-defined]  # not told to mypy
-        distributed.init_process_group(
-            "nccl" if gpu else "gloo",
-            store=store,
-            init_method=None if store else "env://",
-            rank=ranks.rank,
-            world_size=ranks.count,
-            # Not told, NCCL warns at each barrier that it guesses.
-            device_id=_device() if gpu else None,
-        )
+    if distributed.is_initialized():
+        return ranks
+    store, init_method = None, "env://"
+    if ranks.count == 1:
+        store, init_method = distributed.HashStore(), None  # type: ignore[attr-defined, assignment]  # lacks types
+    backend, device = "gloo", None
+    if torch.cuda.is_available():
+        backend, device = "nccl", _device()  # without a device NCCL warns at each barrier that it guesses one
+    distributed.init_process_group(
+        backend,
+        store=store,
+        init_method=init_method,
+        rank=ranks.rank,
+        world_size=ranks.count,
+        device_id=device,
+    )
     return ranks
 
 
 def _device() -> torch.device:
-    return (
-        torch.device("cuda", torch.cuda.current_device())
-        if torch.cuda.is_available()
-        else torch.device("cpu")
-    )
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")

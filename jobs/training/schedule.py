@@ -1,4 +1,4 @@
-"""Aware training: what the techniques have in common that compress a model while it learns from the original."""
+"""Compression-aware training: a model is compressed step by step while it learns from the original."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from jobs.context import Context
 from jobs.knobs import Range, knob
 from jobs.models.model import Model
 from jobs.training import trainer
-from jobs.training.engine import AfterStep, no_op
 from jobs.training.losses import DistillationObjective
+from jobs.training.settings import AfterStep, no_op
 from jobs.training.teacher import matching
 from jobs.training.trainer import TrainingPlan
 
 HIGHEST_STAGE = 2
-"""Of ZeRO: the next one takes the weights apart, which what compresses reads whole."""
-CHOICES = 20
-"""How often, about, what is compressed is chosen anew while compression grows: a choice reads all weights."""
+"""The highest ZeRO stage. Stage 3 divides the weights, and the compression reads whole weights."""
+SELECTIONS = 20
+"""The number of times that the compressed weights are selected during a ramp. A selection reads all weights."""
 
 
 class AwareTrainingOptions(Protocol):
@@ -49,11 +49,11 @@ def batch_knob() -> Any:
 
 
 def temperature_knob() -> Any:
-    return knob(1.0, Range(1.0, 8.0), "softens both predictions before they are compared")
+    return knob(1.0, Range(1.0, 8.0), "divides the logits of teacher and student before they are compared")
 
 
 def hard_weight_knob() -> Any:
-    return knob(0.0, Range(0.0, 1.0), "weight of the text's own next token in the loss")
+    return knob(0.0, Range(0.0, 1.0), "weight of the cross-entropy of the text in the loss")
 
 
 def ramp_knob() -> Any:
@@ -62,47 +62,53 @@ def ramp_knob() -> Any:
 
 @dataclass(frozen=True)
 class Ramp:
-    """How compression grows from nothing to its whole over the first `steps` steps, and stays there."""
+    """The growth of compression from nothing to its full amount, which it keeps afterwards."""
 
     steps: int
+    """The number of steps of the growth."""
 
     @staticmethod
     def of(share: float, steps: int) -> Ramp:
-        """The ramp over this share of a training. The last step always sees the whole compression."""
+        """Return the ramp over this share of a training. The last step always has the full compression."""
         return Ramp(min(round(share * steps), steps - 1))
 
-    def reached(self, done: int) -> float:
-        """The share of the compression after `done` steps: 1 − (1 − t/nΔt)³ (Zhu and Gupta 2017,
-        arXiv:1710.01878, eq. 1, from no sparsity at t₀ = 0): fast while much is redundant, then slower."""
-        return 1.0 if done >= self.steps else 1 - (1 - done / self.steps) ** 3
+    def share(self, completed: int) -> float:
+        """Return the share of the compression after this many steps.
 
-    def due(self, done: int) -> bool:
-        """Whether it is time to choose anew what is compressed."""
-        every = max(1, self.steps // CHOICES)
-        return done == self.steps or (done < self.steps and done % every == 0)
+        1 − (1 − t/nΔt)³ (Zhu and Gupta 2017, arXiv:1710.01878, eq. 1, from no sparsity at t₀ = 0): fast while many
+        weights are redundant, then slower.
+        """
+        if completed >= self.steps:
+            return 1.0
+        return 1 - (1 - completed / self.steps) ** 3
+
+    def is_due(self, completed: int) -> bool:
+        """Whether the compressed weights are selected again after this many steps."""
+        interval = max(1, self.steps // SELECTIONS)
+        return completed == self.steps or (completed < self.steps and completed % interval == 0)
 
 
-def check_given(step: AwareTrainingOptions, context: Context) -> None:
-    """Refuse, with a ValueError, to start without a teacher or text."""
+def check_inputs(step: AwareTrainingOptions, context: Context) -> None:
+    """Raise ValueError if there is no teacher or no training text."""
     if context.teacher is None or context.training is None:
         raise ValueError(f"{step.name()} needs the teacher and training text; give the study data.training")
 
 
 def learn(model: Model, step: AwareTrainingOptions, context: Context, after_step: AfterStep = no_op) -> None:
-    """Train, in place, blocks and norms to say what the original says, which runs in bf16 beside.
+    """Train blocks and norms, in place, to predict as the original, which runs in bf16 next to the model.
 
-    The loss is that of distill: (1 − hard_weight) · T² · KL(teacher_T ‖ student_T) + hard_weight · CE(text); a
-    classifier matches the logits of its classes without the second term, an encoder without a head the last
-    hidden states. What compresses belongs into the forward pass, and reads what `after_step` (called with
-    the number of steps done, see `jobs.training.engine.train`) sets.
+    The loss is the one of distill: (1 − hard_weight) · T² · KL(teacher_T ‖ student_T) + hard_weight · CE(text). A
+    classifier matches the logits of its classes without the second term, an encoder without a head the last hidden
+    states. The compression belongs into the forward pass and reads the attributes that `after_step` sets (see
+    `jobs.training.loop.train`).
     """
-    check_given(step, context)
+    check_inputs(step, context)
     assert context.teacher is not None
     assert context.training is not None
     rows, teacher = context.training, context.teacher()
     trainer.check_vocabularies(step.name(), model, trainer.vocabulary(teacher))
-    aim = DistillationObjective("forward", step.temperature, step.hard_weight)
+    objective = DistillationObjective("forward", step.temperature, step.hard_weight)
     trainer.require_gradients(model)
     plan = TrainingPlan(step.learning_rate, step.steps, step.batch, highest_stage=HIGHEST_STAGE)
-    loss_of = matching(teacher, rows, aim)
+    loss_of = matching(teacher, rows, objective)
     trainer.train(model, rows, loss_of, plan, context, after_step)

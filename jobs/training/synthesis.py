@@ -1,4 +1,4 @@
-"""Synthesis: text that a model writes itself, and which of it is good enough to learn from."""
+"""Training text that a model generates, and the selection of the rows that are good enough to learn from."""
 
 from __future__ import annotations
 
@@ -14,67 +14,69 @@ from jobs.models.model import Model
 from jobs.progress import Report
 
 _ROWS = 8
-"""Sequences written side by side."""
-_GRAM = 8
-"""Tokens of the runs by which two texts are found to repeat each other."""
-_SHARED = 0.5
-"""A text is a repetition if more of its runs than this share were written before."""
+"""Sequences that are generated in one batch."""
+_RUN_TOKENS = 8
+"""Tokens of the runs by which repetitions are detected."""
+_MAX_REPEATED = 0.5
+"""A row is a repetition if more than this share of its runs appeared before."""
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to draw the next token: from the distribution at `temperature`, cut to the fewest tokens whose
-    probabilities reach `top_p`."""
+    """The settings of a generation."""
 
     samples: int
+    """Rows."""
     tokens: int
+    """Tokens per row."""
     temperature: float
     top_p: float
+    """Each token is drawn from the smallest set of tokens whose probabilities reach this sum."""
 
 
 @dataclass(frozen=True)
 class GeneratedRows:
-    """rows: what was written. surprise: of each row, the mean over its tokens but the first of −log p, by the
-    writer itself at temperature 1: the logarithm of its perplexity."""
+    """Generated rows with the model's own judgement."""
 
     rows: Int[Tensor, "samples tokens"]
-    surprise: Float[Tensor, " samples"]
+    log_perplexity: Float[Tensor, " samples"]
+    """The mean of −log p over all tokens of a row but the first, at temperature 1."""
 
 
 @dataclass(frozen=True)
 class FilteredRows:
-    """rows: what is kept. The counts say why the others are not."""
+    """The selected rows, and the numbers of rejected ones by reason."""
 
-    rows: Int[Tensor, "kept tokens"]
+    rows: Int[Tensor, "selected tokens"]
     repeated: int
     too_likely: int
     too_unlikely: int
 
 
 @torch.no_grad()
-def write(model: Model, sampling: Sampling, seed: int, report: Report) -> GeneratedRows:
-    """Let a decoder write rows of `tokens` tokens each.
+def generate_rows(model: Model, sampling: Sampling, seed: int, report: Report) -> GeneratedRows:
+    """Let a decoder generate rows of equal length.
 
-    The first token is drawn evenly from all that are no special ones, the others from the model's own
-    distribution (Liu et al. 2023, LLM-QAT, arXiv:2305.17888, section 3.1, without its few greedy tokens at the
-    start). Where the model ends a text it goes on with the next, as windows of real text do. Special tokens
-    at the start are left out: windows of text have none either.
+    The first token is drawn uniformly from all tokens that are not special, the others from the model's distribution
+    (Liu et al. 2023, LLM-QAT, arXiv:2305.17888, section 3.1, without its few greedy tokens at the start). If the model
+    ends a text, it continues with the next, as windows of real text do. Special tokens are never first, since windows
+    of text do not start with them either.
     """
     generator = torch.Generator().manual_seed(seed)
-    words = tokenizers.load_tokenizer(model.folder)
-    special = set(words.all_special_ids)
-    usual = [token for token in sorted(words.get_vocab().values()) if token not in special]
-    if not usual:
+    tokenizer = tokenizers.load_tokenizer(model.folder)
+    special = set(tokenizer.all_special_ids)
+    ordinary = [token for token in sorted(tokenizer.get_vocab().values()) if token not in special]
+    if not ordinary:
         raise ValueError("the teacher's tokenizer has no token to start a text with")
-    drawn = torch.randint(len(usual), (sampling.samples,), generator=generator)
-    first = torch.tensor(usual)[drawn]
-    rows, surprise = [], []
+    drawn = torch.randint(len(ordinary), (sampling.samples,), generator=generator)
+    first = torch.tensor(ordinary)[drawn]
+    rows, log_perplexities = [], []
     for start in range(0, sampling.samples, _ROWS):
-        report(start / sampling.samples, "the teacher writes")
-        row, surprising = _continue(model, first[start : start + _ROWS], sampling, generator)
-        rows.append(row)
-        surprise.append(surprising)
-    return GeneratedRows(torch.cat(rows), torch.cat(surprise))
+        report(start / sampling.samples, "the teacher generates text")
+        batch, log_perplexity = _continue(model, first[start : start + _ROWS], sampling, generator)
+        rows.append(batch)
+        log_perplexities.append(log_perplexity)
+    return GeneratedRows(torch.cat(rows), torch.cat(log_perplexities))
 
 
 def _continue(
@@ -84,64 +86,68 @@ def _continue(
     generator: torch.Generator,
 ) -> tuple[Int[Tensor, "rows tokens"], Float[Tensor, " rows"]]:
     module = cast(Any, model.module)
-    written = [first.unsqueeze(1)]
-    surprise = torch.zeros(len(first))
+    """Return rows that continue these first tokens, and their log-perplexities."""
+    tokens = [first.unsqueeze(1)]
+    negative_logs = torch.zeros(len(first))
     cache: Any = None
     cache_name = loading.cache_name(model.module)
     for _ in range(sampling.tokens - 1):
-        said = module(written[-1].to(model.device), use_cache=True, **{cache_name: cache})
-        cache = said[cache_name]
-        logits = said.logits[:, -1].float().cpu()
+        output = module(tokens[-1].to(model.device), use_cache=True, **{cache_name: cache})
+        cache = output[cache_name]
+        logits = output.logits[:, -1].float().cpu()
         if not bool(torch.isfinite(logits).all()):
-            raise ValueError("the teacher predicts NaN or infinite logits: it cannot write")
-        shares = narrowed((logits / sampling.temperature).softmax(dim=-1), sampling.top_p)
-        written.append(torch.multinomial(shares, 1, generator=generator))
-        surprise -= logits.log_softmax(dim=-1).gather(1, written[-1]).squeeze(1)
-    return torch.cat(written, dim=1), surprise / (sampling.tokens - 1)
+            raise ValueError("the teacher predicts NaN or infinite logits: it cannot generate text")
+        probabilities = nucleus((logits / sampling.temperature).softmax(dim=-1), sampling.top_p)
+        tokens.append(torch.multinomial(probabilities, 1, generator=generator))
+        negative_logs -= logits.log_softmax(dim=-1).gather(1, tokens[-1]).squeeze(1)
+    return torch.cat(tokens, dim=1), negative_logs / (sampling.tokens - 1)
 
 
-def narrowed(shares: Float[Tensor, "rows vocabulary"], top_p: float) -> Float[Tensor, "rows vocabulary"]:
-    """The distributions without their tails: of the most probable tokens, the fewest that reach `top_p` together
-    (nucleus sampling, Holtzman et al. 2019, arXiv:1904.09751, eq. 2 and 3). Rows need not add up to 1."""
-    if top_p >= 1:
-        return shares
-    most, places = shares.sort(dim=-1, descending=True, stable=True)
-    before = most.cumsum(dim=-1) - most
-    return torch.zeros_like(shares).scatter(1, places, most.masked_fill(before >= top_p, 0))
+def nucleus(
+    probabilities: Float[Tensor, "rows vocabulary"], top_p: float
+) -> Float[Tensor, "rows vocabulary"]:
+    """Return the distributions without their tails: the fewest most probable tokens whose sum reaches `top_p`.
 
-
-def choose(written: GeneratedRows, keep: float) -> FilteredRows:
-    """The rows to learn from: first without repetitions, then the share `keep` of what is left.
-
-    A row is a repetition if more than half of its runs of 8 tokens stand in rows that were kept before it, or
-    if it repeats itself: if more than half of its runs stood in it already. Of the rest the writer's own
-    perplexity decides, and both tails go alike: text that it finds too likely is commonplace or a list, text
-    that it finds too unlikely has gone astray. At least one row stays.
-    Raises ValueError where everything is repetition.
+    Nucleus sampling, Holtzman et al. 2019, arXiv:1904.09751, eq. 2 and 3. The rows are not normalised.
     """
-    unique = _unrepeated(written.rows)
+    if top_p >= 1:
+        return probabilities
+    descending, indices = probabilities.sort(dim=-1, descending=True, stable=True)
+    preceding = descending.cumsum(dim=-1) - descending
+    return torch.zeros_like(probabilities).scatter(1, indices, descending.masked_fill(preceding >= top_p, 0))
+
+
+def choose(generated: GeneratedRows, keep: float) -> FilteredRows:
+    """Return the rows to learn from: without repetitions, then the share `keep` of the remaining rows.
+
+    A row is a repetition if more than half of its runs of 8 tokens appear in selected earlier rows, or earlier in the
+    row itself. The remaining rows are selected by the model's own perplexity, and as many are removed at both ends:
+    very likely text is commonplace or a list, very unlikely text makes no sense. At least one row remains. Raises
+    ValueError if every row is a repetition.
+    """
+    unique = _unrepeated(generated.rows)
     if not len(unique):
         raise ValueError(
-            f"all {len(written.rows)} rows that the teacher wrote repeat themselves: raise "
+            f"all {len(generated.rows)} rows that the teacher generated repeat themselves: raise "
             f"sampling_temperature or top_p"
         )
-    order = unique[torch.argsort(written.surprise[unique], stable=True)]
+    order = unique[torch.argsort(generated.log_perplexity[unique], stable=True)]
     dropped = len(order) - max(1, round(keep * len(order)))
     low, high = dropped // 2, dropped - dropped // 2
-    kept = order[low : len(order) - high].sort().values
-    return FilteredRows(written.rows[kept], len(written.rows) - len(unique), low, high)
+    selected = order[low : len(order) - high].sort().values
+    return FilteredRows(generated.rows[selected], len(generated.rows) - len(unique), low, high)
 
 
 def _unrepeated(rows: Int[Tensor, "samples tokens"]) -> Int[Tensor, " unique"]:
-    """The numbers of the rows that repeat neither an earlier one that stays nor themselves."""
-    seen: set[tuple[int, ...]] = set()
+    """Return the numbers of the rows that repeat neither an earlier selected row nor themselves."""
+    known_runs: set[tuple[int, ...]] = set()
     unique = []
     for number, row in enumerate(rows.tolist()):
-        length = min(_GRAM, len(row))
+        length = min(_RUN_TOKENS, len(row))
         runs = [tuple(row[start : start + length]) for start in range(len(row) - length + 1)]
-        fresh = set(runs) - seen
-        if len(fresh) < (1 - _SHARED) * len(runs):
+        new_runs = set(runs) - known_runs
+        if len(new_runs) < (1 - _MAX_REPEATED) * len(runs):
             continue
         unique.append(number)
-        seen |= fresh
+        known_runs |= new_runs
     return torch.tensor(unique, dtype=torch.int64)

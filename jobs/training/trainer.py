@@ -1,4 +1,4 @@
-"""Recovery: what all techniques that train a model have in common, from the order of rows to the weights that learn."""
+"""Train a model on rows of text: the order of rows, the division among ranks, and checkpoints."""
 
 from __future__ import annotations
 
@@ -16,46 +16,50 @@ from jobs.models import memory
 from jobs.models.model import Model
 from jobs.models.placement import on_device
 from jobs.parallel import HIGHEST_STAGE
-from jobs.training import engine
-from jobs.training import ranks as gang
+from jobs.training import loop
+from jobs.training import ranks as rank_group
 from jobs.training.checkpoints import Checkpoints
-from jobs.training.engine import AfterStep
+from jobs.training.settings import AfterStep, HeldOut, Training, no_op
 
-_HELD_OUT = 16
-"""One row of so many is held out, where a training may stop early."""
+_ROWS_PER_HELD_OUT_ROW = 16
+"""One row of this many is held out if a training may stop early."""
 _CHECKPOINT_STEPS = 50
 
 Rows = Int[Tensor, "samples tokens"]
 Ids = Int[Tensor, " batch"]
+"""Numbers of rows."""
 LossOf = Callable[[nn.Module, Ids], Float[Tensor, ""]]
 """The loss of a module on the rows of these numbers."""
 
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """How to train on rows of text. batch: rows a step. patience: after how many looks at held-out rows
-    without a better loss training ends; 0 holds nothing out. highest_stage: of ZeRO."""
+    """The settings of a training on rows of text."""
 
     learning_rate: float
     steps: int
     batch: int
+    """Rows per step."""
     patience: int = 0
+    """The number of consecutive evaluations on held-out rows without a lower loss after which training ends; 0 holds no
+    rows out."""
     highest_stage: int = HIGHEST_STAGE
+    """The highest ZeRO stage."""
 
-    def trained(self, rows: Rows, seed: int) -> tuple[Ids, Ids]:
-        """The numbers of the rows to train on, in the order of the first round, and of those held out."""
+    def split(self, rows: Rows, seed: int) -> tuple[Ids, Ids]:
+        """Return the rows to train on, in the order of the first epoch, and the held-out rows, as numbers."""
         order = order_of(len(rows), seed)
         if not self.patience:
             return order, order[:0]
         if len(rows) < 2:
-            raise ValueError(f"patience={self.patience} holds out a row, and there is but {len(rows)}")
-        held = max(1, len(rows) // _HELD_OUT)
-        return order[:-held], order[-held:]
+            raise ValueError(f"patience={self.patience} holds out a row, and there is only {len(rows)}")
+        count = max(1, len(rows) // _ROWS_PER_HELD_OUT_ROW)
+        return order[:-count], order[-count:]
 
-    def met(self, rows: Rows, seed: int) -> Ids:
-        """The numbers of all rows that training looks at."""
-        order, held = self.trained(rows, seed)
-        return torch.cat([order[: self.steps * self.batch], held])
+    def used(self, rows: Rows, seed: int) -> Ids:
+        """Return the numbers of all rows that the training reads."""
+        order, held_out = self.split(rows, seed)
+        return torch.cat([order[: self.steps * self.batch], held_out])
 
 
 def train(
@@ -64,32 +68,36 @@ def train(
     loss_of: LossOf,
     plan: TrainingPlan,
     context: Context,
-    after_step: AfterStep = engine.no_op,
+    after_step: AfterStep = no_op,
 ) -> None:
-    """Train, in place, those parameters of a model that require gradients, on rows of equal length. The whole
-    model lies on its device meanwhile.
+    """Train the parameters of a model that require gradients, in place, on rows of equal length.
 
-    after_step: see `jobs.training.engine.train`.
-
-    Where rows are held out, the best weights are left, and how it went is noted in the context.
+    The whole model is on its device during the training. With held-out rows, the model has the weights of the lowest
+    held-out loss afterwards, and the context notes the number of steps and the held-out losses.
+    after_step: see `jobs.training.loop.train`.
     """
-    order, held = plan.trained(rows, context.seed)
-    shared = _shared(model, rows.shape[1], plan, context)
-    training = engine.Training(
-        plan.learning_rate, plan.steps, plan.batch // shared.rows, zero_stage=shared.stage
+    order, held_out_ids = plan.split(rows, context.seed)
+    division = _divide(model, rows.shape[1], plan, context)
+    training = Training(
+        plan.learning_rate, plan.steps, plan.batch // division.rows, zero_stage=division.stage
     )
-    watched = engine.HeldOut(torch.split(held, shared.rows), max(1, plan.steps // 20), plan.patience)
-    places = context.checkpoints
+    held_out = None
+    if plan.patience:
+        batches = torch.split(held_out_ids, division.rows)
+        held_out = HeldOut(batches, max(1, plan.steps // 20), plan.patience)
+    checkpoints = None
+    if context.checkpoints is not None:
+        checkpoints = Checkpoints(context.checkpoints, _CHECKPOINT_STEPS)
     with on_device(model, ""):
-        log = engine.train(
+        log = loop.train(
             model.module,
-            _rounds(order, shared.rows, context.seed),
+            _batches(order, division.rows, context.seed),
             loss_of,
             training,
             context.report,
             after_step=after_step,
-            held_out=watched if plan.patience else None,
-            checkpoints=None if places is None else Checkpoints(places, _CHECKPOINT_STEPS),
+            held_out=held_out,
+            checkpoints=checkpoints,
         )
     if plan.patience:
         context.notes["steps_taken"] = len(log.losses)
@@ -97,74 +105,82 @@ def train(
 
 
 def order_of(rows: int, seed: int) -> Ids:
-    """The order in which training meets rows at first. It is the same whatever the plan, so that what a
-    teacher says of the first rows serves all students."""
+    """Return the order of rows in the first epoch. It is the same for every plan, so that cached predictions of a
+    teacher serve all students."""
     return torch.randperm(rows, generator=torch.Generator().manual_seed(seed))
 
 
 def require_gradients(model: Model) -> None:
-    """Of the blocks and of every vector outside them; of the matrices there, embeddings and head, not."""
+    """Let the blocks and all vectors outside of them be trained; not the matrices outside: embeddings and head."""
     for parameter in model.module.parameters():
         parameter.requires_grad_(parameter.ndim == 1)
     model.blocks.requires_grad_(True)
 
 
 def predictions(module: nn.Module, rows: Rows) -> Float[Tensor, "positions vocabulary"]:
-    """The logits of each next token, all positions in a row."""
+    """Return the logits of each next token, the positions of all rows concatenated."""
     logits: Tensor = module(rows, use_cache=False).logits
     return logits[:, :-1].flatten(0, 1)
 
 
 def targets(rows: Rows) -> Int[Tensor, " positions"]:
-    """The tokens that `predictions` are about."""
+    """Return the tokens that `predictions` predicts."""
     return rows[:, 1:].flatten()
 
 
 def vocabulary(model: Model) -> int:
-    """How many tokens the model's embedding knows."""
+    """Return the number of tokens of the model's embedding."""
     return int(cast(Any, model.module).get_input_embeddings().weight.shape[0])
 
 
 def check_vocabularies(technique: str, student: Model, teacher: int) -> None:
-    """Refuse, with a ValueError, a teacher of another vocabulary than the student's."""
-    own = vocabulary(student)
-    if own != teacher:
+    """Raise ValueError if student and teacher have vocabularies of different sizes."""
+    size = vocabulary(student)
+    if size != teacher:
         raise ValueError(
-            f"{technique} cannot compare predictions: the student's vocabulary has {own} tokens, the "
+            f"{technique} cannot compare predictions: the student's vocabulary has {size} tokens, the "
             f"teacher's {teacher}"
         )
 
 
-def _rounds(order: Ids, batch: int, seed: int) -> Iterator[Ids]:
-    """Batches without end: all rows in this order first, then in a new order each round."""
+def _batches(order: Ids, rows: int, seed: int) -> Iterator[Ids]:
+    """Yield batches without end: the first epoch has this order, each later epoch has a new one."""
     generator = torch.Generator().manual_seed(seed + 1)
-    waiting = order
+    pending = order
     while True:
-        while len(waiting) < batch:
-            waiting = torch.cat([waiting, order[torch.randperm(len(order), generator=generator)]])
-        yield waiting[:batch]
-        waiting = waiting[batch:]
+        while len(pending) < rows:
+            pending = torch.cat([pending, order[torch.randperm(len(order), generator=generator)]])
+        yield pending[:rows]
+        pending = pending[rows:]
 
 
 @dataclass(frozen=True)
-class _Shared:
-    """The ZeRO stage of a training, and the rows of one forward pass."""
+class _Division:
+    """How a training is divided among ranks and forward passes."""
 
     stage: int
+    """The ZeRO stage."""
     rows: int
+    """Rows of one forward pass."""
 
 
-def _shared(model: Model, tokens: int, plan: TrainingPlan, context: Context) -> _Shared:
-    """How a training is shared out, the same on all ranks: by the least memory that one of them has."""
-    ranks, asked = gang.join(), context.sharing
-    device_gib = min(ranks.all_gather(asked.device_gib or memory.device_gib()))
+def _divide(model: Model, tokens: int, plan: TrainingPlan, context: Context) -> _Division:
+    """Return the division of a training, equal on all ranks: the rank with the least memory decides it."""
+    ranks, sharing = rank_group.join(), context.sharing
+    device_gib = min(ranks.all_gather(sharing.device_gib or memory.device_gib()))
     weights = sum(parameter.numel() for parameter in model.module.parameters())
-    stage = asked.stage(weights, ranks.count, device_gib, plan.highest_stage)
+    stage = sharing.stage(weights, ranks.count, device_gib, plan.highest_stage)
     linears = [part for part in model.blocks.modules() if isinstance(part, nn.Linear)]
-    widths = sum(one.in_features + one.out_features for one in linears)
-    logits = vocabulary(model) if model.task == "causal-lm" else 0
-    free = (device_gib - parallel.training_gib(weights, stage, ranks.count)) * 2**30
+    widths = sum(linear.in_features + linear.out_features for linear in linears)
+    logits = 0
+    if model.task == "causal-lm":
+        logits = vocabulary(model)
+    free_bytes = (device_gib - parallel.training_gib(weights, stage, ranks.count)) * 2**30
     activations = parallel.row_bytes(tokens, widths, logits)
-    kind = "cuda" if torch.cuda.is_available() else "cpu"
-    rows = parallel.rows_at_once(plan.batch, ranks.count, tokens, kind, activations, free, asked.micro_batch)
-    return _Shared(stage, rows)
+    kind = "cpu"
+    if torch.cuda.is_available():
+        kind = "cuda"
+    rows = parallel.rows_at_once(
+        plan.batch, ranks.count, tokens, kind, activations, free_bytes, sharing.micro_batch
+    )
+    return _Division(stage, rows)

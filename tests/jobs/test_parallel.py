@@ -14,7 +14,7 @@ from jobs.context import Context
 from jobs.models import loading
 from jobs.parallel import WORKER_GIB, Sharing, ranks_for, row_bytes, rows_at_once, training_gib
 from jobs.techniques.finetune import Finetune
-from jobs.training import engine
+from jobs.training import loop, settings
 from jobs.training.ranks import Ranks
 
 BILLION = 10**9
@@ -64,25 +64,25 @@ def test_activations_of_a_gpt_block_are_nearly_those_of_the_paper() -> None:
     assert row_bytes(tokens, widths, 0) == pytest.approx(34 * tokens * width, rel=0.06)
 
 
-def test_each_rank_is_dealt_its_own_and_who_has_none_computes_with_the_rest() -> None:
-    dealt = [list(Ranks(rank, 2).deal("abc")) for rank in range(2)]
-    assert dealt == [[("a", 2), ("c", 1)], [("b", 2), ("c", 1)]]
-    assert list(Ranks().deal("ab")) == [("a", 1), ("b", 1)]
+def test_each_rank_has_its_own_batches_and_repeats_the_first_of_an_incomplete_round() -> None:
+    shards = [list(Ranks(rank, 2).shard("abc")) for rank in range(2)]
+    assert shards == [[("a", 2), ("c", 1)], [("b", 2), ("c", 1)]]
+    assert list(Ranks().shard("ab")) == [("a", 1), ("b", 1)]
 
 
-def test_what_a_study_asks_for_is_how_it_is_trained(
+def test_a_training_uses_the_stage_and_the_micro_batch_of_the_study(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen: list[tuple[int, int, int]] = []
+    calls: list[tuple[int, int, int]] = []
 
-    def watched(
-        module: Any, batches: Any, loss_of: Any, training: engine.Training, *_: Any, **__: Any
+    def record(
+        module: Any, batches: Any, loss_of: Any, training: settings.Training, *_: Any, **__: Any
     ) -> None:
-        seen.append((training.zero_stage, training.accumulate, len(next(iter(batches)))))
+        calls.append((training.zero_stage, training.accumulate, len(next(iter(batches)))))
 
-    monkeypatch.setattr(engine, "train", watched)
-    for asked in (Sharing(), Sharing(zero_stage=2, micro_batch=3)):
+    monkeypatch.setattr(loop, "train", record)
+    for sharing in (Sharing(), Sharing(zero_stage=2, micro_batch=3)):
         rows = torch.randint(3, 512, (8, 16))
-        given = Context(Statistics(None, "key"), tmp_path, 0, training=rows, sharing=asked)
-        Finetune(steps=1, batch=6, method="full").compress(loading.load(tiny_llama), given)
-    assert seen == [(0, 1, 6), (2, 2, 3)]
+        context = Context(Statistics(None, "key"), tmp_path, 0, training=rows, sharing=sharing)
+        Finetune(steps=1, batch=6, method="full").compress(loading.load(tiny_llama), context)
+    assert calls == [(0, 1, 6), (2, 2, 3)]

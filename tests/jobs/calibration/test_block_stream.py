@@ -106,16 +106,16 @@ def test_hooks_see_every_row_once_a_run(tiny_llama: Path) -> None:
     assert rows == [2, 2, 1] * 3
 
 
-def test_a_block_that_was_left_cannot_be_run_or_left_again(tiny_llama: Path) -> None:
+def test_a_visit_that_has_ended_cannot_be_used_again(tiny_llama: Path) -> None:
     visits = stream(loading.load(tiny_llama), tokens(), SILENT, "test")
     visit = next(visits)
     visit.leave()
     for again in (visit.run, visit.leave, lambda: next(visit.inputs())):
-        with pytest.raises(RuntimeError, match=r"model\.layers\.0 was left"):
+        with pytest.raises(RuntimeError, match=r"the visit of model\.layers\.0 has ended"):
             again()
     second = next(visits)
     next(visits)
-    with pytest.raises(RuntimeError, match=r"model\.layers\.1 was left"):
+    with pytest.raises(RuntimeError, match=r"the visit of model\.layers\.1 has ended"):
         second.run()
 
 

@@ -14,7 +14,7 @@ from jobs.models import loading
 from jobs.models.layers import SparseLinear
 from jobs.models.model import Model
 from jobs.techniques.magnitude import Magnitude
-from jobs.training import engine
+from jobs.training import loop, settings
 
 
 @pytest.mark.parametrize("name", ["distill", "finetune"])
@@ -126,11 +126,11 @@ def test_held_masks_outlive_the_engines_masters_in_fp32(stage: int, sparse: Mode
     kept = masks.densify(sparse)
     sparse.blocks.requires_grad_(True)
     masks.hold(sparse, kept)
-    log = engine.train(
+    log = loop.train(
         sparse.module,
         iter([TOKENS] * 6),
         lambda module, rows: module(rows, labels=rows).loss,
-        engine.Training(1e-3, 6, zero_stage=stage),
+        settings.Training(1e-3, 6, zero_stage=stage),
         lambda share, what: None,
     )
     masks.sparsify(sparse, kept)

@@ -52,21 +52,21 @@ def damaged(folder: Path) -> Model:
 
 def test_what_is_written_follows_the_writers_own_predictions(sure: Path) -> None:
     model = loading.load(sure)
-    written = synthesis.write(model, Sampling(20, 24, 0.1, 1.0), 0, silent)
+    written = synthesis.generate_rows(model, Sampling(20, 24, 0.1, 1.0), 0, silent)
     with torch.no_grad():
         logs = model.answer(written.rows)[:, :-1].float().log_softmax(-1)
     expected = -logs.gather(2, written.rows[:, 1:, None]).squeeze(2).mean(1)
-    torch.testing.assert_close(written.surprise, expected, rtol=0.05, atol=0.05)
+    torch.testing.assert_close(written.log_perplexity, expected, rtol=0.05, atol=0.05)
     # So cold, it nearly always writes what it finds most likely.
     assert (logs.argmax(-1) == written.rows[:, 1:]).float().mean() > 0.9
     assert written.rows[:, 0].unique().numel() > 10
-    hot = synthesis.write(model, Sampling(20, 24, 2.0, 1.0), 0, silent)
-    assert hot.surprise.mean() > written.surprise.mean() + 0.5
+    hot = synthesis.generate_rows(model, Sampling(20, 24, 2.0, 1.0), 0, silent)
+    assert hot.log_perplexity.mean() > written.log_perplexity.mean() + 0.5
 
 
 def test_the_seed_decides_what_is_written(sure: Path) -> None:
     def rows(seed: int) -> Tensor:
-        return synthesis.write(loading.load(sure), Sampling(3, 16, 1.0, 0.9), seed, silent).rows
+        return synthesis.generate_rows(loading.load(sure), Sampling(3, 16, 1.0, 0.9), seed, silent).rows
 
     assert torch.equal(rows(0), rows(0))
     assert not torch.equal(rows(0), rows(1))
@@ -74,10 +74,10 @@ def test_the_seed_decides_what_is_written(sure: Path) -> None:
 
 def test_the_tail_beyond_top_p_is_never_drawn() -> None:
     shares = torch.tensor([[0.1, 0.5, 0.25, 0.15], [0.97, 0.01, 0.01, 0.01]])
-    assert torch.equal(synthesis.narrowed(shares, 1.0), shares)
+    assert torch.equal(synthesis.nucleus(shares, 1.0), shares)
     # By hand: 0.5 is short of 0.7, 0.5 + 0.25 reaches it.
     expected = torch.tensor([[0.0, 0.5, 0.25, 0.0], [0.97, 0.0, 0.0, 0.0]])
-    assert torch.equal(synthesis.narrowed(shares, 0.7), expected)
+    assert torch.equal(synthesis.nucleus(shares, 0.7), expected)
 
 
 def test_rows_that_repeat_others_or_themselves_are_dropped() -> None:
@@ -107,7 +107,7 @@ def test_nothing_but_repetition_is_refused_with_the_cure() -> None:
 
 
 def test_a_damaged_model_comes_nearer_to_the_original_without_any_text(sure: Path, tmp_path: Path) -> None:
-    rows = synthesis.write(loading.load(sure), Sampling(16, 32, 1.0, 1.0), 9, silent).rows
+    rows = synthesis.generate_rows(loading.load(sure), Sampling(16, 32, 1.0, 1.0), 9, silent).rows
 
     def apart(model: Model) -> float:
         with torch.no_grad():

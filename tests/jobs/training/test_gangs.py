@@ -23,9 +23,9 @@ from jobs.materials import TextSource
 from jobs.models import loading
 from jobs.parallel import Sharing
 from jobs.progress import JobInterruptedError
-from jobs.training import engine
+from jobs.training import loop
 from jobs.training.checkpoints import Checkpoints
-from jobs.training.engine import HeldOut, Training, TrainingLog
+from jobs.training.settings import HeldOut, Training, TrainingLog
 
 STAGES = (0, 1, 2, 3)
 
@@ -92,7 +92,7 @@ def course(stage: int, **options: Any) -> Found:
     """20 steps of three batches each: one is left over for the second rank."""
     module = Odd()
     training = Training(1e-2, 20, accumulate=3, zero_stage=stage)
-    return found(engine.train(module, rows(), off, training, quiet, **options), module)
+    return found(loop.train(module, rows(), off, training, quiet, **options), module)
 
 
 def told_of_divergence() -> str:
@@ -103,14 +103,14 @@ def told_of_divergence() -> str:
         return off(module, batch) * (torch.nan if next(grows) == 5 and rank() == 1 else 1.0)
 
     with pytest.raises(FloatingPointError) as raised:
-        engine.train(Odd(), rows(), growing, Training(1e-2, 20, accumulate=2, zero_stage=3), quiet)
+        loop.train(Odd(), rows(), growing, Training(1e-2, 20, accumulate=2, zero_stage=3), quiet)
     return str(raised.value)
 
 
 def courses() -> Any:
     told = told_of_divergence()
     held = HeldOut([*rows(2), rows(1)[0][:5]], every=5, patience=10)
-    alone = engine.train(Odd(), rows(), off, Training(1e-2, 2, accumulate=1, zero_stage=2), quiet)
+    alone = loop.train(Odd(), rows(), off, Training(1e-2, 2, accumulate=1, zero_stage=2), quiet)
     return first_alone((told, [course(stage, held_out=held) for stage in STAGES], alone.losses))
 
 
@@ -123,7 +123,7 @@ def test_ranks_train_as_one_would_at_every_stage_and_agree_on_what_goes_wrong() 
     for stage, one in zip(STAGES, courses_, strict=True):
         assert close(one, expected), stage
     # With one batch a step the second rank has nothing to add.
-    alone = engine.train(Odd(), rows(), off, Training(1e-2, 2), quiet)
+    alone = loop.train(Odd(), rows(), off, Training(1e-2, 2), quiet)
     assert two_steps == pytest.approx(alone.losses, rel=0.01)
 
 
@@ -140,9 +140,7 @@ def going_on(folder: Path, stage: int, at: int, how: Callable[[], None]) -> Foun
     training = Training(1e-2, 20, accumulate=3, zero_stage=stage)
     held = HeldOut(rows(2), every=5, patience=10)
     places = Checkpoints(folder / "kept", every=4) if rank() == 0 else Checkpoints(folder / "never", every=4)
-    return found(
-        engine.train(module, rows(), off, training, report, held_out=held, checkpoints=places), module
-    )
+    return found(loop.train(module, rows(), off, training, report, held_out=held, checkpoints=places), module)
 
 
 def die() -> None:
@@ -186,7 +184,7 @@ def out_of_memory() -> Failure | None:
         return off(module, batch)
 
     try:
-        engine.train(Odd(), rows(), full, Training(1e-2, 5, accumulate=2, zero_stage=3), quiet)
+        loop.train(Odd(), rows(), full, Training(1e-2, 5, accumulate=2, zero_stage=3), quiet)
     except Exception as error:  # noqa: BLE001 - as a worker does
         return failure(error)
     return None

@@ -119,10 +119,10 @@ def test_the_attention_distance_is_the_mean_divergence_of_the_distributions(tiny
 
 def test_fewer_heads_are_compared_on_average_and_have_finite_gradients(tiny: Tiny) -> None:
     others, own = seen(sharpened(tiny("gpt2"))), seen(sharpened(tiny("gpt2")))
-    mixed = own.given["attn.c_attn"]
+    mixed = own.outputs["attn.c_attn"]
     # Without the last two heads of 16, in each of queries, keys and values.
     less = torch.cat([part[..., :32] for part in mixed.chunk(3, dim=-1)], dim=-1).requires_grad_()
-    own.given["attn.c_attn"] = less
+    own.outputs["attn.c_attn"] = less
     distance = hidden_states.attention_distance(own, others)
     distance.backward()
     assert distance.item() > 0

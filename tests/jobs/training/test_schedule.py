@@ -19,24 +19,24 @@ from jobs.training.schedule import Ramp
 def test_compression_grows_by_the_papers_cubic() -> None:
     ramp = Ramp(4)
     # 1 − (3/4)³ = 37/64, 1 − (1/2)³ = 7/8, 1 − (1/4)³ = 63/64
-    assert [ramp.reached(done) for done in range(6)] == [0, 37 / 64, 7 / 8, 63 / 64, 1, 1]
+    assert [ramp.share(done) for done in range(6)] == [0, 37 / 64, 7 / 8, 63 / 64, 1, 1]
 
 
 def test_the_last_step_sees_the_whole_compression() -> None:
     for share in (0.0, 0.3, 1.0):
         for steps in (1, 2, 7, 100):
             ramp = Ramp.of(share, steps)
-            assert ramp.reached(steps - 1) == 1
-            assert ramp.due(ramp.steps)
+            assert ramp.share(steps - 1) == 1
+            assert ramp.is_due(ramp.steps)
     assert Ramp.of(0.5, 100) == Ramp(50)
 
 
 def test_a_choice_is_made_at_the_start_about_twenty_times_and_at_the_end_of_the_ramp() -> None:
-    due = [done for done in range(1000) if Ramp(400).due(done)]
+    due = [done for done in range(1000) if Ramp(400).is_due(done)]
     assert due == list(range(0, 401, 20))
-    assert [done for done in range(10) if Ramp(3).due(done)] == [0, 1, 2, 3]
-    assert [done for done in range(10) if Ramp(0).due(done)] == [0]
-    assert 50 in [done for done in range(60) if Ramp(50).due(done)]
+    assert [done for done in range(10) if Ramp(3).is_due(done)] == [0, 1, 2, 3]
+    assert [done for done in range(10) if Ramp(0).is_due(done)] == [0]
+    assert 50 in [done for done in range(60) if Ramp(50).is_due(done)]
 
 
 @pytest.mark.parametrize("step", [Qat(), GradualPrune(), AnnealRank()], ids=lambda step: step.name())

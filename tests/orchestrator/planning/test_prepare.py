@@ -95,7 +95,7 @@ def test_an_override_replaces_what_the_file_says(prepared: Callable[..., Prepare
         ("budget.money=20", "budget.money: got 20.0, expected cluster.price_per_hour with it: what an hour of this"),
         ("budget.euros=20", "budget.euros: got euros, expected a known key"),
         ("objectives={load_share: {goal: min}}", "load_share, which describes the machine and not a model"),
-        ("objectives={cost_per_million_tokens: {goal: min}}", "the study gives no target.price_per_hour"),
+        ("objectives={cost_per_million_tokens: {goal: min}}", "the study has no target.price_per_hour"),
         ("space.later={distill: {steps: 3}}", "distill cannot follow rtn"),
     ],
 )  # fmt: skip

@@ -71,7 +71,7 @@ def test_a_damaged_or_missing_file_is_refused_by_name(exported: Callable[..., Pa
 
 
 def test_a_folder_that_is_no_export_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"no export of slimfront"):
+    with pytest.raises(ValueError, match=r"not an export of slimfront"):
         verify(tmp_path)
 
 

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from jobs.progress import JobInterruptedError
-from jobs.training import engine
+from jobs.training import loop, settings
 from jobs.training.checkpoints import Checkpoints
-from jobs.training.engine import Training
+from jobs.training.settings import Training
 
 
 class Net(nn.Module):
@@ -49,9 +49,9 @@ def quiet(share: float, what: str) -> None:
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_every_zero_stage_learns_the_same_and_leaves_a_plain_module(stage: int) -> None:
     expected = Net()
-    plain = engine.train(expected, rows(), off, Training(1e-2, 30), quiet)
+    plain = loop.train(expected, rows(), off, Training(1e-2, 30), quiet)
     module = Net()
-    log = engine.train(module, rows(), off, Training(1e-2, 30, zero_stage=stage), quiet)
+    log = loop.train(module, rows(), off, Training(1e-2, 30, zero_stage=stage), quiet)
     assert log.losses[-1] < 0.8 * log.losses[0]
     assert log.losses == pytest.approx(plain.losses, rel=0.1)
     assert module.second.weight is module.first.weight
@@ -66,7 +66,7 @@ def test_what_requires_no_gradient_stays() -> None:
     module = Net()
     module.first.weight.requires_grad_(False)
     before = module.first.weight.clone()
-    engine.train(module, rows(), off, Training(1e-2, 5), quiet)
+    loop.train(module, rows(), off, Training(1e-2, 5), quiet)
     assert torch.equal(module.first.weight, before)
     assert not torch.equal(module.first.bias, Net().first.bias)
 
@@ -74,7 +74,7 @@ def test_what_requires_no_gradient_stays() -> None:
 def test_the_same_training_twice_gives_the_same_weights() -> None:
     one, other = Net(), Net()
     for module in (one, other):
-        engine.train(module, rows(), off, Training(1e-2, 5), quiet)
+        loop.train(module, rows(), off, Training(1e-2, 5), quiet)
     assert torch.equal(one.first.weight, other.first.weight)
 
 
@@ -82,7 +82,7 @@ def test_masters_of_fp32_keep_updates_too_small_for_bf16() -> None:
     module = Net()
     before = module.first.weight.clone()
     # One step of 1e-4 is below half of bf16's spacing at most of these weights; forty add up.
-    engine.train(module, rows(), off, Training(1e-4, 40, warmup=0.0, decay="linear"), quiet)
+    loop.train(module, rows(), off, Training(1e-4, 40, warmup=0.0, decay="linear"), quiet)
     large = before.abs() > 0.125
     assert (module.first.weight != before)[large].float().mean() > 0.5
 
@@ -98,7 +98,7 @@ def test_the_first_updates_are_adams(stage: int) -> None:
 
     fixed = torch.ones(32, 8).bfloat16()
     training = Training(1e-2, 3, warmup=0.0, decay="linear", zero_stage=stage)
-    engine.train(module, [fixed] * 3, slope, training, quiet)
+    loop.train(module, [fixed] * 3, slope, training, quiet)
     moved = sum(training.rate(step) for step in range(3))
     torch.testing.assert_close(module.weight.float(), torch.full((8, 8), -moved), rtol=0.01, atol=0)
 
@@ -107,17 +107,17 @@ def test_gathering_gradients_over_two_batches_equals_one_batch_of_both() -> None
     halves = rows()
     wholes = [torch.cat(pair) for pair in zip(halves[::2], halves[1::2], strict=True)]
     one, other = Net(), Net()
-    engine.train(one, halves, off, Training(1e-2, 5, accumulate=2), quiet)
-    engine.train(other, wholes, off, Training(1e-2, 5), quiet)
+    loop.train(one, halves, off, Training(1e-2, 5, accumulate=2), quiet)
+    loop.train(other, wholes, off, Training(1e-2, 5), quiet)
     torch.testing.assert_close(one.first.weight, other.first.weight, rtol=0.05, atol=0.01)
 
 
 def test_a_loss_that_is_not_finite_stops_the_training_and_frees_the_module() -> None:
     module = Net()
     with pytest.raises(FloatingPointError, match="at step 1"):
-        engine.train(module, rows(), lambda m, x: m(x).float().sum() * math.nan, Training(1e-2, 5), quiet)
+        loop.train(module, rows(), lambda m, x: m(x).float().sum() * math.nan, Training(1e-2, 5), quiet)
     assert {type(parameter) for parameter in module.parameters()} == {nn.Parameter}
-    assert math.isfinite(engine.train(module, rows(), off, _trainable(module), quiet).losses[0])
+    assert math.isfinite(loop.train(module, rows(), off, _trainable(module), quiet).losses[0])
 
 
 def _trainable(module: nn.Module) -> Training:
@@ -132,11 +132,11 @@ def test_a_loss_that_rises_far_above_its_start_stops_the_training() -> None:
         return off(module, batch) * (1 + next(grows) ** 2)
 
     with pytest.raises(FloatingPointError, match="lower learning_rate"):
-        engine.train(Net(), rows(), growing, Training(1e-6, 50), quiet)
+        loop.train(Net(), rows(), growing, Training(1e-6, 50), quiet)
 
 
 def test_a_loss_may_rise_further_where_the_model_is_changed_between_steps() -> None:
-    def rising(to: float) -> engine.LossOf:
+    def rising(to: float) -> settings.LossOf:
         steps = iter(range(1000))
         return lambda module, batch: off(module, batch) * 0 + min(1.0, next(steps) / 12) * to
 
@@ -145,11 +145,11 @@ def test_a_loss_may_rise_further_where_the_model_is_changed_between_steps() -> N
 
     training = Training(1e-6, 16)
     with pytest.raises(FloatingPointError):
-        engine.train(Net(), rows(), rising(3.0), training, quiet)
-    found = engine.train(Net(), rows(), rising(3.0), training, quiet, after_step=nothing_of_note)
+        loop.train(Net(), rows(), rising(3.0), training, quiet)
+    found = loop.train(Net(), rows(), rising(3.0), training, quiet, after_step=nothing_of_note)
     assert len(found.losses) == 16
     with pytest.raises(FloatingPointError):
-        engine.train(Net(), rows(), rising(30.0), training, quiet, after_step=nothing_of_note)
+        loop.train(Net(), rows(), rising(30.0), training, quiet, after_step=nothing_of_note)
 
 
 def test_the_rate_rises_then_falls_and_is_never_zero() -> None:
@@ -164,7 +164,7 @@ def test_the_rate_rises_then_falls_and_is_never_zero() -> None:
 
 def test_every_step_is_reported() -> None:
     shares: list[float] = []
-    engine.train(Net(), rows(), off, Training(1e-3, 4), lambda share, what: shares.append(share))
+    loop.train(Net(), rows(), off, Training(1e-3, 4), lambda share, what: shares.append(share))
     assert shares == [0.25, 0.5, 0.75, 1.0]
 
 
@@ -186,7 +186,7 @@ def test_weights_masked_in_the_forward_pass_stay_zero_and_the_others_learn(stage
     before = module.weight.detach().clone()
     parametrize.register_parametrization(module, "weight", Masked(mask))
     done: list[int] = []
-    engine.train(module, rows(), off, Training(1e-2, 6, zero_stage=stage), quiet, after_step=done.append)
+    loop.train(module, rows(), off, Training(1e-2, 6, zero_stage=stage), quiet, after_step=done.append)
     hidden = module.get_parameter("parametrizations.weight.original")
     assert torch.equal(hidden[mask == 0], before[mask == 0])
     parametrize.remove_parametrizations(module, "weight")
@@ -199,14 +199,14 @@ def test_weights_masked_in_the_forward_pass_stay_zero_and_the_others_learn(stage
 def test_training_stops_when_held_out_rows_get_worse_and_leaves_the_best_weights(stage: int) -> None:
     """After 20 steps it is asked for the opposite of what it is judged by."""
     wishes = [torch.cat([x, x / 2 if step < 20 else -x], dim=1) for step, x in enumerate(rows(400))]
-    held = engine.HeldOut([torch.cat([x, x / 2], dim=1) for x in rows(2)], every=5, patience=2)
+    held = settings.HeldOut([torch.cat([x, x / 2], dim=1) for x in rows(2)], every=5, patience=2)
 
     def wished(module: nn.Module, batch: Tensor) -> Tensor:
         x, goal = batch.chunk(2, dim=1)
         return nn.functional.mse_loss(module(x).float(), goal.float())
 
     module = Net()
-    log = engine.train(module, wishes, wished, Training(1e-2, 400, zero_stage=stage), quiet, held_out=held)
+    log = loop.train(module, wishes, wished, Training(1e-2, 400, zero_stage=stage), quiet, held_out=held)
     best = log.held_out.index(min(log.held_out))
     assert best > 0
     assert len(log.losses) == 5 * (len(log.held_out) - 1) == 5 * (best + 2) < 400
@@ -218,9 +218,9 @@ def test_training_stops_when_held_out_rows_get_worse_and_leaves_the_best_weights
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_a_training_interrupted_and_called_again_ends_as_one_that_was_not(stage: int, tmp_path: Path) -> None:
     training = Training(1e-2, 12, accumulate=2, zero_stage=stage)
-    held = engine.HeldOut(rows(2), every=3, patience=10)
+    held = settings.HeldOut(rows(2), every=3, patience=10)
     whole = Net()
-    expected = engine.train(whole, rows(), off, training, quiet, held_out=held)
+    expected = loop.train(whole, rows(), off, training, quiet, held_out=held)
     places = Checkpoints(tmp_path / "checkpoints", every=4)
     told: list[int] = []
 
@@ -232,7 +232,7 @@ def test_a_training_interrupted_and_called_again_ends_as_one_that_was_not(stage:
     module = Net()
     for _ in range(2):
         with contextlib.suppress(JobInterruptedError):
-            log = engine.train(
+            log = loop.train(
                 module, rows(), off, training, quiet, after_step=interrupt, held_out=held, checkpoints=places
             )
             break
@@ -245,6 +245,6 @@ def test_a_training_interrupted_and_called_again_ends_as_one_that_was_not(stage:
 
 def test_a_checkpoint_of_another_training_is_refused(tmp_path: Path) -> None:
     places = Checkpoints(tmp_path, every=1)
-    engine.train(Net(), rows(), off, Training(1e-3, 2), quiet, checkpoints=places)
+    loop.train(Net(), rows(), off, Training(1e-3, 2), quiet, checkpoints=places)
     with pytest.raises(ValueError, match="another training"):
-        engine.train(Net(), rows(), off, Training(1e-4, 2), quiet, checkpoints=places)
+        loop.train(Net(), rows(), off, Training(1e-4, 2), quiet, checkpoints=places)
