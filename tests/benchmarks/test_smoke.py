@@ -1,4 +1,4 @@
-"""Each benchmark runs at its smallest size and prints its results, so that a change of the code cannot break it unseen."""
+"""Each benchmark runs at its smallest size and prints its results, so that no change of the code breaks it unseen."""
 
 from __future__ import annotations
 
