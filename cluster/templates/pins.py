@@ -10,7 +10,6 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from importlib import metadata
-from importlib.resources import files
 from pathlib import Path
 
 _REQUIREMENT = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]*)\s*(?:\[([^\]]*)\])?")
@@ -68,15 +67,12 @@ def installed_versions(distribution: str, extras: Iterable[str]) -> dict[str, st
 def read_lock() -> str:
     """Return slimfront's lock; "" if this copy has none.
 
-    The wheel has it as a file of this package, a checkout in its root.
+    A checkout has it in its root, the wheel in its metadata.
     """
-    shipped = files("cluster.templates") / "shipped" / "constraints.txt"
-    if shipped.is_file():
-        return shipped.read_text("utf-8")
     path = Path(__file__).parents[2] / "constraints.txt"
     if path.is_file():
         return path.read_text("utf-8")
-    return ""
+    return metadata.distribution("slimfront").read_text("extra_metadata/constraints.txt") or ""
 
 
 def locked_versions(lock: str) -> dict[str, set[str]]:
