@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import zipfile
 from importlib import metadata
 from pathlib import Path
 
@@ -11,6 +14,7 @@ from packaging.utils import canonicalize_name
 from cluster.templates import pins
 
 EXTRAS = ("gguf", "onnx", "openvino", "tasks")
+ROOT = Path(__file__).parents[2]
 LOCK = """# a comment
 jinja2==3.1.6
 numpy==2.4.6 ; python_full_version < '3.12'
@@ -58,5 +62,15 @@ def test_installed_versions_replace_a_lock_that_has_others() -> None:
 
 def test_the_lock_has_every_package_that_slimfront_needs() -> None:
     lock = pins.read_lock()
-    assert lock == (Path(__file__).parents[2] / "constraints.txt").read_text()
+    assert lock == (ROOT / "constraints.txt").read_text()
     assert set(pins.installed_versions("slimfront", EXTRAS)) <= set(pins.locked_versions(lock))
+
+
+def test_the_wheel_contains_the_lock(tmp_path: Path) -> None:
+    subprocess.run(
+        [sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", str(tmp_path)],
+        cwd=ROOT, check=True, capture_output=True,
+    )  # fmt: skip
+    with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
+        name = next(name for name in wheel.namelist() if name.endswith("extra_metadata/constraints.txt"))
+        assert wheel.read(name).decode() == pins.read_lock()
