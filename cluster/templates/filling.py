@@ -11,6 +11,7 @@ from importlib import metadata
 from importlib.resources import files
 from pathlib import Path
 
+from cluster.templates import pins
 from cluster.templates.instances import Instance, table
 from cluster.templates.schema import unknown
 
@@ -73,7 +74,8 @@ def fill(template: str, choices: Choices) -> dict[str, str]:
         raise ValueError("\n".join(messages))
     values = _versions() | _values(template, choices)
     contents = {name: _filled(name, values) for name in TEMPLATES[template]}
-    return contents | {"constraints.txt": "".join(f"{pin}\n" for pin in pins())}
+    installed = pins.installed_versions("slimfront", _EXTRAS)
+    return contents | {"constraints.txt": pins.constraints(installed, pins.read_lock())}
 
 
 def refusals(template: str, choices: Choices) -> list[str]:
@@ -112,22 +114,6 @@ def write(contents: Mapping[str, str], folder: Path) -> list[Path]:
     for path, text in zip(paths, contents.values(), strict=True):
         path.write_text(text, encoding="utf-8")
     return paths
-
-
-def pins() -> list[str]:
-    """Return the installed versions of slimfront's requirements as exact pins, without a build's suffix (+cpu)."""
-    versions = set()
-    for requirement in metadata.requires("slimfront") or ():
-        name = re.match(r"[A-Za-z0-9._-]+", requirement)
-        extra = re.search(r"extra == [\"'](\w+)[\"']", requirement)
-        if name is None or (extra is not None and extra[1] not in _EXTRAS):
-            continue
-        try:
-            version = metadata.version(name[0])
-        except metadata.PackageNotFoundError:
-            continue  # of an extra that is not installed here: the wheel's bounds apply
-        versions.add(f"{name[0].lower()}=={version.partition('+')[0]}")
-    return sorted(versions)
 
 
 def _versions() -> dict[str, str]:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import ast
 import functools
+import importlib
 import re
 import shlex
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import typer
@@ -16,6 +20,7 @@ from orchestrator.cli.app import app
 
 ROOT = Path(__file__).parents[3]
 DOCUMENTS = ["README.md", "docs/cluster.md"]
+WITH_PYTHON = ["README.md", "CONTRIBUTING.md", "docs/search.md"]
 
 
 def commands(text: str) -> Iterator[list[str]]:
@@ -81,3 +86,87 @@ def test_every_place_that_a_document_links_to_is_there() -> None:
             if "://" not in target:
                 assert not path or ((ROOT / document).parent / path).exists(), target
                 assert path or anchor in headings, target
+
+
+def missing_names(source: str) -> list[str]:
+    """The names that a Python example imports from slimfront, or reads from its modules, and that do not exist."""
+    tree = ast.parse(source)
+    modules: dict[str, ModuleType] = {}
+    missing = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] in {
+            "jobs",
+            "orchestrator",
+        }:
+            parent = importlib.import_module(node.module or "")
+            for alias in node.names:
+                try:
+                    value = getattr(parent, alias.name, None) or importlib.import_module(
+                        f"{node.module}.{alias.name}"
+                    )
+                except ImportError:
+                    missing.append(f"{node.module}.{alias.name}")
+                    continue
+                if isinstance(value, ModuleType):
+                    modules[alias.asname or alias.name] = value
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in modules:
+            module = modules[node.value.id]
+            if not hasattr(module, node.attr):
+                missing.append(f"{module.__name__}.{node.attr}")
+    return missing
+
+
+@pytest.mark.parametrize("document", WITH_PYTHON)
+def test_every_name_in_a_python_example_exists(document: str) -> None:
+    examples = re.findall(r"^```python\n(.*?)^```", (ROOT / document).read_text(), re.MULTILINE | re.DOTALL)
+    assert examples
+    assert [name for example in examples for name in missing_names(example)] == []
+
+
+def test_a_missing_name_in_a_python_example_is_reported() -> None:
+    example = "from jobs.models import loading, nothing\nloading.load()\nloading.unload()\n"
+    assert missing_names(example) == ["jobs.models.nothing", "jobs.models.loading.unload"]
+
+
+def architecture_rows() -> list[list[str]]:
+    """The cells of each row of the tables in docs/architecture.md."""
+    lines = (ROOT / "docs" / "architecture.md").read_text().splitlines()
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ")]
+
+
+@pytest.mark.parametrize("package", ["orchestrator", "jobs", "cluster"])
+def test_the_architecture_page_has_every_module_with_its_floor(package: str) -> None:
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    layers = next(contract["layers"] for contract in contracts if contract.get("containers") == [package])
+    floors = {
+        module: floor
+        for floor, layer in enumerate(reversed(layers), 1)
+        for module in layer.split(" | ")
+        if module != "__main__"
+    }
+    names = {path.name for path in (ROOT / package).iterdir()}
+    rows = {row[0]: row[1] for row in architecture_rows() if len(row) == 3 and row[1].isdigit()}
+    for module, floor in floors.items():
+        folder_or_file = f"{module}.py" if f"{module}.py" in names else f"{module}/"
+        assert rows.get(folder_or_file) == str(floor), folder_or_file
+
+
+def test_the_architecture_page_has_the_doors_of_the_import_contracts() -> None:
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    expected: dict[str, set[str]] = {}
+    for contract in contracts:
+        for line in contract.get("ignore_imports", []):
+            importer, _, library = line.partition(" -> ")
+            path = importer.removesuffix(".*").replace(".", "/")
+            door = f"{path}/" if importer.endswith(".*") else f"{path}.py"
+            expected.setdefault(library, set()).add(door)
+    stated: dict[str, set[str]] = {}
+    for row in architecture_rows():
+        if len(row) == 2:
+            for library in row[0].replace("lm-eval", "lm_eval").split(", "):
+                stated.setdefault(library, set()).update(re.findall(r"[a-z]+/[\w/]+(?:\.py)?", row[1]))
+    assert set(expected) <= set(stated)
+    for library, doors in expected.items():
+        assert doors <= stated[library], library
+        assert all((ROOT / door).exists() for door in stated[library])
