@@ -1,6 +1,6 @@
-"""What commit 4683a6e stored must still open: its studies, stores and exports, and every name that it wrote.
+"""Files of commit 4683a6e must still open: its studies, stores and exports, and every name that it wrote.
 
-tests/stored/README.md tells how the files were made. They are copied for each test, since commands write next to them.
+tests/stored/README.md describes how the files were made. Each test copies them, since commands write next to them.
 """
 
 from __future__ import annotations
@@ -117,7 +117,14 @@ def test_a_member_is_exported_to_the_same_weights(studies: Path, format: str) ->
             assert again["checksums"][file] == mark["checksums"][file], file
 
 
-@pytest.mark.parametrize("format", sorted(EXPECTED["verify"]))
+@pytest.mark.parametrize(
+    "format",
+    # A timing with torch is repeated while another test runs, so one format of the two is enough for the fast suite.
+    [
+        pytest.param(name, marks=[pytest.mark.slow] * (name == "slimfront"))
+        for name in sorted(EXPECTED["verify"])
+    ],
+)
 def test_an_old_export_is_verified_with_the_recorded_quality(studies: Path, format: str) -> None:
     rows = json.loads(slimfront("verify", f"exports/{format}", "--json", cwd=studies, codes=(0, 1)))
     checked = {row["metric"]: row for row in rows}
@@ -126,7 +133,8 @@ def test_an_old_export_is_verified_with_the_recorded_quality(studies: Path, form
     for metric, row in checked.items():
         assert row["recorded"] == before[metric]["recorded"]
         if not metric.endswith(TIMES):
-            assert row["ok"]
+            # The recorded size is that of the study's own format, as it was at that commit.
+            assert row["ok"] == before[metric]["ok"]
             assert row["measured"] == pytest.approx(before[metric]["measured"], rel=0.01)
 
 

@@ -70,12 +70,12 @@ def test_the_page_tells_what_the_study_took() -> None:
     assert "Time and cost" not in report_html(results(SIZE), "", Savings())
 
 
-def test_the_page_tells_how_far_predictions_were_off() -> None:
+def test_the_page_shows_the_errors_of_predictions() -> None:
     found = [
         candidate(n, 100, 0.7, 5.0, predicted={"decode_ms": ms}) for n, ms in ((1, 5.5), (2, 5.1), (3, 4.9))
     ]
     page = report_html(judge("laptop", [SIZE, SPEED], candidate(0, 200, 0.8, 10.0), found), "", Savings())
-    assert "decode by 2.0% (median), 10.0% (worst of 3)" in page
+    assert "decode 2.0% (median), 10.0% (worst of 3)" in page
     assert "Predictions" not in report_html(results(SIZE, SPEED), "", Savings())
 
 

@@ -87,7 +87,7 @@ def test_a_study_ends_with_a_front_of_measured_files(prepared: Callable[..., Pre
     assert ready.folder.report.stat().st_size > 1000
 
 
-def test_what_another_study_made_is_found_and_not_made_again(prepared: Callable[..., PreparedStudy]) -> None:
+def test_results_of_another_study_are_reused(prepared: Callable[..., PreparedStudy]) -> None:
     run_inline(prepared())
     ran: list[Job] = []
 
@@ -107,7 +107,7 @@ def test_what_another_study_made_is_found_and_not_made_again(prepared: Callable[
     assert len(ran) >= 6
     assert attempted == []
     page = prepared("name=other").folder.report.read_text()
-    assert f"{len(ran)} jobs were done in the store already" in page
+    assert f"{len(ran)} jobs already in the store" in page
 
 
 def test_a_finished_study_runs_nothing_when_it_is_started_again(
