@@ -22,6 +22,9 @@ from jobs.training.losses import DistillationObjective, Divergence
 from jobs.training.teacher import matching
 from jobs.training.trainer import TrainingPlan
 
+_STORED_LOG_PERPLEXITY = "surprise"
+"""The name of the log-perplexities in the cache. It never changes, so that cached rows stay readable."""
+
 
 @dataclass(frozen=True)
 class Synthesize(Technique):
@@ -96,11 +99,14 @@ class Synthesize(Technique):
             "seed": context.seed,
             **dataclasses.asdict(sampling),
         }
-        return dataclasses.asdict(generated), {"origin": json.dumps(origin)}
+        tensors = {"rows": generated.rows, _STORED_LOG_PERPLEXITY: generated.log_perplexity}
+        return tensors, {"origin": json.dumps(origin)}
 
     def _select(self, stored: Stored, context: Context) -> trainer.Rows:
         """Return the rows to train on; records their origin and the dropped rows in `context.notes`."""
-        selected = synthesis.choose(synthesis.GeneratedRows(stored["rows"], stored["surprise"]), self.keep)
+        selected = synthesis.choose(
+            synthesis.GeneratedRows(stored["rows"], stored[_STORED_LOG_PERPLEXITY]), self.keep
+        )
         context.notes["written"] = {
             **json.loads(stored.about["origin"]),
             "kept": len(selected.rows),
