@@ -90,10 +90,64 @@ def load(folder: Path, device: str = "cpu") -> Model:
             tie_weights(module)
         fit_heads(model)
     else:
-        module = _auto_class(config).from_pretrained(folder, dtype=DTYPE, use_safetensors=True)
+        module, report = _auto_class(config).from_pretrained(
+            folder, config=config, dtype=DTYPE, use_safetensors=True, output_loading_info=True
+        )
+        if report["missing_keys"]:
+            raise ValueError(f"{folder} lacks the weights of {sorted(report['missing_keys'])[:3]}")
         _replace_conv1d(module)
     module.requires_grad_(False)
     return Model(module.eval(), kind, folder, device)
+
+
+def differences(folder: Path) -> dict[str, Any]:
+    """Compare the weight files of an original with the parameters of its architecture, as transformers matches them.
+
+    Returns the names of `missing` and `unexpected` tensors, and for each `mismatched` one its name, its shape in the
+    file and the shape that the architecture expects. Reads headers only: the module is on the meta device.
+    """
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    verbosity = transformers.utils.logging.get_verbosity()
+    transformers.utils.logging.set_verbosity_error()  # it would print the same differences as a table
+    try:
+        config = load_config(folder)
+        _, report = _auto_class(config).from_pretrained(
+            folder,
+            config=config,
+            dtype=DTYPE,
+            use_safetensors=True,
+            device_map="meta",
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    finally:
+        transformers.utils.logging.set_verbosity(verbosity)
+    mismatched = sorted(
+        (name, list(stored), list(expected)) for name, stored, expected in report["mismatched_keys"]
+    )
+    return {
+        "missing": sorted(set(report["missing_keys"]) - {name for name, *_ in mismatched}),
+        "unexpected": sorted(report["unexpected_keys"]),
+        "mismatched": mismatched,
+    }
+
+
+def base_prefix(folder: Path) -> str:
+    """Return the prefix of the base model's tensors in files of a model with a head, such as `bert`."""
+    config = load_config(folder)
+    return str(_auto_class(config)._model_mapping[type(config)].base_model_prefix)
+
+
+def tied_names(folder: Path) -> dict[str, str]:
+    """Return the tensors that share their values with another tensor by the config, and the names of the others."""
+
+    def compute() -> dict[str, str]:
+        module = empty_module(load_config(folder), "meta")
+        return dict(getattr(module, "all_tied_weights_keys", None) or {})
+
+    return dict(remembered("tied", [_config_text(folder)], compute))
 
 
 @lru_cache(maxsize=8)

@@ -44,8 +44,13 @@ def check_folder(folder: Path) -> None:
     config_file = folder / "config.json"
     if not config_file.is_file():
         raise FileNotFoundError(f"{folder} has no config.json, so it is not a model folder")
-    config = json.loads(config_file.read_text())
-    if "auto_map" in config:
+    try:
+        config = json.loads(config_file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{config_file} is not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{config_file} contains a {type(config).__name__}, expected a JSON object")
+    if _refers_to_code(config):
         raise ValueError(f"{config_file} refers to code (auto_map), which slimfront never runs")
     if config.get("model_type") not in names():
         raise ValueError(
@@ -54,6 +59,15 @@ def check_folder(folder: Path) -> None:
         )
     if not list(folder.glob("*.safetensors")):
         raise FileNotFoundError(f"{folder} has no .safetensors weights{_pickled_note(folder)}")
+
+
+def _refers_to_code(config: object) -> bool:
+    """Whether a config, or a config inside of it, names code in auto_map."""
+    if isinstance(config, dict):
+        return "auto_map" in config or any(_refers_to_code(value) for value in config.values())
+    if isinstance(config, list):
+        return any(_refers_to_code(value) for value in config)
+    return False
 
 
 def licence(source: str) -> str | None:

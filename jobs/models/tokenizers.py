@@ -57,7 +57,11 @@ def check_vocabulary(folder: Path) -> None:
     """
 
     def compute() -> int:
-        return max(load_tokenizer(folder).get_vocab().values(), default=-1)
+        try:
+            return max(load_tokenizer(folder).get_vocab().values(), default=-1)
+        except Exception as error:  # the readers of its many formats raise many types
+            reason = " ".join(str(error).split())
+            raise ValueError(f"the tokenizer in {folder} cannot be read: {reason}") from error
 
     highest_id = remembered("highest-id", [tokenizer_digest(folder), str(vocabulary_size(folder))], compute)
     rows = vocabulary_size(folder)

@@ -6,7 +6,7 @@ import dataclasses
 
 from cluster.storage.open import check_store, is_remote
 from jobs import meters
-from jobs.models import loading, sources, tokenizers
+from jobs.models import loading, sources, tokenizers, weight_check
 from jobs.models.families import TASKS, Task
 from jobs.prediction.latency_model import Table
 from jobs.recipe import Origin, Recipe
@@ -42,6 +42,7 @@ def prepare(loaded: Loaded) -> PreparedStudy:
     )
     layout = None
     if folder is not None:
+        problems.attempt("model", lambda: weight_check.check_weights(folder), "a model with all its weights")
         layout = problems.attempt("model", lambda: loading.original_layout(folder), "a model")
     depth = SHALLOW if layout is None else Depth(layout.depth, len(layout.linears))
     space, space_problems = parse(config.space, config.search.order == "any", depth)
@@ -61,6 +62,8 @@ def prepare(loaded: Loaded) -> PreparedStudy:
     materials = materials_of(config, task)
     names = choose_meters(config, task, materials, problems)
     check_data(materials, names, space, folder, problems)
+    if folder is not None:
+        problems.attempt("model", lambda: weight_check.check_values(folder), "finite weights")
     if problems.problems or folder is None or layout is None:
         raise InvalidStudyError([loaded.located(problem) for problem in problems.problems])
     exclusive = [name for name in names if meters.load(name).exclusive]
