@@ -110,7 +110,7 @@ def differences(folder: Path) -> dict[str, Any]:
 
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     verbosity = transformers.utils.logging.get_verbosity()
-    transformers.utils.logging.set_verbosity_error()  # it would print the same differences as a table
+    transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # it would print the same differences as a table
     try:
         config = load_config(folder)
         _, report = _auto_class(config).from_pretrained(

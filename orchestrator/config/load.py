@@ -14,6 +14,7 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from orchestrator.config.problems import InvalidStudyError, Problem
 from orchestrator.config.schema import StudyConfig
+from orchestrator.config.text_checks import read_text, repeated_keys, value_problems
 
 
 @dataclass(frozen=True)
@@ -41,15 +42,18 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Loaded:
 
     Raises InvalidStudyError at once if the file is no YAML mapping; all other problems are collected.
     """
-    text = _read(path)
+    text = read_text(path)
     root, content = _parsed(path, text)
     locations = {"": f"{path}:1"}
     for key, number in _lines(root):
         locations[key] = f"{path}:{number}"
-    problems: list[Problem] = []
+    problems = list(repeated_keys(root))
     config = OmegaConf.structured(StudyConfig)
     for key, value in _leaves(content):
-        config = _merged(config, key, value, problems)
+        value_errors = list(value_problems(key, value))
+        problems += value_errors
+        if not value_errors:
+            config = _merged(config, key, value, problems)
     for override in overrides:
         config = _overridden(config, override, locations, problems)
     wrong = {problem.key for problem in problems}
@@ -95,14 +99,6 @@ def _overridden(config: Any, override: str, locations: dict[str, str], problems:
         if isinstance(value, dict):
             value = next(iter(value.values()))
     return _merged(config, key, value, problems)
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not text"
-        raise InvalidStudyError([f"{path}:1 got {reason}, expected a study file in YAML"]) from error
 
 
 def _merged(config: Any, key: str, value: Any, problems: list[Problem]) -> Any:
@@ -151,6 +147,11 @@ def _first_line(error: Exception) -> str:
 def _to_object(config: Any, problems: list[Problem]) -> StudyConfig:
     try:
         loaded = OmegaConf.to_object(config)
+    except RecursionError:  # interpolations that refer to each other
+        problems.append(
+            Problem("", "got interpolations that refer to each other, expected values that resolve")
+        )
+        return StudyConfig(name="", model="")
     except OmegaConfBaseException as error:  # an interpolation such as ${oc.env:NAME} without a value
         key = str(getattr(error, "full_key", "") or "")
         problems.append(Problem(key, f"got {_first_line(error)}, expected a value that resolves"))

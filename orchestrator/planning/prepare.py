@@ -15,6 +15,7 @@ from orchestrator.config.problems import InvalidStudyError
 from orchestrator.config.schema import StudyConfig, unless_auto
 from orchestrator.pareto.front import Objective
 from orchestrator.persistence.study_folder import home
+from orchestrator.planning.address_checks import check_addresses
 from orchestrator.planning.cost import cost_of
 from orchestrator.planning.input_files import fetch_inputs
 from orchestrator.planning.parse_space import SHALLOW, Depth, parse
@@ -36,6 +37,7 @@ def prepare(loaded: Loaded) -> PreparedStudy:
     problems = ProblemList(loaded.problems)
     config = fetch_inputs(loaded.config, home(loaded.config.store), problems)
     check_values(config, problems)
+    check_addresses(config, problems)
     task: Task = next((name for name in TASKS if name == config.task), "causal-lm")
     folder = problems.attempt(
         "model", lambda: sources.locate(config.model), "a model folder, a hub id or package:NAME"

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from jobs import data, meters, parallel, runtimes
 from jobs.compression import masks
 from jobs.materials import Materials, TextSource
@@ -18,6 +20,7 @@ from jobs.measurement.meter import Reads
 from jobs.meters import lm_eval_tasks
 from jobs.models import loading
 from jobs.models.families import TASKS, Task, family
+from jobs.parallel import WORKER_GIB
 from orchestrator import search
 from orchestrator.config.problems import Problem
 from orchestrator.config.schema import ClusterSpec, StudyConfig
@@ -26,6 +29,7 @@ from orchestrator.planning.problem_list import ProblemList
 from orchestrator.planning.search_space import SearchSpace
 
 _WHOLE = "auto or a whole number from"
+_MIN_STALL_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -95,15 +99,23 @@ def _search_checks(config: StudyConfig) -> Iterator[Check]:
 def _cluster_checks(config: StudyConfig) -> Iterator[Check]:
     spec = config.cluster
     yield Check("cluster.slots", spec.slots, _auto_or_whole(spec.slots, 1), f"{_WHOLE} 1")
+    if isinstance(spec.slots, int) and spec.address is None:
+        most = max(1, int(psutil.virtual_memory().total / 2**30 / WORKER_GIB))
+        expected = f"at most {most}: each worker of this machine needs {WORKER_GIB} GiB of memory"
+        yield Check("cluster.slots", spec.slots, spec.slots <= most, expected)
     limit_is_valid = spec.memory_gib is None or spec.memory_gib > 0
     yield Check("cluster.memory_gib", spec.memory_gib, limit_is_valid, "more than 0")
     gpus_are_valid = spec.gpus == "auto" or (_is_number(spec.gpus) and 0 <= float(spec.gpus) < math.inf)
     yield Check("cluster.gpus", spec.gpus, gpus_are_valid, "auto or a number from 0")
+    if _is_number(spec.gpus) and spec.address is None:
+        uses_none = float(spec.gpus) == 0
+        yield Check("cluster.gpus", spec.gpus, uses_none, "0 or auto, or cluster.address with it")
     can_be_shared = spec.gpus != "auto" or spec.device_gib != "auto"
     yield Check("cluster.gpus", spec.gpus, can_be_shared, "cluster.device_gib with it")
     yield Check("cluster.start_seconds", spec.start_seconds, spec.start_seconds > 0, "more than 0")
-    stall_is_valid = spec.stall_seconds is None or spec.stall_seconds > 0
-    yield Check("cluster.stall_seconds", spec.stall_seconds, stall_is_valid, "more than 0, or null")
+    stall_is_valid = spec.stall_seconds is None or spec.stall_seconds >= _MIN_STALL_SECONDS
+    expected = f"at least {_MIN_STALL_SECONDS:g}, or null: a single step of a job may take seconds"
+    yield Check("cluster.stall_seconds", spec.stall_seconds, stall_is_valid, expected)
 
 
 def _training_checks(config: StudyConfig) -> Iterator[Check]:

@@ -339,7 +339,7 @@ def test_what_a_job_asks_of_a_cluster_is_told_by_the_study(prepared: Callable[..
     )
     on_laptop = Resources(memory_gib=memory_gib, exclusive=True, labels={"target": "laptop"})
     assert JobResources.for_study(ready).of(timing, True, 4) == on_laptop
-    here = prepared(*given, *timed)
+    here = prepared(given[0], *timed)
     assert JobResources.for_study(here).of(timing, True, 4) == Resources(
         memory_gib=memory_gib, exclusive=True
     )
