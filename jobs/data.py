@@ -1,16 +1,13 @@
-"""Data: reads the texts and the multiple-choice items of a study, and cuts text into windows of tokens."""
+"""Cut the texts of a study into windows of tokens, and read its multiple-choice and labelled items."""
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import hashlib
-import importlib.util
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -20,36 +17,36 @@ from torch import Tensor
 from jobs.materials import TextSource
 from jobs.models import tokenizers
 from jobs.models.facts import remembered
+from jobs.text_files import Piece, documents, files_of, records_of, text_field
+
+_CHARACTERS_PER_TOKEN = 8
+"""Characters that are tokenized at first for each token that is needed. Twice as many follow if they are too few."""
+_SPARE_TOKENS = 64
+"""Tokens at the end of a shortened text that are not used, since the next characters could change them."""
 
 
 @dataclass(frozen=True)
 class Question:
-    """One multiple-choice item: which of `choices` continues `context`; `answer` is its index."""
+    """One multiple-choice item: which of the choices continues the context."""
 
     context: str
     choices: tuple[str, ...]
     answer: int
+    """The index of the right choice."""
 
 
 @dataclass(frozen=True)
 class Labelled:
-    """A text and its class: an index, or a name that the model's config knows."""
+    """A text and its class."""
 
     text: str
     label: int | str
-
-
-@dataclass(frozen=True)
-class _Piece:
-    """What `part` counts: a record of a .jsonl, a paragraph of a .txt, a string of a Python module."""
-
-    document: str
-    text: str
+    """The index of the class, or its name in the model's config."""
 
 
 @dataclass(frozen=True)
 class _Reading:
-    """Equal where the windows are equal, wherever the files lie."""
+    """The key of cached windows. Two are equal if their windows are equal, wherever the files are."""
 
     data: str
     tokenizer: str
@@ -58,9 +55,9 @@ class _Reading:
 
 
 def windows_for(source: TextSource, model_folder: Path) -> Int[Tensor, "samples tokens"]:
-    """`windows` by the tokenizer of a model folder, remembered for as long as the process lives.
+    """Return `windows` by the tokenizer of a model folder, cached in this process.
 
-    The tensor is shared: it must not be changed.
+    The tensor is shared and must not be modified.
     """
     return _read(_Reading(digest(source), tokenizers.tokenizer_digest(model_folder), source, model_folder))
 
@@ -78,21 +75,25 @@ def check_windows(source: TextSource, model_folder: Path) -> None:
 
 
 def windows(source: TextSource, tokenizer: tokenizers.Tokenizer) -> Int[Tensor, "samples tokens"]:
-    """The source's documents in a row, an end-of-text token between two, cut into windows.
+    """Return the documents of a source in a row, an end-of-text token between two, cut into windows.
 
-    For an encoder's tokenizer each window is framed as the tokenizer frames a text ([CLS] … [SEP]), and
-    nothing stands between documents. Raises ValueError where the text is too short.
+    For an encoder's tokenizer each window is framed as the tokenizer frames a text ([CLS] … [SEP]), and there is
+    nothing between documents. Raises ValueError if the text is too short.
     """
     frame = tokenizer("").input_ids
-    encoder = tokenizer.cls_token_id is not None and tokenizer.cls_token_id in frame
-    length = source.tokens - len(frame) if encoder else source.tokens
+    is_encoder = tokenizer.cls_token_id is not None and tokenizer.cls_token_id in frame
+    length = source.tokens
+    separator: list[int] = []
+    if is_encoder:
+        length -= len(frame)
+    elif tokenizer.eos_token_id is not None:
+        separator = [tokenizer.eos_token_id]
     if length < 1:
         raise ValueError(f"windows of {source.tokens} tokens leave no room for text; ask for more tokens")
-    separator = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None and not encoder else []
     needed = source.samples * length
     row: list[int] = []
-    for text in _documents(source):
-        row += tokenizer(text, add_special_tokens=False, verbose=False).input_ids + separator
+    for pieces in documents(source.path, source.part, source.where):
+        row += _first_tokens(pieces, needed - len(row), tokenizer) + separator
         if len(row) >= needed:
             break
     if len(row) < needed:
@@ -101,32 +102,50 @@ def windows(source: TextSource, tokenizer: tokenizers.Tokenizer) -> Int[Tensor, 
             f"{needed}: ask for at most {len(row) // length} samples, or give more text{_narrowed(source)}"
         )
     cut = torch.tensor(row[:needed]).view(source.samples, length)
-    if not encoder:
+    if not is_encoder:
         return cut
-    before = frame.index(tokenizer.cls_token_id) + 1
-    start = torch.tensor(frame[:before]).expand(source.samples, -1)
-    end = torch.tensor(frame[before:]).expand(source.samples, -1)
+    start_tokens = frame.index(tokenizer.cls_token_id) + 1
+    start = torch.tensor(frame[:start_tokens]).expand(source.samples, -1)
+    end = torch.tensor(frame[start_tokens:]).expand(source.samples, -1)
     return torch.cat([start, cut, end], dim=1)
 
 
+def _first_tokens(pieces: Sequence[Piece], needed: int, tokenizer: tokenizers.Tokenizer) -> list[int]:
+    """Return the tokens of a document, or at least the first `needed` of them.
+
+    A long document is not tokenized to its end: its first paragraphs have the same tokens as within the document.
+    """
+    characters = needed * _CHARACTERS_PER_TOKEN
+    while True:
+        count, total = 0, 0
+        while count < len(pieces) and total <= characters:
+            total += len(pieces[count].text)
+            count += 1
+        text = pieces[0].separator.join(piece.text for piece in pieces[:count])
+        tokens: list[int] = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+        if count == len(pieces) or len(tokens) >= needed + _SPARE_TOKENS:
+            return tokens
+        characters *= 2
+
+
 def check(source: TextSource) -> None:
-    """Refuse, without reading the text, a source that cannot be read; FileNotFoundError or ValueError."""
+    """Raise FileNotFoundError or ValueError for a source that cannot be read. The text itself is not read."""
     low, high = source.part
     if not 0.0 <= low < high <= 1.0:
         raise ValueError(f"part={list(source.part)} must be a rising pair within [0, 1], such as [0.0, 0.8]")
     for name in ("samples", "tokens"):
         if getattr(source, name) < 1:
             raise ValueError(f"{name}={getattr(source, name)} must be at least 1")
-    files = _files(source.path)
+    files = files_of(source.path)
     odd = next((file for file in files if file.suffix != ".jsonl"), None)
     if source.where and odd is not None:
         raise ValueError(f"where filters the fields of .jsonl documents, and {odd} has none")
 
 
 def digest(source: TextSource) -> str:
-    """The digest of everything that decides the windows but the tokenizer: the files' bytes and the options."""
+    """Return the digest of everything that decides the windows except the tokenizer: file contents and options."""
     total = hashlib.sha256()
-    for file in _files(source.path):
+    for file in files_of(source.path):
         with file.open("rb") as stream:
             total.update(hashlib.file_digest(stream, "sha256").digest())
     options = {name: value for name, value in dataclasses.asdict(source).items() if name != "path"}
@@ -135,9 +154,9 @@ def digest(source: TextSource) -> str:
 
 
 def choices(path: str | Path) -> list[Question]:
-    """The items of a .jsonl file of multiple-choice questions; ValueError names the line that is wrong."""
+    """Return the items of a .jsonl file of multiple-choice questions. Raises ValueError with the line of a problem."""
     questions = []
-    for number, record in _records(Path(path)):
+    for number, record in records_of(Path(path)):
         context, options, answer = (record.get(name) for name in ("context", "choices", "answer"))
         where = f"{path}:{number}"
         if not isinstance(context, str):
@@ -157,12 +176,10 @@ def choices(path: str | Path) -> list[Question]:
 
 
 def labelled(path: str | Path) -> list[Labelled]:
-    """The texts of a .jsonl file with their labels; ValueError names the line that is wrong."""
+    """Return the texts of a .jsonl file with their labels. Raises ValueError with the line of a wrong one."""
     texts = []
-    for number, record in _records(Path(path)):
-        text, label = record.get("text"), record.get("label")
-        if not isinstance(text, str):
-            raise ValueError(f"{path}:{number} text: got {text!r}, expected a string")
+    for number, record in records_of(Path(path)):
+        text, label = text_field(record, "text", f"{path}:{number}"), record.get("label")
         if not isinstance(label, (int, str)) or isinstance(label, bool):
             raise ValueError(f"{path}:{number} label: got {label!r}, expected an index or a name")
         texts.append(Labelled(text, label))
@@ -177,88 +194,12 @@ def _read(reading: _Reading) -> Int[Tensor, "samples tokens"]:
 
 
 def _narrowed(source: TextSource) -> str:
-    """How to get more text out of a source of which only a share is read."""
-    options = [f"part={list(source.part)}"] if source.part != (0.0, 1.0) else []
-    options += [f"where={dict(source.where)}"] if source.where else []
-    return f" (only {' and '.join(options)} of it is read)" if options else ""
-
-
-def _documents(source: TextSource) -> Iterator[str]:
-    """The documents, in order, that `part` and `where` leave."""
-    pieces = [piece for file in _files(source.path) for piece in _pieces(file, source)]
-    start, stop = (round(share * len(pieces)) for share in source.part)
-    for _, found in groupby(pieces[start:stop], key=lambda piece: piece.document):
-        yield "\n\n".join(piece.text for piece in found)
-
-
-def _files(path: str) -> Sequence[Path]:
-    """The files that a source's path means, in order of their names."""
-    if path.startswith("package:"):
-        return [_module_file(path.removeprefix("package:"))]
-    place = Path(path).expanduser()
-    if place.is_dir():
-        files = sorted(file for file in place.rglob("*") if file.suffix in (".txt", ".jsonl"))
-        if not files:
-            raise FileNotFoundError(f"the folder {path} holds neither .txt nor .jsonl files")
-        return files
-    if not place.is_file():
-        raise FileNotFoundError(f"no file or folder {path}; give a .txt, a .jsonl or a folder of them")
-    if place.suffix not in (".txt", ".jsonl"):
-        raise ValueError(
-            f"{path}: cannot read text from {place.suffix or 'such a file'}; give .txt or .jsonl"
-        )
-    return [place]
-
-
-def _module_file(module: str) -> Path:
-    try:
-        spec = importlib.util.find_spec(module)
-    except ModuleNotFoundError:
-        spec = None
-    if spec is None or spec.origin is None or not spec.origin.endswith(".py"):
-        raise FileNotFoundError(f"package:{module}: no such Python module with source code is installed")
-    return Path(spec.origin)
-
-
-def _pieces(file: Path, source: TextSource) -> Iterator[_Piece]:
-    if file.suffix == ".py":
-        for number, text in enumerate(_literals(file)):
-            yield _Piece(f"{file}:{number}", text)
-    elif file.suffix == ".txt":
-        # The paragraphs of one file stay one document: `part` can cut it, no end-of-text comes between.
-        for paragraph in file.read_text(encoding="utf-8").split("\n\n"):
-            yield _Piece(str(file), paragraph)
-    else:
-        for number, record in _records(file):
-            written = record.get("text")
-            if not isinstance(written, str):
-                raise ValueError(f"{file}:{number} text: got {written!r}, expected a string")
-            if all(record.get(name) == value for name, value in source.where.items()):
-                yield _Piece(f"{file}:{number}", written)
-
-
-def _records(file: Path) -> Iterator[tuple[int, dict[str, object]]]:
-    """The JSON objects of a .jsonl file with their line numbers; empty lines are passed over."""
-    with file.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{file}:{number} is no JSON: {error}") from error
-            if not isinstance(record, dict):
-                raise ValueError(f"{file}:{number}: got {type(record).__name__}, expected a JSON object")
-            yield number, record
-
-
-def _literals(file: Path) -> Iterator[str]:
-    """The strings that a Python module's top level assigns, alone or as a dict's values. Nothing is run."""
-    for statement in ast.parse(file.read_text(encoding="utf-8")).body:
-        if not isinstance(statement, (ast.Assign, ast.AnnAssign)) or statement.value is None:
-            continue
-        value = statement.value
-        nodes = value.values if isinstance(value, ast.Dict) else [value]
-        for node in nodes:
-            if isinstance(node, ast.Constant) and isinstance(node.value, str):
-                yield node.value
+    """Return a hint at the options that restrict a source; empty if there are none."""
+    options = []
+    if source.part != (0.0, 1.0):
+        options.append(f"part={list(source.part)}")
+    if source.where:
+        options.append(f"where={dict(source.where)}")
+    if not options:
+        return ""
+    return f" (only {' and '.join(options)} of it is read)"

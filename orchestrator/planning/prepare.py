@@ -18,6 +18,7 @@ from orchestrator.persistence.study_folder import home
 from orchestrator.planning.address_checks import check_addresses
 from orchestrator.planning.cost import cost_of
 from orchestrator.planning.input_files import fetch_inputs
+from orchestrator.planning.model_checks import check_options, check_size_limit
 from orchestrator.planning.parse_space import SHALLOW, Depth, parse
 from orchestrator.planning.prepared_study import PreparedStudy
 from orchestrator.planning.problem_list import ProblemList
@@ -57,6 +58,8 @@ def prepare(loaded: Loaded) -> PreparedStudy:
             "model", lambda: tokenizers.check_vocabulary(folder), "a model and its own tokenizer"
         )
         check_techniques(space, folder, task, problems)
+    if layout is not None:
+        check_options(space, layout, problems)
     check_zero_stage(space, config.cluster, problems)
     if is_remote(config.store):
         expected = "a bucket to read and write, as s3://bucket/prefix"
@@ -64,6 +67,8 @@ def prepare(loaded: Loaded) -> PreparedStudy:
     materials = materials_of(config, task)
     names = choose_meters(config, task, materials, problems)
     check_data(materials, names, space, folder, problems)
+    if folder is not None and layout is not None and not problems.has_below("space"):
+        check_size_limit(config, space, layout, materials.target, folder, problems)
     if folder is not None:
         problems.attempt("model", lambda: weight_check.check_values(folder), "finite weights")
     if problems.problems or folder is None or layout is None:

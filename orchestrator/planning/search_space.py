@@ -55,6 +55,22 @@ class Option:
             knobs.update(dict.fromkeys(part_knobs.names(option), part_knobs.domain))
         return knobs
 
+    def corners(self) -> Iterator[dict[str, Value]]:
+        """Yield combinations of the extreme values of the knobs, by their names within the technique.
+
+        Options of blocks, linears or runs have the same value everywhere. At most 64 combinations are yielded.
+        """
+        ends = {name: _ends(domain) for name, domain in self.searched.items()}
+        ends |= {name: _ends(knobs.domain) for name, knobs in self.per_part.items()}
+        for values in itertools.islice(itertools.product(*ends.values()), _MAX_CORNERS):
+            corner: dict[str, Value] = {}
+            for name, value in zip(ends, values, strict=True):
+                names = [name]
+                if name in self.per_part:
+                    names = self.per_part[name].names(name)
+                corner.update(dict.fromkeys(names, value))
+            yield corner
+
     def step(self, values: Choices) -> Technique:
         """Return the technique with these values of its knobs, by their names within it."""
         options = {name: _rounded(values[name]) for name in self.searched}
@@ -115,10 +131,12 @@ class SearchSpace:
         defaults |= dict.fromkeys(self.stages, SKIP)
         for stage, options in self.stages.items():
             for option in options:
-                yield [
-                    {**defaults, stage: option.technique.name(), **corner}
-                    for corner in _corners(stage, option)
-                ]
+                name = option.technique.name()
+                alone = []
+                for corner in option.corners():
+                    knobs = {f"{stage}.{name}.{knob}": value for knob, value in corner.items()}
+                    alone.append({**defaults, stage: name, **knobs})
+                yield alone
 
     def needs(self) -> set[str]:
         """Return the inputs that any technique of the space needs: calibration, teacher, training …"""
@@ -138,21 +156,6 @@ class SearchSpace:
         for options in self.stages.values():
             total *= 1 + sum(_count(option.knobs()) for option in options)
         return total
-
-
-def _corners(stage: str, option: Option) -> Iterator[dict[str, Value]]:
-    """Yield combinations of the extreme values of an option's knobs, by their full names."""
-    prefix = f"{stage}.{option.technique.name()}"
-    ends = {name: _ends(domain) for name, domain in option.searched.items()}
-    ends |= {name: _ends(knobs.domain) for name, knobs in option.per_part.items()}
-    for values in itertools.islice(itertools.product(*ends.values()), _MAX_CORNERS):
-        corner: dict[str, Value] = {}
-        for name, value in zip(ends, values, strict=True):
-            names = [name]
-            if name in option.per_part:
-                names = option.per_part[name].names(name)
-            corner.update({f"{prefix}.{knob}": value for knob in names})
-        yield corner
 
 
 def _rounded(value: Value) -> Value:
