@@ -15,7 +15,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from jobs.materials import TextSource
-from jobs.models import tokenizers
+from jobs.models import loading, tokenizers
 from jobs.models.facts import remembered
 from jobs.text_files import Piece, documents, files_of, records_of, text_field
 
@@ -72,6 +72,15 @@ def check_windows(source: TextSource, model_folder: Path) -> None:
         return len(windows_for(source, model_folder))
 
     remembered("windows", [digest(source), tokenizers.tokenizer_digest(model_folder)], count)
+
+
+def check_positions(tokens: int, model_folder: Path) -> None:
+    """Raise ValueError if a model cannot read this many tokens at once."""
+    limit = loading.max_positions(model_folder)
+    if limit is not None and tokens > limit:
+        raise ValueError(
+            f"windows of {tokens} tokens, expected at most {limit}: the model's max_position_embeddings"
+        )
 
 
 def windows(source: TextSource, tokenizer: tokenizers.Tokenizer) -> Int[Tensor, "samples tokens"]:
@@ -151,6 +160,33 @@ def digest(source: TextSource) -> str:
     options = {name: value for name, value in dataclasses.asdict(source).items() if name != "path"}
     total.update(json.dumps(options, sort_keys=True).encode())
     return total.hexdigest()
+
+
+def overlap(source: TextSource, other: TextSource) -> float:
+    """Return the share of a source, from 0 to 1, that another source contains too, by the contents of their files."""
+    files = [_file_digest(file) for file in files_of(source.path)]
+    other_files = [_file_digest(file) for file in files_of(other.path)]
+    if not set(files) & set(other_files) or dict(source.where) != dict(other.where):
+        return 0.0
+    low, high = source.part
+    if files == other_files:
+        other_low, other_high = other.part
+        return max(0.0, min(high, other_high) - max(low, other_low)) / (high - low)
+    # Parts of different sets of files cannot be compared; whole sources can.
+    if tuple(other.part) != (0.0, 1.0):
+        return 0.0
+    return sum(file in other_files for file in files) / len(files)
+
+
+@lru_cache(maxsize=256)
+def _digest_of_state(path: str, size_bytes: int, changed_at: int) -> str:
+    with Path(path).open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _file_digest(file: Path) -> str:
+    state = file.stat()
+    return _digest_of_state(str(file), state.st_size, state.st_mtime_ns)
 
 
 def choices(path: str | Path) -> list[Question]:

@@ -250,6 +250,25 @@ def load_config(folder: Path) -> Any:
     return transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
 
 
+def max_positions(folder: Path) -> int | None:
+    """Return the number of tokens that a model can read at once; None if its config states no limit.
+
+    RoBERTa numbers positions from behind the id of its padding token, so fewer remain than its table has rows.
+    """
+
+    def compute() -> int | None:
+        config = load_config(folder)
+        positions = getattr(config, "max_position_embeddings", None)
+        if positions is None:
+            return None
+        if config.model_type == "roberta":
+            return int(positions) - int(config.pad_token_id) - 1
+        return int(positions)
+
+    limit = remembered("positions", [_config_text(folder)], compute)
+    return None if limit is None else int(limit)
+
+
 def family_of(folder: Path) -> str:
     """Return the name of the family of a model folder."""
     return str(json.loads(_config_text(folder))["model_type"])

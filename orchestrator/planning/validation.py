@@ -221,6 +221,9 @@ def check_data(
         problems,
     )
     _check_text("data.train", materials.training, _reason_of(space, {"training"}), folder, problems)
+    trains = _reason_of(space, {"training"}) is not None
+    if trains and not problems.has_below("data.evaluation") and not problems.has_below("data.train"):
+        _check_overlap(materials, problems)
     sources: tuple[tuple[Reads, object, Callable[[Any], object], str], ...] = (
         ("choices", materials.choices, data.choices, "a .jsonl of items"),
         ("labelled", materials.labelled, data.labelled, "a .jsonl of items"),
@@ -238,6 +241,19 @@ def check_data(
             read(source)
         except (ValueError, OSError) as error:
             problems.add(Problem(key, f"got {error}"))
+
+
+def _check_overlap(materials: Materials, problems: ProblemList) -> None:
+    """Report an evaluation text that is contained in the training text: quality would be measured on learned text."""
+    evaluation, training = materials.evaluation, materials.training
+    if evaluation is None or training is None:
+        return
+    share = data.overlap(evaluation, training)
+    if share == 1:
+        message = (
+            "got a text that is all in data.train, expected another text, or another part of the same one"
+        )
+        problems.add(Problem("data.evaluation", message))
 
 
 def _reason_of(space: SearchSpace, needs: set[str]) -> str | None:
@@ -261,6 +277,7 @@ def _check_text(
     try:
         data.check(source)
         if folder is not None:
+            data.check_positions(source.tokens, folder)
             data.check_windows(source, folder)
     except (ValueError, OSError) as error:
         problems.add(Problem(key, f"got {error}"))
