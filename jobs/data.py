@@ -42,6 +42,8 @@ class Labelled:
     text: str
     label: int | str
     """The index of the class, or its name in the model's config."""
+    location: str = ""
+    """The file and line of the item."""
 
 
 @dataclass(frozen=True)
@@ -218,7 +220,9 @@ def labelled(path: str | Path) -> list[Labelled]:
         text, label = text_field(record, "text", f"{path}:{number}"), record.get("label")
         if not isinstance(label, (int, str)) or isinstance(label, bool):
             raise ValueError(f"{path}:{number} label: got {label!r}, expected an index or a name")
-        texts.append(Labelled(text, label))
+        if "text_pair" in record:
+            raise ValueError(f"{path}:{number} text_pair: pairs of texts are not supported")
+        texts.append(Labelled(text, label, f"{path}:{number}"))
     if not texts:
         raise ValueError(f"{path} holds no texts; expected one JSON object a line: text, label")
     return texts

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -67,10 +68,16 @@ def class_of(text: Labelled, config: Any) -> int:
     index = label2id.get(text.label) if isinstance(text.label, str) else text.label
     if index is None or not 0 <= index < config.num_labels:
         raise ValueError(
-            f"label {text.label!r} of {text.text[:40]!r} is not a label of the model: expected "
-            f"{', '.join(label2id)} or 0 to {config.num_labels - 1}"
+            f"{text.location} label: got {text.label!r}, expected {', '.join(label2id)} or 0 to {config.num_labels - 1}"
         )
     return index
+
+
+def check_labels(path: str, folder: Path) -> None:
+    """Raise ValueError with the line of the first label that the model of a folder does not have."""
+    config = loading.load_config(folder)
+    for text in data.labelled(path):
+        class_of(text, config)
 
 
 METER = Meter(metrics=("accuracy", "f1"), tasks=("classification",), measure=measure, reads="labelled")

@@ -17,12 +17,16 @@ from safetensors import SafetensorError, safe_open
 
 from jobs.models import loading
 from jobs.models.facts import remembered
+from jobs.models.families import family
 from jobs.models.layout import LAYOUT_FILE
 
 INDEX = "model.safetensors.index.json"
 """The file that names the shard of each tensor."""
 _FLOATS = ("F64", "F32", "F16", "BF16")
 """The dtypes of weights, as safetensors spells them."""
+_DECODER_ENDINGS = ("ForCausalLM", "LMHeadModel", "ForSequenceClassification")
+_ENCODER_ENDINGS = ("Model", "ForMaskedLM", "ForPreTraining", "ForSequenceClassification")
+"""Endings of the names of supported architectures. Other heads would be dropped, or filled at random."""
 _POINTER = b"version https://git-lfs"
 _SHOWN = 3
 """Names in a message, at most."""
@@ -153,6 +157,7 @@ def _check_kind(folder: Path, config: Mapping[str, Any]) -> None:
         raise ValueError(
             f"{folder} contains an adapter (adapter_config.json): merge it into its base model first"
         )
+    _check_head(folder / "config.json", config)
     quantization = config.get("quantization_config")
     if quantization is not None:
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
@@ -160,6 +165,30 @@ def _check_kind(folder: Path, config: Mapping[str, Any]) -> None:
             f"{folder / 'config.json'} has a quantization_config ({method}): the weights are quantized already; "
             f"give the model before its quantization"
         )
+
+
+def _check_head(config_file: Path, config: Mapping[str, Any]) -> None:
+    """Raise ValueError for a model whose outputs are not those of a supported task."""
+    names = config.get("architectures")
+    architecture = names[0] if isinstance(names, list) and names else ""
+    endings = _ENCODER_ENDINGS if family(str(config["model_type"])).encoder else _DECODER_ENDINGS
+    if architecture and not architecture.endswith(endings):
+        raise ValueError(
+            f"{config_file}: architecture {architecture} is not supported; supported are names that end with "
+            f"{', '.join(endings)}"
+        )
+    if config.get("use_bidirectional_attention"):
+        raise ValueError(
+            f"{config_file}: use_bidirectional_attention makes an encoder, which is not supported"
+        )
+    if not architecture.endswith("ForSequenceClassification"):
+        return
+    problem_type = config.get("problem_type") or "single_label_classification"
+    labels = config.get("id2label")
+    has_one_output = config.get("num_labels") == 1 or (isinstance(labels, dict) and len(labels) == 1)
+    if problem_type != "single_label_classification" or has_one_output:
+        kind = "one output (regression)" if has_one_output else f"problem_type {problem_type}"
+        raise ValueError(f"{config_file}: {kind} is not supported; expected classes of which one is right")
 
 
 def _check_architecture(folder: Path) -> None:

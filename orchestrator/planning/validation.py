@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from jobs import data, meters, parallel, runtimes
 from jobs.compression import masks
 from jobs.materials import Materials, TextSource
 from jobs.measurement.meter import Reads
-from jobs.meters import lm_eval_tasks
+from jobs.meters import labels, lm_eval_tasks
 from jobs.models import loading
 from jobs.models.families import TASKS, Task, family
 from jobs.parallel import WORKER_GIB
@@ -226,7 +227,7 @@ def check_data(
         _check_overlap(materials, problems)
     sources: tuple[tuple[Reads, object, Callable[[Any], object], str], ...] = (
         ("choices", materials.choices, data.choices, "a .jsonl of items"),
-        ("labelled", materials.labelled, data.labelled, "a .jsonl of items"),
+        ("labelled", materials.labelled, partial(_read_labelled, folder=folder), "a .jsonl of items"),
         ("tasks", materials.tasks, lm_eval_tasks.check, "names of lm-eval's tasks"),
     )
     for reads, source, read, expected in sources:
@@ -241,6 +242,14 @@ def check_data(
             read(source)
         except (ValueError, OSError) as error:
             problems.add(Problem(key, f"got {error}"))
+
+
+def _read_labelled(path: str, folder: Path | None) -> None:
+    """Read labelled texts, and compare the labels with the model's if its folder is known."""
+    if folder is None:
+        data.labelled(path)
+    else:
+        labels.check_labels(path, folder)
 
 
 def _check_overlap(materials: Materials, problems: ProblemList) -> None:
