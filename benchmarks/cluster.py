@@ -43,7 +43,7 @@ import torch
 import transformers
 from mlflow import MlflowClient
 
-from benchmarks.cluster_watch import PERIOD_SECONDS, Seen, Watcher, folders_of
+from benchmarks.cluster_watch import PERIOD_SECONDS, Observations, Watcher, folders_of
 from cluster.storage.open import open_store
 from jobs.job import Success, outcome_from_dict
 from jobs.recipe import Recipe
@@ -181,18 +181,18 @@ def grow(services: Services, candidates: int) -> Findings:
         _until(lambda: not found.nodes(), IDLE_SECONDS + 60)
         if found.nodes():
             findings.faults.append(f"{len(found.nodes())} nodes were left")
-        seen = watcher.close()
+        observed = watcher.close()
         events = _events(found, "grow")
         last = max(at for at, event in events if isinstance(event, AttemptEnded))
-        gone = max(stay.ended for stay in seen.stays)
+        gone = max(stay.ended for stay in observed.stays)
         findings.numbers += [
-            Number("nodes at most", seen.most_nodes, "", NODES, least=True),
-            Number("the original at work after", seen.first_work - submitted, " s"),
-            Number("first candidate running after", _first_candidate(seen, events) - submitted, " s", 30),
+            Number("nodes at most", observed.most_nodes, "", NODES, least=True),
+            Number("the original at work after", observed.first_work - submitted, " s"),
+            Number("first candidate running after", _first_candidate(observed, events) - submitted, " s", 30),
             Number("all nodes gone after the last candidate by", gone - last, " s", IDLE_SECONDS + 15),
-            Number("utilisation of nodes while up", 100 * seen.utilisation(), " %", 90, least=True),
-            Number("of it while there was work", 100 * _while_working(seen, events), " %"),
-            *_work(seen),
+            Number("utilisation of nodes while up", 100 * observed.utilisation(), " %", 90, least=True),
+            Number("of it while there was work", 100 * _while_working(observed, events), " %"),
+            *_work(observed),
         ]
         _counted_once(services, store, "grow", [event for _, event in events], candidates, findings)
     return findings
@@ -217,9 +217,9 @@ def kills(services: Services, candidates: int, most: int) -> Findings:
                 found.kill(draw.choice(nodes))
                 killed += 1
         _finish(found, "kills", run, findings)
-        seen = watcher.close()
+        observed = watcher.close()
         events = [event for _, event in _events(found, "kills")]
-        repeated = sum(attempt.seconds for attempt in seen.error) / seen.busy_seconds
+        repeated = sum(attempt.seconds for attempt in observed.lost) / observed.busy_seconds
         failures = Counter(
             event.outcome.kind
             for event in events
@@ -227,11 +227,11 @@ def kills(services: Services, candidates: int, most: int) -> Findings:
         )
         findings.numbers += [
             Number("kills", killed, ""),
-            Number("attempts that were lost with their node", len(seen.error), ""),
+            Number("attempts that were lost with their node", len(observed.lost), ""),
             *(Number(f"attempts that ended as {kind}", count, "") for kind, count in failures.items()),
             Number("work done for nothing", 100 * repeated, " %", 25),
-            Number("utilisation of nodes while up", 100 * seen.utilisation(), " %"),
-            *_work(seen),
+            Number("utilisation of nodes while up", 100 * observed.utilisation(), " %"),
+            *_work(observed),
         ]
         _counted_once(services, store, "kills", events, candidates, findings)
     return findings
@@ -297,7 +297,7 @@ def _perplexities(
         time.sleep(0.5)
     _finish(found, name, run, findings)
     if most < ranks and ranks > 1:
-        findings.faults.append(f"{name}: ranks were seen on {most} nodes at once, and not on {ranks}")
+        findings.faults.append(f"{name}: ranks were observed on {most} nodes at once, and not on {ranks}")
     opened = open_store(store)
     trained = {}
     for record in filter(None, map(opened.record, opened.records("results/"))):
@@ -372,16 +372,16 @@ def _events(found: Head, study: str) -> list[tuple[float, Event]]:
     return list(Ledger(ledger, read_only=True).events())
 
 
-def _first_candidate(seen: Seen, events: list[tuple[float, Event]]) -> float:
+def _first_candidate(observed: Observations, events: list[tuple[float, Event]]) -> float:
     """When the first piece of work began after that of the original, which no candidate can do without."""
     original_ended = next(at for at, event in events if isinstance(event, AttemptEnded))
-    return min(one.began for one in seen.attempts if one.began > original_ended - PERIOD_SECONDS)
+    return min(one.began for one in observed.attempts if one.began > original_ended - PERIOD_SECONDS)
 
 
-def _while_working(seen: Seen, events: list[tuple[float, Event]]) -> float:
+def _while_working(observed: Observations, events: list[tuple[float, Event]]) -> float:
     """The utilisation from the first piece of work until fewer candidates than slots were left to run."""
     under_way: set[str] = set()
-    enough = seen.last_work
+    enough = observed.last_work
     for at, event in events:
         if isinstance(event, AttemptStarted):
             under_way.add(event.job_id)
@@ -389,17 +389,17 @@ def _while_working(seen: Seen, events: list[tuple[float, Event]]) -> float:
             under_way.discard(event.job_id)
             if len(under_way) >= NODES:
                 enough = at
-    return seen.utilisation_between(seen.first_work, enough)
+    return observed.utilisation_between(observed.first_work, enough)
 
 
-def _work(seen: Seen) -> list[Number]:
-    done = [attempt.seconds for attempt in seen.attempts if attempt not in seen.error]
+def _work(observed: Observations) -> list[Number]:
+    done = [attempt.seconds for attempt in observed.attempts if attempt not in observed.lost]
     return [
-        Number("pieces of work", len(seen.attempts), ""),
+        Number("pieces of work", len(observed.attempts), ""),
         Number("median piece", statistics.median(done), " s"),
-        Number("nodes started", len(seen.stays), ""),
-        Number("of a node up before its first piece, median", statistics.median(seen.starting), " s"),
-        Number("and after its last", statistics.median(seen.leaving), " s"),
+        Number("nodes started", len(observed.stays), ""),
+        Number("of a node up before its first piece, median", statistics.median(observed.starting), " s"),
+        Number("and after its last", statistics.median(observed.leaving), " s"),
     ]
 
 
