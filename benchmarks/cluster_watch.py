@@ -178,7 +178,7 @@ def at_work(names: Sequence[str], nodes: Sequence[Node]) -> dict[str, str]:
 
 
 def folders_of(cluster: Head, study: str, pattern: str) -> list[Path]:
-    """Return the paths that match `pattern` below the study's folder, in every directory into which the cluster unpacked
+    """Return the paths that match `pattern` below the study's folder, in every folder that the cluster unpacked for
     its job. All nodes share these files."""
     sessions = cluster.log.parent / "ray"
     return list(sessions.glob(f"session_2*/runtime_resources/working_dir_files/*/runs/{study}/{pattern}"))
