@@ -33,6 +33,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--model", default=DECODER)
     parser.add_argument("--runtime", default="torch", choices=runtimes.names())
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--artifacts", type=int, default=10)
@@ -41,12 +42,12 @@ def main() -> int:
     given = parser.parse_args()
     target = Target(given.runtime, given.threads)
     print(", ".join(f"{name} {value}" for name, value in environment(target).items()))
-    original = sources.locate(DECODER)
+    original = sources.locate(given.model)
     shapes = drawn(loading.original_layout(original), given.artifacts, seed=0)
     with tempfile.TemporaryDirectory() as scratch:
         requests = [
             request_of(
-                materials_for(DECODER, target),
+                materials_for(given.model, target),
                 original,
                 shipped(layout, original, given.runtime, Path(scratch)),
             )
