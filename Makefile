@@ -16,7 +16,7 @@ INSTALLED := $(VENV)/installed-$(DIGEST)
 # Two processes with one thread each: most tests wait for one core, and a contiguous half of the files is run by each.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
-.PHONY: help install quickstart check test test-slow test-cluster test-latest test-oldest wheel docs changelog upgrade clean
+.PHONY: help install quickstart check test test-slow benchmarks-smoke test-cluster test-latest test-oldest wheel docs changelog upgrade clean
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
 
@@ -49,6 +49,9 @@ test: $(INSTALLED)  ## the tests, and the built wheel installed elsewhere
 
 test-slow: $(VENV)/model  ## what needs the real model or minutes
 	$(BIN)/python -m pytest -m slow
+
+benchmarks-smoke: $(INSTALLED)  ## every benchmark that needs no real model, at its smallest size (about 3 minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --durations=0 tests/benchmarks/test_smoke.py
 
 test-cluster: $(INSTALLED)  ## studies on a Ray that grows, shrinks and loses nodes, on this machine (about 30 minutes)
 	$(BIN)/python -m pytest -m cluster
