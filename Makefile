@@ -47,11 +47,11 @@ test: $(INSTALLED)  ## the tests, and the built wheel installed elsewhere
 	$(PYTEST) -m "not slow and not cluster"
 	$(MAKE) --no-print-directory wheel
 
-benchmarks-smoke: $(INSTALLED)  ## each benchmark at its smallest size (some minutes); a part of test-slow
-	$(BIN)/python -m pytest -m slow tests/benchmarks/test_smoke.py
-
 test-slow: $(VENV)/model  ## what needs the real model or minutes
 	$(BIN)/python -m pytest -m slow
+
+benchmarks-smoke: $(INSTALLED)  ## every benchmark that needs no real model, at its smallest size (about 3 minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --durations=0 tests/benchmarks/test_smoke.py
 
 test-cluster: $(INSTALLED)  ## studies on a Ray that grows, shrinks and loses nodes, on this machine (about 30 minutes)
 	$(BIN)/python -m pytest -m cluster

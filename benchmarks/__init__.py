@@ -1,1 +1,1 @@
-"""What is measured and stated in benchmarks/LOG.md; none of it is a test."""
+"""Measurements reported in benchmarks/LOG.md. None of them is a test."""

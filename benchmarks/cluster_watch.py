@@ -1,9 +1,9 @@
-"""What a cluster of tests/fake_cluster.py does while a study runs on it: when each node was up, and which did work.
+"""Observe a cluster of tests/fake_cluster.py while a study runs on it: when each node was up, and which nodes worked.
 
-It is seen from outside, by the operating system: nodes are the raylets that live, and a piece of work is the scratch
-folder that a worker makes when it starts one and removes when it has ended (orchestrator/worker/work.py). The
-folder's name tells the process, and the process descends from its node. The cluster's own
-reports are not used. Observed times are late by half of `PERIOD_SECONDS`, at both ends.
+Observations come from the operating system. A node is a live raylet. An attempt is the scratch folder that a worker
+creates when it starts a job and removes when the job has ended (orchestrator/worker/work.py). The folder's name
+contains the process id, and the process descends from its node. The cluster's reports are not used. Observed times are
+late by half of `PERIOD_SECONDS`, at both ends.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ PERIOD_SECONDS = 0.5
 
 @dataclass(frozen=True)
 class Stay:
-    """A time in which a node was up: from the start of its raylet's process until it was seen gone. Seconds since the
-    epoch."""
+    """The period in which a node was up, from the start of its raylet's process to the last observation, in seconds
+    since the epoch."""
 
     node: str
     began: float
@@ -34,7 +34,7 @@ class Stay:
 
 @dataclass(frozen=True)
 class Attempt:
-    """A piece of work that a worker was seen at."""
+    """An observed execution of a job by a worker."""
 
     name: str
     node: str
@@ -47,18 +47,20 @@ class Attempt:
 
 
 @dataclass(frozen=True)
-class Seen:
-    """All that was seen of nodes and work."""
+class Observations:
+    """All observed nodes and attempts."""
 
     stays: tuple[Stay, ...]
     attempts: tuple[Attempt, ...]
 
     @property
     def most_nodes(self) -> int:
-        """How many nodes were up at once."""
-        return max(
-            (sum(one.began <= at.began < one.ended for one in self.stays) for at in self.stays), default=0
-        )
+        """The largest number of nodes that were up at once."""
+        largest = 0
+        for start in self.stays:
+            nodes = sum(stay.began <= start.began < stay.ended for stay in self.stays)
+            largest = max(largest, nodes)
+        return largest
 
     @property
     def node_seconds(self) -> float:
@@ -66,25 +68,29 @@ class Seen:
 
     @property
     def busy_seconds(self) -> float:
-        """How long nodes of one slot each were at work; of a piece that several ranks do each node counts."""
+        """The working time of all nodes, each of one slot. Each rank of a job counts for its node."""
         return sum(attempt.seconds for attempt in self.attempts)
 
     @property
     def lost(self) -> tuple[Attempt, ...]:
-        """The attempts that ended with their node: their work was lost, or another attempt had to resume it."""
+        """The attempts that ended with their node: their job has to be repeated or resumed."""
         ends = {stay.node: stay.ended for stay in self.stays}
-        return tuple(one for one in self.attempts if ends[one.node] - one.ended < 2 * PERIOD_SECONDS)
+        return tuple(
+            attempt for attempt in self.attempts if ends[attempt.node] - attempt.ended < 2 * PERIOD_SECONDS
+        )
 
     @property
     def starting(self) -> list[float]:
-        """How long each node was up before it was at work."""
-        first = {one.node: one.began for one in sorted(self.attempts, key=lambda one: -one.began)}
+        """The seconds between the start of each node and its first attempt."""
+        latest_first = sorted(self.attempts, key=lambda attempt: -attempt.began)
+        first = {attempt.node: attempt.began for attempt in latest_first}
         return [first[stay.node] - stay.began for stay in self.stays if stay.node in first]
 
     @property
     def leaving(self) -> list[float]:
-        """How long each node was still up after its last work."""
-        last = {one.node: one.ended for one in sorted(self.attempts, key=lambda one: one.ended)}
+        """The seconds between the last attempt of each node and the end of the node."""
+        latest_last = sorted(self.attempts, key=lambda attempt: attempt.ended)
+        last = {attempt.node: attempt.ended for attempt in latest_last}
         return [stay.ended - last[stay.node] for stay in self.stays if stay.node in last]
 
     @property
@@ -96,14 +102,14 @@ class Seen:
         return max(attempt.ended for attempt in self.attempts)
 
     def utilisation(self) -> float:
-        """The share of all time in which nodes were up that they were at work: starting a node, importing, waiting for
-        work and the idle time before it is let go count against it."""
+        """The share of the nodes' total time in which they worked. The start of a node, imports, waiting and the idle
+        time before its removal count against it."""
         return self.busy_seconds / self.node_seconds
 
     def utilisation_between(self, began: float, ended: float) -> float:
-        """The same of some time only."""
-        at_work = sum(_shared(one.began, one.ended, began, ended) for one in self.attempts)
-        return at_work / sum(_shared(one.began, one.ended, began, ended) for one in self.stays)
+        """The utilisation between two times."""
+        busy = sum(_shared(attempt.began, attempt.ended, began, ended) for attempt in self.attempts)
+        return busy / sum(_shared(stay.began, stay.ended, began, ended) for stay in self.stays)
 
 
 def _shared(began: float, ended: float, other_began: float, other_ended: float) -> float:
@@ -111,65 +117,68 @@ def _shared(began: float, ended: float, other_began: float, other_ended: float) 
 
 
 @dataclass
-class Sightings:
-    """Looks at a time, one after the other, put together."""
+class Recorder:
+    """Accumulates successive observations of a cluster."""
 
     stays: dict[str, Stay] = field(default_factory=dict)
     attempts: dict[str, Attempt] = field(default_factory=dict)
 
-    def look(self, now: float, nodes: Iterable[Node], at_work: Mapping[str, str]) -> None:
-        """What is seen now: the nodes, and the node of each piece of work by its name."""
+    def record(self, now: float, nodes: Iterable[Node], at_work: Mapping[str, str]) -> None:
+        """Add an observation: the nodes, and the node of each attempt by the attempt's name."""
         for node in nodes:
             self.stays[node.id] = Stay(node.id, node.began, now)
         for name, id in at_work.items():
-            before = self.attempts.get(name)
-            began = now - PERIOD_SECONDS / 2 if before is None else before.began
+            began = now - PERIOD_SECONDS / 2
+            if name in self.attempts:
+                began = self.attempts[name].began
             self.attempts[name] = Attempt(name, id, began, now + PERIOD_SECONDS / 2)
 
-    def seen(self) -> Seen:
-        """Work ends with its node at the latest."""
+    def observations(self) -> Observations:
+        """Return all observations. An attempt ends with its node at the latest."""
         attempts = (
-            replace(one, ended=min(one.ended, self.stays[one.node].ended)) for one in self.attempts.values()
+            replace(attempt, ended=min(attempt.ended, self.stays[attempt.node].ended))
+            for attempt in self.attempts.values()
         )
-        return Seen(tuple(self.stays.values()), tuple(attempts))
+        return Observations(tuple(self.stays.values()), tuple(attempts))
 
 
 class Watcher:
-    """Looks at a cluster until it is closed, in a thread."""
+    """Observes a cluster in a thread until `close`."""
 
     def __init__(self, cluster: Head, study: str) -> None:
         self._cluster = cluster
         self._study = study
-        self._sightings = Sightings()
+        self._recorder = Recorder()
         self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._look_on, daemon=True)
+        self._thread = threading.Thread(target=self._observe, daemon=True)
         self._thread.start()
 
-    def close(self) -> Seen:
+    def close(self) -> Observations:
         self._closed.set()
         self._thread.join()
-        return self._sightings.seen()
+        return self._recorder.observations()
 
-    def _look_on(self) -> None:
+    def _observe(self) -> None:
         while not self._closed.wait(PERIOD_SECONDS):
             nodes = self._cluster.nodes()
             folders = folders_of(self._cluster, self._study, "scratch/*~*~*")
-            self._sightings.look(time.time(), nodes, at_work([folder.name for folder in folders], nodes))
+            self._recorder.record(time.time(), nodes, at_work([folder.name for folder in folders], nodes))
 
 
 def at_work(names: Sequence[str], nodes: Sequence[Node]) -> dict[str, str]:
-    """The node of each piece of work whose process lives below one of these nodes."""
+    """Return the node of each attempt whose process descends from one of these nodes."""
     raylets = {node.pid: node.id for node in nodes}
-    found = {}
+    node_of = {}
     for name in names:
         with contextlib.suppress(psutil.NoSuchProcess):
             for above in psutil.Process(int(name.split("~")[1])).parents():
                 if above.pid in raylets:
-                    found[name] = raylets[above.pid]
-    return found
+                    node_of[name] = raylets[above.pid]
+    return node_of
 
 
 def folders_of(cluster: Head, study: str, pattern: str) -> list[Path]:
-    """What lies below the study's folder, wherever the cluster has unpacked its job. All nodes share these files."""
+    """Return the paths that match `pattern` below the study's folder, in every folder that the cluster unpacked for
+    its job. All nodes share these files."""
     sessions = cluster.log.parent / "ray"
     return list(sessions.glob(f"session_2*/runtime_resources/working_dir_files/*/runs/{study}/{pattern}"))

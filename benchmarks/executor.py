@@ -1,4 +1,4 @@
-"""What a piece of work costs beside the work: milliseconds for an empty one, through two warm slots.
+"""The overhead of an executor: milliseconds per empty job through two warm slots.
 
 Run from the repository's root: python -m benchmarks.executor [--pieces 1000]
 """
@@ -15,7 +15,7 @@ from cluster.on_ray.executor import RayExecutor
 
 
 def all_at_once(executor: Executor, pieces: int) -> float:
-    """Milliseconds per piece when all are submitted first."""
+    """Return the milliseconds per job when all jobs are submitted first."""
     start = time.perf_counter()
     for number in range(pieces):
         executor.submit(str(number), abs, number, resources=Resources())
@@ -26,13 +26,13 @@ def all_at_once(executor: Executor, pieces: int) -> float:
 
 
 def one_by_one(executor: Executor, pieces: int) -> float:
-    """Milliseconds per piece when each is submitted after the last was reported."""
+    """Return the milliseconds per job when each job is submitted after the end of the previous one."""
     return sum(all_at_once(executor, 1) for _ in range(pieces)) / pieces
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--pieces", type=int, default=1000)
+    parser.add_argument("--pieces", type=int, default=1000, help="number of empty jobs")
     options = parser.parse_args()
     for name, make in (("inline", InlineExecutor), ("ray", lambda: RayExecutor(slots=2))):
         with closing(make()) as executor:

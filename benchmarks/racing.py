@@ -128,7 +128,7 @@ class Raced:
     front: int
     full: int
     read: float
-    error: float
+    lost: float
     lost_tight: float
     seconds: float
 
@@ -366,7 +366,7 @@ def main() -> None:
             for seed in range(given.seeds)
         ]
     print(table(found))
-    within = sum(one.read <= CLAIM_READ and one.error <= CLAIM_LOST for one in found)
+    within = sum(one.read <= CLAIM_READ and one.lost <= CLAIM_LOST for one in found)
     print(f"\nread at most {CLAIM_READ:g} and lost at most {CLAIM_LOST:.1%}: {within} of {len(found)} races")
     if given.json:
         given.json.write_text(json.dumps({"rungs": rungs, "races": [asdict(one) for one in found]}, indent=1))

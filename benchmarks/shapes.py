@@ -1,4 +1,4 @@
-"""What the benchmarks of timing share: models of many shapes, with arbitrary weights, in a target's format."""
+"""Models of many shapes with arbitrary weights, in a target's format, for the timing benchmarks."""
 
 from __future__ import annotations
 
@@ -34,34 +34,40 @@ def materials_for(model: str, target: Target) -> Materials:
 
 
 def steps_of(text: str) -> list[Technique]:
-    """`drop_layers count=2, rtn bits=4 group=64` as techniques."""
-    found = []
-    for step in filter(None, (one.strip() for one in text.split(","))):
-        name, *options = step.split()
-        given = {key: yaml.safe_load(value) for key, _, value in (one.partition("=") for one in options)}
-        found.append(techniques.load(name).of(given))
-    return found
+    """Parse techniques such as `drop_layers count=2, rtn bits=4 group=64`."""
+    steps = []
+    for step in text.split(","):
+        if not step.strip():
+            continue
+        name, *settings = step.split()
+        options = {}
+        for setting in settings:
+            key, _, value = setting.partition("=")
+            options[key] = yaml.safe_load(value)
+        steps.append(techniques.load(name).of(options))
+    return steps
 
 
 def outlined(original: Layout, steps: Sequence[Technique]) -> Layout:
+    """Return the layout after these steps."""
     for step in steps:
         original = step.output_layout(original)
     return original
 
 
 def drawn(original: Layout, count: int, seed: int) -> list[tuple[str, Layout]]:
-    """Distinct random recipes of SPACE, as text and layout."""
+    """Return distinct random recipes of SPACE, each as text and layout."""
     space: SearchSpace = parse(yaml.safe_load(SPACE))[0]
     generator = np.random.default_rng(seed)
-    found: dict[str, Layout] = {}
-    while len(found) < count:
+    layouts: dict[str, Layout] = {}
+    while len(layouts) < count:
         recipe = space.recipe(Origin("", "", 0), uniform(space.knobs(), generator))
-        found.setdefault(str(recipe), recipe.layout(original))
-    return list(found.items())
+        layouts.setdefault(str(recipe), recipe.layout(original))
+    return list(layouts.items())
 
 
 def shipped(layout: Layout, original: Path, runtime: str, folder: Path) -> Path:
-    """A stand-in of this layout in the runtime's format, below `folder`."""
+    """Write a stand-in of this layout in the runtime's format below `folder`, and return its folder."""
     artifact = Path(tempfile.mkdtemp(dir=folder)) / "made"
     stand_in.save_stand_in(layout, original, artifact)
     name = runtimes.load(runtime).FORMAT
