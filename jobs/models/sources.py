@@ -112,7 +112,10 @@ def _from_hub(source: str) -> Path:
 
 def _from_package(package: str) -> Path:
     """Return the model folder inside an installed Python package; a GGUF file is converted once into the cache."""
-    spec = importlib.util.find_spec(package)
+    try:
+        spec = importlib.util.find_spec(package)
+    except (ImportError, ValueError):  # the package above is missing, or this is no name of a package
+        spec = None
     if spec is None or spec.origin is None:
         raise FileNotFoundError(
             f"model package:{package}: the Python package is not installed; "

@@ -50,7 +50,7 @@ def check_weights(folder: Path) -> None:
     """
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     _check_kind(folder, config)
-    _check_architecture(folder)
+    _check_architecture(folder, config)
     tensors = headers(folder)
     integers = [name for name, tensor in tensors.items() if tensor.dtype not in _FLOATS]
     contents = [
@@ -191,13 +191,16 @@ def _check_head(config_file: Path, config: Mapping[str, Any]) -> None:
         raise ValueError(f"{config_file}: {kind} is not supported; expected classes of which one is right")
 
 
-def _check_architecture(folder: Path) -> None:
+def _check_architecture(folder: Path, config: Mapping[str, Any]) -> None:
     """Raise ValueError if transformers cannot build the model of config.json, or builds one without blocks."""
     config_file = folder / "config.json"
     try:
         layout = loading.original_layout(folder)
     except Exception as error:  # configs break constructors in many ways: a type, a division, a shape
         reason = " ".join(str(error).split())
+        negative = [f"{key}={value}" for key, value in config.items() if type(value) is int and value < 0]
+        if negative:
+            reason += f" ({', '.join(negative)})"
         raise ValueError(
             f"{config_file} describes no model that transformers can build: {type(error).__name__}: {reason}"
         ) from error

@@ -56,6 +56,9 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Loaded:
             config = _merged(config, key, value, problems)
     for override in overrides:
         config = _overridden(config, override, locations, problems)
+    if not _resolves(config, problems):
+        unreadable = Loaded(StudyConfig(name="", model=""), tuple(problems), text, locations)
+        raise InvalidStudyError([unreadable.located(problem) for problem in problems])
     wrong = {problem.key for problem in problems}
     for key in sorted(OmegaConf.missing_keys(config) - wrong):
         problems.append(Problem(key, "got nothing, expected a value: this key is required"))
@@ -144,17 +147,22 @@ def _first_line(error: Exception) -> str:
     return str(error).splitlines()[0]
 
 
+def _resolves(config: Any, problems: list[Problem]) -> bool:
+    """Whether all interpolations have a value. Adds a problem otherwise."""
+    try:
+        OmegaConf.to_container(config, resolve=True, throw_on_missing=False)
+    except (OmegaConfBaseException, RecursionError) as error:
+        key = str(getattr(error, "full_key", "") or "")
+        problems.append(Problem(key, f"got {_first_line(error)}, expected a value that resolves"))
+        return False
+    return True
+
+
 def _to_object(config: Any, problems: list[Problem]) -> StudyConfig:
     try:
         loaded = OmegaConf.to_object(config)
-    except RecursionError:  # interpolations that refer to each other
-        problems.append(
-            Problem("", "got interpolations that refer to each other, expected values that resolve")
-        )
-        return StudyConfig(name="", model="")
-    except OmegaConfBaseException as error:  # an interpolation such as ${oc.env:NAME} without a value
-        key = str(getattr(error, "full_key", "") or "")
-        problems.append(Problem(key, f"got {_first_line(error)}, expected a value that resolves"))
+    except OmegaConfBaseException as error:
+        problems.append(Problem("", f"got {_first_line(error)}, expected a study"))
         return StudyConfig(name="", model="")
     assert isinstance(loaded, StudyConfig)
     return loaded

@@ -88,7 +88,6 @@ def _check_depth(path: Path, text: str) -> None:
                 raise InvalidStudyError(
                     [f"{path}:{line} got more than {MAX_DEPTH} nested levels, expected a study"]
                 )
-    except yaml.YAMLError:
-        return
-    except RecursionError as error:
-        raise InvalidStudyError([f"{path}:1 got too many nested levels, expected a study"]) from error
+    except (yaml.YAMLError, RecursionError) as error:
+        if isinstance(error, RecursionError) or "nesting depth" in str(error):
+            raise InvalidStudyError([f"{path}:1 got too many nested levels, expected a study"]) from error

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 from cluster.storage.open import check_store, is_remote
 from jobs import meters
 from jobs.models import loading, sources, tokenizers, weight_check
 from jobs.models.families import TASKS, Task
+from jobs.models.layout import Layout
 from jobs.prediction.latency_model import Table
 from jobs.recipe import Origin, Recipe
 from orchestrator.config.load import Loaded
@@ -40,23 +42,15 @@ def prepare(loaded: Loaded) -> PreparedStudy:
     check_values(config, problems)
     check_addresses(config, problems)
     task: Task = next((name for name in TASKS if name == config.task), "causal-lm")
-    folder = problems.attempt(
-        "model", lambda: sources.locate(config.model), "a model folder, a hub id or package:NAME"
-    )
-    layout = None
-    if folder is not None:
-        problems.attempt("model", lambda: weight_check.check_weights(folder), "a model with all its weights")
-        layout = problems.attempt("model", lambda: loading.original_layout(folder), "a model")
+    original = _read_original(config.model, problems)
+    folder, layout = original or (None, None)
     depth = SHALLOW if layout is None else Depth(layout.depth, len(layout.linears))
     space, space_problems = parse(config.space, config.search.order == "any", depth)
-    if not problems.has("space"):
+    if not problems.has_below("space"):
         problems.add(*space_problems)
     if folder is not None:
         task_of_model = loading.task_of(folder)
         problems.check("task", config.task, config.task == task_of_model, task_of_model)
-        problems.attempt(
-            "model", lambda: tokenizers.check_vocabulary(folder), "a model and its own tokenizer"
-        )
         check_techniques(space, folder, task, problems)
     if layout is not None:
         check_options(space, layout, problems)
@@ -71,7 +65,7 @@ def prepare(loaded: Loaded) -> PreparedStudy:
         check_size_limit(config, space, layout, materials.target, folder, problems)
     if folder is not None:
         problems.attempt("model", lambda: weight_check.check_values(folder), "finite weights")
-    if problems.problems or folder is None or layout is None:
+    if problems.problems or folder is None or layout is None:  # one of them is None only after a problem
         raise InvalidStudyError([loaded.located(problem) for problem in problems.problems])
     exclusive = [name for name in names if meters.load(name).exclusive]
     timed: set[str] = set().union(*(meters.load(name).metrics for name in exclusive))
@@ -88,6 +82,25 @@ def prepare(loaded: Loaded) -> PreparedStudy:
     )
     budget = Budget(config.budget.money, config.budget.hours)
     return PreparedStudy(config, loaded.text, space, materials, folder, layout, plan, budget)
+
+
+def _read_original(source: str, problems: ProblemList) -> tuple[Path, Layout] | None:
+    """Return the folder and the layout of the original; None, with a problem, unless config, weights and tokenizer fit
+    each other. The values of the weights are not read yet."""
+    expected = "a model folder, a hub id or package:NAME"
+    folder = problems.attempt("model", lambda: sources.locate(source), expected)
+    if folder is None:
+        return None
+
+    def read() -> Layout:
+        weight_check.check_weights(folder)
+        tokenizers.check_vocabulary(folder)
+        return loading.original_layout(folder)
+
+    layout = problems.attempt("model", read, "a model whose config, weights and tokenizer belong together")
+    if layout is None:
+        return None
+    return folder, layout
 
 
 def objectives_of(config: StudyConfig) -> tuple[Objective, ...]:
