@@ -232,6 +232,6 @@ def test_a_class_that_is_never_told_counts_as_zero() -> None:
 def test_a_label_that_the_model_does_not_know_is_refused(tiny: Callable[..., Path], tmp_path: Path) -> None:
     for label in (2, "joy"):
         with pytest.raises(
-            ValueError, match=f"{label!r}.*is not a label of the model: expected LABEL_0, LABEL_1 or 0 to 1"
+            ValueError, match=rf"x\.jsonl:1 label: got {label!r}, expected LABEL_0, LABEL_1 or 0 to 1"
         ):
             labels.measure(classifier(tiny, tmp_path / "x.jsonl", {"text": "An expression", "label": label}))

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from cluster.executors.executor import Resources
 from jobs.job import Job
@@ -232,6 +233,9 @@ def test_a_tokenizer_of_another_model_is_refused(study_file: Path, tiny_llama: P
     shutil.copytree(tiny_llama, folder)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "vocab_size": 300}))
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"][:300].clone()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (line,) = problems(study_file, f"model={folder}")
     assert "makes ids up to 511, and the embedding has 300 rows" in line
 
