@@ -50,10 +50,10 @@ def test_the_same_study_makes_the_same_package_wherever_its_files_are(
     assert {"study.yaml", "orchestrator/__main__.py", "jobs/run.py", "cluster/on_ray/jobs_api.py"} <= set(
         names
     )
-    assert sum(name.endswith("-topics.txt") for name in names) == 1  # three keys name it
+    assert sum(name.endswith("-topics.txt") for name in names) == 1  # three keys refer to it
 
 
-def test_a_store_or_file_of_this_machine_alone_is_refused_for_a_remote_cluster(study_file: Path) -> None:
+def test_a_store_or_file_that_only_this_machine_has_is_refused_for_a_remote_cluster(study_file: Path) -> None:
     def refusal(*overrides: str) -> str:
         with pytest.raises(ValueError) as error:
             study_package(load(study_file, overrides), overrides, same_machine=False)
