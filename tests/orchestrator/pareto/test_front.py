@@ -169,7 +169,10 @@ def test_an_additional_point_never_lowers_the_hypervolume(
     added = front.add("new", new)
     final = front.hypervolume(reference)
     duplicate = new in members
-    assert final > initial if added and not duplicate else final == pytest.approx(initial)
+    if added and not duplicate:
+        assert final > initial
+    else:
+        assert final == pytest.approx(initial)
 
 
 def test_losses_have_the_sign_that_makes_smaller_better() -> None:

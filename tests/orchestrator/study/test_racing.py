@@ -68,7 +68,7 @@ OF_ORIGINAL = runner([item + 0.5 for item in HARD * 16], 1000, 1.0)
 
 
 def promotion_order(plan: StudyPlan, original: Runner = OF_ORIGINAL, **runners: Runner) -> list[str]:
-    """Return the ids of promoted runners in promotion_order; the original, which can gain little, races too."""
+    """Return the ids of promoted runners in order; the original, which can gain little, races too."""
     race = Race(plan)
     for id, runner in {ORIGINAL.id: original, **runners}.items():
         race.report(id, measurement(runner.items), Cost(runner.size, 1000, 10), runner.fidelity)
