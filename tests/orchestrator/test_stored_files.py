@@ -40,10 +40,10 @@ def studies(tmp_path: Path) -> Path:
     return copy
 
 
-def slimfront(*words: object, cwd: Path, codes: tuple[int, ...] = (0,)) -> str:
+def slimfront(*arguments: object, cwd: Path, codes: tuple[int, ...] = (0,)) -> str:
     """Return the output of the command, run in the folder to which the paths of the studies are relative."""
     process = subprocess.run(
-        [sys.executable, "-m", "orchestrator", *map(str, words)],
+        [sys.executable, "-m", "orchestrator", *map(str, arguments)],
         capture_output=True,
         text=True,
         cwd=cwd,
@@ -145,8 +145,8 @@ def test_an_old_export_that_was_changed_is_refused(studies: Path) -> None:
 
 
 def test_two_old_exports_are_compared(studies: Path) -> None:
-    words = ("compare", "exports/openvino", "exports/onnx", "--json", "--pairs", 1)
-    rows = {row["metric"]: row for row in json.loads(slimfront(*words, cwd=studies))}
+    arguments = ("compare", "exports/openvino", "exports/onnx", "--json", "--pairs", 1)
+    rows = {row["metric"]: row for row in json.loads(slimfront(*arguments, cwd=studies))}
     expected = {row["metric"]: row for row in EXPECTED["compare"]}
     assert rows.keys() == expected.keys()
     for metric, row in rows.items():
@@ -160,8 +160,8 @@ def test_a_trimmed_model_is_recreated_from_the_old_ledger(studies: Path) -> None
     record = json.loads((studies / f"finished store/records/artifacts/{pick}.json").read_text())
     digest = record["digest"]
     shutil.rmtree(studies / "finished store/objects" / digest[:2] / digest)
-    words = ("export", "finished store/finished", "again", "--pick", pick, "--format", "slimfront")
-    slimfront(*words, cwd=studies)
+    arguments = ("export", "finished store/finished", "again", "--pick", pick, "--format", "slimfront")
+    slimfront(*arguments, cwd=studies)
     old, new = (
         json.loads((studies / out / "recipe.json").read_text()) for out in ("exports/slimfront", "again")
     )

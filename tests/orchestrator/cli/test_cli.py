@@ -39,31 +39,35 @@ def slimfront(*args: object, cwd: Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_an_invalid_study_exits_2_with_every_problem_and_no_traceback(study_file: Path) -> None:
-    done = slimfront("validate", study_file, "search.candidats=3", "target.threads=0", cwd=study_file.parent)
-    assert done.returncode == 2
-    assert "command line search.candidats: got candidats" in done.stderr
-    assert "command line target.threads: got 0, expected 1 to" in done.stderr
-    assert "Traceback" not in done.stderr
+    process = slimfront(
+        "validate", study_file, "search.candidats=3", "target.threads=0", cwd=study_file.parent
+    )
+    assert process.returncode == 2
+    assert "command line search.candidats: got candidats" in process.stderr
+    assert "command line target.threads: got 0, expected 1 to" in process.stderr
+    assert "Traceback" not in process.stderr
     assert not (study_file.parent / "runs").exists()
 
 
 def test_a_plan_runs_no_job(study_file: Path) -> None:
-    done = slimfront("plan", study_file, cwd=study_file.parent)
-    assert done.returncode == 0, done.stderr
-    assert "5 candidates" in done.stdout
-    assert "shared" in done.stdout
-    assert "by shared steps" in done.stdout
+    process = slimfront("plan", study_file, cwd=study_file.parent)
+    assert process.returncode == 0, process.stderr
+    assert "5 candidates" in process.stdout
+    assert "shared" in process.stdout
+    assert "by shared steps" in process.stdout
     assert not (study_file.parent / "runs").exists()
 
 
 def test_a_plan_states_the_price_and_the_allowed_node_hours_and_no_unknown_cost(
     study_file: Path,
 ) -> None:
-    done = slimfront("plan", study_file, "cluster.price_per_hour=2", "budget.money=20", cwd=study_file.parent)
-    assert done.returncode == 0, done.stderr
-    assert "The cost is unknown: nothing like it has run here." in done.stdout
-    assert "A node-hour costs 2.00 (cluster.price_per_hour)." in done.stdout
-    assert "The budget of 20.00 allows 10.00 node-hours." in done.stdout
+    process = slimfront(
+        "plan", study_file, "cluster.price_per_hour=2", "budget.money=20", cwd=study_file.parent
+    )
+    assert process.returncode == 0, process.stderr
+    assert "The cost is unknown: nothing like it has run here." in process.stdout
+    assert "A node-hour costs 2.00 (cluster.price_per_hour)." in process.stdout
+    assert "The budget of 20.00 allows 10.00 node-hours." in process.stdout
 
 
 def test_a_plan_after_a_study_states_its_cost_and_a_forecast(study_file: Path) -> None:
@@ -90,9 +94,9 @@ def test_a_study_whose_budget_excludes_the_original_reports_it(
 
 
 def test_techniques_are_listed_for_programs(tmp_path: Path) -> None:
-    done = slimfront("techniques", "--json", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    listed = {row["name"]: row for row in json.loads(done.stdout)}
+    process = slimfront("techniques", "--json", cwd=tmp_path)
+    assert process.returncode == 0, process.stderr
+    listed = {row["name"]: row for row in json.loads(process.stdout)}
     assert {"drop_layers", "prune_ffn", "svd_llm", "rtn", "gptq", "distill"} <= set(listed)
     assert listed["gptq"]["needs"] == ["calibration"]
     assert listed["gptq"]["families"] == families.names()
@@ -100,20 +104,20 @@ def test_techniques_are_listed_for_programs(tmp_path: Path) -> None:
 
 
 def test_one_technique_is_shown_with_its_options_and_refusals(tmp_path: Path) -> None:
-    done = slimfront("techniques", "prune_hidden", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "share of the hidden width to remove" in done.stdout
-    assert "Refuses gemma3_text: its norms after each layer" in done.stdout.replace("\n", " ")
-    wrong = slimfront("techniques", "prune_hiden", cwd=tmp_path)
-    assert wrong.returncode == 3
-    assert "did you mean prune_hidden?" in wrong.stderr
+    process = slimfront("techniques", "prune_hidden", cwd=tmp_path)
+    assert process.returncode == 0, process.stderr
+    assert "share of the hidden width to remove" in process.stdout
+    assert "Refuses gemma3_text: its norms after each layer" in process.stdout.replace("\n", " ")
+    invalid = slimfront("techniques", "prune_hiden", cwd=tmp_path)
+    assert invalid.returncode == 3
+    assert "did you mean prune_hidden?" in invalid.stderr
 
 
 @pytest.mark.parametrize("command", ["status", "front", "report", "resume"])
 def test_a_folder_without_a_study_exits_3(tmp_path: Path, command: str) -> None:
-    done = slimfront(command, tmp_path, cwd=tmp_path)
-    assert done.returncode == 3
-    assert "Traceback" not in done.stderr
+    process = slimfront(command, tmp_path, cwd=tmp_path)
+    assert process.returncode == 3
+    assert "Traceback" not in process.stderr
 
 
 @pytest.mark.parametrize(
@@ -221,18 +225,18 @@ def test_a_study_on_ray_is_interrupted_killed_resumed_inspected_and_exported(
             time.sleep(0.05)
         return process
 
-    stopped = start_and_wait(1)
-    stopped.send_signal(signal.SIGTERM)
-    _, errors = stopped.communicate(timeout=60)
-    assert stopped.returncode == 130, errors
+    stopped_process = start_and_wait(1)
+    stopped_process.send_signal(signal.SIGTERM)
+    _, errors = stopped_process.communicate(timeout=60)
+    assert stopped_process.returncode == 130, errors
     assert f"slimfront resume {runs}" in errors
     assert "Traceback" not in errors
     assert f"slimfront resume {runs} resumes it" in slimfront("status", runs, cwd=tmp_path).stdout
 
-    killed = start_and_wait(3)
-    killed.kill()
-    killed.wait()  # its pipes stay open while Ray's idle agents run, for a minute
-    for pipe in (killed.stdout, killed.stderr):
+    killed_process = start_and_wait(3)
+    killed_process.kill()
+    killed_process.wait()  # its pipes stay open while Ray's idle agents run, for a minute
+    for pipe in (killed_process.stdout, killed_process.stderr):
         assert pipe is not None
         pipe.close()
     modified_before = {file: file.stat().st_mtime_ns for file in tmp_path.glob("runs/records/results/*.json")}
@@ -255,8 +259,8 @@ def test_a_study_on_ray_is_interrupted_killed_resumed_inspected_and_exported(
 
 
 def test_the_files_of_a_cluster_are_written_and_checked(tmp_path: Path) -> None:
-    done = slimfront("init", "--template", "aws", "--gpu", "A10G", "here", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    process = slimfront("init", "--template", "aws", "--gpu", "A10G", "here", cwd=tmp_path)
+    assert process.returncode == 0, process.stderr
     assert sorted(path.name for path in (tmp_path / "here").iterdir()) == [
         "Dockerfile",
         "aws.yaml",
@@ -267,9 +271,9 @@ def test_the_files_of_a_cluster_are_written_and_checked(tmp_path: Path) -> None:
     file.write_text(
         file.read_text().replace("GPU: 1}", "GPU: 9}").replace("min_workers: 0", "min_worker: 0", 1)
     )
-    wrong = slimfront("doctor", "--template", file, cwd=tmp_path)
-    assert wrong.returncode == 2
-    assert [line.partition(" ")[2] for line in wrong.stderr.splitlines()] == [
+    invalid = slimfront("doctor", "--template", file, cwd=tmp_path)
+    assert invalid.returncode == 2
+    assert [line.partition(" ")[2] for line in invalid.stderr.splitlines()] == [
         "available_node_types.gpu-spot.min_worker: got min_worker, expected min_workers",
         "available_node_types.gpu-spot.resources.GPU: got 9, but a g5.2xlarge has 1 (no type has more than 8: "
         "g5.48xlarge)",
@@ -278,9 +282,9 @@ def test_the_files_of_a_cluster_are_written_and_checked(tmp_path: Path) -> None:
 
 
 def test_invalid_choices_of_a_cluster_exit_2_and_write_nothing(tmp_path: Path) -> None:
-    done = slimfront("init", "--template", "gcp", "--gpu", "L5", "here", cwd=tmp_path)
-    assert done.returncode == 2
-    assert done.stderr.splitlines() == [
+    process = slimfront("init", "--template", "gcp", "--gpu", "L5", "here", cwd=tmp_path)
+    assert process.returncode == 2
+    assert process.stderr.splitlines() == [
         "gpu: got L5, expected one of A100, H100, L4, T4",
         "project: got nothing, expected the id of a project of Google Cloud",
     ]

@@ -50,11 +50,11 @@ def without_effects(app: typer.Typer) -> typer.Typer:
     return copy
 
 
-def refusal(words: list[str]) -> str:
+def refusal(arguments: list[str]) -> str:
     """Return the error message for this command line; an empty string if the command accepts it."""
     # A command without arguments, as in a sentence, need only exist. The environment may hold the address.
-    words = words if len(words) > 1 else [*words, "--help"]
-    result = CliRunner().invoke(without_effects(app), words, env={"RAY_ADDRESS": "http://head:8265"})
+    arguments = arguments if len(arguments) > 1 else [*arguments, "--help"]
+    result = CliRunner().invoke(without_effects(app), arguments, env={"RAY_ADDRESS": "http://head:8265"})
     return "" if result.exit_code == 0 else result.output
 
 
@@ -63,10 +63,10 @@ def test_every_command_in_a_document_exists(document: str) -> None:
     document_commands = list(commands((ROOT / document).read_text()))
     assert len(document_commands) >= 10
     refused = {}
-    for words in document_commands:
-        message = refusal(words)
+    for arguments in document_commands:
+        message = refusal(arguments)
         if message:
-            refused[shlex.join(words)] = message
+            refused[shlex.join(arguments)] = message
     assert not refused
 
 
@@ -74,8 +74,8 @@ def test_every_command_in_a_document_exists(document: str) -> None:
     "line", ["slimfront frobnicate x", "slimfront up --dashboard 1", "slimfront export only-one"]
 )
 def test_an_unknown_command_is_detected(line: str) -> None:
-    (words,) = commands(f"```sh\n{line}  # as if\n```\n")
-    assert refusal(words)
+    (arguments,) = commands(f"```sh\n{line}  # as if\n```\n")
+    assert refusal(arguments)
 
 
 def test_every_link_target_of_a_document_exists() -> None:

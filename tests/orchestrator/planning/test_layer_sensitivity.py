@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -94,9 +95,9 @@ def test_groups_of_blocks_count_for_all_their_blocks(study_of: Callable[..., Pre
 
 
 def test_a_technique_without_options_per_block_has_no_predicted_divergence(ready: PreparedStudy) -> None:
-    both = {"bits": {"rtn": {"bits": {"choices": [2, 4, 8], "each": "layer"}}, "hqq": {"bits": 4}}}
-    space, _ = parse(both, depth=Depth(4, 28))
-    levels = levels_of(parse({"bits": {"rtn": both["bits"]["rtn"]}}, depth=Depth(4, 28))[0])
+    two_techniques = {"bits": {"rtn": {"bits": {"choices": [2, 4, 8], "each": "layer"}}, "hqq": {"bits": 4}}}
+    space, _ = parse(two_techniques, depth=Depth(4, 28))
+    levels = levels_of(parse({"bits": {"rtn": two_techniques["bits"]["rtn"]}}, depth=Depth(4, 28))[0])
     choices = {"bits": "hqq", **{f"bits.rtn.bits.{block}": 2 for block in range(4)}}
     assert levels.divergence(space, choices) is None
 
@@ -112,10 +113,9 @@ def test_allocations_cover_the_sizes_within_budgets_and_are_optimal(
     sizes = [size(choices) for choices in allocations]
     assert 3 <= len(allocations) <= 5
     assert sizes == sorted(sizes)
-    all_metrics = [
-        known_metrics(choices_of((a, b, c, d), e))
-        for a in (2, 4, 8) for b in (2, 4, 8) for c in (2, 4, 8) for d in (2, 4, 8) for e in (16, 8)
-    ]  # fmt: skip
+    all_metrics = []
+    for *bits, embedding_bits in itertools.product(*[(2, 4, 8)] * 4, (16, 8)):
+        all_metrics.append(known_metrics(choices_of(tuple(bits), embedding_bits)))
     for choices in allocations:
         metrics = known_metrics(choices)
         # The size of the file's header differs by a few bytes with the bits of the blocks.

@@ -34,16 +34,16 @@ def test_a_running_or_finished_study_is_not_started_again_and_a_failed_one_resum
     for status in ("PENDING", "RUNNING", "SUCCEEDED"):
         existing = job(first_id, status)
         assert decide("tiny", digest, [existing]) == Attach(existing)
-    ended = [job(first_id, "FAILED"), job(f"{first_id}-2", "STOPPED", began=2.0)]
-    assert decide("tiny", digest, ended) == Start(f"{first_id}-3", ended[1])
+    ended_jobs = [job(first_id, "FAILED"), job(f"{first_id}-2", "STOPPED", began=2.0)]
+    assert decide("tiny", digest, ended_jobs) == Start(f"{first_id}-3", ended_jobs[1])
 
 
 def test_a_study_is_refused_while_it_runs_with_other_options() -> None:
     running = job("tiny-other", "RUNNING", digest="e" * 64)
     with pytest.raises(ValueError, match="tiny-other runs tiny with other options or data"):
         decide("tiny", "d" * 64, [running])
-    ended = job("tiny-other", "STOPPED", digest="e" * 64)
-    assert isinstance(decide("tiny", "d" * 64, [ended]), Start)
+    ended_job = job("tiny-other", "STOPPED", digest="e" * 64)
+    assert isinstance(decide("tiny", "d" * 64, [ended_job]), Start)
 
 
 def test_a_name_selects_the_running_job_or_else_the_last_one() -> None:
@@ -154,10 +154,10 @@ def answering(answers: dict[str, object]) -> AbstractContextManager[str]:
 
 def refusal(address: str, folder: Path, *args: str) -> str:
     env = {**without_ray(), "PYTHONPATH": str(ROOT), "HOME": str(folder)}
-    done = fake_cluster.slimfront(address, env, folder, "status", "x", *args)
-    assert done.returncode == 3
-    assert done.stderr.count("\n") == 1
-    return done.stderr
+    process = fake_cluster.slimfront(address, env, folder, "status", "x", *args)
+    assert process.returncode == 3
+    assert process.stderr.count("\n") == 1
+    return process.stderr
 
 
 def test_a_cluster_without_authentication_or_with_other_versions_is_refused(tmp_path: Path) -> None:

@@ -61,7 +61,7 @@ def test_the_front_holds_measured_nondominated_candidates_within_the_limits() ->
 
 
 @pytest.mark.parametrize(
-    ("odd", "standing"),
+    ("incomparable", "standing"),
     [
         (candidate(4, 20, 0.9, None), "incomplete"),
         (candidate(4, 20, 0.9, 1.0, unreliable=("decode_ms",)), "unreliable"),
@@ -74,11 +74,11 @@ def test_the_front_holds_measured_nondominated_candidates_within_the_limits() ->
     ],
 )
 def test_incomparable_candidates_are_excluded_from_the_front_and_counted(
-    odd: Candidate, standing: str
+    incomparable: Candidate, standing: str
 ) -> None:
-    results = judge_candidates(odd, candidate(1, 80, 0.7, 8.0))
-    assert results.standings[odd.id] == standing
-    assert odd.id not in results.members
+    results = judge_candidates(incomparable, candidate(1, 80, 0.7, 8.0))
+    assert results.standings[incomparable.id] == standing
+    assert incomparable.id not in results.members
     assert front_snapshot(results).to_dict()["candidates"][standing] >= 1
 
 

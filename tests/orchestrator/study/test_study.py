@@ -68,8 +68,8 @@ def proposal(recipe: Recipe, size: int = 50, macs: int = 500, **predicted: float
     return CandidateProposed(recipe, {"choice": recipe.id}, Cost(size, macs, 10, predicted))
 
 
-def measured(accuracy: float, size: float = 50, **more: float) -> Success:
-    return Success("artifact", 1, Measurement({"size_bytes": size, "accuracy": accuracy, **more}), 1.0)
+def measured(accuracy: float, size: float = 50, **metrics: float) -> Success:
+    return Success("artifact", 1, Measurement({"size_bytes": size, "accuracy": accuracy, **metrics}), 1.0)
 
 
 def timed(ms: float, error: float = 0.5) -> Success:
@@ -597,7 +597,7 @@ def test_incremental_summaries_equal_those_computed_from_all_candidates(
         process(end(study, run, success if kind == "measured" else Failure(kind, "why")))  # type: ignore[arg-type]
 
     def check() -> None:
-        assert study.states + Counter() == Counter(c.state for c in study.candidates.values())
+        assert study.states + Counter() == Counter(candidate.state for candidate in study.candidates.values())
         candidates = list(study.candidates.values())
         assert standings.results() == judge("study", study.plan.objectives, study.original, candidates)
 

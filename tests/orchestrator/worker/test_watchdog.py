@@ -77,7 +77,7 @@ def test_frequent_reports_renew_the_lease_once(monkeypatch: pytest.MonkeyPatch) 
     for _ in range(100):
         lease.renew()
     assert renewed == [3600]
-    later = time.monotonic() + 400
-    monkeypatch.setattr(time, "monotonic", lambda: later)
+    later_seconds = time.monotonic() + 400
+    monkeypatch.setattr(time, "monotonic", lambda: later_seconds)
     lease.renew()
     assert renewed == [3600, 3600]
