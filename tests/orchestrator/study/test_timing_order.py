@@ -70,7 +70,7 @@ def test_the_prediction_is_the_likelihood_weighted_mean_of_all_models(
     np.testing.assert_allclose(predicted[1], unit * deviation, rtol=1e-4)
 
 
-def test_latencies_proportional_to_costs_are_predicted_with_a_sufficient_error() -> None:
+def test_latencies_that_follow_the_costs_are_predicted_with_a_sufficient_error() -> None:
     generator = np.random.default_rng(0)
     normalized_errors = []
     for _ in range(200):
