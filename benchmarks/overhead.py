@@ -23,6 +23,7 @@ reused actors). They do not log to MLflow. Slow peers get fewer candidates; the 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import hashlib
 import json
@@ -195,13 +196,26 @@ class CpuMeter:
 
 
 def _cpu_seconds(process: psutil.Process) -> float:
+    """Return the CPU seconds of a process; 0 for the mirror and for a process that has ended."""
     try:
-        if "orchestrator.tracking" in process.cmdline():
+        if _is_mirror(process):
             return 0.0
         times = process.cpu_times()
     except psutil.NoSuchProcess:
         return 0.0
     return times.user + times.system
+
+
+def _is_mirror(process: psutil.Process) -> bool:
+    return "orchestrator.tracking" in process.cmdline()
+
+
+def end_mirror() -> None:
+    """Terminate the mirror, which would need minutes to finish. Other children, such as joblib's, keep running."""
+    for process in psutil.Process().children():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if _is_mirror(process):
+                process.terminate()
 
 
 def slimfront(duration: str, candidates: int, algorithm: str) -> Row:
@@ -213,8 +227,7 @@ def slimfront(duration: str, candidates: int, algorithm: str) -> Row:
         executor = RayExecutor(SLOTS)
         meter = CpuMeter()
         launch(prepared, meter, executor=executor, do=do)
-        for process in psutil.Process().children():  # the mirror, which would need minutes to finish
-            process.terminate()
+        end_mirror()
         ledger = Ledger(prepared.folder.ledger, read_only=True)
         events = list(ledger.events())
         ledger.close()
