@@ -39,7 +39,7 @@ def test_the_page_tells_of_each_technique_its_options_and_its_paper(
 def test_the_page_tells_what_each_technique_refuses(entry: Entry, sections: dict[str, str]) -> None:
     """The table of refusals holds every pair, and nothing that is not refused."""
     row = next(
-        (line for line in sections["Who refuses what"].splitlines() if f"| {entry.name} |" in line), ""
+        (line for line in sections["Unsupported models"].splitlines() if f"| {entry.name} |" in line), ""
     )
     told = {model for models in entry.refusals().values() for model in models}
     shown = {part.strip() for part in row.split("|")[2].split(",")} if row else set()
