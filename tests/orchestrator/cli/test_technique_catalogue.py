@@ -39,7 +39,7 @@ def test_the_page_cites_the_paper_and_states_the_cost_of_each_technique(
 def test_the_page_lists_the_refusals_of_each_technique(entry: Entry, sections: dict[str, str]) -> None:
     """The table of refusals holds exactly the refused pairs."""
     row = next(
-        (line for line in sections["Who refuses what"].splitlines() if f"| {entry.name} |" in line), ""
+        (line for line in sections["Unsupported models"].splitlines() if f"| {entry.name} |" in line), ""
     )
     refused = {model for models in entry.refusals().values() for model in models}
     documented = {part.strip() for part in row.split("|")[2].split(",")} if row else set()
