@@ -1,5 +1,7 @@
-"""A classifier to compress and the texts to judge it on, both made offline: MiniLM-L6 learns the four sorts of prose in
-the Brown corpus. benchmarks/front.py uses it."""
+"""Make a classifier to compress and the texts to evaluate it on, offline, for benchmarks/front.py.
+
+MiniLM-L6 learns the four sorts of prose in the Brown corpus.
+"""
 
 from __future__ import annotations
 
@@ -23,11 +25,11 @@ GENRES = {
     "prose": ("religion", "hobbies", "lore", "belles_lettres", "government"),
     "learned": ("learned",),
 }
-"""All others tell stories."""
+"""Sorts by genres of the corpus. All other genres are fiction."""
 WORDS = 48
-"""Of a passage."""
-LONGEST = 96
-"""Tokens of a passage that are read in training."""
+"""Words of a passage."""
+MAX_TOKENS = 96
+"""Tokens of a passage that training reads, at most."""
 STEPS, BATCH, LEARNING_RATE = 240, 16, 1e-4
 
 
@@ -45,37 +47,39 @@ def sort_of(genre: str) -> str:
     return next((sort for sort, genres in GENRES.items() if genre in genres), "fiction")
 
 
-def passages(part: str, each: int, words: int = WORDS) -> list[Passage]:
-    """So many passages of each document of a part of the corpus (train, calibration, evaluation), evenly spread."""
-    found = []
+def passages(part: str, per_document: int, words: int = WORDS) -> list[Passage]:
+    """Return evenly spread passages of each document of a part of the corpus (train, calibration, evaluation)."""
+    selected = []
     for line in (brown() / f"{part}.jsonl").read_text().splitlines():
         record = json.loads(line)
         text = record["text"].split()
-        for number in range(each):
-            start = number * (len(text) - words) // each
-            found.append(Passage(" ".join(text[start : start + words]), sort_of(record["genre"])))
-    return found
+        for number in range(per_document):
+            start = number * (len(text) - words) // per_document
+            selected.append(Passage(" ".join(text[start : start + words]), sort_of(record["genre"])))
+    return selected
 
 
-def write(folder: Path, each: int) -> list[Passage]:
-    """Write what a study reads: `items.jsonl` to judge on, so many passages of each document, which are returned;
-    `calibration.jsonl` and `train.jsonl`, longer ones in an order by chance: the corpus is sorted by genre, and a study
-    reads its beginning."""
-    items = passages("evaluation", each)
+def write(folder: Path, per_document: int) -> list[Passage]:
+    """Write the texts of a study; return the passages to evaluate on, `per_document` of each document.
+
+    These are in `items.jsonl`. `calibration.jsonl` and `train.jsonl` contain longer passages in random order, because
+    the corpus is sorted by genre and a study reads its beginning.
+    """
+    items = passages("evaluation", per_document)
     _write(folder / "items.jsonl", items)
     for part in ("calibration", "train"):
-        mixed = passages(part, each=2, words=300)
-        random.Random(0).shuffle(mixed)
-        _write(folder / f"{part}.jsonl", mixed)
+        shuffled = passages(part, per_document=2, words=300)
+        random.Random(0).shuffle(shuffled)
+        _write(folder / f"{part}.jsonl", shuffled)
     return items
 
 
 def _write(file: Path, items: Sequence[Passage]) -> None:
-    file.write_text("".join(f"{json.dumps(asdict(one))}\n" for one in items))
+    file.write_text("".join(f"{json.dumps(asdict(item))}\n" for item in items))
 
 
 def write_classifier(folder: Path) -> None:
-    """Finetune the encoder with a new head, all of it, and write it with its tokenizer."""
+    """Finetune all weights of the encoder and a new head, and write the model with its tokenizer."""
     torch.manual_seed(0)
     source = sources.locate(SOURCE)
     labels = {sort: number for number, sort in enumerate(SORTS)}
@@ -91,9 +95,9 @@ def write_classifier(folder: Path) -> None:
     schedule = transformers.get_linear_schedule_with_warmup(optimizer, STEPS // 10, STEPS)  # type: ignore[no-untyped-call]
     module.train()
     for step in range(STEPS):
-        chosen = [texts[number] for number in torch.randint(len(texts), (BATCH,)).tolist()]
+        batch = [texts[number] for number in torch.randint(len(texts), (BATCH,)).tolist()]
         loss = module(
-            **_batch(tokenizer, chosen), labels=torch.tensor([labels[one.label] for one in chosen])
+            **_inputs(tokenizer, batch), labels=torch.tensor([labels[passage.label] for passage in batch])
         ).loss
         loss.backward()
         optimizer.step()
@@ -107,7 +111,7 @@ def write_classifier(folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def _batch(tokenizer: tokenizers.Tokenizer, chosen: Sequence[Passage]) -> dict[str, torch.Tensor]:
-    texts = [one.text for one in chosen]
-    found = tokenizer(texts, truncation=True, max_length=LONGEST, padding=True, return_tensors="pt")
-    return dict(found)
+def _inputs(tokenizer: tokenizers.Tokenizer, batch: Sequence[Passage]) -> dict[str, torch.Tensor]:
+    texts = [passage.text for passage in batch]
+    inputs = tokenizer(texts, truncation=True, max_length=MAX_TOKENS, padding=True, return_tensors="pt")
+    return dict(inputs)

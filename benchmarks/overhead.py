@@ -1,28 +1,29 @@
-"""What a scheduler costs: slot time per candidate beside the work, and how busy it keeps two slots.
+"""Measure the overhead of a scheduler: slot time per candidate without the work, and the utilisation of two slots.
 
 python -m benchmarks.overhead [--candidates 10000] [--durations 0,0.1,1,lognormal] [--peers] [--json FILE]
 
-A job sleeps for its duration, so that two slots and what serves them fit on two cores, and commits its record
-to the store as every job does. Everything else is the real thing: ask → Ray → commit → ledger → tell → outbox,
-with the mirror's process carrying the outbox to MLflow on SQLite. By the ledger's times, from the first start of a
-candidate to the last end:
+A job sleeps for its duration, so two slots and the service fit on two cores, and commits its record to the store like
+every job. All other parts are those of the product: ask → Ray → commit → ledger → tell → outbox, with the mirror's
+process that sends the outbox to MLflow on SQLite. By the ledger's times, from the first start of a candidate to the
+last end:
 
     utilisation                 Σ durations ÷ (slots × makespan)
     slot time per candidate     (slots × makespan − Σ durations) ÷ candidates
-    commit                      the part of it in which a worker committed the record: mostly a fsync of the disk
-    tail                        the share of all slot time in which slots waited for the last job, which is chance: the
-                                slots' last ends are taken to be the last so many ends
-    CPU per candidate           of this process and, besides, of Ray's and the workers', without the mirror's, whose
-                                priority is low: what others do on the machine does not count, unlike above
+    commit                      the part of it in which a worker commits the record: mostly an fsync of the disk
+    tail                        the share of all slot time in which slots wait for the last job, which is random: the
+                                last ends of the slots are assumed to be the last ends of all jobs
+    CPU per candidate           of this process, and of Ray and the workers without the mirror, whose priority is low;
+                                unlike the numbers above, it does not depend on other processes of the machine
 
-`lognormal` durations have a mean of 1 s and σ = 1 of the logarithm. Peers run the same sleeps on as many slots: Optuna
-(random sampling, a journal file as its durable storage) in joblib's processes, and Ray Tune (random sampling, actors
-used again). They log nothing to MLflow. They get fewer candidates where they take long; the table says how many.
+`lognormal` durations have a mean of 1 s and σ = 1 of the logarithm. Peers run the same sleeps on the same number of
+slots: Optuna (random sampling, a journal file as durable storage) in joblib's processes, and Ray Tune (random sampling,
+reused actors). They do not log to MLflow. Slow peers get fewer candidates; the table states the number.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import hashlib
 import json
@@ -60,7 +61,7 @@ from orchestrator.study.events import AttemptEnded, AttemptStarted
 
 SLOTS = 2
 BUSY_SECONDS = 200.0
-"""How long a row's jobs keep one slot busy, at most: it bounds the candidates where jobs take time."""
+"""Largest slot time of the jobs of a row. It limits the candidates of rows whose jobs take time."""
 PEER_CANDIDATES = {"optuna + joblib": 2000, "ray tune": 100}
 
 STUDY = """
@@ -94,12 +95,12 @@ search: {{candidates: {candidates}, algorithm: {algorithm}}}
 store: {folder}/runs
 tracking: {{uri: {uri}}}
 """
-"""Hundreds of thousands of recipes, of one step each: a candidate is one job."""
+"""A study with hundreds of thousands of recipes of one step each. A candidate is one job."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table. commit_ms: of slot_ms; driver_ms, workers_ms: CPU time per candidate. 0: not known."""
+    """One line of the table. A value of 0 is unknown."""
 
     system: str
     duration: str
@@ -108,18 +109,23 @@ class Row:
     slot_ms: float
     utilisation: float
     commit_ms: float = 0.0
+    """The part of `slot_ms` for commits."""
     driver_ms: float = 0.0
+    """CPU time of this process per candidate."""
     workers_ms: float = 0.0
+    """CPU time of Ray and the workers per candidate."""
     tail: float = 0.0
 
 
 def seconds_of(duration: str, name: str) -> float:
-    """How long the job of this name sleeps; always as long."""
-    return lognormal(name, 1.0, 1.0) if duration == "lognormal" else float(duration)
+    """Return the duration of the job of this name; it is always the same."""
+    if duration == "lognormal":
+        return lognormal(name, 1.0, 1.0)
+    return float(duration)
 
 
 def lognormal(name: str, mean: float, sigma: float) -> float:
-    """A draw that depends on the name alone. sigma: the standard deviation of its logarithm."""
+    """Return a sample that depends on the name alone. sigma: the standard deviation of its logarithm."""
     share = (int.from_bytes(hashlib.sha256(name.encode()).digest()[:6]) + 0.5) / 2**48
     return mean * math.exp(NormalDist(-(sigma**2) / 2, sigma).inv_cdf(share))
 
@@ -131,15 +137,15 @@ def write_model(folder: Path, width: int = 32, blocks: int = 1) -> None:
         num_attention_heads=2, tie_word_embeddings=True,
     )  # fmt: skip
     transformers.LlamaForCausalLM(config).save_pretrained(folder)
-    words = Tokenizer(
+    tokenizer = Tokenizer(
         models.BPE(vocab={c: i for i, c in enumerate(pre_tokenizers.ByteLevel.alphabet())}, merges=[])
     )
-    words.pre_tokenizer = pre_tokenizers.ByteLevel()
-    transformers.PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(folder)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
 
 
 def empty_study(folder: Path, candidates: int, algorithm: str = "random", uri: str = "''") -> PreparedStudy:
-    """A study of a tiny model with so many candidates of one step each. uri: `none` does without MLflow."""
+    """Prepare a study of a tiny model, with candidates of one step each. The uri `none` disables MLflow."""
     write_model(folder / "model")
     file = folder / "study.yaml"
     file.write_text(STUDY.format(folder=folder, candidates=candidates, algorithm=algorithm, uri=uri))
@@ -147,18 +153,17 @@ def empty_study(folder: Path, candidates: int, algorithm: str = "random", uri: s
 
 
 def accuracy_of(job: Job) -> float:
-    """Any number that differs."""
+    """Return a number that depends on the job's id alone."""
     return int(job.id, 16) / 16**16
 
 
 def digest_of(job: Job) -> str:
-    """The digest of an artifact that only this job makes; none is stored."""
+    """Return the digest of an artifact of this job alone. No artifact is stored."""
     return hashlib.sha256(job.id.encode()).hexdigest()
 
 
 def sleep(job: Job, store: str, duration: str) -> Outcome:
-    """A job that only takes its time; its record is committed as every job's is. Reports how long that took as
-    the seconds of measuring."""
+    """Sleep for the job's duration and commit its record; report the time of the commit as that of measuring."""
     seconds = seconds_of(duration, job.id)
     time.sleep(seconds)
     outcome = Success(digest_of(job), 0, Measurement({"accuracy": accuracy_of(job)}), seconds)
@@ -170,25 +175,30 @@ def sleep(job: Job, store: str, duration: str) -> Outcome:
 
 
 class CpuMeter:
-    """CPU seconds of this process and of its descendants but the mirror, from the first candidate to the last."""
+    """Meters the CPU seconds of this process, and of its descendants without the mirror, over the candidates."""
 
     def __init__(self) -> None:
         self._samples: list[tuple[int, float, float]] = []
 
     def __call__(self, status: Status) -> None:
         if (not self._samples and status.measured > 1) or status.stage == "done":
-            others = sum(_cpu_seconds(one) for one in psutil.Process().children(recursive=True))
-            self._samples.append((status.measured, time.process_time(), others))
+            descendants = psutil.Process().children(recursive=True)
+            workers = sum(_cpu_seconds(process) for process in descendants)
+            self._samples.append((status.measured, time.process_time(), workers))
 
     def ms_per_candidate(self) -> tuple[float, float]:
-        (first, *before), (last, *after) = self._samples[0], self._samples[-1]
-        driver, workers = (1000 * (b - a) / max(1, last - first) for a, b in zip(before, after, strict=True))
-        return driver, workers
+        first, driver_before, workers_before = self._samples[0]
+        last, driver_after, workers_after = self._samples[-1]
+        candidates = max(1, last - first)
+        driver_ms = 1000 * (driver_after - driver_before) / candidates
+        workers_ms = 1000 * (workers_after - workers_before) / candidates
+        return driver_ms, workers_ms
 
 
 def _cpu_seconds(process: psutil.Process) -> float:
+    """Return the CPU seconds of a process; 0 for the mirror and for a process that has ended."""
     try:
-        if "orchestrator.tracking" in process.cmdline():
+        if _is_mirror(process):
             return 0.0
         times = process.cpu_times()
     except psutil.NoSuchProcess:
@@ -196,17 +206,28 @@ def _cpu_seconds(process: psutil.Process) -> float:
     return times.user + times.system
 
 
+def _is_mirror(process: psutil.Process) -> bool:
+    return "orchestrator.tracking" in process.cmdline()
+
+
+def end_mirror() -> None:
+    """Terminate the mirror, which would need minutes to finish. Other children, such as joblib's, keep running."""
+    for process in psutil.Process().children():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if _is_mirror(process):
+                process.terminate()
+
+
 def slimfront(duration: str, candidates: int, algorithm: str) -> Row:
     with tempfile.TemporaryDirectory() as scratch:
         prepared = empty_study(Path(scratch), candidates, algorithm)
-        # By the module's name, as real work is sent: what lies in a script goes by value, and workers would import
-        # what jobs need only with their first ones.
+        # Named by its module, like a real job: a function of a script is sent by value, and workers would import
+        # its libraries only with their first jobs.
         do = functools.partial(overhead.sleep, store=prepared.config.store, duration=duration)
         executor = RayExecutor(SLOTS)
         meter = CpuMeter()
         launch(prepared, meter, executor=executor, do=do)
-        for process in psutil.Process().children():  # the mirror, which has minutes of work left
-            process.terminate()
+        end_mirror()
         ledger = Ledger(prepared.folder.ledger, read_only=True)
         events = list(ledger.events())
         ledger.close()
@@ -224,7 +245,7 @@ def slimfront(duration: str, candidates: int, algorithm: str) -> Row:
 
 
 def unseen(status: Status) -> None:
-    """Nobody watches."""
+    """Ignore the status."""
 
 
 def _row(system: str, duration: str, seconds: list[float], makespan: float) -> Row:
@@ -262,7 +283,7 @@ def _journal(file: str) -> optuna.storages.JournalStorage:
 
 
 def _optimize(journal: str, duration: str, trials: int) -> None:
-    """What one of joblib's processes does."""
+    """Run trials in a process of joblib."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
 
     def objective(trial: optuna.Trial) -> tuple[float, float]:
@@ -300,10 +321,10 @@ def ray_tune(duration: str, candidates: int, algorithm: str) -> Row:
             tune_config=tune.TuneConfig(num_samples=1, reuse_actors=True),
             run_config=tune.RunConfig(storage_path=scratch, verbose=0),
         ).fit()
-        found = [result.metrics for result in results]
+        trials = [result.metrics for result in results]
     ray.shutdown()
-    makespan = max(one["ended"] for one in found) - min(one["began"] for one in found)
-    return _row("ray tune", duration, [one["seconds"] for one in found], makespan)
+    makespan = max(trial["ended"] for trial in trials) - min(trial["began"] for trial in trials)
+    return _row("ray tune", duration, [trial["seconds"] for trial in trials], makespan)
 
 
 PEERS: dict[str, Callable[[str, int, str], Row]] = {
@@ -313,9 +334,13 @@ PEERS: dict[str, Callable[[str, int, str], Row]] = {
 
 
 def bounded(duration: str, candidates: int) -> int:
-    """How many candidates to run, so that their jobs don't take all day."""
-    mean = 1.0 if duration == "lognormal" else float(duration)
-    return min(candidates, int(BUSY_SECONDS / mean)) if mean else candidates
+    """Return the number of candidates to run within BUSY_SECONDS of slot time."""
+    mean = 1.0
+    if duration != "lognormal":
+        mean = float(duration)
+    if mean == 0:
+        return candidates
+    return min(candidates, int(BUSY_SECONDS / mean))
 
 
 def main() -> None:
@@ -325,29 +350,32 @@ def main() -> None:
     parser.add_argument("--algorithm", default="random")
     parser.add_argument("--peers", action="store_true")
     parser.add_argument("--json", type=Path)
-    given = parser.parse_args()
+    options = parser.parse_args()
     rows = []
-    for duration in given.durations.split(","):
-        count = bounded(duration, given.candidates)
-        rows.append(slimfront(duration, count, given.algorithm))
-        if given.peers:
+    for duration in options.durations.split(","):
+        count = bounded(duration, options.candidates)
+        rows.append(slimfront(duration, count, options.algorithm))
+        if options.peers:
             for name, peer in PEERS.items():
-                rows.append(peer(duration, min(count, PEER_CANDIDATES[name]), given.algorithm))
+                rows.append(peer(duration, min(count, PEER_CANDIDATES[name]), options.algorithm))
     table = Table(
-        "system", "job, s", "candidates", "slot ms a candidate", "of it commit", "utilisation", "tail",
+        "system", "job, s", "candidates", "slot ms per candidate", "part of commits", "utilisation", "tail",
         "CPU ms: driver + rest",
         title=f"{SLOTS} slots on {platform.machine()}, {os.cpu_count()} cores",
     )  # fmt: skip
     for row in rows:
+        commit = tail = cpu = "–"
+        if row.commit_ms:
+            commit = f"{row.commit_ms:.1f}"
+        if row.driver_ms:
+            tail, cpu = f"{row.tail:.1%}", f"{row.driver_ms:.2f} + {row.workers_ms:.2f}"
         table.add_row(
-            row.system, row.duration, str(row.candidates), f"{row.slot_ms:.1f}",
-            f"{row.commit_ms:.1f}" if row.commit_ms else "–", f"{row.utilisation:.1%}",
-            f"{row.tail:.1%}" if row.driver_ms else "–",
-            f"{row.driver_ms:.2f} + {row.workers_ms:.2f}" if row.driver_ms else "–",
+            row.system, row.duration, str(row.candidates), f"{row.slot_ms:.1f}", commit, f"{row.utilisation:.1%}",
+            tail, cpu,
         )  # fmt: skip
     Console().print(table)
-    if given.json is not None:
-        given.json.write_text(json.dumps([asdict(row) for row in rows], indent=1))
+    if options.json is not None:
+        options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1))
 
 
 if __name__ == "__main__":

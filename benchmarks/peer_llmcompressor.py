@@ -1,8 +1,8 @@
 """One compression by llm-compressor, for benchmarks/peers.py; runs in an environment of its own.
 
 python peer_llmcompressor.py MODEL ROWS RECIPE OUT: MODEL is a folder, ROWS a safetensors file of calibration
-token ids, RECIPE JSON such as {"kind": "gptq", "bits": 4, "symmetric": false, "actorder": "static"}. OUT gets the
-weights of all block linears as the compressed model computes with them, in fp32.
+token ids, RECIPE JSON such as {"kind": "gptq", "bits": 4, "symmetric": false, "actorder": "static"}. The script writes
+the weights of all block linears to OUT, in fp32, as the compressed model uses them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 
 def modifier(recipe: dict[str, Any]) -> Any:
-    """The modifier that a recipe names; everything not named stays at its default."""
+    """Return the modifier of a recipe. Options that the recipe does not state have their defaults."""
     if recipe["kind"] == "gptq":
         from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
         from llmcompressor.modifiers.quantization import GPTQModifier
@@ -51,12 +51,12 @@ def main(model: str, rows: str, recipe: str, out: str) -> None:
         num_calibration_samples=len(tokens), max_seq_length=tokens.shape[1], shuffle_calibration_samples=False,
     )  # fmt: skip
     seconds = time.perf_counter() - started
-    held = {
+    weights = {
         name: part.weight.detach().float().contiguous()
         for name, part in module.named_modules()
         if isinstance(part, torch.nn.Linear) and ".layers." in name
     }
-    save_file(held, out, {"seconds": f"{seconds:.1f}"})
+    save_file(weights, out, {"seconds": f"{seconds:.1f}"})
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Compressions by NNCF, for benchmarks/openvino_front.py; runs in an environment of its own.
 
 python peer_nncf.py MODEL.xml ROWS CASES OUT: ROWS is JSON of calibration token ids, CASES JSON of names and options of
-`nncf.compress_weights`. OUT/NAME gets openvino_model.xml and .bin; what each took is printed as JSON.
+`nncf.compress_weights`. The script writes openvino_model.xml and .bin to OUT/NAME,
+and prints the seconds of each case as JSON.
 """
 
 from __future__ import annotations
@@ -25,18 +26,18 @@ def main(model: str, rows: str, cases: str, out: str) -> None:
         }
         for text in texts
     ]  # fmt: skip
-    took = {}
+    seconds = {}
     for name, options in json.loads(cases).items():
-        given = {**options, "mode": nncf.CompressWeightsMode(options["mode"])}
-        if given.get("awq") or given.get("scale_estimation"):
-            given["dataset"] = nncf.Dataset(inputs)
-        began = time.perf_counter()
-        network = nncf.compress_weights(openvino.Core().read_model(model), **given)
-        took[name] = time.perf_counter() - began
+        arguments = {**options, "mode": nncf.CompressWeightsMode(options["mode"])}
+        if arguments.get("awq") or arguments.get("scale_estimation"):
+            arguments["dataset"] = nncf.Dataset(inputs)
+        start = time.perf_counter()
+        network = nncf.compress_weights(openvino.Core().read_model(model), **arguments)
+        seconds[name] = time.perf_counter() - start
         folder = Path(out) / name
         folder.mkdir(parents=True)
         openvino.save_model(network, folder / "openvino_model.xml", compress_to_fp16=False)
-    sys.stdout.write(json.dumps(took) + "\n")
+    sys.stdout.write(json.dumps(seconds) + "\n")
 
 
 if __name__ == "__main__":

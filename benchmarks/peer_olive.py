@@ -1,14 +1,14 @@
 """Olive's search over its passes on a classifier, for benchmarks/front.py; runs in an environment of its own.
 
 python peer_olive.py MODEL ITEMS SEED THREADS OUT: MODEL is the classifier's folder, ITEMS the jsonl of texts and labels
-that accuracy is measured on. Each model that was measured is a line of JSON in OUT, until all are or it is ended.
-Needs olive-ai 0.11, onnxruntime and requests: 0.13 cannot write down a study with a metric of one's own.
+to measure accuracy on. OUT receives a line of JSON for each measured model, until all are measured or the process is
+ended. The script needs olive-ai 0.11, onnxruntime and requests: 0.13 cannot store a study with a user's metric.
 
-The model becomes ONNX, and Olive tries what its passes can do to an encoder on a CPU: weights of 8 bits, of 4 or 8 bits
-in blocks, by HQQ, of 16 bits; each then optimized as a BERT or not, 48 models in all. It draws at random: its TPE
-sampler mixes up the options of alternative passes, or draws the first one for ever. It has no pass that prunes,
-factorizes or distils a BERT: SparseGPT and SliceGPT are for decoders. It tries one model at a time and keeps what
-passes wrote, so that a shared prefix runs once; sessions compute on all THREADS.
+The model is converted to ONNX. Olive tries all its passes for an encoder on a CPU: weights of 8 bits, of 4 or 8 bits in
+blocks, by HQQ, of 16 bits; each with and without its optimizations for BERT, 48 models in all. Sampling is random: the
+TPE sampler confuses the options of alternative passes, or always draws the first one. Olive has no pass that prunes,
+factorizes or distils a BERT: SparseGPT and SliceGPT are for decoders. It tries one model at a time and caches the
+output of passes, so a shared prefix runs once. Sessions compute on all THREADS.
 """
 
 from __future__ import annotations
@@ -28,49 +28,49 @@ import onnxruntime
 import transformers
 
 OPTIONS = ("precision", "per_channel", "reduce_range", "bits", "block_size", "is_symmetric")
-"""Of passes, that a model's name tells."""
+"""Options of passes that a model's name states."""
 
 
 def evaluate(
-    model: Any, device: Any, providers: Any, items: str, words: str, threads: int, out: str
+    model: Any, device: Any, providers: Any, items: str, tokenizer_folder: str, threads: int, out: str
 ) -> dict[str, float]:
-    """What Olive calls of each model: its files' bytes, and how often it names a text's label. Texts run alone."""
+    """Return the bytes of a model's files and its accuracy, in batches of one text. Olive calls this for each model."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     session = onnxruntime.InferenceSession(model.model_path, options, providers=["CPUExecutionProvider"])
-    asked = [given.name for given in session.get_inputs()]
-    tokenizer = transformers.AutoTokenizer.from_pretrained(words)
-    known = transformers.AutoConfig.from_pretrained(words).label2id
+    input_names = [node.name for node in session.get_inputs()]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer_folder)
+    label_ids = transformers.AutoConfig.from_pretrained(tokenizer_folder).label2id
     texts = [json.loads(line) for line in Path(items).read_text().splitlines()]
-    right = []
+    correct = []
     for text in texts:
         tokens = tokenizer(text["text"], truncation=True, max_length=510, return_tensors="np")
-        logits = session.run(None, {name: tokens[name].astype(np.int64) for name in asked})[0]
-        right.append(int(logits[0].argmax()) == known[text["label"]])
+        logits = session.run(None, {name: tokens[name].astype(np.int64) for name in input_names})[0]
+        correct.append(int(logits[0].argmax()) == label_ids[text["label"]])
     folder = Path(model.model_path).parent
     size_bytes = sum(file.stat().st_size for file in folder.iterdir() if ".onnx" in file.name)
-    found = {"size_bytes": float(size_bytes), "accuracy": float(np.mean(right))}
+    metrics = {"size_bytes": float(size_bytes), "accuracy": float(np.mean(correct))}
     with Path(out).open("a") as file:
-        file.write(json.dumps({**found, "ended": time.time(), "recipe": _recipe(folder)}) + "\n")
-    return found
+        file.write(json.dumps({**metrics, "ended": time.time(), "recipe": _recipe(folder)}) + "\n")
+    return metrics
 
 
 def _recipe(folder: Path) -> str:
-    """The passes that made the model of this folder, by what Olive notes beside its models."""
+    """Return the passes that made the model of this folder, from the files that Olive writes next to its models."""
     steps: list[str] = []
-    note = folder.parent / "run.json"
-    while note.is_file():
-        run = json.loads(note.read_text())
-        chosen = {name: run["pass_config"].get(name) for name in OPTIONS if name in run["pass_config"]}
+    file = folder.parent / "run.json"
+    while file.is_file():
+        run = json.loads(file.read_text())
+        options = {name: run["pass_config"].get(name) for name in OPTIONS if name in run["pass_config"]}
         steps.insert(
-            0, f"{run['pass_name']}({', '.join(f'{name}={value}' for name, value in chosen.items())})"
+            0, f"{run['pass_name']}({', '.join(f'{name}={value}' for name, value in options.items())})"
         )
-        note = note.parent.parent / str(run["input_model_id"]) / "run.json"
+        file = file.parent.parent / str(run["input_model_id"]) / "run.json"
     return " → ".join(steps)
 
 
 def weights() -> list[dict[str, Any]]:
-    """Every way to store the weights that is tried."""
+    """Return every tried way to store the weights."""
     dynamic = [
         {"type": "OnnxDynamicQuantization", "precision": precision, "per_channel": by_channel, "reduce_range": reduced,
          "quant_preprocess": True}
@@ -84,14 +84,14 @@ def weights() -> list[dict[str, Any]]:
     return [*dynamic, *blocks, *hqq, {"type": "OnnxFloatToFloat16", "keep_io_types": True}]
 
 
-def configuration(model: str, seed: int, folder: Path, told: dict[str, Any]) -> dict[str, Any]:
+def configuration(model: str, seed: int, folder: Path, arguments: dict[str, Any]) -> dict[str, Any]:
     metric = {
         "name": "front",
         "type": "custom",
         "user_config": {
             "user_script": str(Path(__file__).resolve()),
             "evaluate_func": "evaluate",
-            "evaluate_func_kwargs": told,
+            "evaluate_func_kwargs": arguments,
         },
         "sub_types": [
             {"name": "size_bytes", "priority": 1, "higher_is_better": False},
@@ -133,8 +133,8 @@ def configuration(model: str, seed: int, folder: Path, told: dict[str, Any]) -> 
 def main(model: str, items: str, seed: str, threads: str, out: str) -> None:
     import olive.workflows
 
-    told = {"items": items, "words": model, "threads": int(threads), "out": out}
-    olive.workflows.run(configuration(model, int(seed), Path(out).parent, told))
+    arguments = {"items": items, "tokenizer_folder": model, "threads": int(threads), "out": out}
+    olive.workflows.run(configuration(model, int(seed), Path(out).parent, arguments))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Ray Tune on a study of ours, for benchmarks/front.py: OptunaSearch proposes, and a trial does the same jobs.
+"""Run Ray Tune on a slimfront study, for benchmarks/front.py: OptunaSearch proposes, and a trial runs the same jobs.
 
-python -m benchmarks.peer_ray_tune STUDY.yaml SEED UNTIL OUT: until so many seconds since 1970; each trial that ended is
-a line of JSON in OUT. Trials follow each other in warm actors, one for each slot. An actor reads model and texts once
-and keeps them; all share one folder of statistics, which is a service of `jobs` and not of who calls it. What Tune has
-no notion of is that two trials begin with the same steps: each trial makes all of its own.
+python -m benchmarks.peer_ray_tune STUDY.yaml SEED UNTIL OUT: UNTIL is in seconds since the epoch. Each completed trial
+is a line of JSON in OUT. Trials run one after the other in warm actors, one actor for each slot. An actor reads model
+and texts once and keeps them. All actors share one folder of statistics, which `jobs` offers to every caller. Tune
+cannot share a prefix of steps between trials, so each trial makes all steps of its recipe.
 """
 
 from __future__ import annotations
@@ -32,13 +32,14 @@ from orchestrator.planning.search_space import SKIP, SearchSpace
 
 @dataclass(frozen=True)
 class Task:
-    """What all trials share. folder: where actors write, and statistics are kept."""
+    """The inputs that all trials share."""
 
     space: SearchSpace
     materials: Materials
     original: Recipe
     meters: tuple[str, ...]
     folder: Path
+    """Holds the files of actors and the shared statistics."""
 
     @staticmethod
     def of(prepared: PreparedStudy, folder: Path) -> Task:
@@ -47,7 +48,7 @@ class Task:
 
 
 class Steps:
-    """Makes recipes step by step and measures them, one after the other."""
+    """Makes and measures recipes one after the other, each step by step."""
 
     def __init__(self, task: Task) -> None:
         self._task = task
@@ -56,13 +57,13 @@ class Steps:
         self._attempt(task.original, (), None, self._original)
 
     def measured(self, recipe: Recipe) -> Measurement:
-        """What the study's meters say of the recipe's model. RuntimeError where a step failed."""
+        """Measure the recipe's model by the study's meters. Raises RuntimeError if a step fails."""
         with tempfile.TemporaryDirectory(dir=self._scratch) as trial:
-            *before, last = recipe.lineage()
-            if not before:
+            *prefixes, last = recipe.lineage()
+            if not prefixes:
                 return self._attempt(last, self._task.meters, None, Path(trial) / "model").measurement
             parent = self._original
-            for number, prefix in enumerate(before[1:]):
+            for number, prefix in enumerate(prefixes[1:]):
                 folder = Path(trial) / str(number)
                 self._attempt(prefix, (), parent, folder)
                 parent = folder
@@ -76,16 +77,16 @@ class Steps:
     ) -> run.JobOutput:
         dirs = run.JobDirs(folder, self._task.folder / "statistics")
         request = run.WorkRequest(Job(recipe, meters, ""), self._task.materials, dirs, parent=parent)
-        made = run.attempt(request, lambda share, activity: None)
-        if isinstance(made, Failure):
-            raise RuntimeError(f"{recipe} failed: {made.message}\n{made.traceback}")
-        assert isinstance(made, run.JobOutput)  # this process is the only rank
-        return made
+        output = run.attempt(request, lambda share, activity: None)
+        if isinstance(output, Failure):
+            raise RuntimeError(f"{recipe} failed: {output.message}\n{output.traceback}")
+        assert isinstance(output, run.JobOutput)  # this process is the only rank
+        return output
 
 
 @dataclass(frozen=True)
-class Choosing:
-    """The space as Optuna's users write one: options are asked for where their technique was chosen. It pickles."""
+class ConditionalSpace:
+    """The space as Optuna's users define one: options are suggested only for the chosen technique. Picklable."""
 
     space: SearchSpace
 
@@ -94,7 +95,9 @@ class Choosing:
             names = [option.technique.name() for option in options]
             chosen = trial.suggest_categorical(stage, [SKIP, *names])
             for option, name in zip(options, names, strict=True):
-                for knob, domain in option.knobs().items() if name == chosen else ():
+                if name != chosen:
+                    continue
+                for knob, domain in option.knobs().items():
                     _suggest(trial, f"{stage}.{name}.{knob}", domain)
 
 
@@ -134,16 +137,19 @@ def search(task: Task, slots: int, seed: int, until: float, out: Path) -> None:
         def on_trial_result(
             self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
         ) -> None:
-            kept = {name: result[name] for name in ("ended", "recipe", "size_bytes", "accuracy")}
+            record = {name: result[name] for name in ("ended", "recipe", "size_bytes", "accuracy")}
             with out.open("a") as file:
-                file.write(json.dumps(kept) + "\n")
+                file.write(json.dumps(record) + "\n")
 
     objectives = {"size_bytes": "min", "accuracy": "max"}
     tune.Tuner(
         tune.with_resources(tune.with_parameters(Trial, task=task), {"cpu": 1}),
         tune_config=tune.TuneConfig(
             search_alg=OptunaSearch(
-                Choosing(task.space), metric=list(objectives), mode=list(objectives.values()), seed=seed
+                ConditionalSpace(task.space),
+                metric=list(objectives),
+                mode=list(objectives.values()),
+                seed=seed,
             ),
             num_samples=-1,
             max_concurrent_trials=slots,

@@ -1,9 +1,9 @@
-"""Our GPTQ, SparseGPT and Wanda beside llm-compressor's: same model, same calibration rows, same evaluation windows.
+"""Compare our GPTQ, SparseGPT and Wanda with llm-compressor's: same model, calibration rows and evaluation windows.
 
 Run from the repository's root: python -m benchmarks.peers [--peer PYTHON] [--rows N] [--only TEXT] [--json FILE]
-PYTHON is the interpreter of an environment of its own in which llmcompressor is installed; without it only ours
-run, each with the parent's activations, which candidates share, and with `sequential`. Each side makes its weights;
-both are then measured by the same meter, in bf16, on 16,384 tokens of Brown news.
+PYTHON is the interpreter of a separate environment with llmcompressor; without it only our techniques run, each with
+the parent's activations, which candidates share, and with `sequential`. Both sides compute weights, which the same
+meter then measures in bf16 on 16,384 tokens of Brown news.
 """
 
 from __future__ import annotations
@@ -34,11 +34,12 @@ from jobs.models.model import DTYPE, Model
 
 @dataclass(frozen=True)
 class Case:
-    """One comparison: our technique with its options, and the peer's recipes, of which the best counts."""
+    """A comparison of our technique with the peer."""
 
     technique: str
     options: dict[str, Any]
     peers: tuple[dict[str, Any], ...]
+    """The peer's recipes. The best one counts."""
 
     def __str__(self) -> str:
         return f"{self.technique}({', '.join(f'{name}={value}' for name, value in self.options.items())})"
@@ -62,7 +63,7 @@ CASES = (
 
 
 def perplexity(model: Model, tokens: int) -> float:
-    """Of the model as it would be shipped: written, loaded again, measured."""
+    """Return the perplexity of the model as it is shipped: written and loaded again."""
     folder = sources.locate(DECODER)
     with tempfile.TemporaryDirectory() as scratch:
         loading.save(model, Path(scratch), {})
@@ -73,7 +74,7 @@ def perplexity(model: Model, tokens: int) -> float:
 def ours(
     case: Case, sequential: bool, rows: torch.Tensor, statistics: Statistics, tokens: int
 ) -> tuple[float, float]:
-    """The perplexity and the seconds of our technique; statistics that are shared are counted once, by the first."""
+    """Return the perplexity and the seconds of our technique. Only the first caller computes shared statistics."""
     with tempfile.TemporaryDirectory() as scratch:
         context = Context(statistics, Path(scratch), seed=0, calibration=rows)
         started = time.perf_counter()
@@ -84,7 +85,7 @@ def ours(
 
 
 def theirs(peer: str, recipe: dict[str, Any], rows: Path, tokens: int) -> tuple[float, float]:
-    """The perplexity and the seconds of the peer's recipe."""
+    """Return the perplexity and the seconds of the peer's recipe."""
     folder = sources.locate(DECODER)
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "weights.safetensors"
@@ -94,10 +95,10 @@ def theirs(peer: str, recipe: dict[str, Any], rows: Path, tokens: int) -> tuple[
             check=True, cwd=scratch, capture_output=True,
         )  # fmt: skip
         model = loading.load(folder)
-        with safe_open(out, framework="pt") as held:
-            seconds = float(held.metadata()["seconds"])
+        with safe_open(out, framework="pt") as file:
+            seconds = float(file.metadata()["seconds"])
             for name, layer in model.linears().items():
-                weight = held.get_tensor(name).to(DTYPE)
+                weight = file.get_tensor(name).to(DTYPE)
                 model.replace(name, linear_of(weight, layer.bias))  # type: ignore[arg-type]
         return perplexity(model, tokens), seconds
 
@@ -114,7 +115,7 @@ def main() -> None:
     source = texts(encoder=False, quick=False).calibration
     assert source is not None
     rows = data.windows_for(source, folder)[: options.rows]
-    found: list[dict[str, Any]] = []
+    comparisons: list[dict[str, Any]] = []
     print(f"original: perplexity {perplexity(loading.load(folder), options.tokens):.2f}", flush=True)
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / "rows.safetensors"
@@ -123,24 +124,26 @@ def main() -> None:
         for case in CASES:
             if options.only not in str(case):
                 continue
-            own = {
+            our_results = {
                 way: ours(case, way == "sequential", rows, statistics, options.tokens)
                 for way in ("parent", "sequential")
             }
-            peers = [
+            peer_results = [
                 (*theirs(options.peer, recipe, file, options.tokens), recipe)
                 for recipe in (case.peers if options.peer else ())
             ]
-            found.append({"case": str(case), "ours": own, "peers": peers})
-            print(f"{case}:", *(f"{way} {p:.2f} ({s:.0f} s)" for way, (p, s) in own.items()), flush=True)
-            for quality, seconds, recipe in peers:
-                ratios = ", ".join(f"{way} {p / quality:.4f}" for way, (p, _) in own.items())
+            comparisons.append({"case": str(case), "ours": our_results, "peers": peer_results})
+            print(
+                f"{case}:", *(f"{way} {p:.2f} ({s:.0f} s)" for way, (p, s) in our_results.items()), flush=True
+            )
+            for quality, seconds, recipe in peer_results:
+                ratios = ", ".join(f"{way} {p / quality:.4f}" for way, (p, _) in our_results.items())
                 print(
                     f"    llm-compressor {quality:.2f} ({seconds:.0f} s) {recipe}; ours over theirs: {ratios}",
                     flush=True,
                 )
     if options.json:
-        options.json.write_text(json.dumps(found, indent=1))
+        options.json.write_text(json.dumps(comparisons, indent=1))
 
 
 if __name__ == "__main__":

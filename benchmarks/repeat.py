@@ -1,9 +1,9 @@
-"""Whether the same artifact takes the same time again after an hour of other work.
+"""Repeatability of timings: time the same artifacts again after an hour of other work.
 
 Run from the repository's root, on a machine that does nothing else: python -m benchmarks.repeat [--minutes 60]
-With `--elsewhere` something else works in between (another benchmark, say), and this waits for the time to pass.
-The claim is that the medians (p50) of ten models agree within 3 %. What is told apart: a machine that got slower
-moves all models by one factor; what is left once that is taken out is the noise of measuring.
+With `--elsewhere` this process only waits, and another program, such as a benchmark, supplies the work in between.
+The claim is that the medians (p50) of ten models agree within 3 %. Two causes are separated: a slower machine changes
+all models by a common factor; the remaining differences are measurement noise.
 """
 
 from __future__ import annotations
@@ -38,46 +38,61 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--artifacts", type=int, default=10)
     parser.add_argument("--minutes", type=float, default=60.0, help="of other work in between")
-    parser.add_argument("--elsewhere", action="store_true", help="something else works in between")
-    given = parser.parse_args()
-    target = Target(given.runtime, given.threads)
+    parser.add_argument(
+        "--elsewhere", action="store_true", help="wait while another program works in between"
+    )
+    options = parser.parse_args()
+    target = Target(options.runtime, options.threads)
     print(", ".join(f"{name} {value}" for name, value in environment(target).items()))
-    original = sources.locate(given.model)
-    shapes = drawn(loading.original_layout(original), given.artifacts, seed=0)
+    original = sources.locate(options.model)
+    shapes = drawn(loading.original_layout(original), options.artifacts, seed=0)
     with tempfile.TemporaryDirectory() as scratch:
         requests = [
             request_of(
-                materials_for(given.model, target),
+                materials_for(options.model, target),
                 original,
-                shipped(layout, original, given.runtime, Path(scratch)),
+                shipped(layout, original, options.runtime, Path(scratch)),
             )
             for _, layout in shapes
         ]
-        before = [timed(request) for request in requests]
-        print(f"timed once: {len(before)} models; {given.minutes:g} minutes of other work begin", flush=True)
-        (time.sleep if given.elsewhere else work)(60 * given.minutes)
-        after = [timed(request) for request in requests]
+        first_timings = [timed(request) for request in requests]
+        print(
+            f"timed once: {len(first_timings)} models; {options.minutes:g} minutes of other work begin",
+            flush=True,
+        )
+        if options.elsewhere:
+            time.sleep(60 * options.minutes)
+        else:
+            work(60 * options.minutes)
+        second_timings = [timed(request) for request in requests]
     changes = []
     print("| model | decode_ms | again | change | quiet |\n|---|---|---|---|---|")
-    for (text, _), (one, quiet), (other, still) in zip(shapes, before, after, strict=True):
-        changes.append(other / one - 1)
-        print(f"| {text} | {one:.2f} | {other:.2f} | {changes[-1]:+.1%} | {quiet and still} |")
+    for (text, _), (first_ms, first_quiet), (second_ms, second_quiet) in zip(
+        shapes, first_timings, second_timings, strict=True
+    ):
+        changes.append(second_ms / first_ms - 1)
+        quiet = first_quiet and second_quiet
+        print(f"| {text} | {first_ms:.2f} | {second_ms:.2f} | {changes[-1]:+.1%} | {quiet} |")
     common = float(np.median(changes))
-    rest = max(abs(change - common) for change in changes)
+    largest_residual = max(abs(change - common) for change in changes)
     worst = max(map(abs, changes))
-    print(f"worst {worst:.1%}; all moved by {common:+.1%}, and each from there by {rest:.1%} at most")
+    print(
+        f"worst {worst:.1%}; all moved by {common:+.1%}, and each from there by {largest_residual:.1%} at most"
+    )
     print(f"agree within {CLAIM:.0%}: {worst <= CLAIM}")
-    return 0 if worst <= CLAIM else 1
+    if worst <= CLAIM:
+        return 0
+    return 1
 
 
 def timed(request: Request) -> tuple[float, bool]:
-    """decode_ms, and whether it is reliable."""
-    found = summary(time_quietly(lambda: time_artifact(request)))
-    return found.metrics["decode_ms"], "decode_ms" not in found.unreliable
+    """Return decode_ms, and whether it is reliable."""
+    measurement = summary(time_quietly(lambda: time_artifact(request)))
+    return measurement.metrics["decode_ms"], "decode_ms" not in measurement.unreliable
 
 
 def work(seconds: float) -> None:
-    """Compute and rest in turn, as a search does."""
+    """Compute and pause in turns, as a search does."""
     until = time.monotonic() + seconds
     x = torch.randn(1024, 1024)
     while time.monotonic() < until:

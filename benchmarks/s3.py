@@ -1,8 +1,8 @@
-"""How fast the store in a bucket is against plain boto3 on the same server, in turns: one large file there and back.
+"""Compare the store in a bucket with plain boto3 on the same server: the transfer of one large file in both directions.
 
 Run from the repository's root: python -m benchmarks.s3 [--megabytes 100] [--rounds 7] [--endpoint URL] [--json FILE].
-Without an endpoint (whose bucket is then named by --bucket) a moto server is started, which does what S3 does. The
-store hashes what it sends besides, keeps a copy on this machine where that is asked for, and hashes what it fetched.
+Without an endpoint (with its bucket in --bucket) a moto server is started, which emulates S3. Unlike plain boto3, the
+store also hashes the bytes that it sends and fetches, and can keep a copy on this machine. The two take turns.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ BUCKET = "slimfront-benchmark"
 
 @contextlib.contextmanager
 def moto() -> Iterator[str]:
-    """The URL of a moto server of its own."""
+    """Start a moto server and yield its URL."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -56,44 +56,78 @@ def moto() -> Iterator[str]:
             server.terminate()
 
 
-def seconds(do: Callable[[], Any]) -> float:
-    began = time.perf_counter()
-    do()
-    return time.perf_counter() - began
+def seconds(action: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    action()
+    return time.perf_counter() - start
+
+
+Action = Callable[[], Any]
+
+
+def seconds_of(actions: dict[str, Action], backwards: bool) -> dict[str, float]:
+    """Return the seconds that each action took, run in this order or backwards."""
+    names = list(actions)
+    if backwards:
+        names.reverse()
+    return {name: seconds(actions[name]) for name in names}
 
 
 def one_round(endpoint: str, bucket: str, megabytes: int, number: int, scratch: Path) -> dict[str, float]:
-    """Seconds of each, on content that was never there before; who is first alternates."""
+    """Return the seconds of each action on new random content. The order alternates from round to round."""
     client = boto3.client("s3", endpoint_url=endpoint)
-    place = f"s3://{bucket}/round-{number}?endpoint={endpoint}"
-    store, copying = S3Store(place), S3Store(place.replace("round", "copying"), scratch / "copies")
+    address = f"s3://{bucket}/round-{number}?endpoint={endpoint}"
+    store, copying = S3Store(address), S3Store(address.replace("round", "copying"), scratch / "copies")
     model = scratch / "model"
     model.mkdir()
     (model / "weights").write_bytes(os.urandom(megabytes * 10**6))
-    found: dict[str, float] = {}
-    sends: list[tuple[str, Callable[[], Any]]] = [
-        ("put", lambda: store.put(model)),
-        ("upload_file", lambda: client.upload_file(str(model / "weights"), bucket, "plain")),
-        ("put and keep a copy", lambda: copying.put(model)),
-    ]
-    for name, do in sends if number % 2 else reversed(sends):
-        found[name] = seconds(do)
+    backwards = number % 2 == 0
+    times = seconds_of(
+        {
+            "put": lambda: store.put(model),
+            "upload_file": lambda: client.upload_file(str(model / "weights"), bucket, "plain"),
+            "put and keep a copy": lambda: copying.put(model),
+        },
+        backwards,
+    )
     ref = store.put(model)
-    gets: list[tuple[str, Callable[[], Any]]] = [
-        ("fetch", lambda: store.fetch(ref, scratch / "fetched")),
-        ("download_file", lambda: client.download_file(bucket, "plain", str(scratch / "plain"))),
-        ("fetch a copy", lambda: copying.fetch(ref, scratch / "linked")),
-    ]
-    for name, do in gets if number % 2 else reversed(gets):
-        found[name] = seconds(do)
-    found["put again"] = seconds(lambda: store.put(model))
-    found["commit"] = seconds(lambda: store.commit("results/01", {"a": 1}))
-    for one in (store, copying):
-        one.remove(ref)
+    times |= seconds_of(
+        {
+            "fetch": lambda: store.fetch(ref, scratch / "fetched"),
+            "download_file": lambda: client.download_file(bucket, "plain", str(scratch / "plain")),
+            "fetch a copy": lambda: copying.fetch(ref, scratch / "linked"),
+        },
+        backwards,
+    )
+    times["put again"] = seconds(lambda: store.put(model))
+    times["commit"] = seconds(lambda: store.commit("results/01", {"a": 1}))
+    store.remove(ref)
+    copying.remove(ref)
     client.delete_object(Bucket=bucket, Key="plain")
-    for place_ in scratch.iterdir():
-        shutil.rmtree(place_) if place_.is_dir() else place_.unlink()
-    return found
+    for path in scratch.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    return times
+
+
+def table(rounds: list[dict[str, float]], megabytes: int) -> Table:
+    plain = {"put": "upload_file", "put and keep a copy": "upload_file", "fetch": "download_file"}
+    title = (
+        f"{megabytes} MB, median of {len(rounds)} rounds ({platform.machine()}, {os.cpu_count()} processors)"
+    )
+    rows = Table("action", "seconds", "MB/s", "speed against plain boto3", title=title, title_justify="left")
+    for name in rounds[0]:
+        median_seconds = statistics.median(times[name] for times in rounds)
+        speed = relative_speed = ""
+        if name != "commit":
+            speed = f"{megabytes / median_seconds:.0f}"
+        if name in plain:
+            ratios = sorted(times[plain[name]] / times[name] for times in rounds)
+            relative_speed = f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
+        rows.add_row(name, f"{median_seconds:.3f}", speed, relative_speed)
+    return rows
 
 
 def main() -> None:
@@ -102,34 +136,26 @@ def main() -> None:
     )
     parser.add_argument("--megabytes", type=int, default=100)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--endpoint", help="of a service that runs already, instead of moto")
-    parser.add_argument("--bucket", default=BUCKET, help="there")
+    parser.add_argument("--endpoint", help="of a running service, instead of moto")
+    parser.add_argument("--bucket", default=BUCKET, help="of that service")
     parser.add_argument("--json", type=Path, help="write all numbers to this file")
-    given = parser.parse_args()
-    with contextlib.ExitStack() as ending:
-        endpoint = given.endpoint or ending.enter_context(moto())
-        if given.endpoint is None:
-            boto3.client("s3", endpoint_url=endpoint).create_bucket(Bucket=given.bucket)
-        scratch = Path(ending.enter_context(tempfile.TemporaryDirectory()))
-        one_round(endpoint, given.bucket, 1, 0, scratch)  # what is imported and connected only once
+    options = parser.parse_args()
+    with contextlib.ExitStack() as stack:
+        endpoint = options.endpoint or stack.enter_context(moto())
+        if options.endpoint is None:
+            boto3.client("s3", endpoint_url=endpoint).create_bucket(Bucket=options.bucket)
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        one_round(endpoint, options.bucket, 1, 0, scratch)  # imports and connections that later rounds share
         rounds = [
-            one_round(endpoint, given.bucket, given.megabytes, number, scratch)
-            for number in range(1, given.rounds + 1)
+            one_round(endpoint, options.bucket, options.megabytes, number, scratch)
+            for number in range(1, options.rounds + 1)
         ]
-    plain = {"put": "upload_file", "put and keep a copy": "upload_file", "fetch": "download_file"}
-    title = f"{given.megabytes} MB, median of {given.rounds} rounds ({platform.machine()}, {os.cpu_count()} processors)"
-    table = Table("what", "seconds", "MB/s", "speed against plain boto3", title=title, title_justify="left")
-    for name in rounds[0]:
-        taken = statistics.median(one[name] for one in rounds)
-        ratios = sorted(one[plain[name]] / one[name] for one in rounds) if name in plain else []
-        against = f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})" if ratios else ""
-        table.add_row(
-            name, f"{taken:.3f}", "" if name == "commit" else f"{given.megabytes / taken:.0f}", against
-        )
-    Console(width=120).print(table)
-    if given.json is not None:
-        about = {"megabytes": given.megabytes, "machine": platform.platform(), "processors": os.cpu_count()}
-        given.json.write_text(json.dumps({**about, "rounds": rounds}, indent=1))
+    Console(width=120).print(table(rounds, options.megabytes))
+    if options.json is not None:
+        machine = {
+            "megabytes": options.megabytes, "machine": platform.platform(), "processors": os.cpu_count(),
+        }  # fmt: skip
+        options.json.write_text(json.dumps({**machine, "rounds": rounds}, indent=1))
 
 
 if __name__ == "__main__":

@@ -1,23 +1,23 @@
-"""How far one service goes: ten thousand candidates in one study, and a thousand slots kept busy.
+"""Measure the limits of one service: a study of ten thousand candidates, and a cluster of a thousand slots.
 
 python -m benchmarks.scale [--candidates 10000] [--slots 1000] [--json FILE]
 
-Ten thousand candidates run inline and do nothing, so that what is measured is the service alone: its CPU time per
-candidate over the first and the last tenth, the growth of its resident memory from before it starts to the most it
-held while it ran, each update of the front, replaying the ledger, and `slimfront status` and `slimfront front` as
-commands. Each reports what an evaluation of 512 items would, which is most of what a service holds of it.
+Ten thousand candidates run inline without work, so only the service is measured: its CPU time per candidate over the
+first and the last tenth, the growth of its resident memory from before the start to the peak, each update of the front,
+the replay of the ledger, and the commands `slimfront status` and `slimfront front`. Each candidate reports the values
+of 512 items, as an evaluation does, because they are most of a candidate's memory in the service.
 
 The cluster is simulated by discrete events. The simulated clock runs as fast as the real one while this process
-computes, so that everything the service does, and the simulation besides, takes the time that it really took, on disk
-too; while the service waits it jumps to the next end of a job. Jobs start by the product's own `Admission`: at once
-where a slot is free, or else in the moment in which a slot comes free, as the executor on Ray hands them out without
-the service. A job lasts a log-normal time with a mean of 30 s (σ of the logarithm 0.5), which its id alone decides,
-and is started and reported without delay: the network and the workers are not simulated. Reported is
+computes, so all work of the service and of the simulation takes its real time, including the disk's. While the service
+waits, the clock jumps to the next end of a job. Jobs start by the product's own `Admission`: at once if a slot is free,
+else at the moment at which a slot becomes free, since the executor on Ray starts them without the service. The duration
+of a job is log-normal with a mean of 30 s (σ of the logarithm 0.5) and depends on its id alone. Jobs start and report
+without delay: the network and the workers are not simulated. Reported are
 
-    busy share          Σ of the jobs' slot seconds ÷ (slots × time), over the whole study: with the first job, the
-                        original's, that all others wait for, and with the last ones
-    in between          the same from the moment in which all slots were busy first to the last start of a job
-    service             the share of the simulated time in which the service computed
+    busy                Σ of the jobs' slot seconds ÷ (slots × time), over the whole study: including the first job, the
+                        original's, that all other jobs wait for, and the last jobs
+    busy_in_between     the same from the first moment at which all slots are busy to the last start of a job
+    service             the share of the simulated time in which the service computes
 """
 
 from __future__ import annotations
@@ -63,12 +63,12 @@ SIGMA = 0.5
 ITEMS = 512
 
 
-def nothing(job: Job) -> Outcome:
+def do_nothing(job: Job) -> Outcome:
     return Success(digest_of(job), 0, Measurement({"accuracy": accuracy_of(job)}), 0.0)
 
 
-def evaluated(job: Job) -> Outcome:
-    """As `nothing`, with what each item adds to the metric."""
+def report_items(job: Job) -> Outcome:
+    """Return the outcome of `do_nothing` with a value of the metric for each item."""
     accuracy = accuracy_of(job)
     items = tuple(accuracy + number / ITEMS for number in range(ITEMS))
     return Success(digest_of(job), 0, Measurement({"accuracy": accuracy}, items={"accuracy": items}), 0.0)
@@ -78,53 +78,55 @@ def many_candidates(candidates: int) -> dict[str, float]:
     samples: list[tuple[float, int, int]] = []
     process = psutil.Process()
 
-    def note(status: Status) -> None:
+    def sample(status: Status) -> None:
         samples.append((time.process_time(), status.measured, process.memory_info().rss))
 
     with tempfile.TemporaryDirectory() as scratch:
         prepared = empty_study(Path(scratch), candidates, uri="none")
-        held = process.memory_info().rss
-        computed = time.process_time()
-        launch(prepared, note, executor=InlineExecutor(2), do=evaluated)
-        computed = time.process_time() - computed
-        found = {
+        initial_bytes = process.memory_info().rss
+        start = time.process_time()
+        launch(prepared, sample, executor=InlineExecutor(2), do=report_items)
+        cpu_seconds = time.process_time() - start
+        numbers = {
             "candidates": samples[-1][1] - 1,
-            "growth_mb": (max(rss for _, _, rss in samples) - held) / 1e6,
-            "growth_with_report_mb": (process.memory_info().rss - held) / 1e6,
-            "cpu_ms": 1000 * computed / candidates,
-            "first_tenth_ms": _cpu_ms([one for one in samples if 0 < one[1] <= candidates / 10]),
-            "last_tenth_ms": _cpu_ms([one for one in samples if one[1] > candidates * 0.9]),
+            "growth_mb": (max(rss for _, _, rss in samples) - initial_bytes) / 1e6,
+            "growth_with_report_mb": (process.memory_info().rss - initial_bytes) / 1e6,
+            "cpu_ms": 1000 * cpu_seconds / candidates,
+            "first_tenth_ms": _cpu_ms(
+                [(cpu, done) for cpu, done, _ in samples if 0 < done <= candidates / 10]
+            ),
+            "last_tenth_ms": _cpu_ms([(cpu, done) for cpu, done, _ in samples if done > candidates * 0.9]),
             "ledger_mb": prepared.folder.ledger.stat().st_size / 1e6,
         }
-        return {**found, **_replaying(prepared), **_commands(prepared.folder.path)}
+        return {**numbers, **_time_replay(prepared), **_time_commands(prepared.folder.path)}
 
 
-def _cpu_ms(samples: list[tuple[float, int, int]]) -> float:
-    """Per candidate, between the first and the last of these samples."""
+def _cpu_ms(samples: list[tuple[float, int]]) -> float:
+    """Return the CPU time per candidate between the first and the last sample (CPU seconds, candidates)."""
     if len(samples) < 2:
         return float("nan")
-    (began, first, _), (ended, last, _) = samples[0], samples[-1]
+    (began, first), (ended, last) = samples[0], samples[-1]
     return 1000 * (ended - began) / (last - first)
 
 
-def _replaying(prepared: PreparedStudy) -> dict[str, float]:
-    """Seconds of a resume, and milliseconds of one candidate's entry into a front of thousands."""
+def _time_replay(prepared: PreparedStudy) -> dict[str, float]:
+    """Return the seconds of a resume, and the milliseconds of adding a candidate to the front of thousands."""
     ledger = Ledger(prepared.folder.ledger, read_only=True)
     knobs = prepared.space.knobs()
-    known = KnownMetrics(prepared, CostModel.of(prepared))
-    searching = search.make("random", knobs, prepared.plan.objectives, known)
+    known_metrics = KnownMetrics(prepared, CostModel.of(prepared))
+    searching = search.make("random", knobs, prepared.plan.objectives, known_metrics)
     began = time.perf_counter()
     study = Study(prepared.plan)
     replay(study, ledger, searching)
     seconds = time.perf_counter() - began
     ledger.close()
     original = study.original
-    seen = {original.id: original}
-    standings = Standings("scale", prepared.plan.objectives, original.id, seen)
+    candidates = {original.id: original}
+    standings = Standings("scale", prepared.plan.objectives, original.id, candidates)
     updates = []
     for id, candidate in study.candidates.items():
         if id != original.id:
-            seen[id] = candidate
+            candidates[id] = candidate
             began = time.perf_counter()
             standings.take(id)
             updates.append(1000 * (time.perf_counter() - began))
@@ -139,32 +141,32 @@ def _replaying(prepared: PreparedStudy) -> dict[str, float]:
     }
 
 
-def _commands(folder: Path) -> dict[str, float]:
-    """Wall and CPU seconds of what a user types, the best of three."""
-    found = {}
+def _time_commands(folder: Path) -> dict[str, float]:
+    """Return the wall and CPU seconds of two commands, each the best of three runs."""
+    times = {}
     for name in ("status", "front"):
         walls, cpus = [], []
         for _ in range(3):
-            began, used = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
+            began, usage_before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
             subprocess.run(
                 [sys.executable, "-m", "orchestrator", name, folder], check=True, capture_output=True
             )
-            after = resource.getrusage(resource.RUSAGE_CHILDREN)
+            usage = resource.getrusage(resource.RUSAGE_CHILDREN)
             walls.append(time.perf_counter() - began)
-            cpus.append(after.ru_utime + after.ru_stime - used.ru_utime - used.ru_stime)
-        found |= {f"{name}_seconds": min(walls), f"{name}_cpu_seconds": min(cpus)}
-    return found
+            user_seconds = usage.ru_utime - usage_before.ru_utime
+            system_seconds = usage.ru_stime - usage_before.ru_stime
+            cpus.append(user_seconds + system_seconds)
+        times |= {f"{name}_seconds": min(walls), f"{name}_cpu_seconds": min(cpus)}
+    return times
 
 
 class SimulatedExecutor:
-    """Slots whose jobs last as long as `seconds` says of their keys, on a simulated clock (see above).
-
-    spans: from when to when each job ran, in simulated seconds.
-    """
+    """Slots on a simulated clock (see above). `seconds` returns the duration of a job from its key."""
 
     def __init__(self, slots: int, seconds: Callable[[str], float]) -> None:
         self.slots = slots
         self.spans: list[tuple[float, float]] = []
+        """Start and end of each job, in simulated seconds."""
         self.jumped = 0.0
         self._seconds = seconds
         self._began = time.perf_counter()
@@ -189,13 +191,15 @@ class SimulatedExecutor:
         self._settle()
         if not self._ended and self._running:
             idle = max(0.0, self._running[0][0] - self.now)
-            self.jumped += idle if timeout is None else min(idle, timeout)
+            if timeout is not None:
+                idle = min(idle, timeout)
+            self.jumped += idle
             self._settle()
         ended, self._ended = self._ended, []
         return ended
 
     def cancel(self, key: str) -> None:
-        raise NotImplementedError("nothing is cancelled here")
+        raise NotImplementedError("the simulation cancels no job")
 
     def nodes(self) -> Mapping[NodeType, int]:
         return {NodeType(): self.slots}
@@ -204,7 +208,7 @@ class SimulatedExecutor:
         pass
 
     def _settle(self) -> None:
-        """What ended by now frees its slot in the moment in which it ended."""
+        """Free the slots of jobs that have ended, each at the moment of its end."""
         while self._running and self._running[0][0] <= self.now:
             at, ticket, ended = heapq.heappop(self._running)
             self._ended.append(ended)
@@ -223,7 +227,7 @@ def cluster(slots: int, candidates: int) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as scratch:
         prepared = empty_study(Path(scratch), candidates, uri="none")
         executor = SimulatedExecutor(slots, lambda key: lognormal(key, JOB_SECONDS, SIGMA))
-        launch(prepared, unseen, executor=executor, do=nothing)
+        launch(prepared, unseen, executor=executor, do=do_nothing)
     began, ended = executor.spans[0][0], max(end for _, end in executor.spans)
     full, last = _all_busy(executor.spans, slots), max(start for start, _ in executor.spans)
     return {
@@ -237,12 +241,12 @@ def cluster(slots: int, candidates: int) -> dict[str, float]:
 
 
 def busy(spans: list[tuple[float, float]], since: float, until: float) -> float:
-    """Slot seconds of these spans between two moments."""
+    """Return the slot seconds of these spans between two moments."""
     return sum(max(0.0, min(end, until) - max(start, since)) for start, end in spans)
 
 
 def _all_busy(spans: list[tuple[float, float]], slots: int) -> float:
-    """The first moment in which every slot was busy; ValueError where none was."""
+    """Return the first moment at which every slot is busy. Raises ValueError if there is none."""
     ends: list[float] = []
     for start, end in sorted(spans):
         while ends and ends[0] <= start:
@@ -258,18 +262,18 @@ def main() -> None:
     parser.add_argument("--candidates", type=int, default=10_000)
     parser.add_argument("--slots", type=int, default=1000)
     parser.add_argument("--json", type=Path)
-    given = parser.parse_args()
-    found = {
-        "one service": many_candidates(given.candidates),
-        "simulated cluster": cluster(given.slots, given.candidates),
+    options = parser.parse_args()
+    results = {
+        "one service": many_candidates(options.candidates),
+        "simulated cluster": cluster(options.slots, options.candidates),
     }
-    for title, numbers in found.items():
-        table = Table("what", "found", title=f"{title} ({platform.machine()})", title_justify="left")
+    for title, numbers in results.items():
+        table = Table("number", "value", title=f"{title} ({platform.machine()})", title_justify="left")
         for name, value in numbers.items():
             table.add_row(name, f"{value:.4g}")
         Console().print(table)
-    if given.json is not None:
-        given.json.write_text(json.dumps(found, indent=1))
+    if options.json is not None:
+        options.json.write_text(json.dumps(results, indent=1))
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
-"""Our searches beside other libraries': the share of the exact front's hypervolume that some evaluations reach.
+"""Compare our searches with those of other libraries: the share of the exact front's hypervolume by evaluations.
 
 Run from the repository's root: python -m benchmarks.search [--evaluations 100] [--seeds 5] [--problems TEXT]
 [--searches a,b] [--budget 1000 [--search NAME]] [--jobs N] [--json FILE]
-Every search is asked for one choice and told its result, in turns. Ours are told what is known of a choice, others
-measure it (benchmarks/search_peers.py); hypervolumes are of true values, also where results are noisy.
-With --budget, how soon one of ours is where the best NSGA-II is after so many evaluations, where something is known.
-All of it takes hours: the Gaussian processes need up to seconds for each ask.
-Peers come with `pip install 'slimfront[bench]'`; what is missing is a row that says so.
+Every search proposes one choice and receives its result, in turns. Our searches also receive the metrics known before
+execution; the searches of other libraries (benchmarks/search_peers.py) must measure them. Hypervolumes are of values
+without noise, also where the results are noisy. With --budget, the number of evaluations is measured that one of our
+searches needs for the hypervolume of the best NSGA-II after its budget, on the problems with metrics known before
+execution. A full run takes hours: the Gaussian processes need up to seconds for each proposal.
+The other libraries come with `pip install 'slimfront[bench]'`; a missing library is reported in its row.
 """
 
 from __future__ import annotations
@@ -44,69 +45,73 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Found:
-    """hypervolumes: after each evaluation. A search that had nothing more to propose stays where it was.
-    missing: why there are none."""
+class RunResult:
+    """The hypervolumes that a run reached."""
 
     run: Run
     hypervolumes: tuple[float, ...] = ()
+    """After each evaluation. The last value repeats when the search has nothing left to propose."""
     ask_ms: float = 0.0
     missing: str = ""
+    """The reason why there are no hypervolumes."""
 
 
-class Ours:
-    """A search of ours as a peer is run."""
+class ProductSearch:
+    """Adapter of a slimfront search to the interface of a peer."""
 
-    def __init__(self, trying: Search) -> None:
-        self._trying = trying
+    def __init__(self, adapted: Search) -> None:
+        self._adapted = adapted
 
     def ask(self) -> dict[str, Value] | None:
-        return next(iter(self._trying.ask(1)), None)
+        return next(iter(self._adapted.ask(1)), None)
 
     def tell(self, choices: dict[str, Value], metrics: Metrics) -> None:
-        self._trying.tell([(choices, metrics)])
+        self._adapted.tell([(choices, metrics)])
 
 
-def made(run: Run, given: Problem) -> search_peers.Peer:
+def make(run: Run, task: Problem) -> search_peers.Peer:
     if run.search in search_peers.PEERS:
-        return search_peers.make(run.search, given, run.seed)
-    return Ours(search.make(run.search, given.space, given.objectives, given.known, run.seed))
+        return search_peers.make(run.search, task, run.seed)
+    return ProductSearch(search.make(run.search, task.space, task.objectives, task.known, run.seed))
 
 
-def execute(run: Run) -> Found:
-    given = problem(run.problem)
+def execute(run: Run) -> RunResult:
+    task = problem(run.problem)
     try:
-        trying = made(run, given)
+        peer = make(run, task)
     except ModuleNotFoundError as error:
-        return Found(run, missing=f"not installed ({error.name}): {search_peers.CURE}")
+        return RunResult(run, missing=f"not installed ({error.name}): {search_peers.CURE}")
     generator = np.random.default_rng(run.seed)
     losses: list[tuple[float, ...]] = []
     hypervolumes: list[float] = []
     seconds = 0.0
     while len(hypervolumes) < run.evaluations:
         began = time.perf_counter()
-        choices = trying.ask()
+        choices = peer.ask()
         seconds += time.perf_counter() - began
         if choices is None:
             hypervolumes += [hypervolumes[-1]] * (run.evaluations - len(hypervolumes))
             break
-        told = noisy(given, choices, generator)
-        losses.append(given.losses(choices))
-        hypervolumes.append(given.hypervolume(np.array(losses)))
+        noisy_metrics = evaluate_with_noise(task, choices, generator)
+        losses.append(task.losses(choices))
+        hypervolumes.append(task.hypervolume(np.array(losses)))
         began = time.perf_counter()
-        trying.tell(choices, told)
+        peer.tell(choices, noisy_metrics)
         seconds += time.perf_counter() - began
-    return Found(run, tuple(hypervolumes), 1000 * seconds / len(losses))
+    return RunResult(run, tuple(hypervolumes), 1000 * seconds / len(losses))
 
 
-def noisy(given: Problem, choices: dict[str, Value], generator: np.random.Generator) -> dict[str, float]:
-    return {
-        metric: value + generator.normal() * given.noise[metric] if metric in given.noise else value
-        for metric, value in given.evaluate(choices).items()
-    }
+def evaluate_with_noise(
+    task: Problem, choices: dict[str, Value], generator: np.random.Generator
+) -> dict[str, float]:
+    metrics = dict(task.evaluate(choices))
+    for metric in metrics:
+        if metric in task.noise:
+            metrics[metric] += generator.normal() * task.noise[metric]
+    return metrics
 
 
-def execute_all(runs: Sequence[Run], jobs: int) -> Iterable[Found]:
+def execute_all(runs: Sequence[Run], jobs: int) -> Iterable[RunResult]:
     if jobs == 1:
         yield from map(execute, runs)
         return
@@ -114,111 +119,125 @@ def execute_all(runs: Sequence[Run], jobs: int) -> Iterable[Found]:
         yield from pool.imap(execute, runs)
 
 
-def shares(found: Iterable[Found], best: float) -> NDArray[np.float64]:
-    """Of the exact front's hypervolume, after each evaluation: the mean over seeds."""
-    return np.asarray(np.mean([one.hypervolumes for one in found], axis=0) / best)
+def shares(results: Iterable[RunResult], best: float) -> NDArray[np.float64]:
+    """Return the share of the exact front's hypervolume after each evaluation, the mean over seeds."""
+    return np.asarray(np.mean([result.hypervolumes for result in results], axis=0) / best)
 
 
-def table(found: Sequence[Found], best: float, evaluations: int) -> dict[str, NDArray[np.float64]]:
-    """Prints a problem's, a row a search; each search's shares."""
+def table(results: Sequence[RunResult], best: float, evaluations: int) -> dict[str, NDArray[np.float64]]:
+    """Print a table with a row for each search, and return the shares of each search."""
     marks = [*(mark for mark in MARKS if mark < evaluations), evaluations]
-    print(
-        f"\n{found[0].run.problem} (mean of {len({one.run.seed for one in found})} seeds, ± their deviation)"
-    )
+    seeds = {result.run.seed for result in results}
+    print(f"\n{results[0].run.problem} (mean of {len(seeds)} seeds, ± their deviation)")
     print(f"{'search':<14}" + "".join(f"{mark:>17}" for mark in marks) + f"{'ms per ask':>13}")
     curves = {}
-    for name in dict.fromkeys(one.run.search for one in found):
-        those = [one for one in found if one.run.search == name]
-        if those[0].missing:
-            print(f"{name:<14}  {those[0].missing}")
+    for name in dict.fromkeys(result.run.search for result in results):
+        search_results = [result for result in results if result.run.search == name]
+        if search_results[0].missing:
+            print(f"{name:<14}  {search_results[0].missing}")
             continue
-        curves[name] = shares(those, best)
-        spread = np.std([one.hypervolumes for one in those], axis=0) / best
+        curves[name] = shares(search_results, best)
+        spread = np.std([result.hypervolumes for result in search_results], axis=0) / best
+        ask_ms = np.mean([result.ask_ms for result in search_results])
         cells = (f"{curves[name][mark - 1]:>9.4f} ± {spread[mark - 1]:.3f}" for mark in marks)
-        print(f"{name:<14}" + "".join(cells) + f"{np.mean([one.ask_ms for one in those]):>13.1f}", flush=True)
+        print(f"{name:<14}" + "".join(cells) + f"{ask_ms:>13.1f}", flush=True)
     return curves
 
 
 def summary(curves: Mapping[str, Mapping[str, NDArray[np.float64]]], evaluations: int) -> None:
-    """Prints the mean over the problems."""
+    """Print the mean over the problems."""
     marks = [*(mark for mark in MARKS if mark < evaluations), evaluations]
     print(f"\nmean of {len(curves)} problems")
     for name in next(iter(curves.values()), {}):
-        means = (np.mean([curve[name][mark - 1] for curve in curves.values()]) for mark in marks)
-        print(f"{name:<14}" + "".join(f"{mean:>17.4f}" for mean in means))
+        mean_curve = np.mean([curve[name] for curve in curves.values()], axis=0)
+        print(f"{name:<14}" + "".join(f"{mean_curve[mark - 1]:>17.4f}" for mark in marks))
 
 
-def catching_up(name: str, problems: Sequence[str], given: argparse.Namespace) -> list[dict[str, object]]:
-    """After how many evaluations `name` is where the best NSGA-II is after the budget, by means over seeds; printed."""
+def catching_up(name: str, problems: Sequence[str], options: argparse.Namespace) -> list[dict[str, object]]:
+    """Print and return the number of evaluations until `name` reaches the best NSGA-II after its budget.
+
+    Both are compared by their means over seeds.
+    """
     rows: list[dict[str, object]] = []
-    print(f"\nevaluations until {name} is where the best NSGA-II is after {given.budget}")
+    print(f"\nevaluations until {name} reaches the best NSGA-II after {options.budget}")
     for label in problems:
         best = problem(label).best()
-        all_rivals = {rival: run_all(label, [rival], given.budget, given) for rival in NSGA2}
-        ends = {
-            rival: float(shares(found, best)[-1])
-            for rival, found in all_rivals.items()
-            if not found[0].missing
-        }
-        rival = max(ends, key=lambda one: ends[one])
-        curve = shares(run_all(label, [name], given.evaluations, given), best)
-        reached = np.flatnonzero(curve >= ends[rival])
-        after = int(reached[0]) + 1 if len(reached) else None
-        rows.append({"problem": label, "rival": rival, "share": ends[rival], "after": after})
+        final_shares = {}
+        for rival in NSGA2:
+            rival_results = run_all(label, [rival], options.budget, options)
+            if not rival_results[0].missing:
+                final_shares[rival] = float(shares(rival_results, best)[-1])
+        best_rival = max(final_shares, key=final_shares.__getitem__)
+        curve = shares(run_all(label, [name], options.evaluations, options), best)
+        reached = np.flatnonzero(curve >= final_shares[best_rival])
+        needed: int | None = None
+        if len(reached):
+            needed = int(reached[0]) + 1
+        share = final_shares[best_rival]
+        rows.append({"problem": label, "rival": best_rival, "share": share, "after": needed})
         print(
-            f"{label:<32}{rival:<14}{ends[rival]:.4f}   {after or f'more than {given.evaluations}'}",
+            f"{label:<32}{best_rival:<14}{share:.4f}   {needed or f'more than {options.evaluations}'}",
             flush=True,
         )
-        missing = [rival for rival in NSGA2 if rival not in ends]
+        missing = [rival for rival in NSGA2 if rival not in final_shares]
         if missing:
             print(f"    without {', '.join(missing)}, not installed: {search_peers.CURE}")
     return rows
 
 
-def run_all(label: str, searches: Sequence[str], evaluations: int, given: argparse.Namespace) -> list[Found]:
-    runs = [Run(label, name, seed, evaluations) for name in searches for seed in range(given.seeds)]
-    return list(execute_all(runs, given.jobs))
+def run_all(
+    label: str, searches: Sequence[str], evaluations: int, options: argparse.Namespace
+) -> list[RunResult]:
+    runs = [Run(label, name, seed, evaluations) for name in searches for seed in range(options.seeds)]
+    return list(execute_all(runs, options.jobs))
 
 
-def options() -> argparse.Namespace:
-    every = [*search.names(), *search_peers.PEERS]
+def parse_options() -> argparse.Namespace:
+    searches = [*search.names(), *search_peers.PEERS]
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--evaluations", type=int, default=100)
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--problems", default="", help="those that contain one of these, separated by commas")
-    parser.add_argument("--searches", default=",".join(every), help=f"of {', '.join(every)}")
-    parser.add_argument("--budget", type=int, default=0, help="of NSGA-II, to be reached by --search (1000)")
-    parser.add_argument("--search", default="surrogate", help="the search that is to reach it")
+    parser.add_argument("--problems", default="", help="parts of the names, separated by commas")
+    parser.add_argument("--searches", default=",".join(searches), help=f"of {', '.join(searches)}")
+    parser.add_argument(
+        "--budget", type=int, default=0, help="evaluations of NSGA-II, whose share --search must reach (1000)"
+    )
+    parser.add_argument("--search", default="surrogate", help="the search compared with NSGA-II")
     parser.add_argument("--jobs", type=int, default=1, help="processes")
     parser.add_argument("--json", type=Path, help="write all numbers to this file as well")
-    given = parser.parse_args()
-    for name in given.searches.split(","):
-        if name not in every:
-            parser.error(f"--searches: got {name}, expected some of {', '.join(every)}")
-    return given
+    options = parser.parse_args()
+    for name in options.searches.split(","):
+        if name not in searches:
+            parser.error(f"--searches: got {name}, expected some of {', '.join(searches)}")
+    return options
 
 
 def main() -> None:
-    given = options()
-    chosen = [name for name in names() if any(text in name for text in given.problems.split(","))]
+    options = parse_options()
+    patterns = options.problems.split(",")
+    chosen = []
+    for name in names():
+        if any(pattern in name for pattern in patterns):
+            chosen.append(name)
     try:
-        known = [label for label in chosen if problem(label).known is not nothing_known]
+        with_known_metrics = [label for label in chosen if problem(label).known is not nothing_known]
     except ModuleNotFoundError as error:
         raise SystemExit(str(error)) from error
     curves: dict[str, dict[str, NDArray[np.float64]]] = {}
-    found: list[Found] = []
+    results: list[RunResult] = []
     for label in chosen:
-        here = run_all(label, given.searches.split(","), given.evaluations, given)
-        curves[label] = table(here, problem(label).best(), given.evaluations)
-        found += here
-    summary(curves, given.evaluations)
-    caught = catching_up(given.search, known, given) if given.budget else []
-    if given.json is not None:
-        given.json.write_text(
-            json.dumps({"runs": [asdict(one) for one in found], "caught": caught}, indent=1)
-        )
+        problem_results = run_all(label, options.searches.split(","), options.evaluations, options)
+        curves[label] = table(problem_results, problem(label).best(), options.evaluations)
+        results += problem_results
+    summary(curves, options.evaluations)
+    caught_up: list[dict[str, object]] = []
+    if options.budget:
+        caught_up = catching_up(options.search, with_known_metrics, options)
+    if options.json is not None:
+        record = {"runs": [asdict(result) for result in results], "caught": caught_up}
+        options.json.write_text(json.dumps(record, indent=1))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Other libraries' searches, run as their users would: their defaults, and every objective an ordinary one.
+"""Searches of other libraries with their default options; they measure every objective.
 
-They are not told what is known beforehand, nor which knobs matter only with which technique. Knobs of numbers are
-ordered to them too. A limit is a constraint to those that take any, and what they propose twice counts twice.
-syne-tune's regularized evolution takes none; its EHVI needs botorch and is left out.
+They do not receive the metrics known before execution, nor the conditions of conditional knobs. Numeric knobs are
+ordered for them too. A limit becomes a constraint where the library supports constraints, and a repeated proposal
+counts again. syne-tune's regularized evolution supports no constraints; its EHVI needs botorch and is excluded.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ CURE = "pip install 'slimfront[bench]'"
 
 
 class Peer(Protocol):
-    """Asked and told in turns, one choice at a time."""
+    """A search that proposes one choice at a time and receives its metrics before the next proposal."""
 
     def ask(self) -> dict[str, Value] | None:
-        """None where everything was proposed."""
+        """Return the next choice, or None when all choices were proposed."""
         ...
 
     def tell(self, choices: dict[str, Value], metrics: Metrics) -> None: ...
 
 
 def make(name: str, problem: Problem, seed: int) -> Peer:
-    """Raises ModuleNotFoundError where its library is not installed."""
+    """Return a new search; raise ModuleNotFoundError if its library is not installed."""
     return PEERS[name](problem, seed)
 
 
@@ -42,22 +42,25 @@ def _ordered(domain: Domain) -> bool:
 
 
 def _bounds(domain: Domain) -> tuple[int, int]:
-    """Of whole numbers, and of the places among ordered choices."""
-    return (0, len(domain.values) - 1) if isinstance(domain, Choice) else (int(domain.low), int(domain.high))
+    """Return the bounds of an integer, or of the index of an ordered choice."""
+    if isinstance(domain, Choice):
+        return 0, len(domain.values) - 1
+    return int(domain.low), int(domain.high)
 
 
 def _decoded(space: Mapping[str, Domain], values: Mapping[str, Any]) -> dict[str, Value]:
-    """Places among ordered choices, and all else as it is."""
-    return {
-        knob: domain.values[int(values[knob])]
-        if isinstance(domain, Choice) and _ordered(domain)
-        else domain.normal(values[knob])
-        for knob, domain in space.items()
-    }
+    """Return the choice of a library's values, in which ordered choices are indices."""
+    choices: dict[str, Value] = {}
+    for knob, domain in space.items():
+        if isinstance(domain, Choice) and _ordered(domain):
+            choices[knob] = domain.values[int(values[knob])]
+        else:
+            choices[knob] = domain.normal(values[knob])
+    return choices
 
 
 def _excesses(problem: Problem, metrics: Metrics) -> list[float]:
-    """How far beyond each limit; at most 0 where it is kept."""
+    """Return the relative excess over each limit; at most 0 where the limit is respected."""
     return [
         (o.loss(metrics[o.metric]) - o.loss(o.limit)) / abs(o.limit)
         for o in problem.objectives
@@ -70,7 +73,7 @@ class _Optuna:
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         self._problem = problem
         self._study = optuna.create_study(
-            directions=["minimize" if o.goal == "min" else "maximize" for o in problem.objectives],
+            directions=[f"{objective.goal}imize" for objective in problem.objectives],
             sampler=sampler,
         )
         self._distributions = {knob: self._distribution(domain) for knob, domain in problem.space.items()}
@@ -80,8 +83,8 @@ class _Optuna:
         return _decoded(self._problem.space, self._trial.params)
 
     def tell(self, choices: dict[str, Value], metrics: Metrics) -> None:
-        for place, excess in enumerate(_excesses(self._problem, metrics)):
-            self._trial.set_constraint(str(place), excess)
+        for index, excess in enumerate(_excesses(self._problem, metrics)):
+            self._trial.set_constraint(str(index), excess)
         self._study.tell(self._trial, [metrics[o.metric] for o in self._problem.objectives])
 
     @staticmethod
@@ -95,15 +98,15 @@ class _Optuna:
 
 
 class _Pymoo:
-    """NSGA-II with pymoo's operators for mixed variables; it knows no scale of logarithms, so it gets exponents."""
+    """NSGA-II with pymoo's operators for mixed variables. It has no logarithmic scale, so it receives exponents."""
 
     def __init__(self, problem: Problem, seed: int) -> None:
         from pymoo.algorithms.moo.nsga2 import NSGA2
         from pymoo.core import mixed
-        from pymoo.core.problem import Problem as Described
+        from pymoo.core.problem import Problem as PymooProblem
 
         self._problem = problem
-        described = Described(
+        pymoo_problem = PymooProblem(
             vars={knob: self._variable(domain) for knob, domain in problem.space.items()},
             n_obj=len(problem.objectives),
             n_ieq_constr=sum(o.limit is not None for o in problem.objectives),
@@ -114,14 +117,14 @@ class _Pymoo:
             mating=mixed.MixedVariableMating(eliminate_duplicates=duplicates),
             eliminate_duplicates=duplicates,
         )
-        self._algorithm.setup(described, termination=("n_gen", 10**9), seed=seed, verbose=False)
+        self._algorithm.setup(pymoo_problem, termination=("n_gen", 10**9), seed=seed, verbose=False)
         self._generation: Any = ()
-        self._found: list[Metrics] = []
+        self._results: list[Metrics] = []
 
     def ask(self) -> dict[str, Value]:
-        if len(self._found) == len(self._generation):
-            self._generation, self._found = self._algorithm.ask(), []
-        values = self._generation[len(self._found)].X
+        if len(self._results) == len(self._generation):
+            self._generation, self._results = self._algorithm.ask(), []
+        values = self._generation[len(self._results)].X
         exponents = {
             knob: 10.0 ** values[knob]
             for knob, domain in self._problem.space.items()
@@ -130,17 +133,18 @@ class _Pymoo:
         for knob, value in exponents.items():
             domain = self._problem.space[knob]
             assert not isinstance(domain, Choice)
-            value = round(value) if domain.integer else value
+            if domain.integer:
+                value = round(value)
             exponents[knob] = min(max(value, domain.low), domain.high)
         return _decoded(self._problem.space, {**values, **exponents})
 
     def tell(self, choices: dict[str, Value], metrics: Metrics) -> None:
-        self._found.append(metrics)
-        if len(self._found) == len(self._generation):
-            self._generation.set(
-                "F", np.array([losses(one, self._problem.objectives) for one in self._found])
-            )
-            self._generation.set("G", np.array([_excesses(self._problem, one) for one in self._found]))
+        self._results.append(metrics)
+        if len(self._results) == len(self._generation):
+            objectives = self._problem.objectives
+            self._generation.set("F", np.array([losses(metrics, objectives) for metrics in self._results]))
+            excesses = [_excesses(self._problem, metrics) for metrics in self._results]
+            self._generation.set("G", np.array(excesses))
             for individual in self._generation:
                 individual.evaluated = {"F", "G", "H"}
             self._algorithm.tell(infills=self._generation)
@@ -167,22 +171,22 @@ class _Syne:
         from syne_tune.optimizer.schedulers.multiobjective import MultiObjectiveRegularizedEvolution
 
         self._problem = problem
-        space = {knob: self._described(domain) for knob, domain in problem.space.items()}
+        space = {knob: self._library_domain(domain) for knob, domain in problem.space.items()}
         self._search = MultiObjectiveRegularizedEvolution(space, random_seed=seed)
-        self._told = 0
+        self._completed = 0
 
     def ask(self) -> dict[str, Value]:
-        self._asked = self._search.suggest()
-        return _decoded(self._problem.space, self._asked)
+        self._suggestion = self._search.suggest()
+        return _decoded(self._problem.space, self._suggestion)
 
     def tell(self, choices: dict[str, Value], metrics: Metrics) -> None:
         self._search.on_trial_complete(
-            self._told, self._asked, list(losses(metrics, self._problem.objectives))
+            self._completed, self._suggestion, list(losses(metrics, self._problem.objectives))
         )
-        self._told += 1
+        self._completed += 1
 
     @staticmethod
-    def _described(domain: Domain) -> Any:
+    def _library_domain(domain: Domain) -> Any:
         from syne_tune import config_space
 
         if isinstance(domain, Choice) and not _ordered(domain):
@@ -190,8 +194,12 @@ class _Syne:
         if isinstance(domain, Choice):
             return config_space.randint(*_bounds(domain))
         if domain.integer:
-            return (config_space.lograndint if domain.log else config_space.randint)(*_bounds(domain))
-        return (config_space.loguniform if domain.log else config_space.uniform)(domain.low, domain.high)
+            if domain.log:
+                return config_space.lograndint(*_bounds(domain))
+            return config_space.randint(*_bounds(domain))
+        if domain.log:
+            return config_space.loguniform(domain.low, domain.high)
+        return config_space.uniform(domain.low, domain.high)
 
 
 def _tpe(seed: int) -> optuna.samplers.BaseSampler:

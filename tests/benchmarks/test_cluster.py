@@ -1,4 +1,4 @@
-"""What the benchmark of clusters takes for lost or counted twice, and for met."""
+"""The benchmark of clusters detects results that are lost or counted twice, and compares numbers with goals."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from jobs.techniques.rtn import Rtn
 from orchestrator.study.events import AttemptEnded, AttemptStarted, CandidateProposed, Event, ServiceStarted
 
 ORIGINAL = Recipe(Origin("m", "d", 0))
-ONE, TWO = (ORIGINAL.then(Rtn(bits=bits)) for bits in (4, 8))
+FOUR_BITS, EIGHT_BITS = (ORIGINAL.then(Rtn(bits=bits)) for bits in (4, 8))
 DONE = Success("a" * 64, 1, Measurement({"accuracy": 0.5}), 1.0)
 LOST = Failure("preempted", "the node went away")
 EVENTS: list[Event] = [
     ServiceStarted(),
     AttemptStarted("o", 1),
-    CandidateProposed(ONE, {}, None),
+    CandidateProposed(FOUR_BITS, {}, None),
     AttemptStarted("a", 1),
-    CandidateProposed(TWO, {}, None),
+    CandidateProposed(EIGHT_BITS, {}, None),
     AttemptStarted("b", 1),
     AttemptEnded("o", 1, DONE),
     AttemptEnded("a", 1, LOST),
@@ -30,29 +30,29 @@ EVENTS: list[Event] = [
     AttemptEnded("b", 1, DONE),
     AttemptEnded("a", 2, DONE),
 ]
-HELD = {"o", "a", "b"}
+STORED = {"o", "a", "b"}
 RUNS = "MLflow has {} finished runs of 2 candidates and the original"
-FINISHED = Counter([ORIGINAL.id, ONE.id, TWO.id])
+FINISHED = Counter([ORIGINAL.id, FOUR_BITS.id, EIGHT_BITS.id])
 
 
-def test_what_was_tried_twice_and_came_out_once_is_counted_once() -> None:
-    assert miscounted(EVENTS, 2, HELD, FINISHED) == []
+def test_two_attempts_with_one_result_are_counted_once() -> None:
+    assert miscounted(EVENTS, 2, STORED, FINISHED) == []
 
 
 @pytest.mark.parametrize(
-    ("told", "wrong"),
+    ("study", "faults"),
     [
-        ((EVENTS, 3, HELD, FINISHED), ["2 candidates instead of 3"]),
+        ((EVENTS, 3, STORED, FINISHED), ["2 candidates instead of 3"]),
         ((EVENTS[:-1], 2, {"o", "b"}, FINISHED), ["1 jobs have no result"]),
-        (([*EVENTS, AttemptEnded("a", 1, DONE)], 2, HELD, FINISHED), ["1 jobs have several results in the ledger"]),
+        (([*EVENTS, AttemptEnded("a", 1, DONE)], 2, STORED, FINISHED), ["1 jobs have several results in the ledger"]),
         ((EVENTS, 2, {"o", "a"}, FINISHED), ["the store holds 2 results, the ledger 3"]),
-        ((EVENTS, 2, HELD, FINISHED + Counter([ONE.id])), [RUNS.format(4)]),
-        ((EVENTS, 2, HELD, FINISHED - Counter([ONE.id])), [RUNS.format(2)]),
-        ((EVENTS, 2, HELD, Counter()), [RUNS.format(0)]),
+        ((EVENTS, 2, STORED, FINISHED + Counter([FOUR_BITS.id])), [RUNS.format(4)]),
+        ((EVENTS, 2, STORED, FINISHED - Counter([FOUR_BITS.id])), [RUNS.format(2)]),
+        ((EVENTS, 2, STORED, Counter()), [RUNS.format(0)]),
     ],
 )  # fmt: skip
-def test_what_is_lost_or_counted_twice_is_told(told: tuple, wrong: list[str]) -> None:
-    assert miscounted(*told) == wrong
+def test_lost_and_repeated_results_are_reported(study: tuple, faults: list[str]) -> None:
+    assert miscounted(*study) == faults
 
 
 def test_a_number_meets_its_goal_from_the_right_side() -> None:

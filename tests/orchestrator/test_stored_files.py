@@ -24,11 +24,11 @@ EXPECTED = json.loads((STORED / "expected.json").read_text())
 FORMATS = ("compressed-tensors", "gguf", "onnx", "openvino", "safetensors", "slimfront")
 STUDIES = ("finished", "interrupted", "every-name")
 WORK_FOLDER = "/somewhere/studies"
-"""Stands in the outbox for the folder in which the studies ran; no other stored file holds an absolute path."""
+"""Replaces in the outbox the folder in which the studies ran; no other stored file has an absolute path."""
 RENAMED = {"elsewhere": "other_environment", "outrun": "eliminated"}
-"""Standings that later versions may print by another name."""
+"""Standings that later versions may print with another name."""
 TIMES = ("_ms", "_gib", "load_share")
-"""What a machine decides; any other metric must come out as it was recorded."""
+"""Endings of metrics that depend on the machine; other metrics must equal the recorded ones."""
 
 
 @pytest.fixture
@@ -36,14 +36,14 @@ def studies(tmp_path: Path) -> Path:
     """A copy of the folder that holds the studies, under a path with a space."""
     copy = Path(shutil.copytree(STORED, tmp_path / "moved here"))
     for store in copy.glob("* store"):
-        (store / "tmp").mkdir(exist_ok=True)  # git keeps no empty folders
+        (store / "tmp").mkdir(exist_ok=True)  # git stores no empty folders
     return copy
 
 
-def slimfront(*words: object, cwd: Path, codes: tuple[int, ...] = (0,)) -> str:
-    """The output of the command, run in the folder that the studies' paths are relative to."""
+def slimfront(*arguments: object, cwd: Path, codes: tuple[int, ...] = (0,)) -> str:
+    """Return the output of the command, run in the folder to which the paths of the studies are relative."""
     process = subprocess.run(
-        [sys.executable, "-m", "orchestrator", *map(str, words)],
+        [sys.executable, "-m", "orchestrator", *map(str, arguments)],
         capture_output=True,
         text=True,
         cwd=cwd,
@@ -54,8 +54,8 @@ def slimfront(*words: object, cwd: Path, codes: tuple[int, ...] = (0,)) -> str:
     return process.stdout
 
 
-def renamed(front: dict[str, Any]) -> dict[str, Any]:
-    """A front whose standings have the later names."""
+def with_new_standings(front: dict[str, Any]) -> dict[str, Any]:
+    """Return the front with the later names of standings."""
     counts = {RENAMED.get(standing, standing): count for standing, count in front["candidates"].items()}
     return {**front, "candidates": counts}
 
@@ -65,20 +65,20 @@ def member_ids(folder: Path) -> list[str]:
 
 
 def events(ledger: Path) -> Iterator[dict[str, Any]]:
-    """The bodies of a ledger's events, whatever their kinds are called."""
+    """Yield the bodies of all events of a ledger, independently of the names of their kinds."""
     with sqlite3.connect(ledger) as database:
         for (body,) in database.execute("select body from events order by number"):
             yield json.loads(body)
     database.close()
 
 
-def started(ledger: Path) -> Counter[str]:
-    """How often an attempt at each job was started."""
+def attempts_by_job(ledger: Path) -> Counter[str]:
+    """Return the number of started attempts of each job."""
     return Counter(body["job_id"] for body in events(ledger) if "attempt" in body and "outcome" not in body)
 
 
-def ended(ledger: Path) -> dict[str, str]:
-    """The outcome of each job's last attempt."""
+def outcomes_by_job(ledger: Path) -> dict[str, str]:
+    """Return the outcome of the last attempt of each job."""
     return {body["job_id"]: body["outcome"]["outcome"] for body in events(ledger) if "outcome" in body}
 
 
@@ -88,15 +88,15 @@ def test_status_front_and_store_are_printed_as_the_old_commit_printed_them(studi
     status = json.loads(slimfront("status", folder, "--json", cwd=studies))
     assert EXPECTED[name]["status"].items() <= status.items()
     front = json.loads(slimfront("front", folder, "--json", cwd=studies))
-    assert renamed(front) == renamed(EXPECTED[name]["front"])
+    assert with_new_standings(front) == with_new_standings(EXPECTED[name]["front"])
     store = json.loads(slimfront("store", f"{name} store", "--json", cwd=studies))
     assert store == EXPECTED[name]["store"]
 
 
-def test_status_front_and_report_of_a_finished_study_are_shown_to_people(studies: Path) -> None:
+def test_status_front_and_report_of_a_finished_study_are_shown(studies: Path) -> None:
     assert "done" in slimfront("status", "finished store/finished", cwd=studies)
-    shown = slimfront("front", "finished store/finished", cwd=studies)
-    assert all(id[:8] in shown for id in member_ids(studies / "finished store/finished"))
+    output = slimfront("front", "finished store/finished", cwd=studies)
+    assert all(id[:8] in output for id in member_ids(studies / "finished store/finished"))
     page = slimfront("report", "finished store/finished", cwd=studies).strip()
     assert (studies / page).is_file()
 
@@ -108,13 +108,13 @@ def test_a_member_is_exported_to_the_same_weights(studies: Path, format: str) ->
     old, new = studies / "exports" / format, studies / "again"
     for name in ("recipe.json", "measurement.json"):
         assert json.loads((new / name).read_text()) == json.loads((old / name).read_text())
-    mark, again = (json.loads((out / "export.json").read_text()) for out in (old, new))
-    assert {**again, "checksums": {}} == {**mark, "checksums": {}}
-    assert again["checksums"].keys() == mark["checksums"].keys()
-    for file in sorted(mark["checksums"]):
+    old_manifest, new_manifest = (json.loads((out / "export.json").read_text()) for out in (old, new))
+    assert {**new_manifest, "checksums": {}} == {**old_manifest, "checksums": {}}
+    assert new_manifest["checksums"].keys() == old_manifest["checksums"].keys()
+    for file in sorted(old_manifest["checksums"]):
         # Graphs state the version of the library that wrote them; their weights do not.
         if file.endswith((".safetensors", ".gguf", ".bin", ".data")):
-            assert again["checksums"][file] == mark["checksums"][file], file
+            assert new_manifest["checksums"][file] == old_manifest["checksums"][file], file
 
 
 @pytest.mark.parametrize(
@@ -127,15 +127,15 @@ def test_a_member_is_exported_to_the_same_weights(studies: Path, format: str) ->
 )
 def test_an_old_export_is_verified_with_the_recorded_quality(studies: Path, format: str) -> None:
     rows = json.loads(slimfront("verify", f"exports/{format}", "--json", cwd=studies, codes=(0, 1)))
-    checked = {row["metric"]: row for row in rows}
-    before = {row["metric"]: row for row in EXPECTED["verify"][format]}
-    assert checked.keys() == before.keys()
-    for metric, row in checked.items():
-        assert row["recorded"] == before[metric]["recorded"]
+    current = {row["metric"]: row for row in rows}
+    expected = {row["metric"]: row for row in EXPECTED["verify"][format]}
+    assert current.keys() == expected.keys()
+    for metric, row in current.items():
+        assert row["recorded"] == expected[metric]["recorded"]
         if not metric.endswith(TIMES):
             # The recorded size is that of the study's own format, as it was at that commit.
-            assert row["ok"] == before[metric]["ok"]
-            assert row["measured"] == pytest.approx(before[metric]["measured"], rel=0.01)
+            assert row["ok"] == expected[metric]["ok"]
+            assert row["measured"] == pytest.approx(expected[metric]["measured"], rel=0.01)
 
 
 def test_an_old_export_that_was_changed_is_refused(studies: Path) -> None:
@@ -145,23 +145,23 @@ def test_an_old_export_that_was_changed_is_refused(studies: Path) -> None:
 
 
 def test_two_old_exports_are_compared(studies: Path) -> None:
-    words = ("compare", "exports/openvino", "exports/onnx", "--json", "--pairs", 1)
-    rows = {row["metric"]: row for row in json.loads(slimfront(*words, cwd=studies))}
-    before = {row["metric"]: row for row in EXPECTED["compare"]}
-    assert rows.keys() == before.keys()
+    arguments = ("compare", "exports/openvino", "exports/onnx", "--json", "--pairs", 1)
+    rows = {row["metric"]: row for row in json.loads(slimfront(*arguments, cwd=studies))}
+    expected = {row["metric"]: row for row in EXPECTED["compare"]}
+    assert rows.keys() == expected.keys()
     for metric, row in rows.items():
         if not metric.endswith(TIMES):
             for key in ("first", "second"):
-                assert row[key] == pytest.approx(before[metric][key], rel=0.01)
+                assert row[key] == pytest.approx(expected[metric][key], rel=0.01)
 
 
-def test_a_model_that_was_trimmed_is_made_again_by_the_old_ledger(studies: Path) -> None:
+def test_a_trimmed_model_is_recreated_from_the_old_ledger(studies: Path) -> None:
     pick = EXPECTED["exports"]["slimfront"]
     record = json.loads((studies / f"finished store/records/artifacts/{pick}.json").read_text())
     digest = record["digest"]
     shutil.rmtree(studies / "finished store/objects" / digest[:2] / digest)
-    words = ("export", "finished store/finished", "again", "--pick", pick, "--format", "slimfront")
-    slimfront(*words, cwd=studies)
+    arguments = ("export", "finished store/finished", "again", "--pick", pick, "--format", "slimfront")
+    slimfront(*arguments, cwd=studies)
     old, new = (
         json.loads((studies / out / "recipe.json").read_text()) for out in ("exports/slimfront", "again")
     )
@@ -172,14 +172,16 @@ def test_a_model_that_was_trimmed_is_made_again_by_the_old_ledger(studies: Path)
 def test_an_interrupted_study_is_finished_and_no_committed_candidate_runs_again(studies: Path) -> None:
     store = studies / "interrupted store"
     ledger = store / "interrupted/ledger.db"
-    began, results = started(ledger), sorted((store / "records/results").iterdir())
-    done = {job for job, outcome in ended(ledger).items() if outcome == "success"}
-    assert done
-    assert began.keys() - done, "nothing ran when the study was killed"
+    initial_attempts, results = attempts_by_job(ledger), sorted((store / "records/results").iterdir())
+    finished_jobs = {job_id for job_id, outcome in outcomes_by_job(ledger).items() if outcome == "success"}
+    assert finished_jobs
+    assert initial_attempts.keys() - finished_jobs, "no job was running when the study was killed"
     committed = {file: file.read_bytes() for file in results}
     slimfront("resume", "interrupted store/interrupted", cwd=studies)
-    assert {job: started(ledger)[job] for job in done} == {job: began[job] for job in done}
-    assert ended(ledger).keys() == started(ledger).keys()
+    assert {job_id: attempts_by_job(ledger)[job_id] for job_id in finished_jobs} == {
+        job_id: initial_attempts[job_id] for job_id in finished_jobs
+    }
+    assert outcomes_by_job(ledger).keys() == attempts_by_job(ledger).keys()
     assert {file: file.read_bytes() for file in results} == committed
     status = json.loads(slimfront("status", "interrupted store/interrupted", "--json", cwd=studies))
     assert status["stage"] == "done"
@@ -191,22 +193,22 @@ def test_an_interrupted_study_is_finished_and_no_committed_candidate_runs_again(
 @pytest.mark.ray
 def test_a_finished_study_is_resumed_without_a_new_attempt_or_another_front(studies: Path) -> None:
     folder = studies / "finished store/finished"
-    before = started(folder / "ledger.db")
+    initial_attempts = attempts_by_job(folder / "ledger.db")
     (studies / "finished.yaml").unlink()
     for file in ("front.json", "status.json", "report.html", "outbox.db"):
         (folder / file).unlink()
     study = folder / "study.yaml"
     study.write_text(study.read_text().replace('uri: "http://127.0.0.1:9"', "uri: none"))
     slimfront("resume", "finished store/finished", cwd=studies)
-    assert started(folder / "ledger.db") == before
+    assert attempts_by_job(folder / "ledger.db") == initial_attempts
     front = json.loads((folder / "front.json").read_text())
-    assert renamed(front) == renamed(EXPECTED["finished"]["front"])
+    assert with_new_standings(front) == with_new_standings(EXPECTED["finished"]["front"])
 
 
 @pytest.mark.ray
 def test_every_event_in_the_old_spelling_is_replayed(studies: Path) -> None:
     """The ledger holds an event of each class, with Granted("finishing") and Granted("nothing"), and a prediction of
-    "foretold_divergence". The candidate that it gave up stays so, and its search stays exhausted."""
+    "foretold_divergence". Its stopped candidate stays stopped, and its search stays exhausted."""
     folder = studies / "every-name store/every-name"
     with sqlite3.connect(folder / "ledger.db") as database:
         kinds = {kind for (kind,) in database.execute("select kind from events")}
@@ -216,9 +218,9 @@ def test_every_event_in_the_old_spelling_is_replayed(studies: Path) -> None:
     assert kinds == set(names)
     for word in ('"finishing"', '"nothing"', '"foretold_divergence"', '"spared_seconds"'):
         assert word in text
-    before = started(folder / "ledger.db")
+    initial_attempts = attempts_by_job(folder / "ledger.db")
     slimfront("resume", "every-name store/every-name", cwd=studies)
-    assert started(folder / "ledger.db") == before
+    assert attempts_by_job(folder / "ledger.db") == initial_attempts
     status = json.loads(slimfront("status", "every-name store/every-name", "--json", cwd=studies))
     assert status["stage"] == "done"
     assert (status["measured"], status["stopped"], status["failed"]) == (3, 1, 0)
@@ -228,7 +230,7 @@ def test_every_event_in_the_old_spelling_is_replayed(studies: Path) -> None:
 @pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated")
 def test_an_old_outbox_is_delivered_to_mlflow(studies: Path, tmp_path: Path) -> None:
     folder, uri = studies / "finished store/finished", f"sqlite:///{tmp_path / 'mlflow.db'}"
-    # The outbox tells MLflow where the store is, by an absolute path.
+    # The outbox holds the absolute path of the store.
     slimfront("tracking", "sync", folder, "--uri", uri, cwd=studies)
     client = MlflowClient(uri)
     experiment = client.get_experiment_by_name("finished")

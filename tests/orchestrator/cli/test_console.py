@@ -10,25 +10,25 @@ from orchestrator.config.problems import InvalidStudyError
 
 
 def test_an_expected_error_becomes_its_message_and_the_exit_code(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(typer.Exit) as ended, exit_on_error(LookupError):
+    with pytest.raises(typer.Exit) as exit_info, exit_on_error(LookupError):
         raise KeyError("no study of this name")
-    assert ended.value.exit_code == 3
+    assert exit_info.value.exit_code == 3
     assert capsys.readouterr().err == "no study of this name\n"
 
 
-def test_invalid_input_has_an_exit_code_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(typer.Exit) as ended, exit_on_error(ValueError, code=ExitCode.INVALID_INPUT):
+def test_invalid_input_has_its_own_exit_code(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(typer.Exit) as exit_info, exit_on_error(ValueError, code=ExitCode.INVALID_INPUT):
         raise ValueError("too many GPUs")
-    assert ended.value.exit_code == 2
+    assert exit_info.value.exit_code == 2
     assert capsys.readouterr().err == "too many GPUs\n"
 
 
 def test_an_invalid_study_exits_2_with_a_line_for_each_problem_whatever_is_expected(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    with pytest.raises(typer.Exit) as ended, exit_on_error(ValueError):
+    with pytest.raises(typer.Exit) as exit_info, exit_on_error(ValueError):
         raise InvalidStudyError(["a.yaml:1 name: got 1", "a.yaml:2 model: got 2"])
-    assert ended.value.exit_code == 2
+    assert exit_info.value.exit_code == 2
     assert capsys.readouterr().err == "a.yaml:1 name: got 1\na.yaml:2 model: got 2\n"
 
 
@@ -42,16 +42,16 @@ def test_an_error_without_an_explanation_is_raised() -> None:
         raise OSError("broken")
 
 
-def test_ctrl_c_exits_130_with_a_message_where_there_is_one(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(typer.Exit) as ended, exit_on_error(interrupted="resume later"):
+def test_ctrl_c_exits_130_with_the_optional_message(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(typer.Exit) as exit_info, exit_on_error(interrupted="resume later"):
         raise KeyboardInterrupt
-    assert ended.value.exit_code == 130
+    assert exit_info.value.exit_code == 130
     assert capsys.readouterr().err == "resume later\n"
     with pytest.raises(KeyboardInterrupt), exit_on_error(Exception):
         raise KeyboardInterrupt
 
 
 def test_an_exit_inside_keeps_its_code_although_it_is_a_runtime_error() -> None:
-    with pytest.raises(typer.Exit) as ended, exit_on_error(RuntimeError, Exception):
+    with pytest.raises(typer.Exit) as exit_info, exit_on_error(RuntimeError, Exception):
         raise typer.Exit(ExitCode.NO_RESULT)
-    assert ended.value.exit_code == 1
+    assert exit_info.value.exit_code == 1

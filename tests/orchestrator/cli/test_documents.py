@@ -1,4 +1,4 @@
-"""What documents tell readers to type is there to be typed."""
+"""Commands, links, names and modules in the documents exist."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ WITH_PYTHON = ["README.md", "CONTRIBUTING.md", "docs/search.md"]
 
 
 def commands(text: str) -> Iterator[list[str]]:
-    """The arguments of each `slimfront …` in code, in a line or a block."""
+    """Yield the arguments of each `slimfront …` command in inline code or a code block."""
     blocks = re.findall(r"^```\w*\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     lines = [line.strip() for block in blocks for line in block.splitlines()]
     lines += re.findall(
@@ -32,49 +32,53 @@ def commands(text: str) -> Iterator[list[str]]:
     )
     for line in lines:
         if line.startswith("slimfront "):
-            # What may be left out stands in brackets.
+            # Optional arguments are in brackets.
             yield [word for word in shlex.split(line, comments=True)[1:] if not {"[", "]"} & {*word}]
 
 
-def idle(app: typer.Typer) -> typer.Typer:
-    """The same commands with the same options, which do nothing."""
+def without_effects(app: typer.Typer) -> typer.Typer:
+    """Return a copy of the app whose commands have the same options and do nothing."""
     copy = typer.Typer()
-    for one in app.registered_commands:
-        assert one.callback is not None
-        copy.command(one.name)(functools.wraps(one.callback)(lambda **given: None))
+    for command in app.registered_commands:
+        assert command.callback is not None
+        copy.command(command.name)(functools.wraps(command.callback)(lambda **options: None))
     for group in app.registered_groups:
         assert group.typer_instance is not None
-        copy.add_typer(idle(group.typer_instance), name=group.name)
+        copy.add_typer(without_effects(group.typer_instance), name=group.name)
     if len(app.registered_commands) == 1:
-        copy.callback()(lambda: None)  # else a group of one command would be that command
+        copy.callback()(lambda: None)  # without it, typer replaces a group of one command by that command
     return copy
 
 
-def refusal(words: list[str]) -> str:
-    """What the command would answer to this line before it does anything; empty where it takes it."""
-    # A command's name alone, in a sentence, need only be one; the cluster's address may be in the environment.
-    words = words if len(words) > 1 else [*words, "--help"]
-    done = CliRunner().invoke(idle(app), words, env={"RAY_ADDRESS": "http://head:8265"})
-    return "" if done.exit_code == 0 else done.output
+def refusal(arguments: list[str]) -> str:
+    """Return the error message for this command line; an empty string if the command accepts it."""
+    # A command without arguments, as in a sentence, need only exist. The environment may hold the address.
+    arguments = arguments if len(arguments) > 1 else [*arguments, "--help"]
+    result = CliRunner().invoke(without_effects(app), arguments, env={"RAY_ADDRESS": "http://head:8265"})
+    return "" if result.exit_code == 0 else result.output
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
-def test_every_command_in_a_document_is_one_that_there_is(document: str) -> None:
-    found = list(commands((ROOT / document).read_text()))
-    assert len(found) >= 10
-    refused = {shlex.join(words): said for words in found if (said := refusal(words))}
+def test_every_command_in_a_document_exists(document: str) -> None:
+    document_commands = list(commands((ROOT / document).read_text()))
+    assert len(document_commands) >= 10
+    refused = {}
+    for arguments in document_commands:
+        message = refusal(arguments)
+        if message:
+            refused[shlex.join(arguments)] = message
     assert not refused
 
 
 @pytest.mark.parametrize(
     "line", ["slimfront frobnicate x", "slimfront up --dashboard 1", "slimfront export only-one"]
 )
-def test_a_command_that_there_is_not_is_found(line: str) -> None:
-    (words,) = commands(f"```sh\n{line}  # as if\n```\n")
-    assert refusal(words)
+def test_an_unknown_command_is_detected(line: str) -> None:
+    (arguments,) = commands(f"```sh\n{line}  # as if\n```\n")
+    assert refusal(arguments)
 
 
-def test_every_place_that_a_document_links_to_is_there() -> None:
+def test_every_link_target_of_a_document_exists() -> None:
     for document in DOCUMENTS:
         text = (ROOT / document).read_text()
         headings = {
@@ -89,7 +93,7 @@ def test_every_place_that_a_document_links_to_is_there() -> None:
 
 
 def missing_names(source: str) -> list[str]:
-    """The names that a Python example imports from slimfront, or reads from its modules, and that do not exist."""
+    """Return the missing names that a Python example imports from slimfront or reads from its modules."""
     tree = ast.parse(source)
     modules: dict[str, ModuleType] = {}
     missing = []
@@ -130,9 +134,13 @@ def test_a_missing_name_in_a_python_example_is_reported() -> None:
 
 
 def architecture_rows() -> list[list[str]]:
-    """The cells of each row of the tables in docs/architecture.md."""
+    """Return the cells of each table row in docs/architecture.md."""
     lines = (ROOT / "docs" / "architecture.md").read_text().splitlines()
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ")]
+    rows = []
+    for line in lines:
+        if line.startswith("| "):
+            rows.append([cell.strip() for cell in line.strip("|").split("|")])
+    return rows
 
 
 @pytest.mark.parametrize("package", ["orchestrator", "jobs", "cluster"])

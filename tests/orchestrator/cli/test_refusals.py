@@ -1,4 +1,4 @@
-"""What a cluster can't do is told in one line by the study's job, and leaves no node behind."""
+"""Requests that a cluster cannot serve are reported in one line by the job of the study and leave no node."""
 
 from __future__ import annotations
 
@@ -20,32 +20,32 @@ def cluster() -> Iterator[Head]:
         "small": NodeType(cpus=1, memory_gib=1, max_nodes=1),
         "gpu": NodeType(cpus=1, gpus=1, max_nodes=1),
     }
-    with fake_cluster.head(types, idle_seconds=2) as found:
-        yield found
+    with fake_cluster.head(types, idle_seconds=2) as head:
+        yield head
 
 
-def failing(cluster: Head, *study: object, cwd: Path) -> str:
-    """The last line that a study writes which fails on the cluster."""
-    done = cluster.slimfront("submit", *study, cwd=cwd)
-    assert done.returncode == 1, done.stdout + done.stderr
-    assert ": failed" in done.stderr
+def last_line_of_failed_study(cluster: Head, *study: object, cwd: Path) -> str:
+    """Submit a study that must fail on the cluster and return the last line of its output."""
+    submission = cluster.slimfront("submit", *study, cwd=cwd)
+    assert submission.returncode == 1, submission.stdout + submission.stderr
+    assert ": failed" in submission.stderr
     assert cluster.nodes() == []
-    return done.stdout.strip().splitlines()[-1]
+    return submission.stdout.strip().splitlines()[-1]
 
 
-def test_a_bucket_that_is_not_there_is_named_before_any_node_is_started(
+def test_a_missing_bucket_is_reported_before_any_node_is_started(
     cluster: Head, study_file: Path, s3_server: str
 ) -> None:
     bucket = f"none-{uuid.uuid4().hex[:8]}"
     store = f"store=s3://{bucket}/team?endpoint={s3_server}"
-    told = failing(cluster, study_file, store, "name=lost", cwd=study_file.parent)
-    assert f"there is no bucket {bucket}" in told
+    message = last_line_of_failed_study(cluster, study_file, store, "name=lost", cwd=study_file.parent)
+    assert f"there is no bucket {bucket}" in message
 
 
-def test_more_gpus_than_any_node_has_are_told_with_what_there_is(
+def test_a_request_for_more_gpus_than_any_node_has_is_reported(
     cluster: Head, study_file: Path, s3_address: str
 ) -> None:
-    many = [f"store={s3_address}", "name=large", "cluster.gpus=8"]
-    told = failing(cluster, study_file, *many, cwd=study_file.parent)
-    assert "no node that this cluster could have holds 1 CPU, 8 GPU" in told
-    assert "slimfront resume large --address URL" in told
+    options = [f"store={s3_address}", "name=large", "cluster.gpus=8"]
+    message = last_line_of_failed_study(cluster, study_file, *options, cwd=study_file.parent)
+    assert "no node that this cluster could have holds 1 CPU, 8 GPU" in message
+    assert "slimfront resume large --address URL" in message

@@ -1,4 +1,4 @@
-"""Commands that only show something start fast: they import none of the large libraries."""
+"""Commands that only display data start fast, since they import no large library."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ except SystemExit as end:
 
 @pytest.fixture
 def study_folder(tmp_path: Path) -> Path:
-    """The files of a study that the commands read."""
+    """Create the files of a study that the commands read, and return their folder."""
     folder = tmp_path / "tiny"
     folder.mkdir()
     original = MeasuredModel({"size_bytes": 1e6})
@@ -43,15 +43,13 @@ def study_folder(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("command", ["--help", "front", "status", "report"])
-def test_a_command_that_only_shows_something_imports_no_large_library(
-    command: str, study_folder: Path
-) -> None:
-    words = [command] if command == "--help" else [command, str(study_folder)]
-    done = subprocess.run(
-        [sys.executable, "-c", REPORT_IMPORTS, *words],
+def test_a_command_that_only_displays_data_imports_no_large_library(command: str, study_folder: Path) -> None:
+    arguments = [command] if command == "--help" else [command, str(study_folder)]
+    process = subprocess.run(
+        [sys.executable, "-c", REPORT_IMPORTS, *arguments],
         capture_output=True, text=True, cwd=Path(__file__).parents[3], check=False,
     )  # fmt: skip
-    code, modules = json.loads(done.stderr.splitlines()[-1])
-    assert code == 0, done.stderr
+    code, modules = json.loads(process.stderr.splitlines()[-1])
+    assert code == 0, process.stderr
     assert "typer" in modules
     assert not {*LARGE_LIBRARIES} & {*modules}

@@ -1,4 +1,4 @@
-"""The documentation tells of every technique, and of all that each refuses."""
+"""The documentation describes every technique and all of its refusals."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ DOCS = Path(__file__).parents[3] / "docs" / "techniques.md"
 
 @pytest.fixture(scope="module")
 def sections() -> dict[str, str]:
-    """The text under each heading of the page."""
+    """Return the text under each heading of the page."""
     parts = re.split(r"^## (.+)$", DOCS.read_text(), flags=re.MULTILINE)
     return dict(zip(parts[1::2], parts[2::2], strict=True))
 
@@ -24,23 +24,23 @@ def sections() -> dict[str, str]:
 @pytest.mark.parametrize(
     "entry", technique_catalogue.entries(techniques.names()), ids=lambda entry: entry.name
 )
-def test_the_page_tells_of_each_technique_its_options_and_its_paper(
+def test_the_page_cites_the_paper_and_states_the_cost_of_each_technique(
     entry: Entry, sections: dict[str, str]
 ) -> None:
     text = sections[entry.name]
     identifiers = re.findall(r"arXiv:\d+\.\d+", entry.paper)
-    assert not identifiers or any(one in text for one in identifiers)
+    assert not identifiers or any(identifier in text for identifier in identifiers)
     assert "Cost" in text
 
 
 @pytest.mark.parametrize(
     "entry", technique_catalogue.entries(techniques.names()), ids=lambda entry: entry.name
 )
-def test_the_page_tells_what_each_technique_refuses(entry: Entry, sections: dict[str, str]) -> None:
-    """The table of refusals holds every pair, and nothing that is not refused."""
+def test_the_page_lists_the_refusals_of_each_technique(entry: Entry, sections: dict[str, str]) -> None:
+    """The table of refusals holds exactly the refused pairs."""
     row = next(
-        (line for line in sections["Who refuses what"].splitlines() if f"| {entry.name} |" in line), ""
+        (line for line in sections["Unsupported models"].splitlines() if f"| {entry.name} |" in line), ""
     )
-    told = {model for models in entry.refusals().values() for model in models}
-    shown = {part.strip() for part in row.split("|")[2].split(",")} if row else set()
-    assert shown == told
+    refused = {model for models in entry.refusals().values() for model in models}
+    documented = {part.strip() for part in row.split("|")[2].split(",")} if row else set()
+    assert documented == refused

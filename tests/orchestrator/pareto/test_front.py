@@ -1,4 +1,4 @@
-"""Dominance and hypervolume: by their laws, by hand, and against moocore."""
+"""Dominance and hypervolume, compared with their laws, cases worked by hand, and moocore."""
 
 from __future__ import annotations
 
@@ -20,13 +20,16 @@ from orchestrator.pareto.front import (
 )
 
 OBJECTIVES = [Objective("size_bytes", "min"), Objective("accuracy", "max"), Objective("decode_ms", "min")]
-# Few different values, so that ties and equal points come up often.
+# A small range of values makes ties and equal points frequent.
 values = st.integers(0, 4).map(float)
 points = st.fixed_dictionaries({objective.metric: values for objective in OBJECTIVES})
 
 
 def rows(members: list[dict[str, float]]) -> np.ndarray:
-    return np.array([[member[o.metric] for o in OBJECTIVES] for member in members]).reshape(-1, 3)
+    table = []
+    for member in members:
+        table.append([member[objective.metric] for objective in OBJECTIVES])
+    return np.array(table).reshape(-1, 3)
 
 
 @given(points)
@@ -45,7 +48,7 @@ def test_dominance_is_transitive(a: dict[str, float], b: dict[str, float], c: di
         assert dominates(a, c, OBJECTIVES)
 
 
-def test_dominance_heeds_the_direction_of_each_objective() -> None:
+def test_dominance_respects_the_direction_of_each_objective() -> None:
     better = {"size_bytes": 1.0, "accuracy": 0.9, "decode_ms": 5.0}
     assert dominates(better, {**better, "accuracy": 0.8}, OBJECTIVES)
     assert dominates(better, {**better, "size_bytes": 2.0}, OBJECTIVES)
@@ -53,9 +56,11 @@ def test_dominance_heeds_the_direction_of_each_objective() -> None:
 
 
 @given(st.lists(points, max_size=12))
-def test_the_mask_keeps_what_no_other_row_dominates(members: list[dict[str, float]]) -> None:
-    obvious = [not any(dominates(other, one, OBJECTIVES) for other in members) for one in members]
-    assert nondominated(rows(members), OBJECTIVES).tolist() == obvious
+def test_the_mask_selects_rows_that_no_other_row_dominates(members: list[dict[str, float]]) -> None:
+    expected = []
+    for member in members:
+        expected.append(not any(dominates(rival, member, OBJECTIVES) for rival in members))
+    assert nondominated(rows(members), OBJECTIVES).tolist() == expected
 
 
 @given(st.lists(points, max_size=12), st.randoms())
@@ -72,7 +77,7 @@ def test_the_front_is_the_same_in_any_order_of_adding(
 
 
 @given(st.lists(points, max_size=8), points)
-def test_add_says_whether_the_point_is_on_the_front(
+def test_add_returns_whether_the_point_is_on_the_front(
     members: list[dict[str, float]], new: dict[str, float]
 ) -> None:
     front = ParetoFront(OBJECTIVES, {str(number): member for number, member in enumerate(members)})
@@ -87,7 +92,7 @@ def test_equal_points_both_stay() -> None:
     assert set(front.members) == {"a", "b"}
 
 
-def test_an_id_added_again_is_taken_by_its_new_values() -> None:
+def test_an_id_added_again_has_its_new_values() -> None:
     front = ParetoFront([Objective("size_bytes")])
     front.add("a", {"size_bytes": 1.0})
     front.add("a", {"size_bytes": 2.0})
@@ -102,7 +107,7 @@ def test_an_id_added_again_is_taken_by_its_new_values() -> None:
         (Objective("loss", "max", limit=-1.0), -1.0, -1.1),
     ],
 )
-def test_a_limit_binds_on_the_side_of_its_goal(objective: Objective, within: float, broken: float) -> None:
+def test_a_limit_applies_on_the_side_of_its_goal(objective: Objective, within: float, broken: float) -> None:
     assert not objective.broken_by(within)
     assert objective.broken_by(broken)
     front = ParetoFront([objective])
@@ -111,12 +116,12 @@ def test_a_limit_binds_on_the_side_of_its_goal(objective: Objective, within: flo
     assert list(front.members) == ["within"]
 
 
-def test_an_objective_without_a_limit_is_broken_by_nothing() -> None:
+def test_an_objective_without_a_limit_cannot_be_broken() -> None:
     assert not Objective("size_bytes").broken_by(1e30)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_a_value_that_is_no_number_is_refused_and_leaves_the_front_alone(bad: float) -> None:
+def test_a_value_that_is_not_finite_is_refused_and_does_not_change_the_front(bad: float) -> None:
     front = ParetoFront([Objective("size_bytes")], {"a": {"size_bytes": 1.0}})
     with pytest.raises(ValueError, match="size_bytes"):
         front.add("a", {"size_bytes": bad})
@@ -141,7 +146,7 @@ def test_the_hypervolume_of_a_case_worked_by_hand() -> None:
 def test_the_hypervolume_agrees_with_moocore(count: int) -> None:
     generator = np.random.default_rng(count)
     for size in (1, 2, 17, 40):
-        sample = generator.random((size, count)).round(2)  # rounded, so that coordinates repeat
+        sample = generator.random((size, count)).round(2)  # rounding makes coordinates repeat
         reference = np.full(count, 0.9)
         assert hypervolume(sample, reference) == pytest.approx(
             moocore.hypervolume(sample, ref=reference), rel=1e-12, abs=1e-12
@@ -155,16 +160,19 @@ def test_points_not_better_than_the_reference_add_nothing() -> None:
 
 
 @given(st.lists(points, min_size=1, max_size=8), points)
-def test_another_point_never_lowers_the_hypervolume(
+def test_an_additional_point_never_lowers_the_hypervolume(
     members: list[dict[str, float]], new: dict[str, float]
 ) -> None:
     reference = {"size_bytes": 5.0, "accuracy": -1.0, "decode_ms": 5.0}
     front = ParetoFront(OBJECTIVES, {str(number): member for number, member in enumerate(members)})
-    before = front.hypervolume(reference)
-    entered = front.add("new", new)
-    after = front.hypervolume(reference)
+    initial = front.hypervolume(reference)
+    added = front.add("new", new)
+    final = front.hypervolume(reference)
     duplicate = new in members
-    assert after > before if entered and not duplicate else after == pytest.approx(before)
+    if added and not duplicate:
+        assert final > initial
+    else:
+        assert final == pytest.approx(initial)
 
 
 def test_losses_have_the_sign_that_makes_smaller_better() -> None:
@@ -203,13 +211,13 @@ def test_the_fastest_is_by_decoding_where_prefill_is_an_objective_too() -> None:
     assert ParetoFront(objectives, members).pick("fastest") == "b"
 
 
-def test_perplexity_is_accuracy_too() -> None:
+def test_perplexity_counts_as_accuracy() -> None:
     objectives = [Objective("size_bytes"), Objective("perplexity", "min")]
     members = {"a": {"size_bytes": 1.0, "perplexity": 50.0}, "b": {"size_bytes": 2.0, "perplexity": 40.0}}
     assert ParetoFront(objectives, members).pick("most-accurate") == "b"
 
 
-def test_a_name_that_no_objective_answers_is_refused() -> None:
+def test_a_pick_without_its_objective_is_refused() -> None:
     front = ParetoFront([Objective("size_bytes")], {"a": {"size_bytes": 1.0}})
     with pytest.raises(LookupError, match="fastest"):
         front.pick("fastest")

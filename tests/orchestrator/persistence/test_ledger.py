@@ -1,3 +1,5 @@
+"""The ledger stores events, reads them back and keeps transactions atomic."""
+
 from __future__ import annotations
 
 import sqlite3
@@ -41,28 +43,28 @@ EVENTS: list[Event] = [
 ]
 
 
-def test_events_come_back_as_they_were_in_their_order(tmp_path: Path) -> None:
+def test_events_are_read_back_unchanged_and_in_order(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path / "ledger.db")
     for event in EVENTS:
         ledger.append(event)
     ledger.close()
-    again = Ledger(tmp_path / "ledger.db", read_only=True)
-    assert [event for _, event in again.events()] == EVENTS
-    assert all(at > 1e9 for at, _ in again.events())
+    reader = Ledger(tmp_path / "ledger.db", read_only=True)
+    assert [event for _, event in reader.events()] == EVENTS
+    assert all(recorded_at > 1e9 for recorded_at, _ in reader.events())
 
 
-def test_what_an_earlier_version_wrote_of_a_beginning_is_read(tmp_path: Path) -> None:
+def test_a_service_start_of_an_earlier_version_is_read(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path / "ledger.db")
     ledger.append(ServiceStarted(3))
     ledger.close()
-    with sqlite3.connect(tmp_path / "ledger.db") as db:
-        db.execute("""update events set body = '{"slots": 3}'""")
-    db.close()
-    again = Ledger(tmp_path / "ledger.db", read_only=True)
-    assert [event for _, event in again.events()] == [ServiceStarted(3, BudgetAllowance("all"))]
+    with sqlite3.connect(tmp_path / "ledger.db") as database:
+        database.execute("""update events set body = '{"slots": 3}'""")
+    database.close()
+    reader = Ledger(tmp_path / "ledger.db", read_only=True)
+    assert [event for _, event in reader.events()] == [ServiceStarted(3, BudgetAllowance("all"))]
 
 
-def test_of_what_is_recorded_together_all_is_kept_or_nothing(tmp_path: Path) -> None:
+def test_a_transaction_stores_all_of_its_events_or_none(tmp_path: Path) -> None:
     ledger, reader = Ledger(tmp_path / "ledger.db"), Ledger(tmp_path / "ledger.db", read_only=True)
     with ledger.transaction():
         ledger.append(EVENTS[0])
@@ -89,7 +91,7 @@ def test_notes_are_replaced(tmp_path: Path) -> None:
     assert ledger.noted("digest") == "2"
 
 
-def test_a_number_that_is_none_is_refused(tmp_path: Path) -> None:
+def test_a_value_that_is_not_a_number_is_refused(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path / "ledger.db")
     with pytest.raises(ValueError, match="JSON"):
         ledger.append(CandidateProposed(RECIPE, {"ratio": float("nan")}, None))

@@ -15,7 +15,7 @@ from orchestrator.search.encoding import SpaceEncoder
 from orchestrator.search.proposals import uniform
 
 ORIGIN = Origin("model", "data", 0)
-EACH = {"choices": [2, 4, 8], "each": "layer"}
+PER_LAYER = {"choices": [2, 4, 8], "each": "layer"}
 
 
 def space_of(options: Any, technique: str = "rtn", blocks: int = 4) -> Any:
@@ -24,25 +24,25 @@ def space_of(options: Any, technique: str = "rtn", blocks: int = 4) -> Any:
     return space
 
 
-def test_each_layer_makes_a_knob_for_every_block_and_groups_one_for_every_run() -> None:
-    each = {f"bits.rtn.bits.{block}": Choice((2, 4, 8)) for block in range(4)}
-    assert space_of({"bits": EACH}).knobs() == {"bits": Choice(("skip", "rtn")), **each}
-    assert len(space_of({"bits": {**EACH, "groups": 2}}).knobs()) == 1 + 2
-    assert len(space_of({"bits": {**EACH, "each": "linear"}}).knobs()) == 1 + 28
-    assert space_of({"bits": EACH}).size() == 1 + 3**4
-    whole = space_of({"correction_rank": {"low": 0, "high": 8, "each": "layer"}})
-    assert whole.knobs()["bits.rtn.correction_rank.0"].integer
+def test_each_layer_creates_a_knob_per_block_and_groups_one_per_group() -> None:
+    block_knobs = {f"bits.rtn.bits.{block}": Choice((2, 4, 8)) for block in range(4)}
+    assert space_of({"bits": PER_LAYER}).knobs() == {"bits": Choice(("skip", "rtn")), **block_knobs}
+    assert len(space_of({"bits": {**PER_LAYER, "groups": 2}}).knobs()) == 1 + 2
+    assert len(space_of({"bits": {**PER_LAYER, "each": "linear"}}).knobs()) == 1 + 28
+    assert space_of({"bits": PER_LAYER}).size() == 1 + 3**4
+    ranks = space_of({"correction_rank": {"low": 0, "high": 8, "each": "layer"}})
+    assert ranks.knobs()["bits.rtn.correction_rank.0"].integer
 
 
 def test_the_digest_contains_the_knobs_of_blocks_in_the_spelling_of_stored_studies() -> None:
-    (option,) = space_of({"bits": EACH}).stages["bits"]
+    (option,) = space_of({"bits": PER_LAYER}).stages["bits"]
     assert _digested_text(option.per_part) == (
         "{'bits': Spread(domain=Choice(values=(2, 4, 8)), runs=4, by_linear=False, grouped=False)}"
     )
 
 
-def test_the_values_of_the_blocks_become_one_option_and_equal_ones_the_uniform_recipe() -> None:
-    space, fixed = space_of({"bits": EACH}), space_of({"bits": [2, 4, 8]})
+def test_values_of_blocks_become_one_option_and_equal_values_the_uniform_recipe() -> None:
+    space, fixed = space_of({"bits": PER_LAYER}), space_of({"bits": [2, 4, 8]})
     names = [f"bits.rtn.bits.{block}" for block in range(4)]
     mixed = space.recipe(ORIGIN, {"bits": "rtn", **dict(zip(names, (8, 4, 2, 2), strict=True))})
     assert mixed.steps[0].options()["bits"] == "8 4 2 2"
@@ -50,12 +50,14 @@ def test_the_values_of_the_blocks_become_one_option_and_equal_ones_the_uniform_r
     assert equal.id == fixed.recipe(ORIGIN, {"bits": "rtn", "bits.rtn.bits": 4}).id
 
 
-def test_knobs_of_blocks_do_nothing_where_their_technique_is_skipped() -> None:
-    knobs = space_of({"bits": EACH}).knobs()
+def test_knobs_of_blocks_have_no_effect_if_their_technique_is_skipped() -> None:
+    knobs = space_of({"bits": PER_LAYER}).knobs()
     encoder = SpaceEncoder(knobs)
     drawn = uniform(knobs, np.random.default_rng(0))
-    skipped, other = (encoder.point({**drawn, "bits": "skip", "bits.rtn.bits.3": bits}) for bits in (2, 8))
-    assert (skipped == other).all()
+    skipped, skipped_changed = (
+        encoder.point({**drawn, "bits": "skip", "bits.rtn.bits.3": bits}) for bits in (2, 8)
+    )
+    assert (skipped == skipped_changed).all()
     used, changed = (encoder.point({**drawn, "bits": "rtn", "bits.rtn.bits.3": bits}) for bits in (2, 8))
     assert (used != changed).any()
 
@@ -65,14 +67,18 @@ def test_knobs_of_blocks_do_nothing_where_their_technique_is_skipped() -> None:
     [
         ({"group": {"choices": [32], "each": "layer"}}, "group", "only bits and correction_rank may differ"),
         ({"bits": {"choices": [2, 4], "each": "head"}}, "bits", "expected each: layer or each: linear"),
-        ({"bits": {**EACH, "groups": 5}}, "bits", "expected a whole number from 1 to 4"),
+        ({"bits": {**PER_LAYER, "groups": 5}}, "bits", "expected a whole number from 1 to 4"),
         (
             {"bits": {"choices": [2, 5], "each": "layer"}},
             "bits",
             r"got 5, expected a value in \{2, 3, 4, 8\}",
         ),
         ({"bits": {"choices": 4, "each": "layer"}}, "bits", "expected a list"),
-        ({"bits": {**EACH, "each": "linear", "groups": 29}}, "bits", "expected a whole number from 1 to 28"),
+        (
+            {"bits": {**PER_LAYER, "each": "linear", "groups": 29}},
+            "bits",
+            "expected a whole number from 1 to 28",
+        ),
         ({"bits": {"each": "layer"}}, "bits", "got a range, expected"),
     ],
 )
@@ -90,14 +96,16 @@ def test_a_technique_without_options_per_block_is_refused_by_name() -> None:
     assert "no option of mixed may differ by layer" in problems[0].message
 
 
-def test_a_knob_for_every_block_cannot_follow_a_removal_of_blocks_but_knobs_for_runs_can() -> None:
+def test_a_knob_per_block_cannot_follow_a_removal_of_blocks_but_a_knob_per_group_can() -> None:
     depth = {"drop_layers": {"count": [0, 1]}}
-    _, problems = parse({"depth": depth, "bits": {"rtn": {"bits": EACH}}}, depth=Depth(4, 28))
+    _, problems = parse({"depth": depth, "bits": {"rtn": {"bits": PER_LAYER}}}, depth=Depth(4, 28))
     assert [problem.key for problem in problems] == ["space.bits.rtn.bits"]
     assert "each after drop_layers" in problems[0].message
-    assert not parse({"depth": depth, "bits": {"rtn": {"bits": {**EACH, "groups": 2}}}}, depth=Depth(4, 28))[
-        1
-    ]
-    assert not parse({"bits": {"rtn": {"bits": EACH}}, "depth": depth}, depth=Depth(4, 28))[1]
-    space, _ = parse({"depth": depth, "bits": {"rtn": {"bits": EACH}}}, any_order=True, depth=Depth(4, 28))
+    assert not parse(
+        {"depth": depth, "bits": {"rtn": {"bits": {**PER_LAYER, "groups": 2}}}}, depth=Depth(4, 28)
+    )[1]
+    assert not parse({"bits": {"rtn": {"bits": PER_LAYER}}, "depth": depth}, depth=Depth(4, 28))[1]
+    space, _ = parse(
+        {"depth": depth, "bits": {"rtn": {"bits": PER_LAYER}}}, any_order=True, depth=Depth(4, 28)
+    )
     assert space.orders == (("bits", "depth"),)

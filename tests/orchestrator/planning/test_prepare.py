@@ -1,4 +1,4 @@
-"""What is wrong with a study is told at once, each with its place, and nothing is started."""
+"""All problems of a study are reported at once with their lines, and no job is started."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_a_valid_study_is_prepared(prepared: Callable[..., PreparedStudy]) -> No
     assert ready.plan.original_cost.size_bytes == ready.layout.size_bytes()
 
 
-def test_an_override_replaces_what_the_file_says(prepared: Callable[..., PreparedStudy]) -> None:
+def test_an_override_replaces_a_value_of_the_file(prepared: Callable[..., PreparedStudy]) -> None:
     assert prepared("search.candidates=3", "name=other").config.search.candidates == 3
     assert prepared("search.candidates=3").digest == prepared().digest
     assert prepared("search.seed=3").digest != prepared().digest
@@ -100,37 +100,37 @@ def test_an_override_replaces_what_the_file_says(prepared: Callable[..., Prepare
         ("space.later={distill: {steps: 3}}", "distill cannot follow rtn"),
     ],
 )  # fmt: skip
-def test_bad_input_is_told_with_its_key_what_was_got_and_what_was_expected(
+def test_invalid_input_is_reported_with_its_key_its_value_and_the_expected_values(
     study_file: Path, override: str, expected: str
 ) -> None:
     lines = problems(study_file, override)
     assert any(expected in line for line in lines), lines
 
 
-@pytest.mark.parametrize("given", ["cluster.price_per_hour=2", "cluster.address=auto"])
-def test_money_needs_a_price_of_this_machine_or_the_nodes_of_a_cluster(
-    prepared: Callable[..., PreparedStudy], given: str
+@pytest.mark.parametrize("override", ["cluster.price_per_hour=2", "cluster.address=auto"])
+def test_a_money_budget_needs_a_price_or_a_cluster(
+    prepared: Callable[..., PreparedStudy], override: str
 ) -> None:
-    assert prepared("budget={money: 20, hours: 2}", given).budget == Budget(20, 2)
+    assert prepared("budget={money: 20, hours: 2}", override).budget == Budget(20, 2)
 
 
-def test_a_larger_budget_makes_no_other_study(prepared: Callable[..., PreparedStudy]) -> None:
+def test_a_budget_does_not_change_the_identity_of_a_study(prepared: Callable[..., PreparedStudy]) -> None:
     assert prepared().digest == prepared("budget.hours=2", "cluster.price_per_hour=3").digest
 
 
-def test_every_problem_is_told_at_once_with_its_line(study_file: Path) -> None:
+def test_all_problems_are_reported_at_once_with_their_lines(study_file: Path) -> None:
     text = (
         study_file.read_text().replace("bits: [3, 4, 8]", "bits: [3, 4, 9]").replace("goal: max", "goal: up")
     )
     study_file.write_text(text + "serch: {candidates: 5}\n")
-    found = {line.split(": ")[0] for line in problems(study_file)}
-    where = {key: number for number, key in enumerate(text.splitlines(), 1)}
-    accuracy = next(n for line, n in where.items() if "accuracy" in line)
-    bits = next(n for line, n in where.items() if "rtn" in line)
-    assert found == {
+    locations = {line.split(": ")[0] for line in problems(study_file)}
+    line_numbers = {key: number for number, key in enumerate(text.splitlines(), 1)}
+    accuracy = next(number for line, number in line_numbers.items() if "accuracy" in line)
+    bits = next(number for line, number in line_numbers.items() if "rtn" in line)
+    assert locations == {
         f"{study_file}:{accuracy} objectives.accuracy.goal",
         f"{study_file}:{bits} space.bits.rtn.bits",
-        f"{study_file}:{len(where) + 1} serch",
+        f"{study_file}:{len(line_numbers) + 1} serch",
     }
 
 
@@ -160,7 +160,7 @@ def test_a_model_folder_with_pickled_weights_only_is_refused(study_file: Path, t
     assert "only pickled weights" in line
 
 
-def test_a_model_that_brings_code_of_its_own_is_refused(study_file: Path, tmp_path: Path) -> None:
+def test_a_model_with_custom_code_is_refused(study_file: Path, tmp_path: Path) -> None:
     folder = tmp_path / "coded"
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps({"model_type": "llama", "auto_map": {"AutoModel": "x.Y"}}))
@@ -168,7 +168,7 @@ def test_a_model_that_brings_code_of_its_own_is_refused(study_file: Path, tmp_pa
     assert "auto_map" in line
 
 
-def test_data_that_a_technique_needs_must_be_given(study_file: Path) -> None:
+def test_data_that_a_technique_needs_is_required(study_file: Path) -> None:
     text = study_file.read_text()
     study_file.write_text("\n".join(line for line in text.splitlines() if "calibration" not in line))
     (line,) = problems(study_file)
@@ -194,7 +194,7 @@ def test_energy_is_refused_where_the_machine_has_no_counter(
     assert "no energy counter" in line
 
 
-def test_all_that_one_timing_can_tell_is_measured_with_it(
+def test_one_timing_measures_all_metrics_that_it_can(
     prepared: Callable[..., PreparedStudy], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(energy_counters, "counters", lambda *_: [])
@@ -205,27 +205,27 @@ def test_all_that_one_timing_can_tell_is_measured_with_it(
     assert priced.timed == {"decode_ms"}
 
 
-def test_tasks_are_measured_wherever_they_are_given(prepared: Callable[..., PreparedStudy]) -> None:
+def test_tasks_are_measured_whenever_the_study_has_them(prepared: Callable[..., PreparedStudy]) -> None:
     ready = prepared("data.tasks={names: [arc_easy, 'hellaswag:acc_norm'], items: 20}")
     assert ready.plan.meters == ("lm_eval_tasks", "size", "text")
     fewer = prepared("data.tasks={names: [arc_easy], items: 20}")
     assert fewer.plan.materials_digest != ready.plan.materials_digest
 
 
-def test_a_table_predicts_the_cost_of_what_is_proposed(prepared: Callable[..., PreparedStudy]) -> None:
+def test_a_table_predicts_the_latency_of_proposals(prepared: Callable[..., PreparedStudy]) -> None:
     ready = prepared("objectives.decode_ms={goal: min}")
     choices = {knob: domain.values[-1] for knob, domain in ready.space.knobs().items()}  # type: ignore[union-attr]
-    without = propose(ready, CostModel.of(ready), choices).cost
+    plain_cost = propose(ready, CostModel.of(ready), choices).cost
     units = dict.fromkeys([*amounts(ready.layout), "linear packed 8", "weights packed 8 group 64"], 1.0)
-    told = with_table(ready, Table({"decode_ms": units}, {"decode_ms": 0.05}))
-    assert without is not None
-    assert without.predicted == {}
-    found = propose(told, CostModel.of(told), choices).cost
-    assert found is not None
-    assert found.predicted["decode_ms"] < told.plan.original_cost.predicted["decode_ms"]
-    assert told.plan.prediction_errors == {"decode_ms": 0.05}
-    few = with_table(ready, Table({"decode_ms": dict.fromkeys(amounts(ready.layout), 1.0)}, {}))
-    assert propose(few, CostModel.of(few), choices).cost == without
+    with_predictions = with_table(ready, Table({"decode_ms": units}, {"decode_ms": 0.05}))
+    assert plain_cost is not None
+    assert plain_cost.predicted == {}
+    predicted_cost = propose(with_predictions, CostModel.of(with_predictions), choices).cost
+    assert predicted_cost is not None
+    assert predicted_cost.predicted["decode_ms"] < with_predictions.plan.original_cost.predicted["decode_ms"]
+    assert with_predictions.plan.prediction_errors == {"decode_ms": 0.05}
+    incomplete = with_table(ready, Table({"decode_ms": dict.fromkeys(amounts(ready.layout), 1.0)}, {}))
+    assert propose(incomplete, CostModel.of(incomplete), choices).cost == plain_cost
 
 
 def test_a_tokenizer_of_another_model_is_refused(study_file: Path, tiny_llama: Path, tmp_path: Path) -> None:
@@ -245,29 +245,33 @@ def test_a_classifier_needs_texts_with_labels(study_file: Path, tiny: Callable[.
     assert [line for line in lines if "data.labelled: got nothing" in line]
 
 
-def test_the_surrogate_begins_with_each_technique_by_itself_as_little_and_as_much_as_it_may(
+def test_the_surrogate_starts_with_the_weakest_and_strongest_setting_of_each_technique(
     prepared: Callable[..., PreparedStudy],
 ) -> None:
-    def first(*overrides: str) -> list[tuple[str, float]]:
+    def initial_recipes(*overrides: str) -> list[tuple[str, float]]:
         ready = prepared("search.candidates=40", "search.algorithm=surrogate", *overrides)
         costs = CostModel.of(ready)
-        known = KnownMetrics(ready, costs)
-        design = initial_design(ready, known)
-        sizes = [known(choices)["size_bytes"] for choices in design]
+        known_metrics = KnownMetrics(ready, costs)
+        design = initial_design(ready, known_metrics)
+        sizes = [known_metrics(choices)["size_bytes"] for choices in design]
         recipes = [str(propose(ready, costs, choices).recipe) for choices in design]
         return list(zip(recipes, sizes, strict=True))
 
-    every = dict(first())
-    least, most = list(every)[:3], list(every)[3:]
-    assert set(least) == {"rtn(bits=8, group=32)", "drop_layers(count=1)", "prune_ffn(ratio=0.2)"}
-    assert set(most) == {"rtn(bits=3)", "drop_layers(count=2)", "prune_ffn(ratio=0.4)"}
-    assert [every[one] for one in least] == sorted(every[one] for one in least)
-    assert first("search.candidates=8") == first()[:2]
-    assert first("search.algorithm=random") == []
-    assert dict(first(f"objectives.size_bytes.limit={every['rtn(bits=3)']}")).keys() == {"rtn(bits=3)"}
+    sizes_by_recipe = dict(initial_recipes())
+    weakest, strongest = list(sizes_by_recipe)[:3], list(sizes_by_recipe)[3:]
+    assert set(weakest) == {"rtn(bits=8, group=32)", "drop_layers(count=1)", "prune_ffn(ratio=0.2)"}
+    assert set(strongest) == {"rtn(bits=3)", "drop_layers(count=2)", "prune_ffn(ratio=0.4)"}
+    assert [sizes_by_recipe[recipe] for recipe in weakest] == sorted(
+        sizes_by_recipe[recipe] for recipe in weakest
+    )
+    assert initial_recipes("search.candidates=8") == initial_recipes()[:2]
+    assert initial_recipes("search.algorithm=random") == []
+    assert dict(initial_recipes(f"objectives.size_bytes.limit={sizes_by_recipe['rtn(bits=3)']}")).keys() == {
+        "rtn(bits=3)"
+    }
 
 
-def test_in_the_opening_all_blocks_choose_alike(study_file: Path) -> None:
+def test_all_blocks_have_equal_values_in_the_initial_design(study_file: Path) -> None:
     text = study_file.read_text()
     study_file.write_text(
         text.replace("bits: [3, 4, 8]", "bits: {choices: [3, 4, 8], each: layer, groups: 2}")
@@ -275,54 +279,56 @@ def test_in_the_opening_all_blocks_choose_alike(study_file: Path) -> None:
     ready = prepare(load(study_file, ["search.candidates=40", "search.algorithm=surrogate"]))
     costs = CostModel.of(ready)
     design = initial_design(ready, KnownMetrics(ready, costs))
-    found = {str(propose(ready, costs, choices).recipe) for choices in design}
-    assert {"rtn(bits=8, group=32)", "rtn(bits=3)"} < found
+    recipes = {str(propose(ready, costs, choices).recipe) for choices in design}
+    assert {"rtn(bits=8, group=32)", "rtn(bits=3)"} < recipes
 
 
 def with_space(file: Path, space: str) -> Path:
-    """The study with this space instead of its own."""
+    """Write a copy of the study file with this space and return its path."""
     text = file.read_text()
-    before, after = text.index("space:"), text.index("search:")
-    other = file.with_name("other.yaml")
-    other.write_text(f"{text[:before]}space: {{{space}}}\n{text[after:]}")
-    return other
+    space_start, search_start = text.index("space:"), text.index("search:")
+    copy = file.with_name("other.yaml")
+    copy.write_text(f"{text[:space_start]}space: {{{space}}}\n{text[search_start:]}")
+    return copy
 
 
-def test_a_stage_that_not_all_of_the_space_can_train_at_is_refused(study_file: Path) -> None:
-    def told(space: str) -> list[str]:
+def test_a_zero_stage_that_some_techniques_do_not_support_is_refused(study_file: Path) -> None:
+    def problems_of_space(space: str) -> list[str]:
         return problems(with_space(study_file, space), "cluster.zero_stage=3")
 
-    (aware,) = told("rank: {anneal_rank: {}}, sparse: {gradual_prune: {}}")
+    (aware,) = problems_of_space("rank: {anneal_rank: {}}, sparse: {gradual_prune: {}}")
     assert "cluster.zero_stage: got 3, expected auto or at most 2: anneal_rank, gradual_prune read" in aware
-    (sparse,) = told("sparse: {magnitude: {}}, recover: {distill: {steps: [0, 3]}}")
+    (sparse,) = problems_of_space("sparse: {magnitude: {}}, recover: {distill: {steps: [0, 3]}}")
     assert "at most 2: distill read" in sparse
     dense = with_space(study_file, "depth: {drop_layers: {count: [1]}}, recover: {distill: {}}")
     assert prepare(load(dense, ("cluster.zero_stage=3",)))
 
 
-def test_only_what_trains_is_spread_over_ranks_and_by_itself_no_further_than_it_needs(
+def test_only_trainings_use_several_ranks_and_by_default_no_more_than_necessary(
     study_file: Path,
 ) -> None:
-    spread = with_space(study_file, "depth: {drop_layers: {count: [1]}}, recover: {distill: {}}")
-    ready = prepare(load(spread, ("cluster.slots=4",)))
+    file = with_space(study_file, "depth: {drop_layers: {count: [1]}}, recover: {distill: {}}")
+    ready = prepare(load(file, ("cluster.slots=4",)))
     origin = ready.plan.original.origin
     dropped, distilled = (Recipe(origin, steps) for steps in ((DropLayers(1),), (DropLayers(1), Distill())))
     train = Job(distilled, ("size", "text"), "materials")
     assert JobResources.for_study(ready).ranks(train, 4) == 1
-    asked = prepare(load(spread, ("cluster={slots: 4, ranks: 3}",)))
-    assert JobResources.for_study(asked).ranks(train, 4) == 3
-    assert JobResources.for_study(asked).ranks(Job(dropped, ("size",), "materials"), 4) == 1
-    assert JobResources.for_study(asked).ranks(Job(ready.plan.original, ("size",), "materials"), 4) == 1
-    # Its model is there already.
-    assert JobResources.for_study(asked).ranks(dataclasses.replace(train, fidelity=1.0, after=0.5), 4) == 1
-    # A device that holds the training but for a part of the optimizer's states.
-    alone = JobResources.for_study(ready).memory_gib(train)
-    tight = prepare(load(spread, (f"cluster={{slots: 4, device_gib: {alone - 0.001}}}",)))
+    with_ranks = prepare(load(file, ("cluster={slots: 4, ranks: 3}",)))
+    assert JobResources.for_study(with_ranks).ranks(train, 4) == 3
+    assert JobResources.for_study(with_ranks).ranks(Job(dropped, ("size",), "materials"), 4) == 1
+    assert JobResources.for_study(with_ranks).ranks(Job(ready.plan.original, ("size",), "materials"), 4) == 1
+    # The model of this job exists already.
+    assert (
+        JobResources.for_study(with_ranks).ranks(dataclasses.replace(train, fidelity=1.0, after=0.5), 4) == 1
+    )
+    # This device holds all of the training except a part of the optimizer's states.
+    single_rank_gib = JobResources.for_study(ready).memory_gib(train)
+    tight = prepare(load(file, (f"cluster={{slots: 4, device_gib: {single_rank_gib - 0.001}}}",)))
     assert JobResources.for_study(tight).ranks(train, 4) == 2
-    assert JobResources.for_study(tight).memory_gib(train, 2) < alone
+    assert JobResources.for_study(tight).memory_gib(train, 2) < single_rank_gib
 
 
-def test_how_trainings_are_spread_makes_no_other_study(study_file: Path) -> None:
+def test_the_distribution_of_trainings_does_not_change_the_identity_of_a_study(study_file: Path) -> None:
     file = with_space(study_file, "depth: {drop_layers: {count: [1]}}, recover: {distill: {}}")
     cluster = "cluster={slots: 2, ranks: 2, zero_stage: 3, micro_batch: 2, device_gib: 80}"
     spread = prepare(load(file, (cluster,)))
@@ -330,29 +336,35 @@ def test_how_trainings_are_spread_makes_no_other_study(study_file: Path) -> None
     assert sharing_of(spread.config.cluster) == Sharing(zero_stage=3, micro_batch=2, device_gib=80)
 
 
-def test_what_a_job_asks_of_a_cluster_is_told_by_the_study(prepared: Callable[..., PreparedStudy]) -> None:
-    given = ["cluster.timing={target: laptop}", "cluster.gpus=2"]
-    timed = ["objectives={size_bytes: {goal: min}, prefill_ms: {goal: min}}", "target.threads=1"]
-    ready = prepared(*given, *timed, "cluster.address=auto")
+def test_the_study_determines_the_resources_of_a_job(prepared: Callable[..., PreparedStudy]) -> None:
+    cluster_options = ["cluster.timing={target: laptop}", "cluster.gpus=2"]
+    timing_options = ["objectives={size_bytes: {goal: min}, prefill_ms: {goal: min}}", "target.threads=1"]
+    ready = prepared(*cluster_options, *timing_options, "cluster.address=auto")
     job, timing = (Job(ready.plan.original, meters, "") for meters in (("size",), ready.plan.timers))
     memory_gib = JobResources.for_study(ready).memory_gib(job)
     assert JobResources.for_study(ready).of(job, False, 4) == Resources(gpus=2, memory_gib=memory_gib)
-    # Tried again alone, since memory ran out.
+    # This is a retry with exclusive access after an out-of-memory error.
     assert JobResources.for_study(ready).of(job, True, 4) == Resources(
         gpus=2, memory_gib=memory_gib, exclusive=True
     )
     on_laptop = Resources(memory_gib=memory_gib, exclusive=True, labels={"target": "laptop"})
     assert JobResources.for_study(ready).of(timing, True, 4) == on_laptop
-    here = prepared(given[0], *timed)
-    assert JobResources.for_study(here).of(timing, True, 4) == Resources(
+    local = prepared(cluster_options[0], *timing_options)
+    assert JobResources.for_study(local).of(timing, True, 4) == Resources(
         memory_gib=memory_gib, exclusive=True
     )
 
 
-def test_as_many_jobs_share_a_gpu_as_its_memory_holds(
+def test_the_number_of_jobs_per_gpu_follows_its_memory(
     prepared: Callable[..., PreparedStudy], study_file: Path
 ) -> None:
-    assert [share_of_gpu(each, 24.0) for each in (24.0, 12.1, 12.0, 7.0, 40.0)] == [1, 1, 0.5, 0.3333, 1]
+    assert [share_of_gpu(memory_gib, 24.0) for memory_gib in (24.0, 12.1, 12.0, 7.0, 40.0)] == [
+        1,
+        1,
+        0.5,
+        0.3333,
+        1,
+    ]
     assert all(jobs * share_of_gpu(24.0 / jobs, 24.0) <= 1 for jobs in range(1, 40))
     ready = prepared("cluster.address=auto", "cluster.gpus=auto", "cluster.device_gib=2")
     job = Job(ready.plan.original, (), "")

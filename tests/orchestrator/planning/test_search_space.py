@@ -22,7 +22,7 @@ def test_the_order_of_the_file_is_fixed_unless_the_study_searches_it() -> None:
     assert "order" not in space.knobs()
 
 
-def test_every_order_that_the_forms_allow_is_a_choice() -> None:
+def test_every_valid_order_is_a_choice() -> None:
     space, problems = parse(STAGES, any_order=True)
     assert not problems
     # Distillation is never first, since the original needs no recovery, nor after rtn: packed integers cannot train.
@@ -45,6 +45,6 @@ def test_stages_without_a_valid_order_are_reported() -> None:
     assert [problem.key for problem in problems] == ["space.two"]
 
 
-def test_a_stage_called_order_is_refused_where_the_order_is_a_knob() -> None:
+def test_a_stage_named_order_is_refused_if_the_order_is_a_knob() -> None:
     _, problems = parse({"order": STAGES["bits"]}, any_order=True)
     assert [problem.key for problem in problems] == ["space.order"]

@@ -1,4 +1,4 @@
-"""Chat writes with what was exported: the likeliest tokens, piece by piece."""
+"""Chat generates text with an exported model, token by token."""
 
 from pathlib import Path
 
@@ -17,24 +17,24 @@ def export(tiny_llama: Path, tmp_path: Path) -> Path:
     return tmp_path / "out"
 
 
-def test_without_temperature_it_writes_the_likeliest_tokens(export: Path) -> None:
-    said = "".join(Chat(export, 1).reply("An expression", 6, temperature=0.0, seed=0))
-    words, module = tokenizers.load_tokenizer(export), loading.load(export).module
-    row = list(words("An expression").input_ids)
+def test_zero_temperature_generates_the_most_probable_tokens(export: Path) -> None:
+    reply = "".join(Chat(export, 1).reply("An expression", 6, temperature=0.0, seed=0))
+    tokenizer, module = tokenizers.load_tokenizer(export), loading.load(export).module
+    token_ids = list(tokenizer("An expression").input_ids)
     for _ in range(6):
         with torch.no_grad():
-            row.append(int(module(torch.tensor([row])).logits[0, -1].argmax()))
-    expected = words.decode(row[-6:], skip_special_tokens=True)
-    assert said == expected[: len(said)]
-    assert len(said) > 0
+            token_ids.append(int(module(torch.tensor([token_ids])).logits[0, -1].argmax()))
+    expected = tokenizer.decode(token_ids[-6:], skip_special_tokens=True)
+    assert reply == expected[: len(reply)]
+    assert len(reply) > 0
 
 
-def test_what_is_drawn_depends_on_the_seed_alone(export: Path) -> None:
-    talking = Chat(export, 1)
-    first, again, other = (
-        "".join(talking.reply("An expression", 12, temperature=1.0, seed=seed)) for seed in (0, 0, 1)
+def test_sampled_text_depends_only_on_the_seed(export: Path) -> None:
+    chat = Chat(export, 1)
+    first, repeated, different = (
+        "".join(chat.reply("An expression", 12, temperature=1.0, seed=seed)) for seed in (0, 0, 1)
     )
-    assert first == again != other
+    assert first == repeated != different
 
 
 def test_a_folder_that_is_no_export_is_refused(tiny_llama: Path) -> None:

@@ -1,4 +1,4 @@
-"""Two exports are compared on the same items and timed in turns, whatever form each is of."""
+"""Two exports of any formats are compared on the same items and timed alternately."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from orchestrator.service.launch import launch
 
 @pytest.fixture
 def exports(prepared: Callable[..., PreparedStudy], tmp_path: Path) -> tuple[Path, Path]:
-    """The smallest member of a study, in two forms."""
+    """Return two exports of the smallest member of a study, in different formats."""
     ready = prepared("search.candidates=2")
     launch(ready, lambda status: None, executor=InlineExecutor())
     export_member(ready.folder.path, "smallest", tmp_path / "ours", "slimfront")
@@ -30,37 +30,39 @@ def exports(prepared: Callable[..., PreparedStudy], tmp_path: Path) -> tuple[Pat
     return tmp_path / "ours", tmp_path / "theirs"
 
 
-def test_one_model_in_two_forms_is_as_good_and_of_other_size(exports: tuple[Path, Path]) -> None:
-    found = {one.metric: one for one in compare(*exports, pairs=1)}
-    assert {"size_bytes", "accuracy", "perplexity", "prefill_ms", "decode_ms"} <= found.keys()
-    size = found["size_bytes"]
+def test_one_model_in_two_formats_is_equally_good_and_differs_in_size(exports: tuple[Path, Path]) -> None:
+    comparisons = {comparison.metric: comparison for comparison in compare(*exports, pairs=1)}
+    assert {"size_bytes", "accuracy", "perplexity", "prefill_ms", "decode_ms"} <= comparisons.keys()
+    size = comparisons["size_bytes"]
     assert size.second == formats.size_of(exports[1], "openvino")
     assert size.against == size.second - size.first == size.low == size.high
-    assert found["perplexity"].second == pytest.approx(found["perplexity"].first, rel=0.01)
-    apart = found["perplexity"]
-    assert 0 < apart.high - apart.low < 0.1 * apart.first, "item by item, one model is nearly the same twice"
-    times = found["decode_ms"]
-    assert times.against == pytest.approx(times.second / times.first)
+    assert comparisons["perplexity"].second == pytest.approx(comparisons["perplexity"].first, rel=0.01)
+    perplexity = comparisons["perplexity"]
+    assert 0 < perplexity.high - perplexity.low < 0.1 * perplexity.first, (
+        "item by item, both exports of one model are nearly equal"
+    )
+    latency = comparisons["decode_ms"]
+    assert latency.against == pytest.approx(latency.second / latency.first)
 
 
-def test_the_command_shows_both(exports: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_shows_both_exports(exports: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_times", lambda *_: [])  # timed above
-    done = CliRunner().invoke(app, ["compare", *map(str, exports), "--json"])
-    assert done.exit_code == 0
-    assert {one["metric"] for one in json.loads(done.stdout)} >= {"size_bytes", "accuracy"}
+    result = CliRunner().invoke(app, ["compare", *map(str, exports), "--json"])
+    assert result.exit_code == 0
+    assert {comparison["metric"] for comparison in json.loads(result.stdout)} >= {"size_bytes", "accuracy"}
 
 
-def signed_again(export: Path) -> None:
-    mark = json.loads((export / formats.EXPORT_MANIFEST).read_text())
+def update_checksums(export: Path) -> None:
+    manifest = json.loads((export / formats.EXPORT_MANIFEST).read_text())
     (export / formats.EXPORT_MANIFEST).write_text(
-        json.dumps({**mark, "checksums": formats.checksums(export)})
+        json.dumps({**manifest, "checksums": formats.checksums(export)})
     )
 
 
-def test_exports_with_other_tokenizers_have_no_items_in_common(exports: tuple[Path, Path]) -> None:
+def test_exports_with_different_tokenizers_are_not_compared(exports: tuple[Path, Path]) -> None:
     with (exports[1] / "tokenizer.json").open("a") as file:
         file.write("\n")
-    signed_again(exports[1])
+    update_checksums(exports[1])
     with pytest.raises(ValueError, match="different tokenizers"):
         compare(*exports, pairs=1)
 
@@ -69,6 +71,6 @@ def test_exports_for_different_tasks_are_not_compared(exports: tuple[Path, Path]
     record = json.loads((exports[1] / MEASUREMENT).read_text())
     record["materials"]["task"] = "embedding"
     (exports[1] / MEASUREMENT).write_text(json.dumps(record))
-    signed_again(exports[1])
+    update_checksums(exports[1])
     with pytest.raises(ValueError, match=r"is for causal-lm, .* for embedding: they cannot be compared"):
         compare(*exports, pairs=1)

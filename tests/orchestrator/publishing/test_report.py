@@ -1,4 +1,4 @@
-"""The page that shows a study: what a reader must find on it."""
+"""The page that shows a study contains all that its readers need."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def results(*objectives: Objective) -> Results:
     )
 
 
-def test_the_page_tells_what_sharing_saved() -> None:
+def test_the_page_reports_the_savings_of_shared_work() -> None:
     page = report_html(results(SIZE), "", Savings(3, 30.0, 12.4, 0, 0.0))
     assert "3 steps shared by several candidates (30.0 s)" in page
     assert "(12.4 s): 42.4 s of one slot's time saved" in page
@@ -59,7 +59,7 @@ def test_the_page_tells_what_sharing_saved() -> None:
     assert "Time saved by sharing" not in report_html(results(SIZE), "", Savings())
 
 
-def test_the_page_tells_what_the_study_took() -> None:
+def test_the_page_reports_the_time_and_cost_of_the_study() -> None:
     page = report_html(
         results(SIZE), "", Savings(), ["2.00 node-hours, 1.80 USD", "g6 <spot>: 2.00 node-hours"]
     )
@@ -71,10 +71,13 @@ def test_the_page_tells_what_the_study_took() -> None:
 
 
 def test_the_page_shows_the_errors_of_predictions() -> None:
-    found = [
-        candidate(n, 100, 0.7, 5.0, predicted={"decode_ms": ms}) for n, ms in ((1, 5.5), (2, 5.1), (3, 4.9))
+    candidates = [
+        candidate(dropped, 100, 0.7, 5.0, predicted={"decode_ms": predicted_ms})
+        for dropped, predicted_ms in ((1, 5.5), (2, 5.1), (3, 4.9))
     ]
-    page = report_html(judge("laptop", [SIZE, SPEED], candidate(0, 200, 0.8, 10.0), found), "", Savings())
+    page = report_html(
+        judge("laptop", [SIZE, SPEED], candidate(0, 200, 0.8, 10.0), candidates), "", Savings()
+    )
     assert "decode 2.0% (median), 10.0% (worst of 3)" in page
     assert "Predictions" not in report_html(results(SIZE, SPEED), "", Savings())
 
@@ -102,14 +105,14 @@ def test_dominated_candidates_are_not_in_the_table(page: str) -> None:
     assert "<td>drop_layers(count=2)" not in page
 
 
-def test_failures_stand_by_kind_with_their_reason_and_nothing_is_taken_for_html(page: str) -> None:
+def test_failures_are_listed_by_kind_with_escaped_reasons(page: str) -> None:
     assert "Failed, over a limit or stopped: 1 out of memory, 1 over a limit, 1 stopped early" in page
     assert "hopeless &lt;by now&gt;" in page
     assert "killed at &lt;3.1 GiB&gt;" in page
     assert "size 150.0 MB" in page
 
 
-def test_the_page_says_where_it_was_measured_and_for_which_study(page: str) -> None:
+def test_the_page_states_the_environment_and_the_study(page: str) -> None:
     assert "cpu Xeon · threads 2" in page
     assert "note: &lt;b&gt;&amp;" in page
 
@@ -123,13 +126,13 @@ def test_the_page_says_where_it_was_measured_and_for_which_study(page: str) -> N
         ((SIZE, SPEED, ACCURACY, PERPLEXITY), 6),
     ],
 )
-def test_every_pair_of_objectives_has_its_picture(objectives: tuple[Objective, ...], pairs: int) -> None:
+def test_every_pair_of_objectives_has_its_plot(objectives: tuple[Objective, ...], pairs: int) -> None:
     figure = front_figure(results(*objectives))
     assert len({trace.xaxis for trace in figure.data}) == pairs
     assert sum(trace.name == "original" for trace in figure.data) == pairs
 
 
-def test_the_first_picture_is_size_against_accuracy_coloured_by_the_third_objective() -> None:
+def test_the_first_plot_is_size_against_accuracy_coloured_by_the_third_objective() -> None:
     figure = front_figure(results(SIZE, SPEED, ACCURACY))
     front = next(trace for trace in figure.data if trace.name == "front")
     assert list(front.x) == [50.0, 100.0]
@@ -139,7 +142,7 @@ def test_the_first_picture_is_size_against_accuracy_coloured_by_the_third_object
     assert figure.layout.coloraxis.colorbar.title.text == "decode (ms), smaller is better"
 
 
-def test_the_recipe_is_on_hover_with_its_metrics_and_errors() -> None:
+def test_hover_text_shows_the_recipe_with_its_metrics_and_errors() -> None:
     figure = front_figure(results(SIZE, ACCURACY))
     front = next(trace for trace in figure.data if trace.name == "front")
     assert "drop_layers(count=3)" in front.text[0]
@@ -160,6 +163,6 @@ def test_axes_state_units_and_direction(objective: Objective, title: str) -> Non
     assert axis_title(objective) == title
 
 
-def test_a_study_without_any_front_still_has_a_page() -> None:
+def test_a_study_without_a_front_has_a_page() -> None:
     original = candidate(0, 200, 0.8, 10.0, state="running", measurement=None)
     assert "200.0 MB" in report_html(judge("laptop", [SIZE, ACCURACY], original, []), "", Savings())

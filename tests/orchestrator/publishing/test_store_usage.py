@@ -1,4 +1,4 @@
-"""A store that is trimmed to what has to stay: results count still, and what is needed again is made again."""
+"""Trimmed stores: results stay valid, and artifacts that are needed again are recreated."""
 
 from __future__ import annotations
 
@@ -28,133 +28,133 @@ from orchestrator.worker.work import WorkerContext, work
 
 @pytest.fixture
 def prepared(study_file: Path) -> Callable[..., PreparedStudy]:
-    """Prepares the tiny study with overrides; its choices are of several steps from the start, and all different."""
+    """Prepares the tiny study with a random search, whose distinct choices have several steps from the start."""
     return lambda *overrides: prepare(load(study_file, ("search.algorithm=random", *overrides)))
 
 
 @pytest.fixture
-def made(monkeypatch: pytest.MonkeyPatch) -> list[Job]:
-    """The jobs that were really done, in their order."""
-    found: list[Job] = []
+def executed_jobs(monkeypatch: pytest.MonkeyPatch) -> list[Job]:
+    """Return the executed jobs in order."""
+    jobs: list[Job] = []
     attempt = run.attempt
 
-    def noted(request: run.WorkRequest, report: Report) -> object:
-        found.append(request.job)
+    def recorded_attempt(request: run.WorkRequest, report: Report) -> object:
+        jobs.append(request.job)
         return attempt(request, report)
 
-    monkeypatch.setattr(run, "attempt", noted)
-    return found
+    monkeypatch.setattr(run, "attempt", recorded_attempt)
+    return jobs
 
 
 def run_inline(ready: PreparedStudy) -> Results:
     root = Path(ready.config.store)
-    place = WorkerContext(ready.materials, str(root), ready.folder.scratch, root / "cache")
+    context = WorkerContext(ready.materials, str(root), ready.folder.scratch, root / "cache")
 
     def do(job: Job) -> Outcome:
-        return work(job, place)
+        return work(job, context)
 
     return launch(ready, lambda status: None, executor=InlineExecutor(), do=do)
 
 
-def trimmed(root: Path, limit_bytes: int = 0) -> list[Item]:
+def trim(root: Path, limit_bytes: int = 0) -> list[Item]:
     return remove(inventory(root).to_evict(limit_bytes))
 
 
-def kinds(held: Inventory) -> dict[str, int]:
-    found: dict[str, int] = {}
-    for item in held.items:
+def kinds(content: Inventory) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for item in content.items:
         if item.size_bytes:
-            found[item.kind] = found.get(item.kind, 0) + item.number
-    return found
+            counts[item.kind] = counts.get(item.kind, 0) + item.number
+    return counts
 
 
 SPACE = "space={depth: {drop_layers: {count: 1}}, bits: {gptq: {bits: [3, 4, 8]}}}"
-"""Every candidate has the same intermediate, or none, and its statistics."""
+"""All candidates share at most one intermediate model and its statistics."""
 
 
-def test_all_that_a_store_holds_is_told_by_what_it_is(prepared: Callable[..., PreparedStudy]) -> None:
+def test_the_inventory_reports_the_content_of_a_store_by_kind(prepared: Callable[..., PreparedStudy]) -> None:
     ready = prepared()
     results = run_inline(ready)
     root = Path(ready.config.store)
     (ready.folder.checkpoints / "0123").mkdir(parents=True)
     (ready.folder.checkpoints / "0123" / "state").write_bytes(b"x" * 1000)
-    held = inventory(root)
-    found = kinds(held)
-    assert found["originals"] == 1
-    assert found["fronts"] == len([id for id in results.members if id != results.original.id])
-    assert found["originals"] + found["fronts"] + found["candidates"] == 6
-    assert found["intermediates"] >= 1
-    assert found["checkpoints"] == 1
-    assert found["records"] == sum(1 for _ in (root / "records").rglob("*.json"))
-    assert [study.name for study in held.studies] == ["tiny"]
+    content = inventory(root)
+    counts = kinds(content)
+    assert counts["originals"] == 1
+    assert counts["fronts"] == len([id for id in results.members if id != results.original.id])
+    assert counts["originals"] + counts["fronts"] + counts["candidates"] == 6
+    assert counts["intermediates"] >= 1
+    assert counts["checkpoints"] == 1
+    assert counts["records"] == sum(1 for _ in (root / "records").rglob("*.json"))
+    assert [study.name for study in content.studies] == ["tiny"]
     on_disk = sum(file.stat().st_size for file in root.rglob("*") if file.is_file())
-    assert held.size_bytes == on_disk
+    assert content.size_bytes == on_disk
 
 
-def test_a_trimmed_store_keeps_fronts_originals_and_results_and_a_study_goes_on(
-    prepared: Callable[..., PreparedStudy], made: list[Job], tmp_path: Path
+def test_a_trimmed_store_keeps_fronts_originals_and_results_and_a_study_resumes(
+    prepared: Callable[..., PreparedStudy], executed_jobs: list[Job], tmp_path: Path
 ) -> None:
     ready = prepared("search.candidates=4")
-    before = run_inline(ready)
+    first_results = run_inline(ready)
     root = Path(ready.config.store)
-    gone = trimmed(root)
-    assert {item.kind for item in gone} >= {"intermediates", "candidates"}
+    removed = trim(root)
+    assert {item.kind for item in removed} >= {"intermediates", "candidates"}
     assert set(kinds(inventory(root))) == {"originals", "fronts", "records", "files"}
-    made.clear()
+    executed_jobs.clear()
 
-    assert run_inline(ready).members == before.members
-    assert made == []
+    assert run_inline(ready).members == first_results.members
+    assert executed_jobs == []
     export_member(ready.folder.path, "smallest", tmp_path / "out")
-    assert made == []
+    assert executed_jobs == []
 
     results = run_inline(prepared("search.candidates=8"))
-    assert [c.state for c in results.candidates] == ["measured"] * 9
-    counted = [job for job in made if job.meters]
-    assert len(counted) == 4  # those that are new
+    assert [candidate.state for candidate in results.candidates] == ["measured"] * 9
+    measured_jobs = [job for job in executed_jobs if job.meters]
+    assert len(measured_jobs) == 4  # the new candidates
     assert all(
         old.measurement == new.measurement
-        for old, new in zip(before.candidates, results.candidates, strict=False)
+        for old, new in zip(first_results.candidates, results.candidates, strict=False)
     )
 
 
-def test_a_removed_parent_is_made_again_for_its_child_and_is_the_same(
-    prepared: Callable[..., PreparedStudy], made: list[Job]
+def test_a_removed_parent_is_recreated_identically_for_its_child(
+    prepared: Callable[..., PreparedStudy], executed_jobs: list[Job]
 ) -> None:
     ready = prepared(SPACE, "search.candidates=2")
     run_inline(ready)
     root = Path(ready.config.store)
     store = open_store(ready.config.store)
-    names = {key: store.record(key) for key in store.records("artifacts/")}
-    trimmed(root)
-    left = set(store.records("artifacts/"))
-    assert left < set(names)
-    made.clear()
+    records = {key: store.record(key) for key in store.records("artifacts/")}
+    trim(root)
+    remaining = set(store.records("artifacts/"))
+    assert remaining < set(records)
+    executed_jobs.clear()
     run_inline(prepared(SPACE, "search.candidates=6"))
-    again = [job for job in made if f"artifacts/{job.recipe.id}" in names]
-    assert [str(job.recipe) for job in again] == ["drop_layers(count=1)"]
+    recreated = [job for job in executed_jobs if f"artifacts/{job.recipe.id}" in records]
+    assert [str(job.recipe) for job in recreated] == ["drop_layers(count=1)"]
     for key in store.records("artifacts/"):
-        assert names.get(key) in (None, store.record(key))
+        assert records.get(key) in (None, store.record(key))
 
 
-def test_what_was_removed_by_hand_is_made_again_though_its_record_is_left(
-    prepared: Callable[..., PreparedStudy], tmp_path: Path, made: list[Job]
+def test_manually_removed_artifacts_are_recreated_even_if_their_records_exist(
+    prepared: Callable[..., PreparedStudy], tmp_path: Path, executed_jobs: list[Job]
 ) -> None:
-    ready = prepared(
-        SPACE, "search.candidates=7"
-    )  # all there are: the smallest, on the front, takes two steps
+    # These are all candidates of the space. The smallest one, on the front, has two steps.
+    ready = prepared(SPACE, "search.candidates=7")
     results = run_inline(ready)
     store = open_store(ready.config.store)
-    for held in store.holdings().artifacts:
-        store.remove(held.ref)
-    made.clear()
-    member = next(c for c in results.candidates if c.id in results.members and len(c.recipe.steps) == 2)
+    for artifact in store.holdings().artifacts:
+        store.remove(artifact.ref)
+    executed_jobs.clear()
+    members = [candidate for candidate in results.candidates if candidate.id in results.members]
+    member = next(candidate for candidate in members if len(candidate.recipe.steps) == 2)
     export_member(ready.folder.path, member.id, tmp_path / "out")
-    assert [job.recipe for job in made] == member.recipe.lineage()
+    assert [job.recipe for job in executed_jobs] == member.recipe.lineage()
     assert "made again" not in (tmp_path / "out" / "README.md").read_text()
-    assert {held.ref.digest for held in store.holdings().artifacts} >= {member.artifact}
+    assert {artifact.ref.digest for artifact in store.holdings().artifacts} >= {member.artifact}
 
 
-def test_an_export_tells_that_its_files_are_not_those_that_were_measured(
+def test_an_export_states_that_its_files_were_recreated_after_the_measurement(
     prepared: Callable[..., PreparedStudy], tmp_path: Path
 ) -> None:
     ready = prepared("search.candidates=1")
@@ -167,28 +167,32 @@ def test_an_export_tells_that_its_files_are_not_those_that_were_measured(
     assert "these were made again" in (tmp_path / "out" / "README.md").read_text()
 
 
-def test_the_least_worth_goes_first_and_no_more_than_has_to(prepared: Callable[..., PreparedStudy]) -> None:
+def test_the_least_valuable_items_are_evicted_first_and_only_as_many_as_necessary(
+    prepared: Callable[..., PreparedStudy],
+) -> None:
     ready = prepared(SPACE, "search.candidates=3")
     run_inline(ready)
     root = Path(ready.config.store)
     (ready.folder.scratch / "left").mkdir(parents=True)
     (ready.folder.scratch / "left" / "half").write_bytes(b"x" * 1000)
-    held = inventory(root)
-    order = [item.kind for item in held.to_evict(0)]
+    content = inventory(root)
+    order = [item.kind for item in content.to_evict(0)]
     assert order[0] == "scratch"
     assert order == sorted(
         order, key=["scratch", "statistics", "graphs", "intermediates", "candidates"].index
     )
-    assert held.to_evict(held.size_bytes) == []
-    assert [item.kind for item in held.to_evict(held.size_bytes - 1)] == ["scratch"]
-    statistics = [item for item in held.items if item.kind == "statistics"]
+    assert content.to_evict(content.size_bytes) == []
+    assert [item.kind for item in content.to_evict(content.size_bytes - 1)] == ["scratch"]
+    statistics = [item for item in content.items if item.kind == "statistics"]
     assert statistics
     for file in (root / "cache").glob(f"{statistics[-1].name}.*"):
         os.utime(file, (1000, 1000))
-    assert [item.name for item in inventory(root).to_evict(held.size_bytes - 1001)][1] == statistics[-1].name
+    assert [item.name for item in inventory(root).to_evict(content.size_bytes - 1001)][1] == statistics[
+        -1
+    ].name
 
 
-def test_what_a_running_study_may_need_stays(prepared: Callable[..., PreparedStudy]) -> None:
+def test_items_that_a_running_study_may_need_stay(prepared: Callable[..., PreparedStudy]) -> None:
     ready = prepared(SPACE, "search.candidates=3")
     results = run_inline(ready)
     run_inline(prepared("name=other", "search.candidates=3"))
@@ -196,64 +200,64 @@ def test_what_a_running_study_may_need_stays(prepared: Callable[..., PreparedStu
     ready.folder.scratch.mkdir(exist_ok=True)
     (ready.folder.scratch / "half").write_bytes(b"x")
     store = open_store(ready.config.store)
-    before = set(store.records("artifacts/"))
+    all_artifacts = set(store.records("artifacts/"))
     with only_one(ready.folder.path):
-        gone = trimmed(root)
-        assert {item.kind for item in gone} == {"intermediates", "candidates", "statistics"}
+        removed = trim(root)
+        assert {item.kind for item in removed} == {"intermediates", "candidates", "statistics"}
         assert (ready.folder.scratch / "half").exists()
         lineages = [candidate.recipe.lineage() for candidate in results.candidates]
-        mine = {step.id for lineage in lineages for step in lineage}
-        assert {f"artifacts/{id}" for id in mine} <= set(store.records("artifacts/")) < before
+        needed_ids = {step.id for lineage in lineages for step in lineage}
+        assert {f"artifacts/{id}" for id in needed_ids} <= set(store.records("artifacts/")) < all_artifacts
         assert list((root / "cache").glob(f"{results.original.id}-*"))
 
 
-def test_scratch_of_a_study_that_starts_at_this_moment_stays(prepared: Callable[..., PreparedStudy]) -> None:
+def test_scratch_files_of_a_starting_study_stay(prepared: Callable[..., PreparedStudy]) -> None:
     ready = prepared("search.candidates=1")
     run_inline(ready)
     ready.folder.scratch.mkdir(exist_ok=True)
     (ready.folder.scratch / "half").write_bytes(b"x")
-    found = [item for item in inventory(Path(ready.config.store)).items if item.kind == "scratch"]
+    scratch = [item for item in inventory(Path(ready.config.store)).items if item.kind == "scratch"]
     with only_one(ready.folder.path):
-        assert remove(found) == []
+        assert remove(scratch) == []
     assert (ready.folder.scratch / "half").exists()
-    assert remove(found) == found
+    assert remove(scratch) == scratch
     assert not ready.folder.scratch.exists()
 
 
-def test_a_trim_killed_between_record_and_artifact_leaves_a_sound_store(
+def test_a_trim_killed_between_record_and_artifact_leaves_a_valid_store(
     prepared: Callable[..., PreparedStudy], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ready = prepared(SPACE, "search.candidates=2")
     run_inline(ready)
     root = Path(ready.config.store)
 
-    def killed(*given: object) -> None:
+    def kill(*args: object) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(LocalStore, "remove", killed)
+        patched.setattr(LocalStore, "remove", kill)
         with pytest.raises(KeyboardInterrupt):
-            trimmed(root)
+            trim(root)
     assert kinds(inventory(root))["unnamed"] == 1
     results = run_inline(prepared(SPACE, "search.candidates=4"))
-    assert [c.state for c in results.candidates] == ["measured"] * 5
-    trimmed(root)
+    assert [candidate.state for candidate in results.candidates] == ["measured"] * 5
+    trim(root)
     assert "unnamed" not in kinds(inventory(root))
 
 
 @pytest.mark.parametrize(
-    ("size", "means"),
+    ("text", "size_bytes"),
     [("0", 0), ("1000", 1000), ("5GB", 5 * 10**9), ("5 gb", 5 * 10**9), ("1.5GiB", 3 * 2**29), ("20k", 20_000),
      ("7B", 7)]
 )  # fmt: skip
-def test_a_size_is_read_with_its_unit(size: str, means: int) -> None:
-    assert parse_size(size) == means
+def test_a_size_is_read_with_its_unit(text: str, size_bytes: int) -> None:
+    assert parse_size(text) == size_bytes
 
 
-@pytest.mark.parametrize("size", ["", "much", "-1GB", "5 parsecs", "1iB", "GB"])
-def test_what_is_no_size_is_refused(size: str) -> None:
+@pytest.mark.parametrize("text", ["", "much", "-1GB", "5 parsecs", "1iB", "GB"])
+def test_an_invalid_size_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="give one like 5GB"):
-        parse_size(size)
+        parse_size(text)
 
 
 def test_a_folder_without_a_store_is_refused_and_stays_as_it_is(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""An export is measured again as it is: what was recorded must come out, and what was damaged is refused."""
+"""Verification measures an export again: recorded metrics must be reproduced and damaged files are refused."""
 
 import json
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from orchestrator.service.launch import launch
 
 @pytest.fixture
 def exported(prepared: Callable[..., PreparedStudy], tmp_path: Path) -> Callable[..., Path]:
-    """Runs a small study for a runtime and exports its smallest member."""
+    """Return a function that runs a small study for a runtime and exports its smallest member."""
 
     def export(runtime: str) -> Path:
         ready = prepared("search.candidates=2", f"target.runtime={runtime}")
@@ -31,13 +31,13 @@ def exported(prepared: Callable[..., PreparedStudy], tmp_path: Path) -> Callable
 
 
 @pytest.mark.parametrize(("runtime", "format"), [("torch", "slimfront"), ("openvino", "openvino")])
-def test_what_was_recorded_comes_out_again(exported: Callable[..., Path], runtime: str, format: str) -> None:
+def test_recorded_metrics_are_reproduced(exported: Callable[..., Path], runtime: str, format: str) -> None:
     out = exported(runtime)
     assert formats.format_of(out) == format
-    found = {one.metric: one for one in verify(out)}
-    assert {"size_bytes", "accuracy", "perplexity"} <= set(found)
-    assert found["size_bytes"].measured == formats.size_of(out, format)
-    assert all(one.ok and one.allowed is not None for one in found.values())
+    checks = {check.metric: check for check in verify(out)}
+    assert {"size_bytes", "accuracy", "perplexity"} <= set(checks)
+    assert checks["size_bytes"].measured == formats.size_of(out, format)
+    assert all(check.ok and check.allowed is not None for check in checks.values())
     card = (out / "README.md").read_text()
     assert "size_bytes" in card
     recipe = json.loads((out / RECIPE).read_text())
@@ -47,16 +47,16 @@ def test_what_was_recorded_comes_out_again(exported: Callable[..., Path], runtim
     assert "Trained on" not in card
 
 
-def test_a_recorded_number_that_does_not_come_out_is_told(exported: Callable[..., Path]) -> None:
+def test_metrics_that_are_not_reproduced_are_reported(exported: Callable[..., Path]) -> None:
     out = exported("torch")
     record = json.loads((out / MEASUREMENT).read_text())
     record["metrics"]["perplexity"] *= 2
     record["metrics"]["size_bytes"] -= 1
     (out / MEASUREMENT).write_text(json.dumps(record))
-    mark = json.loads((out / formats.EXPORT_MANIFEST).read_text())
-    mark["checksums"] = formats.checksums(out)
-    (out / formats.EXPORT_MANIFEST).write_text(json.dumps(mark))
-    assert {one.metric for one in verify(out) if not one.ok} == {"perplexity", "size_bytes"}
+    manifest = json.loads((out / formats.EXPORT_MANIFEST).read_text())
+    manifest["checksums"] = formats.checksums(out)
+    (out / formats.EXPORT_MANIFEST).write_text(json.dumps(manifest))
+    assert {check.metric for check in verify(out) if not check.ok} == {"perplexity", "size_bytes"}
 
 
 def test_a_damaged_or_missing_file_is_refused_by_name(exported: Callable[..., Path]) -> None:
@@ -85,28 +85,32 @@ def record(**changes: Any) -> dict[str, Any]:
 
 
 def measured(environment: dict[str, str], unreliable: tuple[str, ...] = (), **metrics: float) -> Measurement:
-    given = {"decode_ms": 10.0, "decode_p90_ms": 15.0, "accuracy": 0.5, "size_bytes": 100.0, **metrics}
-    return Measurement(given, {"decode_ms": 0.4, "accuracy": 0.01}, unreliable, environment)
+    values = {"decode_ms": 10.0, "decode_p90_ms": 15.0, "accuracy": 0.5, "size_bytes": 100.0, **metrics}
+    return Measurement(values, {"decode_ms": 0.4, "accuracy": 0.01}, unreliable, environment)
 
 
-def test_three_errors_of_both_measurements_together_are_allowed() -> None:
+def test_differences_up_to_three_combined_errors_are_allowed() -> None:
     # 3 · √(0.3² + 0.4²) = 1.5
     for decode_ms, ok in ((11.4, True), (11.6, False), (8.6, True), (8.4, False)):
-        found = {one.metric: one for one in compare(record(), measured({"cpu": "one"}, decode_ms=decode_ms))}
-        assert found["decode_ms"].ok is ok
-        assert found["decode_ms"].allowed == pytest.approx(1.5)
+        checks = {
+            check.metric: check for check in compare(record(), measured({"cpu": "one"}, decode_ms=decode_ms))
+        }
+        assert checks["decode_ms"].ok is ok
+        assert checks["decode_ms"].allowed == pytest.approx(1.5)
 
 
-def test_what_has_no_error_is_shown_but_the_size_must_be_equal() -> None:
-    found = {one.metric: one for one in compare(record(), measured({"cpu": "one"}, size_bytes=101.0))}
-    assert found["decode_p90_ms"].allowed is None
-    assert found["decode_p90_ms"].ok
-    assert not found["size_bytes"].ok
+def test_metrics_without_an_error_are_only_shown_but_the_size_must_be_equal() -> None:
+    checks = {check.metric: check for check in compare(record(), measured({"cpu": "one"}, size_bytes=101.0))}
+    assert checks["decode_p90_ms"].allowed is None
+    assert checks["decode_p90_ms"].ok
+    assert not checks["size_bytes"].ok
 
 
-def test_another_machine_or_a_noisy_one_is_not_held_against_it() -> None:
-    elsewhere = {one.metric: one for one in compare(record(), measured({"cpu": "two"}, decode_ms=99.0))}
-    assert elsewhere["decode_ms"].ok
-    assert "cpu" in elsewhere["decode_ms"].note
+def test_timings_of_another_or_a_noisy_machine_are_not_compared() -> None:
+    other_machine = {
+        check.metric: check for check in compare(record(), measured({"cpu": "two"}, decode_ms=99.0))
+    }
+    assert other_machine["decode_ms"].ok
+    assert "cpu" in other_machine["decode_ms"].note
     noisy = compare(record(), measured({"cpu": "one"}, ("decode_ms",), decode_ms=99.0))
-    assert next(one for one in noisy if one.metric == "decode_ms").ok
+    assert next(check for check in noisy if check.metric == "decode_ms").ok

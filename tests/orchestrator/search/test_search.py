@@ -1,4 +1,4 @@
-"""The searches that ship, and `search.make`."""
+"""Tests of the included searches and of `search.make`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from orchestrator.search.search import nothing_known
 ERROR = Objective("error", "min")
 
 
-def test_the_searches_are_those_of_the_files() -> None:
+def test_the_search_names_follow_the_files() -> None:
     assert {"random", "grid", "nsga2", "tpe", "gp"} <= set(search.names())
 
 
@@ -30,7 +30,7 @@ def test_an_unknown_search_is_refused_with_the_nearest_name() -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "domain"),
+    ("description", "domain"),
     [
         ({"low": 1, "high": 8, "type": "int"}, Range(1, 8, integer=True)),
         ({"low": 0.1, "high": 1.0, "log": True}, Range(0.1, 1.0, log=True)),
@@ -38,16 +38,16 @@ def test_an_unknown_search_is_refused_with_the_nearest_name() -> None:
         ({"choices": ["b", "a"]}, Choice(("b", "a"))),
     ],
 )
-def test_plain_data_describes_a_domain(given: dict[str, object], domain: Range | Choice) -> None:
+def test_plain_data_describes_a_domain(description: dict[str, object], domain: Range | Choice) -> None:
     for _ in range(5):
-        (choices,) = search.make("random", {"knob": given}, [ERROR]).ask(1)
+        (choices,) = search.make("random", {"knob": description}, [ERROR]).ask(1)
         assert choices["knob"] in domain
 
 
-@pytest.mark.parametrize("given", [{"low": 2, "high": 1}, {"choices": []}, {"low": 1}])
-def test_a_domain_without_values_is_refused_by_name(given: dict[str, object]) -> None:
+@pytest.mark.parametrize("description", [{"low": 2, "high": 1}, {"choices": []}, {"low": 1}])
+def test_a_domain_without_values_is_refused_by_name(description: dict[str, object]) -> None:
     with pytest.raises(ValueError, match="knob"):
-        search.make("random", {"knob": given}, [ERROR])
+        search.make("random", {"knob": description}, [ERROR])
 
 
 def test_a_whole_number_on_a_log_scale_stays_in_range() -> None:
@@ -56,7 +56,7 @@ def test_a_whole_number_on_a_log_scale_stays_in_range() -> None:
     assert sorted(drawn) == [1, 2, 3, 4, 5, 6, 7, 8]
 
 
-def test_a_success_takes_the_place_of_a_failure_and_nothing_takes_its_own() -> None:
+def test_a_success_replaces_a_failure_and_is_never_replaced() -> None:
     proposals = Proposals([ERROR], nothing_known)
     choices: dict[str, Value] = {"bits": 4}
     assert proposals.new_results([(choices, Failure("timeout", "slow"))]) == [(choices, None)]
@@ -71,33 +71,33 @@ def test_a_result_waits_until_every_objective_has_a_value() -> None:
     assert proposals.new_results([(choices, {"error": 1.0, "decode_ms": 2.0})]) != []
 
 
-def test_what_is_known_completes_a_result() -> None:
+def test_known_metrics_complete_a_result() -> None:
     proposals = Proposals([ERROR, Objective("size_bytes")], lambda choices: {"size_bytes": 7.0})
     assert proposals.new_results([({}, {"error": 1.0})]) == [({}, {"error": 1.0, "size_bytes": 7.0})]
 
 
 def test_true_and_one_are_different_choices() -> None:
-    trying = search.make("random", {"knob": Choice((1, True))}, [ERROR])
-    assert sorted(type(choices["knob"]).__name__ for choices in trying.ask(3)) == ["bool", "int"]
+    algorithm = search.make("random", {"knob": Choice((1, True))}, [ERROR])
+    assert sorted(type(choices["knob"]).__name__ for choices in algorithm.ask(3)) == ["bool", "int"]
 
 
 @pytest.mark.parametrize("name", ["nsga2", "tpe"])
-def test_what_learns_finds_a_better_front_than_random_choices_do(name: str) -> None:
+def test_a_learning_search_finds_a_better_front_than_random_choices(name: str) -> None:
     space = {f"x{number}": Range(0.0, 1.0) for number in range(8)}
     objectives = [Objective("f"), Objective("g")]
 
     def zdt1(choices: dict[str, Value]) -> dict[str, float]:
         """Zitzler et al. 2000, test function T1."""
-        first, *rest = (float(value) for value in choices.values())
-        g = 1 + 9 * sum(rest) / len(rest)
+        first, *remaining = (float(value) for value in choices.values())
+        g = 1 + 9 * sum(remaining) / len(remaining)
         return {"f": first, "g": g * (1 - (first / g) ** 0.5)}
 
     def volume(name: str) -> float:
-        trying = search.make(name, space, objectives, seed=1)
+        algorithm = search.make(name, space, objectives, seed=1)
         front = ParetoFront(objectives)
         for turn in range(300):
-            results = [(choices, zdt1(choices)) for choices in trying.ask(1)]
-            trying.tell(results)
+            results = [(choices, zdt1(choices)) for choices in algorithm.ask(1)]
+            algorithm.tell(results)
             for number, (_, metrics) in enumerate(results):
                 front.add(f"{turn}.{number}", metrics)
         return front.hypervolume({"f": 1.1, "g": 6.0})
@@ -106,17 +106,17 @@ def test_what_learns_finds_a_better_front_than_random_choices_do(name: str) -> N
 
 
 @pytest.mark.parametrize("name", ["nsga2", "tpe"])
-def test_what_breaks_a_measured_limit_is_turned_from(name: str) -> None:
+def test_a_search_avoids_choices_that_break_a_measured_limit(name: str) -> None:
     space = {"x": Range(0.0, 1.0), "y": Range(0.0, 1.0)}
-    trying = search.make(name, space, [Objective("x"), Objective("y", "max", limit=0.9)], seed=0)
-    kept = []
+    algorithm = search.make(name, space, [Objective("x"), Objective("y", "max", limit=0.9)], seed=0)
+    within_limit = []
     for _ in range(30):
         results = [
-            (choices, {"x": float(choices["x"]), "y": float(choices["y"])}) for choices in trying.ask(5)
+            (choices, {"x": float(choices["x"]), "y": float(choices["y"])}) for choices in algorithm.ask(5)
         ]
-        trying.tell(results)
-        kept += [metrics["y"] >= 0.9 for _, metrics in results]
-    assert sum(kept[-75:]) > 0.3 * 75, "one in ten uniform choices keeps the limit"
+        algorithm.tell(results)
+        within_limit += [metrics["y"] >= 0.9 for _, metrics in results]
+    assert sum(within_limit[-75:]) > 0.3 * 75, "one in ten uniform choices respects the limit"
 
 
 GRID = {
@@ -128,49 +128,54 @@ GRID = {
 
 
 def test_a_grid_has_every_combination_once_and_then_ends() -> None:
-    trying = search.make("grid", GRID, [ERROR], seed=3)
-    asked = trying.ask(5000)
-    values = {knob: {choices[knob] for choices in asked} for knob in GRID}
+    algorithm = search.make("grid", GRID, [ERROR], seed=3)
+    proposals = algorithm.ask(5000)
+    values: dict[str, set[Value]] = {}
+    for knob in GRID:
+        values[knob] = {choices[knob] for choices in proposals}
     assert sorted(values["layers"]) == [1, 2, 3, 4, 5]
     assert sorted(values["keep"])[::4] == pytest.approx([0.1, 1.0, 10.0])
     assert min(values["steps"]) == 1
     assert max(values["steps"]) == 1000
-    combinations = {tuple(choices.items()) for choices in asked}
-    assert len(combinations) == len(asked) == math.prod(len(those) for those in values.values())
-    assert trying.ask(1) == []
+    combinations = {tuple(choices.items()) for choices in proposals}
+    assert (
+        len(combinations) == len(proposals) == math.prod(len(knob_values) for knob_values in values.values())
+    )
+    assert algorithm.ask(1) == []
 
 
-def test_a_grid_leaves_out_what_breaks_a_known_limit_and_nothing_else() -> None:
+def test_a_grid_skips_only_choices_that_break_a_known_limit() -> None:
     def size(choices: Mapping[str, Value]) -> dict[str, float]:
         return {"size_bytes": float(choices["layers"]) * float(choices["keep"])}
 
-    everything = search.make("grid", GRID, [ERROR]).ask(5000)
+    all_choices = search.make("grid", GRID, [ERROR]).ask(5000)
     limit = Objective("size_bytes", limit=1.0)
-    kept = search.make("grid", GRID, [ERROR, limit], size).ask(5000)
-    assert kept == [choices for choices in everything if size(choices)["size_bytes"] <= 1.0]
+    allowed = search.make("grid", GRID, [ERROR, limit], size).ask(5000)
+    assert allowed == [choices for choices in all_choices if size(choices)["size_bytes"] <= 1.0]
 
 
-def test_the_beginning_of_a_grid_is_spread_over_a_space_too_large_to_end() -> None:
+def test_the_first_grid_points_cover_a_space_that_is_too_large_to_exhaust() -> None:
     space = {f"layer{number}": Choice((2, 3, 4, 8)) for number in range(40)}
-    begun = search.make("grid", space, [ERROR]).ask(64)
-    for one, other in itertools.pairwise(space):
-        counts = Counter(choices[one] for choices in begun)
+    proposals = search.make("grid", space, [ERROR]).ask(64)
+    for knob, next_knob in itertools.pairwise(space):
+        counts = Counter(choices[knob] for choices in proposals)
         assert set(counts) == {2, 3, 4, 8}
         assert max(counts.values()) <= 20, "16 are an even share"
-        assert len({(choices[one], choices[other]) for choices in begun}) >= 12
+        assert len({(choices[knob], choices[next_knob]) for choices in proposals}) >= 12
 
 
-def test_a_grid_goes_on_after_more_results_than_it_looks_at_in_one_draw() -> None:
+def test_a_grid_resumes_after_more_results_than_one_draw_examines() -> None:
     space = {f"layer{number}": Choice((2, 3, 4, 8)) for number in range(8)}
-    before = search.make("grid", space, [ERROR], seed=1)
-    told = before.ask(4500)
+    interrupted = search.make("grid", space, [ERROR], seed=1)
+    reported = interrupted.ask(4500)
     resumed = search.make("grid", space, [ERROR], seed=1)
-    resumed.tell([(choices, {"error": 1.0}) for choices in told])
-    assert resumed.ask(3) == before.ask(3)
+    resumed.tell([(choices, {"error": 1.0}) for choices in reported])
+    assert resumed.ask(3) == interrupted.ask(3)
 
 
-def test_tpe_looks_elsewhere_while_a_choice_is_outstanding() -> None:
-    trying = search.make("tpe", {"x": Range(0.0, 1.0)}, [ERROR], seed=0)
+def test_tpe_diversifies_proposals_while_a_choice_is_pending() -> None:
+    algorithm = search.make("tpe", {"x": Range(0.0, 1.0)}, [ERROR], seed=0)
     for _ in range(30):
-        trying.tell([(one, {"error": (float(one["x"]) - 0.3) ** 2}) for one in trying.ask(1)])
-    assert np.ptp([float(one["x"]) for one in trying.ask(6)]) > 0.01
+        (choices,) = algorithm.ask(1)
+        algorithm.tell([(choices, {"error": (float(choices["x"]) - 0.3) ** 2})])
+    assert np.ptp([float(choices["x"]) for choices in algorithm.ask(6)]) > 0.01

@@ -45,10 +45,10 @@ def make_encoder() -> SpaceEncoder:
     return SpaceEncoder(SPACE)
 
 
-# Points
+# Encoding
 
 
-def test_choices_come_back_from_their_points() -> None:
+def test_encoded_choices_are_decoded_without_loss() -> None:
     encoder = make_encoder()
     for point in encoder.uniform(200, np.random.default_rng(0)):
         choices = encoder.choices(point)
@@ -56,15 +56,15 @@ def test_choices_come_back_from_their_points() -> None:
         np.testing.assert_allclose(encoder.point(choices), point, atol=1e-9)
 
 
-def test_values_stand_in_their_order_whatever_order_they_are_given_in() -> None:
+def test_ordered_values_are_encoded_in_their_order_whatever_the_order_of_the_list() -> None:
     encoder = make_encoder()
     base = encoder.choices(encoder.uniform(1, np.random.default_rng(0))[0])
-    along = [encoder.point({**base, "bits": bits})[4] for bits in (3, 4, 8)]
-    assert along == [0.0, 0.5, 1.0]
+    coordinates = [encoder.point({**base, "bits": bits})[4] for bits in (3, 4, 8)]
+    assert coordinates == [0.0, 0.5, 1.0]
 
 
 @pytest.mark.parametrize("draw", ["uniform", "levelled", "neighbours"])
-def test_what_is_drawn_is_on_values_and_idle_knobs_are_at_their_first(draw: str) -> None:
+def test_sampled_points_have_valid_values_and_inactive_knobs_their_first_value(draw: str) -> None:
     encoder, generator = make_encoder(), np.random.default_rng(1)
     points = encoder.uniform(300, generator)
     if draw == "levelled":
@@ -78,7 +78,7 @@ def test_what_is_drawn_is_on_values_and_idle_knobs_are_at_their_first(draw: str)
         assert choices["stage"] == "asvd" or choices["stage.asvd.alpha"] == 0.0
 
 
-def test_a_neighbour_differs_from_its_parent_in_few_knobs_that_matter() -> None:
+def test_a_neighbour_differs_from_its_parent_in_few_active_knobs() -> None:
     encoder = SpaceEncoder({f"x{i}": Choice((1, 2, 3, 4)) for i in range(40)})
     generator = np.random.default_rng(2)
     parent = encoder.uniform(1, generator)
@@ -87,16 +87,20 @@ def test_a_neighbour_differs_from_its_parent_in_few_knobs_that_matter() -> None:
     assert 0.8 < changed.mean() < 3
 
 
-def test_choices_that_mean_the_same_are_asked_once() -> None:
-    trying = search.make("surrogate", {"stage": Choice(("skip", "svd")), "stage.svd.rank": Choice((1, 2, 3))}, [
+def test_equivalent_choices_are_proposed_once() -> None:
+    algorithm = search.make("surrogate", {"stage": Choice(("skip", "svd")), "stage.svd.rank": Choice((1, 2, 3))}, [
         Objective("error")
     ])  # fmt: skip
-    asked = trying.ask(10)
-    assert len(asked) == 4
-    assert sorted(c["stage.svd.rank"] for c in asked if c["stage"] == "svd") == [1, 2, 3]
+    proposals = algorithm.ask(10)
+    assert len(proposals) == 4
+    assert sorted(choices["stage.svd.rank"] for choices in proposals if choices["stage"] == "svd") == [
+        1,
+        2,
+        3,
+    ]
 
 
-# Beliefs
+# Gaussian processes
 
 
 def rows_of(encoder: SpaceEncoder, count: int, seed: int) -> tuple[Features, np.ndarray]:
@@ -105,92 +109,107 @@ def rows_of(encoder: SpaceEncoder, count: int, seed: int) -> tuple[Features, np.
     return features, features.rows(points, encoder.active(points))
 
 
-def test_rows_tell_effects_and_distances_of_the_knobs_that_act() -> None:
+def test_rows_hold_effects_and_distances_of_active_knobs() -> None:
     encoder = SpaceEncoder({"bits": Choice((2, 4, 8)), "kind": Choice(("a", "b"))})
     features = Features(encoder.axes)
     points = np.array([[0.0, 0.0], [0.5, 1.0], [1.0, 0.0]])
     rows = features.rows(points, encoder.active(points))
-    apart = rows[:, None, features.distances] - rows[None, :, features.distances]
+    differences = rows[:, None, features.distances] - rows[None, :, features.distances]
     squares = [[0, 0.25 + 1, 1], [0.25 + 1, 0, 0.25 + 1], [1, 0.25 + 1, 0]]
-    np.testing.assert_allclose((apart**2).sum(axis=2), squares)
+    np.testing.assert_allclose((differences**2).sum(axis=2), squares)
     effects = rows[:, features.effects]
     np.testing.assert_allclose(effects[:, :2] * math.sqrt(2), [[-0.5, -0.5], [0.5, -0.5], [0.5, 0.5]])
     np.testing.assert_allclose(effects[:, 2:], [[0.5, -0.5], [-0.5, 0.5], [0.5, -0.5]])
 
 
-def test_the_slope_of_the_evidence_is_that_of_its_differences() -> None:
+def test_the_gradient_of_the_evidence_equals_finite_differences() -> None:
     features, rows = rows_of(make_encoder(), 30, 0)
     generator = np.random.default_rng(0)
     y = generator.normal(size=30)
-    at = generator.normal(size=2 * features.count + 3) * 0.5 - 0.5
-    _, slope = _Covariance.of(at, features).evidence(rows, y)
-    for number in range(len(at)):
-        step = np.zeros(len(at))
-        step[number] = 1e-5
-        higher, _ = _Covariance.of(at + step, features).evidence(rows, y)
-        lower, _ = _Covariance.of(at - step, features).evidence(rows, y)
-        assert slope[number] == pytest.approx((higher - lower) / 2e-5, rel=1e-4, abs=1e-5)
+    parameters = generator.normal(size=2 * features.count + 3) * 0.5 - 0.5
+    _, gradient = _Covariance.of(parameters, features).evidence(rows, y)
+    for index in range(len(parameters)):
+        step = np.zeros(len(parameters))
+        step[index] = 1e-5
+        higher, _ = _Covariance.of(parameters + step, features).evidence(rows, y)
+        lower, _ = _Covariance.of(parameters - step, features).evidence(rows, y)
+        assert gradient[index] == pytest.approx((higher - lower) / 2e-5, rel=1e-4, abs=1e-5)
 
 
-def test_the_evidence_is_the_density_of_a_normal_and_predictions_are_its_conditionals() -> None:
+def test_the_evidence_is_a_normal_density_and_predictions_are_its_conditionals() -> None:
     features, rows = rows_of(make_encoder(), 24, 1)
     y = np.sin(3 * rows[:, features.distances].sum(axis=1))
     process = GaussianProcess(features)
     process.fit(rows[:16], y[:16])
     covariance = process._covariance
-    known = covariance.between(rows[:16], rows[:16]) + covariance.noise * np.eye(16)
+    observed_covariance = covariance.between(rows[:16], rows[:16]) + covariance.noise * np.eye(16)
     scaled = (y[:16] - y[:16].mean()) / y[:16].std()
     assert covariance.evidence(rows[:16], scaled)[0] == pytest.approx(
-        float(stats.multivariate_normal.logpdf(scaled, cov=known))
+        float(stats.multivariate_normal.logpdf(scaled, cov=observed_covariance))
     )
-    across = covariance.between(rows[16:], rows[:16])
+    cross_covariance = covariance.between(rows[16:], rows[:16])
     mean, deviation = process.predict(rows[16:])
     np.testing.assert_allclose(
-        mean, y[:16].mean() + y[:16].std() * across @ np.linalg.solve(known, scaled), rtol=1e-6
+        mean,
+        y[:16].mean() + y[:16].std() * cross_covariance @ np.linalg.solve(observed_covariance, scaled),
+        rtol=1e-6,
     )
-    left = np.diag(covariance.between(rows[16:], rows[16:]) - across @ np.linalg.solve(known, across.T))
-    np.testing.assert_allclose(deviation, y[:16].std() * np.sqrt(left), rtol=1e-4)
+    variance = np.diag(
+        covariance.between(rows[16:], rows[16:])
+        - cross_covariance @ np.linalg.solve(observed_covariance, cross_covariance.T)
+    )
+    np.testing.assert_allclose(deviation, y[:16].std() * np.sqrt(variance), rtol=1e-4)
 
 
-def test_results_that_are_added_or_changed_count_as_if_all_were_taken_in_at_once() -> None:
+def test_incremental_updates_equal_a_fit_to_all_results() -> None:
     features, rows = rows_of(make_encoder(), 240, 1)
     y = np.sin(3 * rows[:, features.distances].sum(axis=1))
     process = GaussianProcess(features)
     process.fit(rows[:210], y[:210])
     learned = process._covariance
-    for some in (slice(0, 210), slice(0, 211), slice(0, 214), slice(1, 215), slice(5, 215)):
-        process.fit(rows[some], y[some])
+    for subset in (slice(0, 210), slice(0, 211), slice(0, 214), slice(1, 215), slice(5, 215)):
+        process.fit(rows[subset], y[subset])
         assert process._covariance is learned
-        had, values = rows[some], y[some]
-        known = learned.between(had, had) + learned.noise * np.eye(len(had))
-        across = learned.between(rows[215:], had)
+        observed, values = rows[subset], y[subset]
+        observed_covariance = learned.between(observed, observed) + learned.noise * np.eye(len(observed))
+        cross_covariance = learned.between(rows[215:], observed)
         mean, deviation = process.predict(rows[215:])
         scaled = (values - values.mean()) / values.std()
         np.testing.assert_allclose(
-            mean, values.mean() + values.std() * across @ np.linalg.solve(known, scaled), rtol=1e-6
+            mean,
+            values.mean() + values.std() * cross_covariance @ np.linalg.solve(observed_covariance, scaled),
+            rtol=1e-6,
         )
-        left = np.diag(learned.between(rows[215:], rows[215:]) - across @ np.linalg.solve(known, across.T))
-        np.testing.assert_allclose(deviation, values.std() * np.sqrt(left), rtol=1e-4)
+        variance = np.diag(
+            learned.between(rows[215:], rows[215:])
+            - cross_covariance @ np.linalg.solve(observed_covariance, cross_covariance.T)
+        )
+        np.testing.assert_allclose(deviation, values.std() * np.sqrt(variance), rtol=1e-4)
         assert np.array_equal(process.mean(rows[215:]), mean)
 
 
-def test_what_is_awaited_leaves_less_to_be_told_as_if_it_had_come_out_as_believed() -> None:
+def test_pending_results_reduce_the_deviation_as_if_they_equalled_their_predictions() -> None:
     features, rows = rows_of(make_encoder(), 40, 1)
     y = np.sin(3 * rows[:, features.distances].sum(axis=1))
     process = GaussianProcess(features)
     process.fit(rows[:20], y[:20])
-    had, pending, others = rows[:20], rows[20:23], rows[23:]
-    mean, deviation = process.predict(others, pending)
-    assert np.array_equal(mean, process.predict(others)[0])
-    covariance, both = process._covariance, np.concatenate([had, pending])
-    known = covariance.between(both, both) + covariance.noise * np.eye(23)
-    across = covariance.between(others, both)
-    left = np.diag(covariance.between(others, others) - across @ np.linalg.solve(known, across.T))
-    np.testing.assert_allclose(deviation, y[:20].std() * np.sqrt(left), rtol=1e-4)
+    observed, pending, new_rows = rows[:20], rows[20:23], rows[23:]
+    mean, deviation = process.predict(new_rows, pending)
+    assert np.array_equal(mean, process.predict(new_rows)[0])
+    covariance, observed_and_pending = process._covariance, np.concatenate([observed, pending])
+    joint_covariance = covariance.between(
+        observed_and_pending, observed_and_pending
+    ) + covariance.noise * np.eye(23)
+    cross_covariance = covariance.between(new_rows, observed_and_pending)
+    variance = np.diag(
+        covariance.between(new_rows, new_rows)
+        - cross_covariance @ np.linalg.solve(joint_covariance, cross_covariance.T)
+    )
+    np.testing.assert_allclose(deviation, y[:20].std() * np.sqrt(variance), rtol=1e-4)
     assert (process.predict(pending, pending)[1] < 0.7 * process.predict(pending)[1]).all()
 
 
-def test_what_adds_up_over_many_knobs_is_learned_from_few_results() -> None:
+def test_additive_effects_of_many_knobs_are_learned_from_few_results() -> None:
     encoder = SpaceEncoder({f"x{i}": Choice((2, 3, 4, 8)) for i in range(30)})
     features, rows = rows_of(encoder, 220, 3)
     generator = np.random.default_rng(3)
@@ -200,12 +219,12 @@ def test_what_adds_up_over_many_knobs_is_learned_from_few_results() -> None:
     process.fit(rows[:70], values[:70])
     mean, deviation = process.predict(rows[70:])
     assert np.corrcoef(mean, values[70:])[0, 1] > 0.95
-    # Errors are no larger than it says, and it says that it has learned most.
+    # The predicted deviations cover the errors and are small relative to the values.
     assert np.sqrt(np.mean(((mean - values[70:]) / deviation) ** 2)) < 1.5
     assert deviation.mean() < 0.3 * values.std()
 
 
-def test_knobs_that_only_act_together_are_learned_too() -> None:
+def test_pure_interactions_of_knobs_are_learned() -> None:
     encoder = SpaceEncoder({"a": Range(-1.0, 1.0), "b": Range(-1.0, 1.0), "c": Range(-1.0, 1.0)})
     features, rows = rows_of(encoder, 200, 4)
     points = 2 * encoder.uniform(200, np.random.default_rng(4)) - 1
@@ -215,7 +234,7 @@ def test_knobs_that_only_act_together_are_learned_too() -> None:
     assert np.corrcoef(process.predict(rows[60:])[0], values[60:])[0, 1] > 0.9
 
 
-def test_noise_is_told_from_effects() -> None:
+def test_noise_is_distinguished_from_effects() -> None:
     features, rows = rows_of(make_encoder(), 120, 5)
     process = GaussianProcess(features)
     process.fit(rows, np.random.default_rng(5).normal(size=120))
@@ -223,18 +242,18 @@ def test_noise_is_told_from_effects() -> None:
     assert mean.std() < 0.5
 
 
-def test_what_multiplies_is_believed_by_its_logarithm_and_what_adds_is_not() -> None:
+def test_multiplicative_objectives_are_modelled_by_their_logarithm_and_additive_ones_are_not() -> None:
     encoder = SpaceEncoder({f"x{i}": Range(0.0, 1.0) for i in range(5)})
     features, rows = rows_of(encoder, 60, 6)
     total = encoder.uniform(60, np.random.default_rng(6)).sum(axis=1)
-    multiplied, added = ObjectiveModel(features), ObjectiveModel(features)
-    multiplied.fit(rows, np.exp(2 * total), rows)
-    added.fit(rows, total, rows)
-    assert multiplied.predict(rows).warping.logarithm
-    assert not added.predict(rows).warping.logarithm
+    multiplicative, additive = ObjectiveModel(features), ObjectiveModel(features)
+    multiplicative.fit(rows, np.exp(2 * total), rows)
+    additive.fit(rows, total, rows)
+    assert multiplicative.predict(rows).warping.logarithm
+    assert not additive.predict(rows).warping.logarithm
 
 
-def test_one_result_and_equal_results_can_be_believed() -> None:
+def test_one_result_and_equal_results_can_be_modelled() -> None:
     features, rows = rows_of(make_encoder(), 10, 7)
     for count in (1, 10):
         process = ObjectiveModel(features)
@@ -242,7 +261,7 @@ def test_one_result_and_equal_results_can_be_believed() -> None:
         assert np.isfinite(process.predict(rows).mean).all()
 
 
-def test_what_is_far_out_is_seen_nearer_and_in_the_same_order() -> None:
+def test_warping_compresses_outliers_and_keeps_the_order() -> None:
     losses = np.array([1.0, 1.1, 1.2, 1.3, 1.4, 5.0, 1e3, 1e9])
     for logarithm in (False, True):
         warping = Warping.fit(losses[:6], logarithm)
@@ -254,7 +273,7 @@ def test_what_is_far_out_is_seen_nearer_and_in_the_same_order() -> None:
         assert warping.log_derivative(losses) == pytest.approx(float(np.log(slopes).sum()), rel=1e-5)
 
 
-# Prediction improvement
+# Expected improvement
 
 fronts = st.integers(1, 4).flatmap(
     lambda objectives: st.lists(
@@ -265,7 +284,7 @@ fronts = st.integers(1, 4).flatmap(
 
 @given(fronts)
 @settings(max_examples=80, deadline=None)
-def test_the_boxes_are_what_the_front_leaves(front: list[list[int]]) -> None:
+def test_the_cells_partition_the_nondominated_space(front: list[list[int]]) -> None:
     points = np.array(front, dtype=np.float64)
     reference = np.full(points.shape[1], 7.0)
     low, high = cells(points, reference)
@@ -276,139 +295,150 @@ def test_the_boxes_are_what_the_front_leaves(front: list[list[int]]) -> None:
 
 @given(fronts, st.integers(0, 10_000))
 @settings(max_examples=60, deadline=None)
-def test_what_is_known_improves_by_what_it_adds_to_the_hypervolume(front: list[list[int]], seed: int) -> None:
+def test_the_expected_improvement_of_known_values_is_their_gain_of_hypervolume(
+    front: list[list[int]], seed: int
+) -> None:
     points = np.array(front, dtype=np.float64)
     reference = np.full(points.shape[1], 7.0)
     candidates = np.random.default_rng(seed).uniform(0, 9, size=(5, points.shape[1]))
-    known = [Prediction(column, np.zeros(5)) for column in candidates.T]
-    before = moocore.hypervolume(points, ref=reference)
-    added = [moocore.hypervolume(np.vstack([points, one]), ref=reference) - before for one in candidates]
-    np.testing.assert_allclose(expected_improvement(points, reference, known), added, atol=1e-9)
+    predictions = [Prediction(column, np.zeros(5)) for column in candidates.T]
+    initial = moocore.hypervolume(points, ref=reference)
+    gains = [
+        moocore.hypervolume(np.vstack([points, candidate]), ref=reference) - initial
+        for candidate in candidates
+    ]
+    np.testing.assert_allclose(expected_improvement(points, reference, predictions), gains, atol=1e-9)
 
 
-def test_an_expected_improvement_is_the_mean_of_improvements() -> None:
+def test_the_expected_improvement_is_the_mean_of_sampled_improvements() -> None:
     generator = np.random.default_rng(0)
     front = np.array([[1.0, 4.0], [2.0, 2.5], [4.0, 1.0]])
     reference = np.array([6.0, 6.0])
     size, quality = 1.5, generator.normal(3.0, 1.0, size=4000)
-    before = moocore.hypervolume(front, ref=reference)
-    drawn = [moocore.hypervolume(np.vstack([front, [size, one]]), ref=reference) - before for one in quality]
-    expected = [Prediction(np.array([size]), np.zeros(1)), Prediction(np.array([3.0]), np.ones(1))]
-    assert expected_improvement(front, reference, expected)[0] == pytest.approx(np.mean(drawn), rel=0.05)
+    initial = moocore.hypervolume(front, ref=reference)
+    improvements = [
+        moocore.hypervolume(np.vstack([front, [size, value]]), ref=reference) - initial for value in quality
+    ]
+    predictions = [Prediction(np.array([size]), np.zeros(1)), Prediction(np.array([3.0]), np.ones(1))]
+    assert expected_improvement(front, reference, predictions)[0] == pytest.approx(
+        np.mean(improvements), rel=0.05
+    )
 
 
 # The search
 
 
-def additive(knobs: int) -> tuple[Mapping[str, Choice], np.ndarray]:
-    return {f"layer{i}": Choice((2, 3, 4, 8)) for i in range(knobs)}, np.exp(
-        np.random.default_rng(9).normal(size=knobs)
-    )
+def additive_problem(knobs: int) -> tuple[Mapping[str, Choice], np.ndarray]:
+    space = {f"layer{i}": Choice((2, 3, 4, 8)) for i in range(knobs)}
+    weights = np.exp(np.random.default_rng(9).normal(size=knobs))
+    return space, weights
 
 
-def test_bits_of_many_layers_come_nearer_to_the_front_than_by_any_other_search() -> None:
-    space, weights = additive(24)
-    damage = {2: 3.0, 3: 0.8, 4: 0.2, 8: 0.0}
+def test_the_surrogate_exceeds_other_searches_on_bits_of_many_layers() -> None:
+    space, weights = additive_problem(24)
+    layer_loss = {2: 3.0, 3: 0.8, 4: 0.2, 8: 0.0}
     objectives = [Objective("size"), Objective("perplexity")]
 
     def size(choices: Mapping[str, Value]) -> dict[str, float]:
         return {"size": float(sum(float(bits) for bits in choices.values()))}
 
     def volume(name: str) -> float:
-        trying, front = search.make(name, space, objectives, size, seed=0), ParetoFront(objectives)
+        algorithm, front = search.make(name, space, objectives, size, seed=0), ParetoFront(objectives)
         for turn in range(60):
-            for choices in trying.ask(1):
-                lost = sum(w * damage[int(bits)] for w, bits in zip(weights, choices.values(), strict=True))
-                metrics = {**size(choices), "perplexity": 30 * math.exp(lost / weights.sum())}
-                trying.tell([(choices, metrics)])
+            for choices in algorithm.ask(1):
+                losses = [
+                    weight * layer_loss[int(bits)]
+                    for weight, bits in zip(weights, choices.values(), strict=True)
+                ]
+                metrics = {**size(choices), "perplexity": 30 * math.exp(sum(losses) / weights.sum())}
+                algorithm.tell([(choices, metrics)])
                 front.add(str(turn), metrics)
         return front.hypervolume({"size": 200.0, "perplexity": 200.0})
 
-    ours = volume("surrogate")
-    assert ours > 1.05 * max(volume("random"), volume("nsga2"), volume("tpe"))
+    surrogate = volume("surrogate")
+    assert surrogate > 1.05 * max(volume("random"), volume("nsga2"), volume("tpe"))
 
 
-def test_choices_that_fail_are_tried_less() -> None:
+def test_failing_choices_are_proposed_less() -> None:
     space = {"technique": Choice(("good", "broken")), **{f"x{i}": Range(0.0, 1.0) for i in range(6)}}
-    trying = search.make("surrogate", space, [Objective("error")], seed=0)
-    broken = 0
+    algorithm = search.make("surrogate", space, [Objective("error")], seed=0)
+    broken_proposals = 0
     for turn in range(40):
-        for choices in trying.ask(1):
+        for choices in algorithm.ask(1):
             fails = choices["technique"] == "broken"
-            broken += fails and turn >= 15
-            outcome = (
-                Failure("bug", "")
-                if fails
-                else {"error": sum(float(choices[f"x{i}"]) - 0.4 for i in range(6)) ** 2}
-            )
-            trying.tell([(choices, outcome)])
-    assert broken <= 6
+            broken_proposals += fails and turn >= 15
+            error = sum(float(choices[f"x{i}"]) - 0.4 for i in range(6)) ** 2
+            algorithm.tell([(choices, Failure("bug", "") if fails else {"error": error})])
+    assert broken_proposals <= 6
 
 
-def test_a_batch_is_spread() -> None:
-    space, weights = additive(8)
+def test_a_batch_is_diverse() -> None:
+    space, weights = additive_problem(8)
     objectives = [Objective("size"), Objective("loss")]
 
     def size(choices: Mapping[str, Value]) -> dict[str, float]:
         return {"size": float(sum(float(bits) for bits in choices.values()))}
 
-    trying = search.make("surrogate", space, objectives, size, seed=0)
+    algorithm = search.make("surrogate", space, objectives, size, seed=0)
     for _ in range(20):
-        trying.tell([
-            (c, {**size(c), "loss": float(sum(w / float(b) for w, b in zip(weights, c.values(), strict=True)))})
-            for c in trying.ask(1)
-        ])  # fmt: skip
-    assert len({size(choices)["size"] for choices in trying.ask(8)}) >= 5
+        (choices,) = algorithm.ask(1)
+        loss = sum(weight / float(bits) for weight, bits in zip(weights, choices.values(), strict=True))
+        algorithm.tell([(choices, {**size(choices), "loss": float(loss)})])
+    assert len({size(choices)["size"] for choices in algorithm.ask(8)}) >= 5
 
 
-def test_an_objective_may_become_known_while_the_search_goes_on() -> None:
+def test_an_objective_may_become_known_during_the_search() -> None:
     measured: dict[str, float] = {}
     space = {"bits": Choice((2, 3, 4, 8)), "ratio": Range(0.0, 1.0)}
 
-    def known(choices: Mapping[str, Value]) -> dict[str, float]:
+    def known_metrics(choices: Mapping[str, Value]) -> dict[str, float]:
         return {"decode_ms": measured["unit"] * float(choices["bits"])} if measured else {}
 
     objectives = [Objective("decode_ms", limit=10.0), Objective("error")]
-    trying = search.make("surrogate", space, objectives, known, seed=0)
+    algorithm = search.make("surrogate", space, objectives, known_metrics, seed=0)
     for turn in range(25):
-        for choices in trying.ask(1):
+        for choices in algorithm.ask(1):
             decode_ms = 2.0 * float(choices["bits"])
             assert turn <= 12 or decode_ms <= 10
-            trying.tell([(choices, {"decode_ms": decode_ms, "error": float(choices["ratio"])})])
+            algorithm.tell([(choices, {"decode_ms": decode_ms, "error": float(choices["ratio"])})])
         if turn == 12:
             measured["unit"] = 2.0
 
 
-def lesson(results: int) -> Search:
-    """A search that was told of so many choices: what adds to the loss is x, and what takes from it is size."""
+def search_with_results(results: int) -> Search:
+    """Return a search with this many results, whose loss increases with x and decreases with size."""
     space = {"x": Range(0.0, 1.0), "size": Range(0, 9, integer=True)}
     objectives = [Objective("size"), Objective("loss", limit=30.0)]
-    trying = search.make("surrogate", space, objectives, lambda one: {"size": float(one["size"])}, seed=0)
+    algorithm = search.make(
+        "surrogate", space, objectives, lambda choices: {"size": float(choices["size"])}, seed=0
+    )
     for turn in range(results):
         choices = {"x": round(0.1 + 0.9 * (0.618 * turn % 1), 3), "size": turn % 10}
         loss = 10 * choices["x"] + 20 - choices["size"] + 0.2 * math.sin(3 * turn)
-        trying.tell([(choices, {"loss": loss})])
-    return trying
+        algorithm.tell([(choices, {"loss": loss})])
+    return algorithm
 
 
-def test_what_is_surely_beaten_has_no_chance_and_what_may_add_has_one() -> None:
-    beaten, better, smaller = {"x": 0.95, "size": 8}, {"x": 0.0, "size": 9}, {"x": 0.02, "size": 0}
-    chances = lesson(30).probability_of_improvement([beaten, better, smaller])
-    assert chances[0] < 0.01
-    assert min(chances[1:]) > 0.1
-    assert lesson(11).probability_of_improvement([beaten]) == [1.0]
+def test_certainly_dominated_choices_have_no_probability_of_improvement() -> None:
+    dominated, better, smaller = {"x": 0.95, "size": 8}, {"x": 0.0, "size": 9}, {"x": 0.02, "size": 0}
+    probabilities = search_with_results(30).probability_of_improvement([dominated, better, smaller])
+    assert probabilities[0] < 0.01
+    assert min(probabilities[1:]) > 0.1
+    assert search_with_results(11).probability_of_improvement([dominated]) == [1.0]
 
 
-def test_what_surely_breaks_a_limit_has_no_chance_and_what_is_not_in_the_space_may_have_any() -> None:
+def test_choices_over_a_limit_have_no_probability_of_improvement_and_incomplete_choices_may_have_any() -> (
+    None
+):
     space = {"x": Range(0.0, 1.0), "size": Range(0, 9, integer=True)}
-    trying = search.make("surrogate", space, [Objective("loss", limit=5.0)], seed=0)
+    algorithm = search.make("surrogate", space, [Objective("loss", limit=5.0)], seed=0)
     for turn in range(20):
-        trying.tell([({"x": turn / 19, "size": turn % 10}, {"loss": 100.0 - 10 * turn / 19})])
-    assert trying.probability_of_improvement([{"x": 0.5, "size": 3}])[0] < 1e-6
-    assert trying.probability_of_improvement([{"x": 0.5}]) == [1.0]
+        algorithm.tell([({"x": turn / 19, "size": turn % 10}, {"loss": 100.0 - 10 * turn / 19})])
+    assert algorithm.probability_of_improvement([{"x": 0.5, "size": 3}])[0] < 1e-6
+    assert algorithm.probability_of_improvement([{"x": 0.5}]) == [1.0]
 
 
-def test_a_belief_is_no_surer_of_outcomes_than_it_was_right_of_each_result_by_the_others() -> None:
+def test_the_deviation_of_results_is_calibrated_by_leave_one_out_errors() -> None:
     generator = np.random.default_rng(0)
     encoder = SpaceEncoder({f"x{i}": Range(0.0, 1.0) for i in range(3)})
     points = encoder.uniform(25, generator)
@@ -420,82 +450,88 @@ def test_a_belief_is_no_surer_of_outcomes_than_it_was_right_of_each_result_by_th
     noise = process._covariance.noise
     covariance = process._covariance.between(rows, rows) + noise * np.eye(25)
     y = (values - values.mean()) / values.std()
-    errors, claimed = [], []
-    for one in range(25):
-        others = np.arange(25) != one
-        weights = np.linalg.solve(covariance[np.ix_(others, others)], covariance[others, one])
-        errors.append(y[one] - weights @ y[others])
-        claimed.append(math.sqrt(covariance[one, one] - weights @ covariance[others, one]))
-    new = encoder.uniform(40, generator)
-    new = features.rows(new, encoder.active(new))
-    surprise = math.sqrt(np.mean(np.square(np.divide(errors, claimed))))
-    spread = max(surprise, 1.0) * np.hypot(process.predict(new)[1], values.std() * math.sqrt(noise))
-    usual = values.std() * math.sqrt(np.mean(np.square(errors)))
-    mean, deviation = process.predict_result(new)
-    np.testing.assert_allclose(mean, process.predict(new)[0])
-    np.testing.assert_allclose(deviation, np.maximum(spread, usual), rtol=1e-6)
+    errors, predicted_deviations = [], []
+    for index in range(25):
+        remaining = np.arange(25) != index
+        weights = np.linalg.solve(covariance[np.ix_(remaining, remaining)], covariance[remaining, index])
+        errors.append(y[index] - weights @ y[remaining])
+        predicted_deviations.append(
+            math.sqrt(covariance[index, index] - weights @ covariance[remaining, index])
+        )
+    new_rows = encoder.uniform(40, generator)
+    new_rows = features.rows(new_rows, encoder.active(new_rows))
+    calibration = math.sqrt(np.mean(np.square(np.divide(errors, predicted_deviations))))
+    calibrated = max(calibration, 1.0) * np.hypot(
+        process.predict(new_rows)[1], values.std() * math.sqrt(noise)
+    )
+    minimum = values.std() * math.sqrt(np.mean(np.square(errors)))
+    mean, deviation = process.predict_result(new_rows)
+    np.testing.assert_allclose(mean, process.predict(new_rows)[0])
+    np.testing.assert_allclose(deviation, np.maximum(calibrated, minimum), rtol=1e-6)
 
 
 @pytest.mark.parametrize("uncertain", [1, 2])
-def test_the_chance_to_add_to_a_front_is_that_of_many_draws_or_more(uncertain: int) -> None:
+def test_the_probability_of_improvement_is_at_least_that_of_many_samples(uncertain: int) -> None:
     generator = np.random.default_rng(uncertain)
     front = np.array([[0.1, 0.9, 0.5], [0.4, 0.5, 0.5], [0.8, 0.2, 0.5], [0.5, 0.5, 0.1]])
     limits = np.array([np.inf, np.inf, 0.9])
     means = generator.uniform(0.2, 1.0, (20, 3))
     deviations = np.array([0.0, 0.2 * (uncertain > 1), 0.2])
-    foretold = [Prediction(mean, np.full(20, one)) for mean, one in zip(means.T, deviations, strict=True)]
-    found = probability_of_improvement(front, limits, foretold)
-    drawn = means + deviations * generator.normal(size=(20_000, 20, 3))
-    beaten = (drawn[:, :, None] >= front).all(axis=3).any(axis=2)
-    happened = (~beaten & (drawn <= limits).all(axis=2)).mean(axis=0)
-    assert (found >= happened - 0.015).all()
-    assert found.min() < 0.2
-    alone = probability_of_improvement(front, np.full(3, np.inf), foretold)
+    predictions = [
+        Prediction(mean, np.full(20, deviation)) for mean, deviation in zip(means.T, deviations, strict=True)
+    ]
+    probabilities = probability_of_improvement(front, limits, predictions)
+    samples = means + deviations * generator.normal(size=(20_000, 20, 3))
+    dominated = (samples[:, :, None] >= front).all(axis=3).any(axis=2)
+    frequencies = (~dominated & (samples <= limits).all(axis=2)).mean(axis=0)
+    assert (probabilities >= frequencies - 0.015).all()
+    assert probabilities.min() < 0.2
+    without_limits = probability_of_improvement(front, np.full(3, np.inf), predictions)
     if uncertain == 1:
-        np.testing.assert_allclose(alone, 1 - beaten.mean(axis=0), atol=0.015)
+        np.testing.assert_allclose(without_limits, 1 - dominated.mean(axis=0), atol=0.015)
 
 
-def test_with_noise_larger_than_the_differences_the_search_goes_on() -> None:
+def test_the_search_continues_if_noise_exceeds_the_differences() -> None:
     generator = np.random.default_rng(0)
-    trying = search.make("surrogate", SPACE, [Objective("a"), Objective("b", "max")], seed=0)
+    algorithm = search.make("surrogate", SPACE, [Objective("a"), Objective("b", "max")], seed=0)
     for _ in range(30):
-        trying.tell(
-            [(choices, {"a": generator.normal(), "b": generator.normal()}) for choices in trying.ask(1)]
+        algorithm.tell(
+            [(choices, {"a": generator.normal(), "b": generator.normal()}) for choices in algorithm.ask(1)]
         )
-    assert len(trying.ask(4)) == 4
+    assert len(algorithm.ask(4)) == 4
 
 
-def test_what_was_told_is_not_surveyed_again_at_each_result() -> None:
-    asked: list[tuple[Value, ...]] = []
+def test_reported_choices_are_not_evaluated_again_at_each_result() -> None:
+    evaluated: list[tuple[Value, ...]] = []
 
-    def known(choices: Mapping[str, Value]) -> dict[str, float]:
-        asked.append(tuple(choices.values()))
+    def known_metrics(choices: Mapping[str, Value]) -> dict[str, float]:
+        evaluated.append(tuple(choices.values()))
         return {"size": float(choices["x0"])}
 
-    space = {f"x{at}": Range(0, 9, integer=True) for at in range(8)}
-    trying = search.make("surrogate", space, [Objective("size"), Objective("loss")], known)
-    told = []
+    space = {f"x{index}": Range(0, 9, integer=True) for index in range(8)}
+    algorithm = search.make("surrogate", space, [Objective("size"), Objective("loss")], known_metrics)
+    reported = []
     for _ in range(30):
-        (choices,) = trying.ask(1)
-        told.append(tuple(choices.values()))
-        trying.tell([(choices, {"loss": float(sum(told[-1]))})])
-    asked.clear()
-    trying.ask(1)
-    assert asked
-    assert not set(told[:-1]) & set(asked)
+        (choices,) = algorithm.ask(1)
+        reported.append(tuple(choices.values()))
+        algorithm.tell([(choices, {"loss": float(sum(reported[-1]))})])
+    evaluated.clear()
+    algorithm.ask(1)
+    assert evaluated
+    assert not set(reported[:-1]) & set(evaluated)
 
 
-def test_of_what_adds_alike_the_cheaper_is_tried_first() -> None:
+def test_of_equally_promising_choices_the_cheaper_is_tried_first() -> None:
     space = {"kind": Choice(("cheap", "dear")), **{f"x{i}": Range(0.0, 1.0) for i in range(3)}}
 
-    def known(choices: Mapping[str, Value]) -> dict[str, float]:
+    def known_metrics(choices: Mapping[str, Value]) -> dict[str, float]:
         return {"seconds": 1.0 if choices["kind"] == "cheap" else 50.0}
 
-    trying = search.make("surrogate", space, [Objective("a"), Objective("b")], known, seed=0)
+    algorithm = search.make("surrogate", space, [Objective("a"), Objective("b")], known_metrics, seed=0)
     kinds = []
     for _ in range(30):
-        for choices in trying.ask(1):
+        for choices in algorithm.ask(1):
             kinds.append(choices["kind"])
             x = [float(choices[f"x{i}"]) for i in range(3)]
-            trying.tell([(choices, {"a": x[0] + x[2], "b": 1 - x[0] + x[1]})])
+            algorithm.tell([(choices, {"a": x[0] + x[2], "b": 1 - x[0] + x[1]})])
     assert kinds[10:].count("cheap") > 15

@@ -1,4 +1,4 @@
-"""A table of operations is made once, before the search, where the study wants one."""
+"""The latency table is created once, before the search, if the study needs one."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,43 +20,42 @@ TIMED = "objectives.decode_ms={goal: min}"
 
 
 @pytest.fixture
-def made(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many models each call to make a table may time."""
+def table_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Record the maximum number of models of each call that creates a table."""
     calls: list[int] = []
 
-    def make(materials: Materials, layouts: Sequence[Layout], cache: Path, most: int) -> Table:
-        calls.append(most)
-        return Table(
-            {"decode_ms": dict.fromkeys({kind for one in layouts for kind in amounts(one)}, 1.0)}, {}
-        )
+    def make(materials: Materials, layouts: Sequence[Layout], cache: Path, max_models: int) -> Table:
+        calls.append(max_models)
+        kinds = {kind for layout in layouts for kind in amounts(layout)}
+        return Table({"decode_ms": dict.fromkeys(kinds, 1.0)}, {})
 
     monkeypatch.setattr(fit_predictors, "make_table", make)
     return calls
 
 
-def test_a_table_is_made_once_and_noted(
-    prepared: Callable[..., PreparedStudy], made: list[int], tmp_path: Path
+def test_a_table_is_created_once_and_stored(
+    prepared: Callable[..., PreparedStudy], table_calls: list[int], tmp_path: Path
 ) -> None:
     ready, ledger = prepared(TIMED, "search.table=7"), Ledger(tmp_path / "ledger.db")
     first = fit_predictors.fit_predictors(ready, ledger, InlineExecutor())
     second = fit_predictors.fit_predictors(ready, ledger, InlineExecutor())
-    assert made == [7]
+    assert table_calls == [7]
     assert first.plan.original_cost.predicted["decode_ms"] > 0
     assert second.plan == first.plan
 
 
-def test_a_study_that_times_nothing_or_tries_little_makes_no_table(
-    prepared: Callable[..., PreparedStudy], made: list[int], tmp_path: Path
+def test_a_study_without_timings_or_with_few_candidates_creates_no_table(
+    prepared: Callable[..., PreparedStudy], table_calls: list[int], tmp_path: Path
 ) -> None:
     ledger = Ledger(tmp_path / "ledger.db")
     for ready in (prepared("search.table=7"), prepared(TIMED)):
         assert fit_predictors.fit_predictors(ready, ledger, InlineExecutor()) is ready
-    assert made == []
+    assert table_calls == []
     assert table_models(prepared("search.candidates=64").config) == 32
     assert table_models(prepared("search.candidates=63").config) == 0
 
 
-def test_a_table_that_cannot_be_made_ends_the_study_with_the_cure(
+def test_a_failed_table_ends_the_study_with_a_remedy(
     prepared: Callable[..., PreparedStudy], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object) -> Table:
@@ -69,18 +68,18 @@ def test_a_table_that_cannot_be_made_ends_the_study_with_the_cure(
         )
 
 
-def test_the_models_to_choose_from_are_distinct_and_of_the_space(
+def test_sampled_models_are_distinct_members_of_the_space(
     prepared: Callable[..., PreparedStudy],
 ) -> None:
     ready = prepared()
     layouts = fit_predictors.sampled(ready, 30, seed=0)
-    # Of 3 × 3 × 7 combinations.
+    # The space has 3 × 3 × 7 combinations.
     assert len(layouts) == 30
     assert len({layout.size_bytes() for layout in layouts}) > 20
     assert fit_predictors.sampled(ready, 30, seed=0) == layouts
 
 
-def test_what_is_not_predicted_follows_what_is() -> None:
+def test_metrics_without_a_prediction_follow_predicted_ones() -> None:
     original, half = Cost(100, 1000, 10, {"decode_ms": 20.0}), Cost(40, 500, 10, {"decode_ms": 16.0})
     assert share("decode_ms", half, original) == 0.8
     assert share("decode_p90_ms", half, original) == 0.8

@@ -1,4 +1,4 @@
-"""The loop where candidates become hopeless: what is ended, what is written down, what a kill leaves."""
+"""The service loop with hopeless candidates: cancellation, ledger entries, and the state after a kill."""
 
 from __future__ import annotations
 
@@ -32,25 +32,29 @@ SKIPPED: dict[str, Value] = {
 FIRST, DOOMED = SKIPPED, {**SKIPPED, "width": "prune_ffn"}
 
 
-class Listed:
-    """Asks for choices of a list; says that one of them has no chance as soon as anything was told."""
+class ListSearch:
+    """Proposes choices of a list; reports that `doomed` has no chance as soon as it received a result."""
 
     def __init__(self, choices: Sequence[Choices], doomed: Choices) -> None:
-        self._left, self._doomed = list(choices), doomed
-        self.told: list[Result] = []
+        self._remaining, self._doomed = list(choices), doomed
+        self.results: list[Result] = []
 
     def ask(self, n: int) -> list[dict[str, Value]]:
-        asked, self._left = self._left[:n], self._left[n:]
-        return [dict(one) for one in asked]
+        proposed, self._remaining = self._remaining[:n], self._remaining[n:]
+        return [dict(choices) for choices in proposed]
 
     def tell(self, results: Sequence[Result]) -> None:
-        self.told += results
+        self.results += results
 
-    def probability_of_improvement(self, awaited: Sequence[Choices]) -> list[float]:
-        return [0.0 if self.told and one == self._doomed else 1.0 for one in awaited]
+    def probability_of_improvement(self, pending: Sequence[Choices]) -> list[float]:
+        probabilities = []
+        for choices in pending:
+            hopeless = self.results and choices == self._doomed
+            probabilities.append(0.0 if hopeless else 1.0)
+        return probabilities
 
 
-class Unseen:
+class NoOutput:
     def record(self, candidate: Candidate) -> None:
         pass
 
@@ -58,12 +62,12 @@ class Unseen:
         pass
 
 
-class Killed(Exception):  # noqa: N818 - it stands for the end of the process
-    pass
+class KilledError(Exception):
+    """Stands for the end of the process."""
 
 
-class MortalLedger(Ledger):
-    """Its process dies when it has just written down for good that a candidate is stopped."""
+class DyingLedger(Ledger):
+    """A ledger whose process dies directly after it committed the stop of a candidate."""
 
     stopped = False
 
@@ -72,26 +76,30 @@ class MortalLedger(Ledger):
         with super().transaction():
             yield
         if self.stopped:
-            raise Killed
+            raise KilledError
 
     def append(self, event: Event) -> None:
         super().append(event)
         self.stopped = isinstance(event, CandidateStopped)
 
 
-def service(ready: PreparedStudy, ledger: Ledger, searching: Listed, done: list[Job]) -> Service:
-    place = WorkerContext(
+def service(
+    ready: PreparedStudy, ledger: Ledger, search_algorithm: ListSearch, executed: list[Job]
+) -> Service:
+    context = WorkerContext(
         ready.materials, ready.config.store, ready.folder.scratch, ready.folder.path / "cache"
     )
 
     def do(job: Job) -> Outcome:
-        done.append(job)
-        return work(job, place)
+        executed.append(job)
+        return work(job, context)
 
     study = Study(ready.plan)
-    replay(study, ledger, searching)
+    replay(study, ledger, search_algorithm)
     executor = InlineExecutor(slots=2)
-    return Service(study, ready, CostModel.of(ready), searching, executor, ledger, NoTracker(), do, Unseen())
+    return Service(
+        study, ready, CostModel.of(ready), search_algorithm, executor, ledger, NoTracker(), do, NoOutput()
+    )
 
 
 def recipe(ready: PreparedStudy, choices: Choices) -> Recipe:
@@ -100,69 +108,72 @@ def recipe(ready: PreparedStudy, choices: Choices) -> Recipe:
 
 @pytest.fixture
 def ready(prepared: Callable[..., PreparedStudy], monkeypatch: pytest.MonkeyPatch) -> PreparedStudy:
-    monkeypatch.setattr(studies, "WORTH_STOPPING_SECONDS", 0.0)  # a tiny model's jobs take less
+    monkeypatch.setattr(studies, "WORTH_STOPPING_SECONDS", 0.0)  # the jobs of a tiny model take less time
     return prepared("search.candidates=2")
 
 
-def test_a_hopeless_candidate_is_ended_forgotten_and_written_down(ready: PreparedStudy) -> None:
+def test_a_hopeless_candidate_is_cancelled_cleaned_up_and_recorded(ready: PreparedStudy) -> None:
     doomed = recipe(ready, DOOMED)
-    searching, done = Listed([FIRST, DOOMED], DOOMED), list[Job]()
+    search_algorithm, executed = ListSearch([FIRST, DOOMED], DOOMED), list[Job]()
     ledger = Ledger(ready.folder.ledger)
-    left = ready.folder.checkpoints / recipe(ready, {**DOOMED, "bits": "skip"}).id
-    left.mkdir(parents=True)
-    running = service(ready, ledger, searching, done)
-    running.run()
-    assert [job.recipe for job in done] == [ready.plan.original, recipe(ready, FIRST)]
-    assert running.executor.wait() == []
-    assert (DOOMED, None) in searching.told
-    assert not left.exists()
-    one = running.study.candidates[doomed.id]
-    assert (one.state, one.stopped) == ("stopped", "its chance to add to the front was down to 0.00%")
-    assert CandidateStopped(doomed.id, one.stopped) in [event for _, event in ledger.events()]
-    assert running.study.proposed == 2
-    status = status_of("tiny", running.study, None, 0.0, 0)
+    checkpoint = ready.folder.checkpoints / recipe(ready, {**DOOMED, "bits": "skip"}).id
+    checkpoint.mkdir(parents=True)
+    loop = service(ready, ledger, search_algorithm, executed)
+    loop.run()
+    assert [job.recipe for job in executed] == [ready.plan.original, recipe(ready, FIRST)]
+    assert loop.executor.wait() == []
+    assert (DOOMED, None) in search_algorithm.results
+    assert not checkpoint.exists()
+    candidate = loop.study.candidates[doomed.id]
+    assert (candidate.state, candidate.stopped) == (
+        "stopped",
+        "its chance to add to the front was down to 0.00%",
+    )
+    assert CandidateStopped(doomed.id, candidate.stopped) in [event for _, event in ledger.events()]
+    assert loop.study.proposed == 2
+    status = status_of("tiny", loop.study, None, 0.0, 0)
     assert (status.measured, status.stopped, status.ended) == (2, 1, 3)
     assert "1 stopped" in line(status)
 
 
-def test_killed_before_it_could_end_what_is_stopped_the_next_process_does_not_run_it(
+def test_a_process_killed_before_the_cancellation_does_not_run_the_stopped_candidate_after_a_restart(
     ready: PreparedStudy,
 ) -> None:
     doomed = recipe(ready, DOOMED)
-    done: list[Job] = []
-    ledger = MortalLedger(ready.folder.ledger)
-    with pytest.raises(Killed):
-        service(ready, ledger, Listed([FIRST, DOOMED], DOOMED), done).run()
+    executed: list[Job] = []
+    ledger = DyingLedger(ready.folder.ledger)
+    with pytest.raises(KilledError):
+        service(ready, ledger, ListSearch([FIRST, DOOMED], DOOMED), executed).run()
     ledger.close()
-    searching = Listed([], DOOMED)
-    again = service(ready, Ledger(ready.folder.ledger), searching, done)
-    again.run()
-    assert again.study.stage == "done"
-    assert again.study.candidates[doomed.id].state == "stopped"
-    assert (DOOMED, None) in searching.told
-    assert [job.recipe for job in done] == [ready.plan.original, recipe(ready, FIRST)]
+    search_algorithm = ListSearch([], DOOMED)
+    resumed = service(ready, Ledger(ready.folder.ledger), search_algorithm, executed)
+    resumed.run()
+    assert resumed.study.stage == "done"
+    assert resumed.study.candidates[doomed.id].state == "stopped"
+    assert (DOOMED, None) in search_algorithm.results
+    assert [job.recipe for job in executed] == [ready.plan.original, recipe(ready, FIRST)]
 
 
-def test_the_study_follows_a_cluster_that_turns_out_to_be_larger(ready: PreparedStudy) -> None:
+def test_the_study_uses_the_slots_of_a_growing_cluster(ready: PreparedStudy) -> None:
     class Growing(InlineExecutor):
-        """Could have one slot more after each turn."""
+        """An executor that gains one slot after each turn."""
 
         def wait(self, timeout: float | None = None) -> list[TaskResult]:
             self._slots += 1
             return super().wait(timeout)
 
     ledger = Ledger(ready.folder.ledger)
-    running = service(ready, ledger, Listed([FIRST, DOOMED], {}), [])
-    running.executor = Growing(slots=1)
-    running.run()
-    told = [event.slots for _, event in ledger.events() if isinstance(event, ServiceStarted | SlotsChanged)]
-    assert told == list(range(1, len(told) + 1))
-    assert len(told) > 2
-    assert running.study.slots == told[-1]
+    loop = service(ready, ledger, ListSearch([FIRST, DOOMED], {}), [])
+    loop.executor = Growing(slots=1)
+    loop.run()
+    slots = [event.slots for _, event in ledger.events() if isinstance(event, ServiceStarted | SlotsChanged)]
+    assert slots == list(range(1, len(slots) + 1))
+    assert len(slots) > 2
+    assert loop.study.slots == slots[-1]
 
 
-def test_who_has_a_chance_is_not_stopped(ready: PreparedStudy) -> None:
-    done: list[Job] = []
-    running = service(ready, Ledger(ready.folder.ledger), Listed([FIRST, DOOMED], {}), done)
-    running.run()
-    assert running.study.states["measured"] == 3
+def test_a_candidate_with_a_chance_is_not_stopped(ready: PreparedStudy) -> None:
+    executed: list[Job] = []
+    loop = service(ready, Ledger(ready.folder.ledger), ListSearch([FIRST, DOOMED], {}), executed)
+    loop.run()
+    assert loop.study.states["measured"] == 3

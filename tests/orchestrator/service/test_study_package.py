@@ -26,13 +26,13 @@ from orchestrator.worker.work import WorkerContext, work
 def test_the_same_study_makes_the_same_package_wherever_its_files_are(
     study_file: Path, tmp_path: Path
 ) -> None:
-    elsewhere = tmp_path / "elsewhere"
-    elsewhere.mkdir()
+    other_folder = tmp_path / "elsewhere"
+    other_folder.mkdir()
     text = load(study_file).config.data.evaluation.path
-    shutil.copy(text, elsewhere / Path(text).name)
+    shutil.copy(text, other_folder / Path(text).name)
     first = study_package(load(study_file), [], same_machine=False)
     moved = [
-        f"data.{key}.path={elsewhere / Path(text).name}" for key in ("evaluation", "calibration", "train")
+        f"data.{key}.path={other_folder / Path(text).name}" for key in ("evaluation", "calibration", "train")
     ]
     second = study_package(load(study_file, moved), [], same_machine=False)
     assert sorted(first.files) == sorted(second.files)
@@ -50,10 +50,10 @@ def test_the_same_study_makes_the_same_package_wherever_its_files_are(
     assert {"study.yaml", "orchestrator/__main__.py", "jobs/run.py", "cluster/on_ray/jobs_api.py"} <= set(
         names
     )
-    assert sum(name.endswith("-topics.txt") for name in names) == 1  # three keys name it
+    assert sum(name.endswith("-topics.txt") for name in names) == 1  # three keys refer to it
 
 
-def test_a_store_or_file_of_this_machine_alone_is_refused_for_a_remote_cluster(study_file: Path) -> None:
+def test_a_store_or_file_that_only_this_machine_has_is_refused_for_a_remote_cluster(study_file: Path) -> None:
     def refusal(*overrides: str) -> str:
         with pytest.raises(ValueError) as error:
             study_package(load(study_file, overrides), overrides, same_machine=False)
@@ -85,9 +85,11 @@ def test_inputs_too_large_for_the_archive_travel_through_the_store_and_each_mach
     monkeypatch.setattr(packages, "LIMIT_BYTES", packages._CODE_BYTES + 1000)
     options = [f"store={s3_address}", "search.candidates=1"]
     text = load(study_file).config.data.train.path  # type: ignore[union-attr]
-    odd = tmp_path / "a text: #1.txt"
-    shutil.copy(text, odd)
-    study_file.write_text(study_file.read_text().replace(f"train: {{path: {text}", f'train: {{path: "{odd}"'))
+    renamed_text = tmp_path / "a text: #1.txt"
+    shutil.copy(text, renamed_text)
+    study_file.write_text(
+        study_file.read_text().replace(f"train: {{path: {text}", f'train: {{path: "{renamed_text}"')
+    )
     package = study_package(load(study_file, options), options, same_machine=False)
     assert package.files == {}
     assert len(package.stored) == 3  # the model, the text of two keys, and its renamed copy

@@ -29,21 +29,21 @@ def job(id: str, status: str, digest: str = "d" * 64, began: float = 1.0) -> Job
 
 def test_a_running_or_finished_study_is_not_started_again_and_a_failed_one_resumes_under_another_id() -> None:
     digest = "d" * 64
-    first = f"tiny-{'d' * 12}"
-    assert decide("tiny", digest, [JobState("x", "RUNNING", "", {})]) == Start(first)
+    first_id = f"tiny-{'d' * 12}"
+    assert decide("tiny", digest, [JobState("x", "RUNNING", "", {})]) == Start(first_id)
     for status in ("PENDING", "RUNNING", "SUCCEEDED"):
-        existing = job(first, status)
+        existing = job(first_id, status)
         assert decide("tiny", digest, [existing]) == Attach(existing)
-    ended = [job(first, "FAILED"), job(f"{first}-2", "STOPPED", began=2.0)]
-    assert decide("tiny", digest, ended) == Start(f"{first}-3", ended[1])
+    ended_jobs = [job(first_id, "FAILED"), job(f"{first_id}-2", "STOPPED", began=2.0)]
+    assert decide("tiny", digest, ended_jobs) == Start(f"{first_id}-3", ended_jobs[1])
 
 
 def test_a_study_is_refused_while_it_runs_with_other_options() -> None:
     running = job("tiny-other", "RUNNING", digest="e" * 64)
     with pytest.raises(ValueError, match="tiny-other runs tiny with other options or data"):
         decide("tiny", "d" * 64, [running])
-    ended = job("tiny-other", "STOPPED", digest="e" * 64)
-    assert isinstance(decide("tiny", "d" * 64, [ended]), Start)
+    ended_job = job("tiny-other", "STOPPED", digest="e" * 64)
+    assert isinstance(decide("tiny", "d" * 64, [ended_job]), Start)
 
 
 def test_a_name_selects_the_running_job_or_else_the_last_one() -> None:
@@ -67,13 +67,13 @@ def test_a_study_runs_on_the_cluster_and_is_not_run_again_when_submitted_again(
     head: Head, study_file: Path, s3_address: str
 ) -> None:
     study = [study_file, f"store={s3_address}", "search.candidates=1"]
-    done = head.slimfront("submit", *study, cwd=study_file.parent)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "Pareto front of tiny" in done.stdout
-    assert "was submitted" in done.stderr
-    again = head.slimfront("submit", *study, cwd=study_file.parent)
-    assert again.returncode == 0
-    assert "is succeeded already" in again.stderr
+    submission = head.slimfront("submit", *study, cwd=study_file.parent)
+    assert submission.returncode == 0, submission.stdout + submission.stderr
+    assert "Pareto front of tiny" in submission.stdout
+    assert "was submitted" in submission.stderr
+    resubmission = head.slimfront("submit", *study, cwd=study_file.parent)
+    assert resubmission.returncode == 0
+    assert "is succeeded already" in resubmission.stderr
     jobs = [job for job in head.ask("/api/jobs/") if s3_address in job["entrypoint"]]
     assert len(jobs) == 1
     assert jobs[0]["metadata"][NAME] == "tiny"
@@ -83,7 +83,7 @@ def test_a_study_runs_on_the_cluster_and_is_not_run_again_when_submitted_again(
     assert report.stdout.strip() == "tiny.html"
     assert "</html>" in (study_file.parent / "tiny.html").read_text()
     token = Path(head.env["RAY_AUTH_TOKEN_PATH"]).read_text()
-    assert token not in json.dumps(jobs) + done.stdout + done.stderr
+    assert token not in json.dumps(jobs) + submission.stdout + submission.stderr
 
 
 @pytest.mark.ray
@@ -102,12 +102,12 @@ def test_a_study_continues_after_ctrl_c_until_it_is_stopped_and_is_resumed_by_it
     assert following.returncode == 130
     assert "continues; slimfront logs long-" in errors
     assert "Traceback" not in errors
-    shown = head.slimfront("status", "long", cwd=tmp_path).stdout
-    assert "long: running as long-" in shown
-    assert "searching" in shown.splitlines()[-1]
-    other = head.slimfront("submit", *study, "search.seed=1", "--no-follow", cwd=tmp_path)
-    assert other.returncode == 2
-    assert "with other options or data" in other.stderr
+    status_output = head.slimfront("status", "long", cwd=tmp_path).stdout
+    assert "long: running as long-" in status_output
+    assert "searching" in status_output.splitlines()[-1]
+    conflicting = head.slimfront("submit", *study, "search.seed=1", "--no-follow", cwd=tmp_path)
+    assert conflicting.returncode == 2
+    assert "with other options or data" in conflicting.stderr
     assert "is running already" in head.slimfront("submit", *study, "--no-follow", cwd=tmp_path).stderr
     assert ": stopped" in head.slimfront("stop", "long", cwd=tmp_path).stdout
     assert (
@@ -127,20 +127,20 @@ def test_a_refused_submission_prints_one_line_and_starts_nothing(
     head: Head, study_file: Path, s3_address: str, tmp_path: Path
 ) -> None:
     def refused(*args: object, code: int, **env: str) -> str:
-        done = head.slimfront("submit", study_file, "name=refused", *args, cwd=tmp_path, **env)
-        assert done.returncode == code, done.stdout + done.stderr
-        assert done.stderr.count("\n") == 1
-        return done.stderr
+        submission = head.slimfront("submit", study_file, "name=refused", *args, cwd=tmp_path, **env)
+        assert submission.returncode == code, submission.stdout + submission.stderr
+        assert submission.stderr.count("\n") == 1
+        return submission.stderr
 
-    nowhere = {"RAY_AUTH_TOKEN_PATH": str(tmp_path / "none")}
-    assert "requires a token and there is none" in refused(code=3, **nowhere)
+    no_token = {"RAY_AUTH_TOKEN_PATH": str(tmp_path / "none")}
+    assert "requires a token and there is none" in refused(code=3, **no_token)
     assert "does not take this token" in refused(code=3, RAY_AUTH_TOKEN="a" * 64)
     local_store = refused("store=runs", code=2, RAY_TMPDIR=str(tmp_path))
     assert "expected s3://bucket/prefix" in local_store
     large = tmp_path / "large.txt"
     large.write_bytes(os.urandom(101 * 2**20))
-    gone = s3_address.replace(parse(s3_address).bucket, "no-such-bucket")
-    message = refused(f"data.train.path={large}", f"store={gone}", code=3)
+    missing_bucket = s3_address.replace(parse(s3_address).bucket, "no-such-bucket")
+    message = refused(f"data.train.path={large}", f"store={missing_bucket}", code=3)
     assert "there is no bucket no-such-bucket" in message
     assert not [job for job in head.ask("/api/jobs/") if "refused" in job["entrypoint"]]
 
@@ -154,10 +154,10 @@ def answering(answers: dict[str, object]) -> AbstractContextManager[str]:
 
 def refusal(address: str, folder: Path, *args: str) -> str:
     env = {**without_ray(), "PYTHONPATH": str(ROOT), "HOME": str(folder)}
-    done = fake_cluster.slimfront(address, env, folder, "status", "x", *args)
-    assert done.returncode == 3
-    assert done.stderr.count("\n") == 1
-    return done.stderr
+    process = fake_cluster.slimfront(address, env, folder, "status", "x", *args)
+    assert process.returncode == 3
+    assert process.stderr.count("\n") == 1
+    return process.stderr
 
 
 def test_a_cluster_without_authentication_or_with_other_versions_is_refused(tmp_path: Path) -> None:

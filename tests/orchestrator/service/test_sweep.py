@@ -1,4 +1,4 @@
-"""The table of real compressions that searches are compared on holds all of its space."""
+"""Tests of the table of real compressions on which searches are compared: it covers its whole space."""
 
 from __future__ import annotations
 
@@ -10,26 +10,28 @@ from jobs.materials import Materials, Target, TextSource
 from jobs.recipe import Origin, Recipe
 
 
-def test_every_choice_of_the_real_sweep_was_measured_and_only_its_size_is_known() -> None:
-    given = problem("minilm_sweep")
-    every = list(combinations(given.space))
-    assert len(every) == 351
-    for choices in every:
-        found = given.evaluate(choices)
-        assert given.known(choices) == {"size_bytes": found["size_bytes"]}
-        assert found["agreement"] <= 1
-    assert given.best() > 0
+def test_the_real_sweep_covers_every_choice_and_only_sizes_are_known_in_advance() -> None:
+    sweep_problem = problem("minilm_sweep")
+    all_choices = list(combinations(sweep_problem.space))
+    assert len(all_choices) == 351
+    for choices in all_choices:
+        metrics = sweep_problem.evaluate(choices)
+        assert sweep_problem.known(choices) == {"size_bytes": metrics["size_bytes"]}
+        assert metrics["agreement"] <= 1
+    assert sweep_problem.best() > 0
 
 
 def test_a_sweep_measures_each_combination_once(tiny_bert: Path, text_file: Path) -> None:
-    some = TextSource(str(text_file), 4, 16)
-    materials = Materials(str(tiny_bert), "embedding", some, some, target=Target(threads=1))
+    text = TextSource(str(text_file), 4, 16)
+    materials = Materials(str(tiny_bert), "embedding", text, text, target=Target(threads=1))
     rows = list(sweep(Recipe(Origin("tiny", "text", 0)), materials, QUICK))
-    chosen = [row.choices for row in rows]
-    assert all(matter(one) == one for one in chosen)
-    assert len(chosen) == len({tuple(sorted(one.items())) for one in chosen}) == 6
-    assert {knob for one in chosen for knob in one} == set(space(QUICK))
+    measured = [row.choices for row in rows]
+    assert all(matter(choices) == choices for choices in measured)
+    assert len(measured) == len({tuple(sorted(choices.items())) for choices in measured}) == 6
+    assert {knob for choices in measured for knob in choices} == set(space(QUICK))
     by_bits = {
-        one["bits"]: row.metrics for one, row in zip(chosen, rows, strict=True) if one["width"] == "skip"
+        choices["bits"]: row.metrics
+        for choices, row in zip(measured, rows, strict=True)
+        if choices["width"] == "skip"
     }
     assert by_bits["rtn"]["size_bytes"] < by_bits["skip"]["size_bytes"]

@@ -32,7 +32,7 @@ def test_a_front_is_read_back_as_it_was_written() -> None:
     assert FrontSnapshot.from_dict(stored(SNAPSHOT)) == SNAPSHOT
 
 
-def test_the_keys_of_the_file_are_those_that_programs_read() -> None:
+def test_the_file_has_the_keys_that_programs_read() -> None:
     content = stored(SNAPSHOT)
     assert list(content) == [
         "study", "objectives", "original", "members", "picks", "reference", "hypervolume", "candidates",
@@ -43,7 +43,7 @@ def test_the_keys_of_the_file_are_those_that_programs_read() -> None:
     assert content["members"][0]["differences"]["accuracy"] == {"value": -0.3, "error": 0.02, "items": 32}
 
 
-def test_standings_of_earlier_versions_are_read_under_their_names_of_today() -> None:
+def test_standings_of_earlier_versions_are_read_under_their_current_names() -> None:
     content = {**stored(SNAPSHOT), "candidates": {"front": 1, "elsewhere": 2, "outrun": 3}}
     candidates = FrontSnapshot.from_dict(content).candidates
     assert candidates == {"front": 1, "other_environment": 2, "eliminated": 3}

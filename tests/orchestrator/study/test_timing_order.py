@@ -30,42 +30,49 @@ some_costs = st.lists(
 )
 
 
-def milliseconds(cost: Cost) -> float:
+def latency_ms(cost: Cost) -> float:
     return 2 + 3 * cost.decode_macs / 1000 + cost.linears / 20 + 4 * cost.size_bytes / 200
 
 
 @given(some_costs, some_costs, st.integers(0, 9))
-def test_what_is_foretold_is_the_mean_of_all_that_could_be_so_by_its_likelihood(
-    known: list[Cost], asked: list[Cost], seed: int
+def test_the_prediction_is_the_likelihood_weighted_mean_of_all_models(
+    timed_costs: list[Cost], new_costs: list[Cost], seed: int
 ) -> None:
     generator = np.random.default_rng(seed)
-    timings = [(cost, Timing(milliseconds(cost) * generator.uniform(0.9, 1.1), 0.3)) for cost in known]
-    unit = np.mean([one.value for _, one in timings])
-    rows = np.array([[1, c.decode_macs / 1000, c.linears / 20, c.size_bytes / 200] for c in (*known, *asked)])
+    timings = [(cost, Timing(latency_ms(cost) * generator.uniform(0.9, 1.1), 0.3)) for cost in timed_costs]
+    unit = np.mean([timing.value for _, timing in timings])
+    rows = np.array(
+        [
+            [1, cost.decode_macs / 1000, cost.linears / 20, cost.size_bytes / 200]
+            for cost in (*timed_costs, *new_costs)
+        ]
+    )
     weights, means, squares = [], [], []
-    for misfit in timing_order._MODEL_ERRORS:
-        # The joint normal distribution of all times, given those that were seen (Bishop 2006, eq. 2.81).
-        joint = 0.25 * rows @ rows.T + misfit**2 * np.eye(len(rows))
-        seen = len(known)
-        joint[:seen, :seen] += np.diag([(one.error / unit) ** 2 for _, one in timings])
-        apart = np.array([one.value / unit for _, one in timings]) - 0.25 * rows[:seen].sum(axis=1)
-        inverse = np.linalg.inv(joint[:seen, :seen])
-        weights.append(np.exp(-apart @ inverse @ apart / 2) / np.sqrt(np.linalg.det(joint[:seen, :seen])))
-        mean = 0.25 * rows[seen:].sum(axis=1) + joint[seen:, :seen] @ inverse @ apart
-        variance = joint[seen:, seen:] - joint[seen:, :seen] @ inverse @ joint[:seen, seen:]
+    for model_error in timing_order._MODEL_ERRORS:
+        # The joint normal distribution of all times, given the measured ones (Bishop 2006, eq. 2.81).
+        joint = 0.25 * rows @ rows.T + model_error**2 * np.eye(len(rows))
+        count = len(timed_costs)
+        joint[:count, :count] += np.diag([(timing.error / unit) ** 2 for _, timing in timings])
+        residuals = np.array([timing.value / unit for _, timing in timings]) - 0.25 * rows[:count].sum(axis=1)
+        inverse = np.linalg.inv(joint[:count, :count])
+        weights.append(
+            np.exp(-residuals @ inverse @ residuals / 2) / np.sqrt(np.linalg.det(joint[:count, :count]))
+        )
+        mean = 0.25 * rows[count:].sum(axis=1) + joint[count:, :count] @ inverse @ residuals
+        variance = joint[count:, count:] - joint[count:, :count] @ inverse @ joint[:count, count:]
         means.append(mean)
         squares.append(variance.diagonal() + mean**2)
     share = np.array(weights) / np.sum(weights)
     expected = share @ np.array(means)
     deviation = np.sqrt(share @ np.array(squares) - expected**2)
-    found = predict_latency(timings, asked, ORIGINAL)
-    np.testing.assert_allclose(found[0], unit * expected, rtol=1e-6)
-    np.testing.assert_allclose(found[1], unit * deviation, rtol=1e-4)
+    predicted = predict_latency(timings, new_costs, ORIGINAL)
+    np.testing.assert_allclose(predicted[0], unit * expected, rtol=1e-6)
+    np.testing.assert_allclose(predicted[1], unit * deviation, rtol=1e-4)
 
 
-def test_times_that_follow_the_costs_are_found_and_the_error_is_no_smaller_than_it_should_be() -> None:
+def test_latencies_that_follow_the_costs_are_predicted_with_a_sufficient_error() -> None:
     generator = np.random.default_rng(0)
-    misses = []
+    normalized_errors = []
     for _ in range(200):
         costs = [
             Cost(
@@ -75,11 +82,11 @@ def test_times_that_follow_the_costs_are_found_and_the_error_is_no_smaller_than_
             )
             for _ in range(9)
         ]
-        known = [(cost, Timing(milliseconds(cost) + generator.normal(0, 0.3), 0.3)) for cost in costs[:8]]
-        mean, deviation = predict_latency(known, costs[8:], ORIGINAL)
-        misses.append((mean[0] - milliseconds(costs[8])) / deviation[0])
-    assert np.mean(np.abs(misses) > 2) < 0.05
-    assert np.std(misses) > 0.3
+        timings = [(cost, Timing(latency_ms(cost) + generator.normal(0, 0.3), 0.3)) for cost in costs[:8]]
+        mean, deviation = predict_latency(timings, costs[8:], ORIGINAL)
+        normalized_errors.append((mean[0] - latency_ms(costs[8])) / deviation[0])
+    assert np.mean(np.abs(normalized_errors) > 2) < 0.05
+    assert np.std(normalized_errors) > 0.3
 
 
 def rival(size: int, accuracy: float, macs: int = 1000) -> Rival:
@@ -89,7 +96,7 @@ def rival(size: int, accuracy: float, macs: int = 1000) -> Rival:
 RIVALS = {"best": rival(50, 0.4), "larger": rival(80, 0.5), "worse": rival(90, 0.3, macs=900)}
 
 
-def test_those_as_good_as_no_other_are_timed_first_however_slow() -> None:
+def test_nondominated_candidates_are_timed_first_even_if_they_are_slow() -> None:
     order = []
     waiting = ["worse", "best", "larger"]
     timings = {"best": {"decode_ms": Timing(1.0, 0.01)}, "original": {"decode_ms": Timing(9.0, 0.1)}}
@@ -100,19 +107,21 @@ def test_those_as_good_as_no_other_are_timed_first_however_slow() -> None:
 
 
 @pytest.mark.parametrize("error", [0.01, 5.0])
-def test_who_is_surely_slower_than_one_that_is_better_in_the_rest_is_not_timed(error: float) -> None:
+def test_certainly_dominated_candidates_are_not_timed(error: float) -> None:
     sizes = range(20, 200, 20)
     rivals = {str(size): rival(size, size / 1000) for size in sizes}
-    beaten = rivals | {"beaten": rival(170, 0.05, macs=990)}
-    timings = {id: {"decode_ms": Timing(milliseconds(one.cost), error)} for id, one in rivals.items()}
-    assert next_timed(["beaten"], beaten, timings, PLAN) == (None if error < 1 else "beaten")
+    candidates = rivals | {"dominated": rival(170, 0.05, macs=990)}
+    timings = {
+        id: {"decode_ms": Timing(latency_ms(candidate.cost), error)} for id, candidate in rivals.items()
+    }
+    assert next_timed(["dominated"], candidates, timings, PLAN) == (None if error < 1 else "dominated")
 
 
-def test_a_rival_that_was_not_timed_beats_nobody() -> None:
+def test_an_untimed_rival_dominates_no_candidate() -> None:
     original = {"original": {"decode_ms": Timing(9.0, 0.001)}}
     assert next_timed(["worse"], RIVALS, original, PLAN) == "worse"
     assert next_timed(["worse"], RIVALS, {}, PLAN) == "worse"
 
 
-def test_nobody_waits_nobody_is_next() -> None:
+def test_without_pending_candidates_no_timing_is_next() -> None:
     assert next_timed([], RIVALS, {}, PLAN) is None

@@ -1,4 +1,4 @@
-"""The mirror into MLflow: what it writes, and that nothing is lost or doubled whatever breaks."""
+"""The MLflow mirror writes complete runs, and failures neither lose nor duplicate an entry."""
 
 from __future__ import annotations
 
@@ -45,21 +45,23 @@ def recipe(dropped: int) -> Recipe:
     return ORIGINAL.then(techniques.load("drop_layers").of({"count": dropped}))
 
 
-def measured(dropped: int, size: int, accuracy: float, **more: float) -> Candidate:
-    known = Measurement({"size_bytes": float(size), "accuracy": accuracy, **more}, {"accuracy": 0.01})
-    return Candidate(recipe(dropped), "measured", size, artifact=f"sha-{dropped}", measurement=known)
+def measured(dropped: int, size: int, accuracy: float, **metrics: float) -> Candidate:
+    measurement = Measurement(
+        {"size_bytes": float(size), "accuracy": accuracy, **metrics}, {"accuracy": 0.01}
+    )
+    return Candidate(recipe(dropped), "measured", size, artifact=f"sha-{dropped}", measurement=measurement)
 
 
-def test_the_error_of_a_prediction_is_a_metric_and_the_prediction_is_none() -> None:
-    one = dataclasses.replace(measured(1, 80, 0.7, decode_ms=5.0), predicted={"decode_ms": 5.5})
-    found = candidate_entry(one)["metrics"]
-    assert found["decode_ms_predicted_error"] == pytest.approx(0.1)
-    assert set(found) == {"size_bytes", "accuracy", "decode_ms", "decode_ms_predicted_error"}
+def test_the_error_of_a_prediction_is_a_metric_and_the_prediction_is_not() -> None:
+    candidate = dataclasses.replace(measured(1, 80, 0.7, decode_ms=5.0), predicted={"decode_ms": 5.5})
+    metrics = candidate_entry(candidate)["metrics"]
+    assert metrics["decode_ms_predicted_error"] == pytest.approx(0.1)
+    assert set(metrics) == {"size_bytes", "accuracy", "decode_ms", "decode_ms_predicted_error"}
 
 
 @pytest.fixture(scope="session")
 def new_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An empty MLflow database: making one takes seconds, copying it does not."""
+    """Create an empty MLflow database once: creation takes seconds, and a copy does not."""
     file = tmp_path_factory.mktemp("mlflow") / "new.db"
     MlflowClient(f"sqlite:///{file}").search_experiments()
     return file
@@ -78,7 +80,7 @@ def outbox(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def tracker(uri: str, outbox: Path, monkeypatch: pytest.MonkeyPatch) -> MLflowTracker:
-    """A tracker whose test delivers by itself, with `sync`."""
+    """Return a tracker without a mirror process; the test delivers with `sync`."""
     monkeypatch.setattr(MLflowTracker, "_ensure_mirror", lambda self: None)
     tracker = MLflowTracker(uri, outbox)
     tracker.start("laptop", "name: laptop\n", {"cpu": "Xeon"}, OBJECTIVES)
@@ -86,12 +88,14 @@ def tracker(uri: str, outbox: Path, monkeypatch: pytest.MonkeyPatch) -> MLflowTr
 
 
 def runs_of(uri: str) -> dict[str, Run]:
-    """Every run by its name; fails where two have the same."""
+    """Return all runs by name; fail if two runs have the same name."""
     client = MlflowClient(uri)
     experiment = client.get_experiment_by_name("laptop")
-    found = list(client.search_runs([experiment.experiment_id])) if experiment else []
-    by_name = {run.info.run_name: run for run in found}
-    assert len(by_name) == len(found), "two runs of one name"
+    runs: list[Run] = []
+    if experiment:
+        runs = list(client.search_runs([experiment.experiment_id]))
+    by_name = {run.info.run_name: run for run in runs}
+    assert len(by_name) == len(runs), "two runs have the same name"
     return by_name
 
 
@@ -118,25 +122,25 @@ def test_the_parent_run_is_the_study(tracker: MLflowTracker, uri: str, outbox: P
     assert text_of(uri, run, "study.yaml") == "name: laptop\n"
 
 
-def test_failures_and_what_was_over_a_limit_are_runs_that_say_so(
+def test_failed_stopped_and_over_limit_candidates_are_runs_with_their_reason(
     tracker: MLflowTracker, uri: str, outbox: Path
 ) -> None:
     tracker.record(Candidate(recipe(1), "failed", 90, failure=Failure("diverged", "NaN in block 3")))
     tracker.record(Candidate(recipe(2), "over_limit", 80))
     tracker.record(Candidate(recipe(3), "stopped", 70, stopped="hopeless"))
     sync(outbox, uri)
-    failed, over, stopped = (runs_of(uri)[f"drop_layers(count={count})"] for count in (1, 2, 3))
+    failed, over_limit, stopped = (runs_of(uri)[f"drop_layers(count={count})"] for count in (1, 2, 3))
     assert failed.info.status == "FAILED"
     assert failed.data.tags["failure.kind"] == "diverged"
     assert failed.data.tags["failure.message"] == "NaN in block 3"
-    assert over.info.status == "KILLED"
-    assert over.data.tags["state"] == "over_limit"
-    assert over.data.metrics == {"size_bytes": 80.0}
+    assert over_limit.info.status == "KILLED"
+    assert over_limit.data.tags["state"] == "over_limit"
+    assert over_limit.data.metrics == {"size_bytes": 80.0}
     assert stopped.info.status == "KILLED"
     assert (stopped.data.tags["state"], stopped.data.tags["stopped"]) == ("stopped", "hopeless")
 
 
-def test_what_is_measured_later_joins_the_same_run(tracker: MLflowTracker, uri: str, outbox: Path) -> None:
+def test_later_measurements_are_added_to_the_same_run(tracker: MLflowTracker, uri: str, outbox: Path) -> None:
     tracker.record(Candidate(recipe(2), "running", 80))
     sync(outbox, uri)
     tracker.record(measured(2, 80, 0.7))
@@ -146,17 +150,17 @@ def test_what_is_measured_later_joins_the_same_run(tracker: MLflowTracker, uri: 
     run = runs_of(uri)["drop_layers(count=2)"]
     assert run.data.metrics["decode_ms"] == 5.0
     history = MlflowClient(uri).get_metric_history(run.info.run_id, "accuracy")
-    assert len(history) == 1, "a value that did not change is no curve"
+    assert len(history) == 1, "an unchanged value adds no point to the curve"
 
 
-def test_at_the_finish_the_front_is_tagged_and_its_pictures_are_artifacts(
+def test_at_the_end_the_front_is_tagged_and_its_plots_are_artifacts(
     tracker: MLflowTracker, uri: str, outbox: Path
 ) -> None:
-    told = [measured(0, 100, 0.8), measured(1, 80, 0.7), measured(2, 90, 0.6)]
-    for one in told:
-        tracker.record(one)
+    candidates = [measured(0, 100, 0.8), measured(1, 80, 0.7), measured(2, 90, 0.6)]
+    for candidate in candidates:
+        tracker.record(candidate)
     totals = {"node_hours": 2.0, "cost": 1.8}
-    tracker.finish(judge("laptop", OBJECTIVES, told[0], told), "<html>the front</html>", totals)
+    tracker.finish(judge("laptop", OBJECTIVES, candidates[0], candidates), "<html>the front</html>", totals)
     sync(outbox, uri)
     runs = runs_of(uri)
     assert {name for name, run in runs.items() if run.data.tags.get("pareto") == "true"} == {
@@ -166,68 +170,68 @@ def test_at_the_finish_the_front_is_tagged_and_its_pictures_are_artifacts(
     assert parent.info.status == "FINISHED"
     assert {name: parent.data.metrics[name] for name in totals} == totals
     assert text_of(uri, parent, "front.html") == "<html>the front</html>"
-    assert json.loads(text_of(uri, parent, "front.json"))["members"][0]["id"] == told[1].id
+    assert json.loads(text_of(uri, parent, "front.json"))["members"][0]["id"] == candidates[1].id
     table = json.loads(text_of(uri, parent, "front_table.json"))
     assert table["columns"] == ["candidate", "recipe", "size_bytes", "accuracy"]
     assert table["data"][0][2:] == [80.0, 0.7]
 
 
-def test_who_leaves_the_front_when_a_study_goes_on_loses_the_tag(
+def test_a_candidate_that_leaves_the_front_of_a_resumed_study_loses_the_tag(
     tracker: MLflowTracker, uri: str, outbox: Path
 ) -> None:
-    told = [measured(0, 100, 0.8), measured(1, 80, 0.7)]
-    for one in told:
-        tracker.record(one)
-    tracker.finish(judge("laptop", OBJECTIVES, told[0], told), "")
+    candidates = [measured(0, 100, 0.8), measured(1, 80, 0.7)]
+    for candidate in candidates:
+        tracker.record(candidate)
+    tracker.finish(judge("laptop", OBJECTIVES, candidates[0], candidates), "")
     sync(outbox, uri)
-    told.append(measured(2, 70, 0.75))
+    candidates.append(measured(2, 70, 0.75))
     tracker.start("laptop", "name: laptop\n", {}, OBJECTIVES)
-    tracker.record(told[2])
-    tracker.finish(judge("laptop", OBJECTIVES, told[0], told), "")
+    tracker.record(candidates[2])
+    tracker.finish(judge("laptop", OBJECTIVES, candidates[0], candidates), "")
     sync(outbox, uri)
     tags = {name: run.data.tags.get("pareto") for name, run in runs_of(uri).items()}
     assert tags["drop_layers(count=1)"] == "false"
     assert tags["drop_layers(count=2)"] == "true"
 
 
-def finish(tracker: MLflowTracker, told: list[Candidate]) -> None:
-    for one in told:
-        tracker.record(one)
-    tracker.finish(judge("laptop", OBJECTIVES, told[0], told), "")
+def finish(tracker: MLflowTracker, candidates: list[Candidate]) -> None:
+    for candidate in candidates:
+        tracker.record(candidate)
+    tracker.finish(judge("laptop", OBJECTIVES, candidates[0], candidates), "")
 
 
 def aliases_of(uri: str) -> dict[str, str]:
-    """The candidate that each alias names."""
+    """Return the id of the candidate of each alias."""
     client = MlflowClient(uri)
-    found = client.get_registered_model("laptop").aliases
+    versions = client.get_registered_model("laptop").aliases
     return {
-        alias: client.get_model_version("laptop", number).tags[CANDIDATE_TAG]
-        for alias, number in found.items()
+        alias: client.get_model_version("laptop", version).tags[CANDIDATE_TAG]
+        for alias, version in versions.items()
     }
 
 
 def versions_of(uri: str) -> dict[str, str]:
-    """Whether each registered candidate is on the front; fails where one has two versions."""
-    found = list(MlflowClient(uri).search_model_versions("name = 'laptop'"))
-    by_candidate = {one.tags[CANDIDATE_TAG]: one.tags["pareto"] for one in found}
-    assert len(by_candidate) == len(found), "two versions of one candidate"
+    """Return the front tag of each registered candidate; fail if a candidate has two versions."""
+    versions = list(MlflowClient(uri).search_model_versions("name = 'laptop'"))
+    by_candidate = {version.tags[CANDIDATE_TAG]: version.tags["pareto"] for version in versions}
+    assert len(by_candidate) == len(versions), "a candidate has two versions"
     return by_candidate
 
 
-def test_front_members_alone_are_registered_and_the_aliases_name_them(
+def test_only_front_members_are_registered_and_have_aliases(
     uri: str, outbox: Path, tracker: MLflowTracker
 ) -> None:
-    told = [measured(0, 100, 0.8), measured(1, 80, 0.7), measured(2, 90, 0.6)]
-    finish(tracker, told)
+    candidates = [measured(0, 100, 0.8), measured(1, 80, 0.7), measured(2, 90, 0.6)]
+    finish(tracker, candidates)
     sync(outbox, uri)
-    assert versions_of(uri) == {told[0].id: "true", told[1].id: "true"}
-    found = aliases_of(uri)
-    assert found["smallest"] == told[1].id
-    assert found["most-accurate"] == told[0].id
-    assert set(found) == {"knee", "smallest", "most-accurate"}, "no objective says which is fastest"
+    assert versions_of(uri) == {candidates[0].id: "true", candidates[1].id: "true"}
+    aliases = aliases_of(uri)
+    assert aliases["smallest"] == candidates[1].id
+    assert aliases["most-accurate"] == candidates[0].id
+    assert set(aliases) == {"knee", "smallest", "most-accurate"}, "no objective defines the fastest member"
 
 
-def test_a_registered_model_tells_its_run_its_numbers_and_where_its_files_lie(
+def test_a_registered_model_has_its_run_its_metrics_and_the_location_of_its_files(
     uri: str, outbox: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(MLflowTracker, "_ensure_mirror", lambda self: None)
@@ -240,56 +244,56 @@ def test_a_registered_model_tells_its_run_its_numbers_and_where_its_files_lie(
     assert version.run_id == run.info.run_id
     assert version.tags["stored_at"] == "s3://bucket/objects/sha-1/files"
     models = client.search_logged_models([run.info.experiment_id])
-    (model,) = [one for one in models if one.source_run_id == run.info.run_id]
+    (model,) = [item for item in models if item.source_run_id == run.info.run_id]
     assert (model.status, model.params) == ("READY", {"drop_layers.count": "1"})
-    assert {one.key: one.value for one in model.metrics or []} == run.data.metrics
+    assert {item.key: item.value for item in model.metrics or []} == run.data.metrics
     assert model.tags["stored_at"] == version.tags["stored_at"]
-    assert len(client.get_metric_history(run.info.run_id, "accuracy")) == 1, "a value told twice is no curve"
+    assert len(client.get_metric_history(run.info.run_id, "accuracy")) == 1, (
+        "a value delivered twice adds no point to the curve"
+    )
 
 
-def test_a_study_that_goes_on_or_is_delivered_again_moves_the_aliases_and_registers_nobody_twice(
+def test_a_resumed_or_redelivered_study_moves_the_aliases_and_registers_no_candidate_twice(
     uri: str, outbox: Path, tracker: MLflowTracker
 ) -> None:
-    told = [measured(0, 100, 0.8), measured(1, 80, 0.7)]
-    finish(tracker, told)
+    candidates = [measured(0, 100, 0.8), measured(1, 80, 0.7)]
+    finish(tracker, candidates)
     sync(outbox, uri)
     MlflowClient(uri).set_registered_model_alias("laptop", "deployed", "1")
-    told.append(measured(2, 70, 0.75))
+    candidates.append(measured(2, 70, 0.75))
     tracker.start("laptop", "name: laptop\n", {}, OBJECTIVES)
-    finish(tracker, told)
+    finish(tracker, candidates)
     sync(outbox, uri)
     outbox.with_suffix(".delivered").unlink()
     sync(outbox, uri)
-    assert versions_of(uri) == {told[0].id: "true", told[1].id: "false", told[2].id: "true"}
-    assert aliases_of(uri)["smallest"] == told[2].id
-    assert "deployed" in aliases_of(uri), "an alias that is not ours stays"
+    assert versions_of(uri) == {candidates[0].id: "true", candidates[1].id: "false", candidates[2].id: "true"}
+    assert aliases_of(uri)["smallest"] == candidates[2].id
+    assert "deployed" in aliases_of(uri), "an alias of the user stays"
     client = MlflowClient(uri)
     experiment = client.get_experiment_by_name("laptop")
     assert experiment is not None
     assert len(client.search_logged_models([experiment.experiment_id])) == 3
 
 
-def test_a_front_that_is_empty_now_takes_the_aliases_back(
-    uri: str, outbox: Path, tracker: MLflowTracker
-) -> None:
-    told = [measured(0, 100, 0.8), measured(1, 80, 0.7)]
-    finish(tracker, told)
+def test_an_empty_front_removes_the_aliases(uri: str, outbox: Path, tracker: MLflowTracker) -> None:
+    candidates = [measured(0, 100, 0.8), measured(1, 80, 0.7)]
+    finish(tracker, candidates)
     sync(outbox, uri)
-    tracker.finish(judge("laptop", [Objective("size_bytes", limit=1.0)], told[0], told), "")
+    tracker.finish(judge("laptop", [Objective("size_bytes", limit=1.0)], candidates[0], candidates), "")
     sync(outbox, uri)
     assert aliases_of(uri) == {}
     assert set(versions_of(uri).values()) == {"false"}
 
 
-def test_an_interrupted_study_goes_on_in_the_same_parent_run(
+def test_an_interrupted_study_resumes_in_the_same_parent_run(
     tracker: MLflowTracker, uri: str, outbox: Path
 ) -> None:
     tracker.record(measured(1, 80, 0.7))
     sync(outbox, uri)
-    again = MLflowTracker(uri, outbox)
-    again.start("laptop", "name: laptop\n", {}, OBJECTIVES)
-    again.record(measured(1, 80, 0.7))
-    again.record(measured(2, 70, 0.6))
+    resumed = MLflowTracker(uri, outbox)
+    resumed.start("laptop", "name: laptop\n", {}, OBJECTIVES)
+    resumed.record(measured(1, 80, 0.7))
+    resumed.record(measured(2, 70, 0.6))
     sync(outbox, uri)
     assert set(runs_of(uri)) == {"laptop", "drop_layers(count=1)", "drop_layers(count=2)"}
 
@@ -297,8 +301,8 @@ def test_an_interrupted_study_goes_on_in_the_same_parent_run(
 def test_another_study_of_the_same_name_gets_its_own_parent_in_the_same_experiment(
     tracker: MLflowTracker, uri: str, outbox: Path, tmp_path: Path
 ) -> None:
-    other = MLflowTracker(uri, tmp_path / "other" / "outbox.sqlite")
-    other.start("laptop", "", {}, OBJECTIVES)
+    second_tracker = MLflowTracker(uri, tmp_path / "other" / "outbox.sqlite")
+    second_tracker.start("laptop", "", {}, OBJECTIVES)
     sync(outbox, uri)
     sync(tmp_path / "other" / "outbox.sqlite", uri)
     client = MlflowClient(uri)
@@ -307,17 +311,17 @@ def test_another_study_of_the_same_name_gets_its_own_parent_in_the_same_experime
     assert len(client.search_runs([experiment.experiment_id])) == 2
 
 
-def test_killed_after_making_a_run_and_before_noting_it_there_is_still_one_run(
+def test_a_kill_between_the_creation_and_the_record_of_a_run_causes_no_second_run(
     tracker: MLflowTracker, uri: str, outbox: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tracker.record(measured(1, 80, 0.7))
-    genuine = MlflowClient.create_run
+    create_run = MlflowClient.create_run
 
-    def create_and_die(self: MlflowClient, *given: Any, **named: Any) -> None:
-        genuine(self, *given, **named)
+    def create_and_die(self: MlflowClient, *args: Any, **kwargs: Any) -> None:
+        create_run(self, *args, **kwargs)
         raise KeyboardInterrupt
 
-    for _ in range(2):  # first the parent's run, then the candidate's
+    for _ in range(2):  # first for the parent run, then for the candidate
         with monkeypatch.context() as patch:
             patch.setattr(MlflowClient, "create_run", create_and_die)
             with pytest.raises(KeyboardInterrupt):
@@ -327,7 +331,7 @@ def test_killed_after_making_a_run_and_before_noting_it_there_is_still_one_run(
     assert runs_of(uri)["drop_layers(count=1)"].info.status == "FINISHED"
 
 
-def test_an_entry_that_mlflow_refuses_does_not_hold_up_the_others(
+def test_an_entry_that_mlflow_refuses_does_not_block_others(
     tracker: MLflowTracker, uri: str, outbox: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     Outbox(outbox).append("candidate", {**_entry(), "metrics": {"no/../good": 1.0}}, "bad")
@@ -355,12 +359,15 @@ def test_another_mlflow_gets_the_whole_study(
     assert set(runs_of(second)) == set(runs_of(uri))
 
 
-def test_a_step_that_comes_twice_keeps_both_its_options() -> None:
-    twice = recipe(1).then(techniques.load("drop_layers").of({"count": 2}))
-    assert options(Candidate(twice, "waiting", 1)) == {"drop_layers.count": "1", "drop_layers_2.count": "2"}
+def test_a_repeated_step_keeps_the_options_of_both() -> None:
+    repeated = recipe(1).then(techniques.load("drop_layers").of({"count": 2}))
+    assert options(Candidate(repeated, "waiting", 1)) == {
+        "drop_layers.count": "1",
+        "drop_layers_2.count": "2",
+    }
 
 
-def test_numbers_that_are_none_never_enter_the_outbox(outbox: Path) -> None:
+def test_values_that_are_not_numbers_never_enter_the_outbox(outbox: Path) -> None:
     with pytest.raises(ValueError, match="not JSON compliant"):
         Outbox(outbox).append("candidate", {"metrics": {"accuracy": float("nan")}})
 
@@ -381,7 +388,9 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
-def test_after_the_service_is_killed_the_mirror_delivers_the_rest_and_ends(uri: str, outbox: Path) -> None:
+def test_after_a_kill_of_the_service_the_mirror_delivers_pending_entries_and_ends(
+    uri: str, outbox: Path
+) -> None:
     service = subprocess.run(
         [sys.executable, "-c", SERVICE, uri, str(outbox)], stdout=subprocess.PIPE, text=True, check=False
     )
@@ -390,12 +399,12 @@ def test_after_the_service_is_killed_the_mirror_delivers_the_rest_and_ends(uri: 
     assert set(runs_of(uri)) == {"laptop", "original"}
 
 
-def test_the_mirror_of_a_finished_study_ends_though_the_service_lives(uri: str, outbox: Path) -> None:
+def test_the_mirror_of_a_finished_study_ends_while_the_service_runs(uri: str, outbox: Path) -> None:
     tracker = MLflowTracker(uri, outbox)
-    told = [measured(0, 100, 0.8)]
+    candidates = [measured(0, 100, 0.8)]
     tracker.start("laptop", "", {}, OBJECTIVES)
-    tracker.record(told[0])
-    tracker.finish(judge("laptop", OBJECTIVES, told[0], told), "")
+    tracker.record(candidates[0])
+    tracker.finish(judge("laptop", OBJECTIVES, candidates[0], candidates), "")
     assert tracker._mirror is not None
     assert tracker._mirror.wait(60) == 0
     assert runs_of(uri)["laptop"].info.status == "FINISHED"
@@ -410,12 +419,12 @@ def address() -> str:
 
 @pytest.fixture
 def serve(address: str, uri: str, tmp_path: Path) -> Iterator[Callable[..., None]]:
-    """Starts an MLflow server at the address, with more options than the necessary."""
+    """Return a function that starts an MLflow server at the address with additional options."""
     servers: list[subprocess.Popen[bytes]] = []
 
-    def start(*more: str, **env: str) -> None:
+    def start(*options: str, **env: str) -> None:
         command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri, "--workers", "1"]
-        command += ["--port", address.rpartition(":")[2], *more]
+        command += ["--port", address.rpartition(":")[2], *options]
         with (tmp_path / "server.log").open("wb") as log:
             servers.append(
                 subprocess.Popen(
@@ -431,7 +440,7 @@ def serve(address: str, uri: str, tmp_path: Path) -> Iterator[Callable[..., None
 
 @pytest.mark.cluster
 @pytest.mark.parametrize("through_the_server", [True, False])
-def test_a_teams_server_puts_files_into_a_bucket_or_lets_studies_put_them_there(
+def test_files_reach_the_bucket_of_a_shared_server_through_the_server_or_directly(
     through_the_server: bool,
     serve: Callable[..., None],
     address: str,
@@ -453,14 +462,14 @@ def test_a_teams_server_puts_files_into_a_bucket_or_lets_studies_put_them_there(
     finish(tracker, [measured(0, 100, 0.8), measured(1, 80, 0.7)])
     wait_until(lambda: _healthy(address))
     sync(outbox, address)
-    held = [one["Key"] for one in s3.list_objects_v2(Bucket=bucket)["Contents"]]
-    assert any(key.startswith("files/") and key.endswith("/front.json") for key in held)
+    keys = [item["Key"] for item in s3.list_objects_v2(Bucket=bucket)["Contents"]]
+    assert any(key.startswith("files/") and key.endswith("/front.json") for key in keys)
     assert aliases_of(address)["smallest"] == recipe(1).id
-    stranger = urllib.request.Request(
+    foreign_request = urllib.request.Request(
         f"{address}/api/2.0/mlflow/experiments/search", headers={"Host": "evil.org"}
     )
     with pytest.raises(urllib.error.HTTPError, match="403"):
-        urllib.request.urlopen(stranger)
+        urllib.request.urlopen(foreign_request)
 
 
 def _healthy(address: str) -> bool:
@@ -472,15 +481,15 @@ def _healthy(address: str) -> bool:
 
 
 @pytest.mark.slow
-def test_a_server_that_comes_up_late_gets_all_that_was_recorded_while_it_was_down(
+def test_a_server_that_starts_late_receives_all_earlier_entries(
     serve: Callable[..., None], address: str, outbox: Path, tmp_path: Path
 ) -> None:
     tracker = MLflowTracker(address, outbox)
-    told = [measured(0, 100, 0.8), measured(1, 80, 0.7)]
+    candidates = [measured(0, 100, 0.8), measured(1, 80, 0.7)]
     tracker.start("laptop", "", {}, OBJECTIVES)
-    for one in told:
-        tracker.record(one)
-    tracker.finish(judge("laptop", OBJECTIVES, told[0], told), "<html></html>")
+    for candidate in candidates:
+        tracker.record(candidate)
+    tracker.finish(judge("laptop", OBJECTIVES, candidates[0], candidates), "<html></html>")
     wait_until(lambda: "cannot be reached" in outbox.with_suffix(".log").read_text())
     serve("--artifacts-destination", str(tmp_path / "served"))
     assert tracker._mirror is not None
@@ -489,10 +498,10 @@ def test_a_server_that_comes_up_late_gets_all_that_was_recorded_while_it_was_dow
     runs = runs_of(address)
     assert set(runs) == {"laptop", "original", "drop_layers(count=1)"}
     assert text_of(address, runs["laptop"], "front.html") == "<html></html>"
-    assert aliases_of(address)["smallest"] == told[1].id
+    assert aliases_of(address)["smallest"] == candidates[1].id
 
 
-def test_the_sync_of_an_unreachable_server_says_so(
+def test_the_sync_with_an_unreachable_server_reports_its_address(
     outbox: Path, tracker: MLflowTracker, address: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(mlflow_mirror, "SYNC_SECONDS", 1.0)
@@ -501,7 +510,7 @@ def test_the_sync_of_an_unreachable_server_says_so(
 
 
 @pytest.mark.parametrize("status", [401, 403])
-def test_what_a_server_that_does_not_let_us_in_was_not_given_is_delivered_when_it_does(
+def test_entries_that_a_server_rejected_for_lack_of_access_stay_undelivered(
     status: int, outbox: Path, tracker: MLflowTracker, uri: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Refusal(BaseHTTPRequestHandler):
@@ -522,7 +531,7 @@ def test_what_a_server_that_does_not_let_us_in_was_not_given_is_delivered_when_i
 
 
 def text_of(uri: str, run: Run, artifact: str) -> str:
-    """An artifact, read as the UI reads it."""
+    """Read an artifact in the same way as the UI."""
     import mlflow.artifacts
 
     mlflow.set_tracking_uri(uri)
@@ -535,7 +544,7 @@ def running(pid: int) -> bool:
     except ProcessLookupError:
         return False
     stat = Path(f"/proc/{pid}/stat")
-    # Where nothing reaps orphans, the ended ones stay as zombies.
+    # On a system that does not reap orphans, ended processes stay as zombies.
     return not (stat.exists() and stat.read_text().rpartition(")")[2].split()[0] == "Z")
 
 

@@ -1,4 +1,4 @@
-"""Trainings that are interrupted on one machine and go on on another, which shares no disk with it."""
+"""Trainings that are interrupted on one machine and resume on another, without a shared disk."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ from orchestrator.worker.work import WorkerContext, forget_training, work
 STEPS = 140
 
 
-def lay(folder: Path, steps: int, content: bytes = b"weights") -> Path:
-    """What a training leaves after so many steps."""
+def write_checkpoint(folder: Path, steps: int, content: bytes = b"weights") -> Path:
+    """Write the checkpoint files of a training after this many steps."""
     (folder / f"step-{steps}").mkdir(parents=True, exist_ok=True)
     (folder / f"step-{steps}" / "00000.safetensors").write_bytes(content)
     (folder / "checkpoint.json").write_text(json.dumps({"folder": f"step-{steps}", "losses": [1.0] * steps}))
@@ -62,52 +62,50 @@ def keys(store: ArtifactStore) -> list[str]:
     return list(store.records("checkpoints/"))
 
 
-def test_the_furthest_checkpoint_counts_and_takes_the_place_of_others(
-    store: ArtifactStore, tmp_path: Path
-) -> None:
-    elsewhere = tmp_path / "elsewhere"
-    fetch("one", store, elsewhere)
-    assert not elsewhere.exists()
-    for steps in (50, 100, 50):  # a late one is not sent
-        send("one", store, lay(tmp_path / f"after-{steps}", steps))
-    send("other", store, lay(tmp_path / "after-50", 50, b"others"))
+def test_the_checkpoint_with_the_most_steps_replaces_others(store: ArtifactStore, tmp_path: Path) -> None:
+    target = tmp_path / "elsewhere"
+    fetch("one", store, target)
+    assert not target.exists()
+    for steps in (50, 100, 50):  # a late checkpoint is not sent
+        send("one", store, write_checkpoint(tmp_path / f"after-{steps}", steps))
+    send("other", store, write_checkpoint(tmp_path / "after-50", 50, b"others"))
     assert keys(store) == ["checkpoints/one/00000100", "checkpoints/other/00000050"]
     assert len(store.holdings().artifacts) == 2
-    lay(elsewhere, 50)
-    fetch("one", store, elsewhere)
-    assert steps_in(elsewhere) == 100
-    lay(elsewhere, 150)
-    fetch("one", store, elsewhere)
-    assert steps_in(elsewhere) == 150
+    write_checkpoint(target, 50)
+    fetch("one", store, target)
+    assert steps_in(target) == 100
+    write_checkpoint(target, 150)
+    fetch("one", store, target)
+    assert steps_in(target) == 150
     drop({"one"}, store)
     assert keys(store) == ["checkpoints/other/00000050"]
-    assert [one.ref.digest for one in store.holdings().artifacts] == [*stored_checkpoints(store).values()]
+    assert [artifact.ref.digest for artifact in store.holdings().artifacts] == [
+        *stored_checkpoints(store).values()
+    ]
 
 
-def test_of_two_attempts_that_send_at_once_the_furthest_stays(
+def test_of_two_concurrent_attempts_the_one_with_more_steps_wins(
     store: ArtifactStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The slower one has looked before the other sent."""
+    """The slower attempt lists the checkpoints before the faster one sends its own."""
     put = type(store).put
 
-    def later(self: ArtifactStore, folder: Path) -> object:
+    def put_after_another_send(self: ArtifactStore, folder: Path) -> object:
         with monkeypatch.context() as patched:
             patched.setattr(type(store), "put", put)
-            send("one", store, lay(tmp_path / "first", first))
+            send("one", store, write_checkpoint(tmp_path / "first", first_steps))
         return put(self, folder)  # type: ignore[arg-type]
 
-    for first, second in ((100, 50), (200, 200)):
+    for first_steps, second_steps in ((100, 50), (200, 200)):
         with monkeypatch.context() as patched:
-            patched.setattr(type(store), "put", later)
-            send("one", store, lay(tmp_path / "second", second, b"another's"))
-        assert keys(store) == [f"checkpoints/one/{first:08}"]
+            patched.setattr(type(store), "put", put_after_another_send)
+            send("one", store, write_checkpoint(tmp_path / "second", second_steps, b"another's"))
+        assert keys(store) == [f"checkpoints/one/{first_steps:08}"]
         assert len(store.holdings().artifacts) == 1
 
 
-def test_a_checkpoint_that_is_gone_or_damaged_is_not_gone_on_from(
-    store: ArtifactStore, tmp_path: Path
-) -> None:
-    send("gone", store, lay(tmp_path / "here", 50))
+def test_a_missing_checkpoint_is_not_resumed(store: ArtifactStore, tmp_path: Path) -> None:
+    send("gone", store, write_checkpoint(tmp_path / "here", 50))
     store.remove(store.holdings().artifacts[0].ref)
     fetch("gone", store, tmp_path / "there")
     assert not (tmp_path / "there").exists()
@@ -118,7 +116,7 @@ def test_a_checkpoint_that_is_gone_or_damaged_is_not_gone_on_from(
 
 def test_a_damaged_checkpoint_is_removed(tmp_path: Path) -> None:
     store = open_store(str(tmp_path / "store"))
-    send("one", store, lay(tmp_path / "here", 50))
+    send("one", store, write_checkpoint(tmp_path / "here", 50))
     (file,) = (tmp_path / "store" / "objects").rglob("step-50/*")
     file.chmod(0o644)
     file.write_bytes(b"changed")
@@ -141,9 +139,11 @@ def test_a_damaged_checkpoint_is_removed(tmp_path: Path) -> None:
         lambda folder: (folder / "step-50" / "00000.safetensors").unlink(),
     ],
 )
-def test_what_no_training_wrote_is_not_gone_on_from(spoil: Callable[[Path], object], tmp_path: Path) -> None:
+def test_a_checkpoint_with_unexpected_files_is_not_resumed(
+    spoil: Callable[[Path], object], tmp_path: Path
+) -> None:
     store = open_store(str(tmp_path / "store"))
-    folder = lay(tmp_path / "here", 50)
+    folder = write_checkpoint(tmp_path / "here", 50)
     spoil(folder)
     store.commit("checkpoints/one/00000050", dataclasses.asdict(store.put(folder)))
     fetch("one", store, tmp_path / "there")
@@ -152,20 +152,20 @@ def test_what_no_training_wrote_is_not_gone_on_from(spoil: Callable[[Path], obje
     assert store.holdings().artifacts == ()
 
 
-def test_while_training_goes_on_a_new_checkpoint_is_sent_now_and_then(
+def test_new_checkpoints_are_sent_at_intervals_during_training(
     store: ArtifactStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "checkpoints"
-    lay(folder, 9)  # a killed attempt left it
+    write_checkpoint(folder, 9)  # from a killed attempt
     monkeypatch.setattr(checkpoint_sync, "SEND_SECONDS", 3600.0)
     sender = CheckpointSender("one", store, folder, tmp_path)
-    lay(folder, 50)
+    write_checkpoint(folder, 50)
     sender()
     sender.wait()
     assert keys(store) == []
     monkeypatch.setattr(checkpoint_sync, "SEND_SECONDS", 0.0)
     sender()
-    lay(folder, 100)  # the training goes on, and removes what is being sent
+    write_checkpoint(folder, 100)  # the training continues and removes the checkpoint that is being sent
     (folder / "step-50" / "00000.safetensors").unlink()
     sender.wait()
     assert keys(store) == ["checkpoints/one/00000050"]
@@ -177,33 +177,33 @@ def test_while_training_goes_on_a_new_checkpoint_is_sent_now_and_then(
 
 
 @pytest.fixture
-def seen(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What training reports, step by step."""
-    told: list[str] = []
+def activities(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Record the activities that a training reports."""
+    recorded: list[str] = []
     reporting = working._reporting
 
-    def watched(sender: CheckpointSender | None) -> Report:
+    def recording(sender: CheckpointSender | None) -> Report:
         report = reporting(sender)
 
-        def watch(share: float, what: str) -> None:
-            told.append(what)
-            report(share, what)
+        def record(share: float, activity: str) -> None:
+            recorded.append(activity)
+            report(share, activity)
 
-        return watch
+        return record
 
-    monkeypatch.setattr(working, "_reporting", watched)
-    return told
+    monkeypatch.setattr(working, "_reporting", recording)
+    return recorded
 
 
-def steps_of(seen: list[str]) -> list[str]:
-    return [what for what in seen if what.startswith("step ")]
+def steps_of(activities: list[str]) -> list[str]:
+    return [activity for activity in activities if activity.startswith("step ")]
 
 
 @pytest.fixture
-def take_away(
+def preempt_when(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> Iterator[Callable[[Callable[[], bool]], None]]:
-    """Gives this process notice as soon as something holds."""
+    """Gives this process a preemption notice as soon as a condition holds."""
     monkeypatch.setattr(preemption, "POLL_SECONDS", 0.005)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(working, "LEAVING_SECONDS", 0.01)
@@ -211,16 +211,19 @@ def take_away(
     monkeypatch.setenv("GCE_METADATA_HOST", "127.0.0.1:9")
     monkeypatch.setenv("SLIMFRONT_NOTICE", "")
     monkeypatch.delenv("SLIMFRONT_NOTICE")
-    over: list[bool] = []
+    finished: list[bool] = []
 
-    def take_away(when: Callable[[], bool]) -> None:
-        preemption.watch([lambda: Notice("a test") if when() or over else None])
+    def preempt(condition: Callable[[], bool]) -> None:
+        def poll() -> Notice | None:
+            return Notice("a test") if condition() or finished else None
 
-    yield take_away
-    over.append(True)
+        preemption.watch([poll])
+
+    yield preempt
+    finished.append(True)
 
 
-Place = Callable[[str], WorkerContext]
+MachineFactory = Callable[[str], WorkerContext]
 
 
 @pytest.fixture
@@ -229,21 +232,21 @@ def root(prepared: Callable[..., PreparedStudy]) -> Recipe:
 
 
 @pytest.fixture
-def machine(prepared: Callable[..., PreparedStudy], s3_address: str, tmp_path: Path) -> Place:
-    """A machine of this name, which shares the bucket alone with others."""
+def machine(prepared: Callable[..., PreparedStudy], s3_address: str, tmp_path: Path) -> MachineFactory:
+    """Returns the worker context of a named machine, which shares only the bucket with other machines."""
     ready = prepared()
 
-    def place(name: str) -> WorkerContext:
+    def context(name: str) -> WorkerContext:
         return WorkerContext(
             ready.materials, s3_address, tmp_path / name / "scratch", tmp_path / name / "cache"
         )
 
-    return place
+    return context
 
 
-def weights_of(made: object, store: str, folder: Path) -> dict[str, torch.Tensor]:
-    assert isinstance(made, Success), made
-    open_store(store).fetch(ArtifactRef(made.artifact, made.size_bytes), folder)
+def weights_of(outcome: object, store: str, folder: Path) -> dict[str, torch.Tensor]:
+    assert isinstance(outcome, Success), outcome
+    open_store(store).fetch(ArtifactRef(outcome.artifact, outcome.size_bytes), folder)
     return dict(loading.load(folder).module.state_dict())
 
 
@@ -251,118 +254,118 @@ def training(root: Recipe) -> Job:
     return Job(root.then(Distill(steps=STEPS, learning_rate=3e-3)), ("size",), "materials")
 
 
-def test_a_training_goes_on_elsewhere_when_its_machine_is_taken_away(
-    machine: Place,
+def test_a_training_resumes_on_another_machine_after_a_preemption(
+    machine: MachineFactory,
     root: Recipe,
-    seen: list[str],
-    take_away: Callable[[Callable[[], bool]], None],
+    activities: list[str],
+    preempt_when: Callable[[Callable[[], bool]], None],
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
     job, first, second = training(root), machine("first"), machine("second")
     store = open_store(first.store)
     assert isinstance(work(Job(root, (), "materials"), first), Success)
-    take_away(lambda: len(steps_of(seen)) > 73)
+    preempt_when(lambda: len(steps_of(activities)) > 73)
     stopped = work(job, first)
     assert isinstance(stopped, Failure)
     assert (stopped.kind, stopped.message) == (
         "preempted",
         "JobInterruptedError: a test takes this machine away",
     )
-    before = steps_of(seen)
-    assert 73 < len(before) < STEPS
+    steps_before = steps_of(activities)
+    assert 73 < len(steps_before) < STEPS
     (key,) = keys(store)
-    assert key == f"checkpoints/{job.recipe.id}/{len(before):08}"
+    assert key == f"checkpoints/{job.recipe.id}/{len(steps_before):08}"
 
-    # What is handed to this machine by who has not heard of it comes back at once.
-    seen.clear()
-    again = work(job, first)
-    assert isinstance(again, Failure)
-    assert again.kind == "preempted"
-    assert seen == []
+    # A job sent to this machine after the notice is returned immediately.
+    activities.clear()
+    refused = work(job, first)
+    assert isinstance(refused, Failure)
+    assert refused.kind == "preempted"
+    assert activities == []
 
-    monkeypatch.delenv("SLIMFRONT_NOTICE")  # another machine
+    monkeypatch.delenv("SLIMFRONT_NOTICE")  # the next job runs on another machine
     resumed = work(job, second)
-    after = steps_of(seen)
-    assert len(after) == STEPS - len(before)
+    steps_after = steps_of(activities)
+    assert len(steps_after) == STEPS - len(steps_before)
     assert keys(store) == []
     assert not (tmp_path / "second" / "checkpoints" / job.recipe.id).exists()
 
-    seen.clear()
-    alone = dataclasses.replace(machine("third"), store=str(tmp_path / "alone"))
-    assert isinstance(work(Job(root, (), "materials"), alone), Success)
-    whole = weights_of(work(job, alone), alone.store, tmp_path / "whole")
-    assert before + after == steps_of(seen)
+    activities.clear()
+    uninterrupted = dataclasses.replace(machine("third"), store=str(tmp_path / "alone"))
+    assert isinstance(work(Job(root, (), "materials"), uninterrupted), Success)
+    expected_weights = weights_of(work(job, uninterrupted), uninterrupted.store, tmp_path / "whole")
+    assert steps_before + steps_after == steps_of(activities)
     for name, tensor in weights_of(resumed, first.store, tmp_path / "resumed").items():
-        torch.testing.assert_close(whole[name], tensor, rtol=1e-6, atol=0)
+        torch.testing.assert_close(expected_weights[name], tensor, rtol=1e-6, atol=0)
 
 
 def test_a_machine_that_vanishes_without_notice_costs_little_training(
-    machine: Place, root: Recipe, seen: list[str], monkeypatch: pytest.MonkeyPatch
+    machine: MachineFactory, root: Recipe, activities: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = training(root)
     monkeypatch.setattr(checkpoint_sync, "SEND_SECONDS", 0.0)
     assert isinstance(work(Job(root, (), "materials"), machine("first")), Success)
     save = run.loading.save
 
-    def cut_off(*given: Any) -> None:
+    def cut_off(*args: Any) -> None:
         raise RuntimeError("gone")
 
     monkeypatch.setattr(run.loading, "save", cut_off)
     assert isinstance(work(job, machine("first")), Failure)
     monkeypatch.setattr(run.loading, "save", save)
-    seen.clear()
+    activities.clear()
     assert isinstance(work(job, machine("second")), Success)
-    assert len(steps_of(seen)) in (STEPS - 50, STEPS - 100)
+    assert len(steps_of(activities)) in (STEPS - 50, STEPS - 100)
 
 
-def test_a_model_that_was_made_is_only_measured_when_its_machine_is_taken_away_meanwhile(
-    machine: Place,
+def test_a_model_whose_measurement_is_preempted_is_not_created_again(
+    machine: MachineFactory,
     root: Recipe,
-    seen: list[str],
-    take_away: Callable[[Callable[[], bool]], None],
+    activities: list[str],
+    preempt_when: Callable[[Callable[[], bool]], None],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     job = Job(root, ("text",), "materials")
-    take_away(lambda: "measuring" in seen)
-    answer = working._stop_at_notice
+    preempt_when(lambda: "measuring" in activities)
+    stop_at_notice = working._stop_at_notice
 
-    def slowly() -> None:
-        if seen.count("measuring") > 2:  # so many batches went through it
+    def wait_for_notice() -> None:
+        if activities.count("measuring") > 2:  # after this many batches
             while preemption.latest_notice() is None:
                 time.sleep(0.005)
-        answer()
+        stop_at_notice()
 
-    monkeypatch.setattr(working, "_stop_at_notice", slowly)
+    monkeypatch.setattr(working, "_stop_at_notice", wait_for_notice)
     stopped = work(job, machine("first"))
     assert isinstance(stopped, Failure)
     assert stopped.kind == "preempted"
     monkeypatch.delenv("SLIMFRONT_NOTICE")
-    monkeypatch.setattr(working, "_stop_at_notice", answer)
-    monkeypatch.setattr(run.loading, "save", lambda *given: pytest.fail("it was made again"))
+    monkeypatch.setattr(working, "_stop_at_notice", stop_at_notice)
+    monkeypatch.setattr(run.loading, "save", lambda *args: pytest.fail("it was made again"))
     assert isinstance(work(job, machine("second")), Success)
 
 
-def test_checkpoints_of_what_was_given_up_go_and_those_of_others_stay(
+def test_checkpoints_of_abandoned_trainings_are_removed_and_others_stay(
     prepared: Callable[..., PreparedStudy], s3_address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     store = open_store(s3_address)
     ready = prepared(f"store={s3_address}", "search.candidates=1")
-    given_up = ready.plan.original.then(Distill(steps=10))
-    for id in (ready.plan.original.id, given_up.id, "others"):
-        send(id, store, lay(tmp_path / id, 50, id.encode()))
-    forget_training(given_up, tmp_path / "none", s3_address)
+    abandoned = ready.plan.original.then(Distill(steps=10))
+    for id in (ready.plan.original.id, abandoned.id, "others"):
+        send(id, store, write_checkpoint(tmp_path / id, 50, id.encode()))
+    forget_training(abandoned, tmp_path / "none", s3_address)
     assert {*stored_checkpoints(store)} == {ready.plan.original.id, "others"}
     launch(ready, lambda status: None, executor=InlineExecutor())
     assert {*stored_checkpoints(store)} == {"others"}
 
 
-def test_old_checkpoints_are_told_and_swept(
+def test_old_checkpoints_are_reported_and_swept(
     s3_address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = open_store(s3_address)
-    send("one", store, lay(tmp_path / "one", 50))
+    send("one", store, write_checkpoint(tmp_path / "one", 50))
     sizes = {item.kind: item.size_bytes for item in store_usage.inventory_at(s3_address).items}
     assert sizes["checkpoints"] > 0
     assert sizes["models"] == 0

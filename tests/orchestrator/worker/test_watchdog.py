@@ -1,4 +1,4 @@
-"""Work that hangs is ended, wherever it hangs; work that reports is not."""
+"""The watchdog ends work that hangs, wherever it hangs, and leaves work that reports."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from orchestrator.planning.prepared_study import PreparedStudy
 from orchestrator.worker.watchdog import STALL_SECONDS, Lease
 from orchestrator.worker.work import WorkerContext, work
 
-# It reports for longer than its lease is good for, and then hangs without letting go of Python.
+# The program reports for longer than its lease is valid, then hangs without releasing the interpreter lock.
 PROGRAM = """
 import re
 import time
@@ -38,42 +38,46 @@ hang()
 """
 
 
-def test_what_hangs_is_ended_and_says_where(tmp_path: Path) -> None:
-    told = {**os.environ, STALL_SECONDS: "1.5"}
-    ended = subprocess.run(
-        [sys.executable, "-c", PROGRAM], env=told, capture_output=True, text=True, timeout=60, check=False
+def test_hanging_work_is_ended_with_a_traceback(tmp_path: Path) -> None:
+    env = {**os.environ, STALL_SECONDS: "1.5"}
+    process = subprocess.run(
+        [sys.executable, "-c", PROGRAM], env=env, capture_output=True, text=True, timeout=60, check=False
     )
-    assert ended.stdout == "hangs\n"
-    assert ended.returncode == 1
-    assert "in hang" in ended.stderr
+    assert process.stdout == "hangs\n"
+    assert process.returncode == 1
+    assert "in hang" in process.stderr
 
 
-def test_a_job_renews_its_lease_at_each_report_and_has_none_when_it_is_done(
+def test_a_job_renews_its_lease_at_each_report_and_releases_it_at_the_end(
     prepared: Callable[..., PreparedStudy], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(text, "_TOKENS_AT_ONCE", 64)  # eight batches
     renewed, cancelled = list[float](), list[int]()
-    monkeypatch.setattr(faulthandler, "dump_traceback_later", lambda seconds, **more: renewed.append(seconds))
+    monkeypatch.setattr(
+        faulthandler, "dump_traceback_later", lambda seconds, **options: renewed.append(seconds)
+    )
     monkeypatch.setattr(faulthandler, "cancel_dump_traceback_later", lambda: cancelled.append(len(renewed)))
     ready = prepared()
-    place = WorkerContext(ready.materials, ready.config.store, tmp_path / "scratch", tmp_path / "cache")
-    assert isinstance(work(Job(ready.plan.original, (), "materials"), place), Success)
-    assert renewed == cancelled == []  # not asked for
+    context = WorkerContext(ready.materials, ready.config.store, tmp_path / "scratch", tmp_path / "cache")
+    assert isinstance(work(Job(ready.plan.original, (), "materials"), context), Success)
+    assert renewed == cancelled == []  # stall detection is disabled
     monkeypatch.setenv(STALL_SECONDS, "1e-6")
-    assert isinstance(work(Job(ready.plan.original, ("text",), "materials"), place), Success)
+    assert isinstance(work(Job(ready.plan.original, ("text",), "materials"), context), Success)
     assert len(renewed) > 8
     assert cancelled == [len(renewed)]
 
 
-def test_reports_that_follow_soon_cost_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_frequent_reports_renew_the_lease_once(monkeypatch: pytest.MonkeyPatch) -> None:
     renewed: list[float] = []
-    monkeypatch.setattr(faulthandler, "dump_traceback_later", lambda seconds, **more: renewed.append(seconds))
+    monkeypatch.setattr(
+        faulthandler, "dump_traceback_later", lambda seconds, **options: renewed.append(seconds)
+    )
     monkeypatch.setenv(STALL_SECONDS, "3600")
     lease = Lease()
     for _ in range(100):
         lease.renew()
     assert renewed == [3600]
-    later = time.monotonic() + 400
-    monkeypatch.setattr(time, "monotonic", lambda: later)
+    later_seconds = time.monotonic() + 400
+    monkeypatch.setattr(time, "monotonic", lambda: later_seconds)
     lease.renew()
     assert renewed == [3600, 3600]
