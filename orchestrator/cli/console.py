@@ -144,10 +144,14 @@ def recorded_overrides(folder: Path) -> list[str]:
 def prepared_study(study: Path, overrides: list[str] | None) -> PreparedStudy:
     """Load and check a study file. An invalid one ends the command."""
     from orchestrator.config.load import load
-    from orchestrator.planning.prepare import prepare
 
     with exit_on_error():
-        return prepare(load(study, overrides or []))
+        loaded = load(study, overrides or [])
+        from orchestrator.planning.prepare import (
+            prepare,
+        )  # imports torch, which an unreadable file does not need
+
+        return prepare(loaded)
 
 
 def stdout_console() -> Console:
