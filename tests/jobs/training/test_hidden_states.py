@@ -23,7 +23,9 @@ def load_sharpened(folder: Path) -> Model:
     """Load a model whose attention is far from uniform; that of a random model is nearly uniform."""
     model = loading.load(folder)
     paths = model.family.attention
-    scale = 2000 if model.family.name == "mobilebert" else 20  # the outputs of its bottleneck are small
+    scale = 20
+    if model.family.name == "mobilebert":
+        scale = 2000  # the outputs of its bottleneck are small
     for block in model.blocks:
         for path in {paths.query, paths.key}:
             block.get_submodule(path).weight.mul_(scale)
