@@ -1,4 +1,4 @@
-"""The contract of formats, tested for every file of jobs/formats, every family and many kinds of recipes."""
+"""The contract of all formats, run over every file of jobs/formats, every family and many kinds of recipes."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def test_the_predicted_size_is_exact_or_the_refusal_has_a_reason(
 
 @pytest.mark.parametrize("kind", ["as it is", "chain", "packed embedding"])
 @pytest.mark.parametrize("family", TYPICAL)
-def test_two_writes_are_the_same_to_the_byte(
+def test_two_exports_are_identical_to_the_byte(
     name: str, family: str, kind: str, artifact_of: ArtifactOf, tmp_path: Path
 ) -> None:
     artifact = artifact_of(family, kind)
@@ -145,7 +145,7 @@ def test_the_size_of_random_recipes_is_predicted_to_the_byte(
     assert [row for row in supported if row.foretold != row.found] == []
 
 
-def test_a_packed_linear_is_refused_by_name_with_formats_that_can(
+def test_a_packed_linear_is_refused_with_its_name_and_suitable_formats(
     artifact_of: ArtifactOf, tmp_path: Path
 ) -> None:
     with pytest.raises(ValueError, match=r"4-bit integers in model\.layers\.0.*these can:.*slimfront"):

@@ -1,4 +1,4 @@
-"""What every meter promises, checked on whatever meters there are."""
+"""The contract of all meters, run over every file of jobs/meters."""
 
 import functools
 import json
@@ -25,7 +25,7 @@ def subject_of(
     lm_eval_task: Callable[..., None],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Callable[[Task], ShippedModel]:
-    """One subject for each task, so that what several meters read of it is made once."""
+    """Return one subject per task, so that meters share the loaded model and its inputs."""
     folder = tmp_path_factory.mktemp("items")
     item = {"context": "An expression", "choices": [" list", " of names"], "answer": 0}
     lm_eval_task(folder, "questions", [item] * 3)
@@ -52,38 +52,38 @@ def subject_of(
 
 
 @pytest.mark.parametrize(("name", "task"), CASES)
-def test_a_meter_measures_exactly_the_metrics_it_names(
+def test_a_meter_measures_exactly_its_declared_metrics(
     name: str, task: Task, subject_of: Callable[[Task], ShippedModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(timing, "_PATIENCE_S", 0.0)  # one try, however noisy the machine that tests run on
+    monkeypatch.setattr(timing, "_PATIENCE_S", 0.0)  # one try, also on a noisy machine
     meter, subject = meters.load(name), subject_of(task)
     if meter.missing(TARGET) is not None:
         with pytest.raises(ValueError, match=f"{meter.metrics[0]} cannot be measured"):
             meter.measure(subject)
         return
-    found = meter.measure(subject)
-    assert {*meter.metrics} <= {*found.metrics} <= {*meter.metrics, *meter.diagnostics}
-    assert {*found.errors} <= {*found.metrics}
-    assert {*found.unreliable} <= {*found.metrics}
-    assert all(error >= 0 for error in found.errors.values())
-    for metric, items in found.items.items():
-        assert sum(items) / len(items) == pytest.approx(found.metrics[metric])
-        assert standard_error(items) == pytest.approx(found.errors[metric])
-    assert found.items or meter.reads is None, (
-        "what reads items of data tells of each, for paired comparisons"
+    measurement = meter.measure(subject)
+    assert {*meter.metrics} <= {*measurement.metrics} <= {*meter.metrics, *meter.diagnostics}
+    assert {*measurement.errors} <= {*measurement.metrics}
+    assert {*measurement.unreliable} <= {*measurement.metrics}
+    assert all(error >= 0 for error in measurement.errors.values())
+    for metric, items in measurement.items.items():
+        assert sum(items) / len(items) == pytest.approx(measurement.metrics[metric])
+        assert standard_error(items) == pytest.approx(measurement.errors[metric])
+    assert measurement.items or meter.reads is None, (
+        "a meter that reads data must return a value per item, for paired comparisons"
     )
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_every_metric_of_a_task_has_one_meter(task: Task) -> None:
-    found = [meters.load(name) for name, of in CASES if of == task]
-    produced = [metric for meter in found for metric in meter.metrics]
-    every = produced + [metric for meter in found for metric in meter.diagnostics]
-    assert len(every) == len(set(every))
+def test_every_metric_of_a_task_has_exactly_one_meter(task: Task) -> None:
+    task_meters = [meters.load(name) for name, meter_task in CASES if meter_task == task]
+    produced = [metric for meter in task_meters for metric in meter.metrics]
+    all_metrics = produced + [metric for meter in task_meters for metric in meter.diagnostics]
+    assert len(all_metrics) == len(set(all_metrics))
     for metric in produced:
         assert metric in meters.load(meters.meter_of(metric, task)).metrics
 
 
-def test_a_metric_that_nothing_measures_is_refused_with_what_there_is() -> None:
+def test_an_unknown_metric_is_refused_with_the_available_ones() -> None:
     with pytest.raises(LookupError, match="decode_ms"):
         meters.meter_of("warmth", "causal-lm")

@@ -132,13 +132,13 @@ def test_the_same_content_has_one_reference_and_other_content_another(
     store: ArtifactStore, model: Path, tmp_path: Path
 ) -> None:
     ref = store.put(model)
-    again = folder_of(tmp_path / "elsewhere", contents(model))
-    assert store.put(again) == ref
-    (again / "empty").rename(again / "renamed")
-    assert store.put(again).digest != ref.digest
-    (again / "renamed").rename(again / "empty")
-    (again / "config.json").write_bytes(b"[]")
-    changed = store.put(again)
+    same_content = folder_of(tmp_path / "elsewhere", contents(model))
+    assert store.put(same_content) == ref
+    (same_content / "empty").rename(same_content / "renamed")
+    assert store.put(same_content).digest != ref.digest
+    (same_content / "renamed").rename(same_content / "empty")
+    (same_content / "config.json").write_bytes(b"[]")
+    changed = store.put(same_content)
     assert changed.digest != ref.digest
     assert changed.size_bytes == ref.size_bytes
 
@@ -234,7 +234,7 @@ def test_a_prefix_that_leaves_the_store_is_refused(store: ArtifactStore) -> None
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), [-float("inf")]])
-def test_a_record_with_a_number_that_is_none_is_refused(store: ArtifactStore, value: object) -> None:
+def test_a_record_with_a_non_finite_number_is_refused(store: ArtifactStore, value: object) -> None:
     with pytest.raises(ValueError, match="JSON compliant"):
         store.commit("results/01", {"perplexity": value})
     assert store.record("results/01") is None
@@ -285,13 +285,13 @@ def _race(address: str, number: int, start: object, wins: object) -> None:
     wins.put(None)  # type: ignore[attr-defined]
 
 
-def test_of_eight_processes_that_commit_one_key_one_wins(address: str) -> None:
+def test_exactly_one_of_eight_processes_commits_a_key(address: str) -> None:
     spawn = multiprocessing.get_context("spawn")
     start, wins = spawn.Barrier(8), spawn.Queue()
     racers = [spawn.Process(target=_race, args=(address, number, start, wins)) for number in range(8)]
     for racer in racers:
         racer.start()
-    won: dict[int, int] = {}
+    winners: dict[int, int] = {}
     ended = 0
     while ended < 8:
         win = wins.get(timeout=60)
@@ -299,13 +299,13 @@ def test_of_eight_processes_that_commit_one_key_one_wins(address: str) -> None:
             ended += 1
         else:
             key, number = win
-            assert key not in won
-            won[key] = number
+            assert key not in winners
+            winners[key] = number
     for racer in racers:
         racer.join()
     store = open_store(address)
-    assert sorted(won) == list(range(20))
-    for key, number in won.items():
+    assert sorted(winners) == list(range(20))
+    for key, number in winners.items():
         record = store.record(f"results/{key}")
         assert record is not None
         assert record["winner"] == number

@@ -1,4 +1,4 @@
-"""What every technique promises, run over every file of jobs/techniques and every family of models."""
+"""The contract of all techniques, run over every file of jobs/techniques and every model family."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ GENTLE = {
 """Options for techniques whose defaults are too strong, too weak or too slow for a model of 4 blocks."""
 
 TYPICAL = ("llama", "gpt2", "bert")
-"""Families that differ most: what does not hang on where things lie is tested on these only."""
+"""Families that differ most: properties that do not depend on module paths are tested on these only."""
 
 Tiny = Callable[..., Path]
 
@@ -55,61 +55,61 @@ def context_for(original: Path, workdir: Path, device: str = "cpu") -> Context:
     )
 
 
-def step_of(technique: type[Technique]) -> Technique:
-    known = technique.domains()
+def make_step(technique: type[Technique]) -> Technique:
+    domains = technique.domains()
     gentle = GENTLE.get(technique.name(), {})
-    return technique.of({name: value for name, value in gentle.items() if name in known})
+    return technique.of({name: value for name, value in gentle.items() if name in domains})
 
 
-def outputs(model: Model) -> Tensor:
+def compute_outputs(model: Model) -> Tensor:
     tokens = torch.randint(3, 512, (2, 16), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         return model.answer(tokens)
 
 
-def done_by(technique: type[Technique], *names: str) -> list[Family]:
-    """Those of these families that the technique does."""
-    every = map(families.family, names)
-    return [family for family in every if technique.refusal(family, family.tasks[0]) is None]
+def supported_families(technique: type[Technique], *names: str) -> list[Family]:
+    """Return the named families that the technique supports."""
+    candidates = map(families.family, names)
+    return [family for family in candidates if technique.refusal(family, family.tasks[0]) is None]
 
 
 @pytest.mark.parametrize("family", [families.family(name) for name in families.names()], ids=families.names())
-def test_it_works_on_every_family_or_says_why_not(
+def test_every_family_is_compressed_or_refused_with_a_reason(
     technique: type[Technique], family: Family, device: str, tiny: Tiny, tmp_path: Path
 ) -> None:
-    step = step_of(technique)
+    step = make_step(technique)
     folder = tiny(family.name)
     original = loading.original_layout(folder)
     reason = technique.refusal(family, family.tasks[0])
     if reason is not None:
-        told = rf"{technique.name()} does not support {family.name} \({family.tasks[0]}\): "
-        with pytest.raises(ValueError, match=told) as refused:
+        message = rf"{technique.name()} does not support {family.name} \({family.tasks[0]}\): "
+        with pytest.raises(ValueError, match=message) as refused:
             step.output_layout(original)
         assert str(refused.value).endswith(reason)
         return
     expected = step.output_layout(original)
-    made = step.compress(model := loading.load(folder, device), context_for(folder, tmp_path, device))
-    assert made is model
-    assert {tensor.device.type for tensor in made.module.state_dict().values()} == {"cpu"}
+    compressed = step.compress(model := loading.load(folder, device), context_for(folder, tmp_path, device))
+    assert compressed is model
+    assert {tensor.device.type for tensor in compressed.module.state_dict().values()} == {"cpu"}
     if step.exact:
-        assert made.layout() == expected
+        assert compressed.layout() == expected
     else:
-        assert made.layout().size_bytes() <= expected.size_bytes() + 4096
-        assert made.layout().tensors().keys() == expected.tensors().keys()
+        assert compressed.layout().size_bytes() <= expected.size_bytes() + 4096
+        assert compressed.layout().tensors().keys() == expected.tensors().keys()
     if technique.kind == "recovery":
         assert expected == original
     else:
         assert expected.size_bytes() < original.size_bytes()
-    loading.save(made, tmp_path / "made", {})
-    assert (tmp_path / "made" / loading.WEIGHTS).stat().st_size == made.layout().size_bytes()
-    again = loading.load(tmp_path / "made")
-    assert again.layout() == made.layout()
-    assert torch.isfinite(outputs(made)).all()
-    assert torch.equal(outputs(made), outputs(again))
-    assert again.config.num_hidden_layers == made.config.num_hidden_layers == len(made.blocks)
+    loading.save(compressed, tmp_path / "made", {})
+    assert (tmp_path / "made" / loading.WEIGHTS).stat().st_size == compressed.layout().size_bytes()
+    loaded = loading.load(tmp_path / "made")
+    assert loaded.layout() == compressed.layout()
+    assert torch.isfinite(compute_outputs(compressed)).all()
+    assert torch.equal(compute_outputs(compressed), compute_outputs(loaded))
+    assert loaded.config.num_hidden_layers == compressed.config.num_hidden_layers == len(compressed.blocks)
 
 
-def test_it_works_on_a_classifier_or_says_why_not(
+def test_a_classifier_is_compressed_or_refused_with_a_reason(
     technique: type[Technique], device: str, tiny: Tiny, tmp_path: Path
 ) -> None:
     for name in TYPICAL:
@@ -119,26 +119,26 @@ def test_it_works_on_a_classifier_or_says_why_not(
             with pytest.raises(
                 ValueError, match=rf"{technique.name()} does not support {name} \(classification\)"
             ):
-                step_of(technique).output_layout(layout)
+                make_step(technique).output_layout(layout)
             continue
         context = context_for(folder, tmp_path / name, device)
-        made = step_of(technique).compress(loading.load(folder, device), context)
-        loading.save(made, tmp_path / name / "made", {})
+        compressed = make_step(technique).compress(loading.load(folder, device), context)
+        loading.save(compressed, tmp_path / name / "made", {})
         with torch.no_grad():
             rows = torch.arange(3, 19).unsqueeze(0)
-            assert torch.equal(made.answer(rows), loading.load(tmp_path / name / "made").answer(rows))
+            assert torch.equal(compressed.answer(rows), loading.load(tmp_path / name / "made").answer(rows))
 
 
-def test_it_declares_what_it_is(technique: type[Technique]) -> None:
+def test_a_technique_declares_its_properties(technique: type[Technique]) -> None:
     assert technique.kind in ("depth", "width", "rank", "bits", "sparsity", "recovery")
     assert technique.paper
     assert technique.needs <= {"calibration", "teacher", "gradients", "training"}
-    assert done_by(technique, *families.names())
+    assert supported_families(technique, *families.names())
     assert technique.accepts
     assert technique.__doc__
 
 
-def test_its_defaults_are_valid_and_every_option_is_explained(technique: type[Technique]) -> None:
+def test_defaults_are_valid_and_every_option_has_a_help_text(technique: type[Technique]) -> None:
     step = technique()
     assert not step.is_noop
     for field in dataclasses.fields(technique):
@@ -146,7 +146,7 @@ def test_its_defaults_are_valid_and_every_option_is_explained(technique: type[Te
         assert field.metadata["help"]
 
 
-def test_an_option_outside_its_domain_is_refused_by_name(technique: type[Technique]) -> None:
+def test_an_option_outside_its_domain_is_refused_with_its_name(technique: type[Technique]) -> None:
     for name in technique.domains():
         with pytest.raises(ValueError, match=rf"{technique.name()}\.{name}=.*is outside"):
             technique.of({name: "absurd"})
@@ -155,56 +155,58 @@ def test_an_option_outside_its_domain_is_refused_by_name(technique: type[Techniq
 def test_the_same_seed_gives_the_same_weights(
     technique: type[Technique], device: str, tiny: Tiny, tmp_path: Path
 ) -> None:
-    folder = tiny(done_by(technique, *TYPICAL)[0].name)
-    one, two = (
-        step_of(technique).compress(
+    folder = tiny(supported_families(technique, *TYPICAL)[0].name)
+    first_model, second_model = (
+        make_step(technique).compress(
             loading.load(folder, device), context_for(folder, tmp_path / name, device)
         )
         for name in ("one", "two")
     )
     if device == "cuda" and technique.needs & {"gradients", "teacher", "training"}:
-        # CUDA's backward passes add up in whatever order they finish.
-        torch.testing.assert_close(outputs(one), outputs(two), rtol=0.05, atol=0.05)
+        # The backward passes of CUDA sum in no fixed order.
+        torch.testing.assert_close(
+            compute_outputs(first_model), compute_outputs(second_model), rtol=0.05, atol=0.05
+        )
         return
-    first, second = one.module.state_dict(), two.module.state_dict()
+    first, second = first_model.module.state_dict(), second_model.module.state_dict()
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_an_identity_changes_nothing(technique: type[Technique], tiny: Tiny, tmp_path: Path) -> None:
-    folder = tiny(done_by(technique, *TYPICAL)[0].name)
+def test_a_no_op_changes_nothing(technique: type[Technique], tiny: Tiny, tmp_path: Path) -> None:
+    folder = tiny(supported_families(technique, *TYPICAL)[0].name)
     layout = loading.original_layout(folder)
-    before = outputs(loading.load(folder))
+    original_outputs = compute_outputs(loading.load(folder))
     for name, domain in technique.domains().items():
         for value in (getattr(domain, "low", None), getattr(domain, "high", None)):
             if value is None or not (step := technique.of({name: value})).is_noop:
                 continue
             assert step.output_layout(layout) == layout
-            left = step.compress(loading.load(folder), context_for(folder, tmp_path))
-            assert torch.equal(outputs(left), before)
+            unchanged = step.compress(loading.load(folder), context_for(folder, tmp_path))
+            assert torch.equal(compute_outputs(unchanged), original_outputs)
 
 
-def test_weights_that_are_not_finite_are_refused(
+def test_non_finite_weights_are_refused(
     technique: type[Technique], device: str, tiny: Tiny, tmp_path: Path
 ) -> None:
     if technique.kind == "recovery":
-        pytest.skip("its training notices a loss that is not finite")
-    for family in done_by(technique, *TYPICAL):
+        pytest.skip("its training detects a non-finite loss")
+    for family in supported_families(technique, *TYPICAL):
         folder = tiny(family.name)
         model = loading.load(folder, device)
         for layer in model.linears().values():
             torch.nn.init.constant_(layer.get_parameter("weight"), float("nan"))
         with pytest.raises((ValueError, FloatingPointError), match=r"NaN|nan"):
-            step_of(technique).compress(model, context_for(folder, tmp_path / family.name, device))
+            make_step(technique).compress(model, context_for(folder, tmp_path / family.name, device))
 
 
-def test_linears_of_a_form_it_does_not_accept_are_refused_before_it_starts(
+def test_linears_of_an_unsupported_form_are_refused_before_the_step_starts(
     technique: type[Technique], tiny: Tiny
 ) -> None:
     if "packed" in technique.accepts:
         pytest.skip("it accepts packed linears")
-    packed = loading.original_layout(tiny(done_by(technique, *TYPICAL)[0].name)).packed(
+    packed = loading.original_layout(tiny(supported_families(technique, *TYPICAL)[0].name)).packed(
         layers.Packing(4, 32, False)
     )
     with pytest.raises(ValueError, match=f"{technique.name()}.*packed"):
-        step_of(technique).output_layout(packed)
+        make_step(technique).output_layout(packed)

@@ -1,4 +1,4 @@
-"""What every tracker promises the service. A class with `record` in orchestrator/tracking is tested here."""
+"""The contract of all trackers, run over every class with a method `record` in orchestrator/tracking."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from orchestrator.tracking import MLflowTracker, NoTracker, Tracker
 OBJECTIVES = [Objective("size_bytes"), Objective("accuracy", "max")]
 ORIGINAL = Recipe(Origin("model", "data", 0))
 
-# Nothing listens there: no tracker may wait for it, or fail because of it.
+# No server listens at this address; a tracker must neither wait for it nor fail.
 UNREACHABLE = "http://127.0.0.1:9"
 
 MAKE: dict[type, Callable[[Path], Tracker]] = {
@@ -31,16 +31,16 @@ MAKE: dict[type, Callable[[Path], Tracker]] = {
     MLflowTracker: lambda folder: MLflowTracker(UNREACHABLE, folder / "outbox.sqlite"),
 }
 
-FOUND = [
+TRACKERS = [
     value
     for value in vars(tracking).values()
     if inspect.isclass(value) and hasattr(value, "record") and value is not Tracker
 ]
 
 
-@pytest.fixture(params=FOUND, ids=lambda found: found.__name__)
+@pytest.fixture(params=TRACKERS, ids=lambda tracker_class: tracker_class.__name__)
 def tracker(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tracker:
-    # The delivery is not the subject here, and a process that cannot deliver would try on for minutes.
+    # Delivery is not tested here, and a process that cannot deliver would retry for minutes.
     monkeypatch.setattr(MLflowTracker, "_ensure_mirror", lambda self: None)
     return MAKE[request.param](tmp_path)
 
@@ -57,7 +57,7 @@ def candidates() -> list[Candidate]:
     ]
 
 
-def test_a_study_is_told_from_start_to_finish_in_any_state_and_twice(tracker: Tracker) -> None:
+def test_candidates_in_any_state_can_be_recorded_twice(tracker: Tracker) -> None:
     for _ in range(2):
         tracker.start("study", "name: study\n", {"cpu": "Xeon"}, OBJECTIVES)
         for candidate in [*candidates(), *candidates()]:
@@ -65,11 +65,11 @@ def test_a_study_is_told_from_start_to_finish_in_any_state_and_twice(tracker: Tr
         tracker.finish(judge("study", OBJECTIVES, candidates()[0], candidates()), "<html></html>")
 
 
-def test_a_study_without_a_front_is_told_too(tracker: Tracker) -> None:
+def test_a_study_without_a_front_can_be_finished(tracker: Tracker) -> None:
     tracker.start("study", "", {}, OBJECTIVES)
     tracker.finish(judge("study", OBJECTIVES, candidates()[1], []), "")
 
 
-def test_trackers_import_no_mlflow_into_the_service() -> None:
+def test_trackers_do_not_import_mlflow_into_the_service() -> None:
     code = "import sys, orchestrator.tracking; sys.exit('mlflow' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,4 +1,4 @@
-"""Text becomes windows of tokens; what cannot be read is refused with the place and the cure."""
+"""Text becomes windows of tokens; unreadable sources are refused with their location and a suggestion."""
 
 import dataclasses
 import json
@@ -17,7 +17,7 @@ def jsonl(file: Path, *records: object) -> str:
     return str(file)
 
 
-def test_documents_stand_in_a_row_with_an_end_of_text_between(
+def test_documents_are_joined_with_end_of_text_tokens(
     tmp_path: Path, words: transformers.PreTrainedTokenizerFast
 ) -> None:
     path = jsonl(tmp_path / "a.jsonl", {"text": "ab"}, {"text": "cd"})
@@ -39,7 +39,7 @@ def test_part_splits_a_source_without_overlap(
     assert letters(0.75, 1.0) == {"d"}
 
 
-def test_paragraphs_of_one_text_file_can_be_parted_and_stay_one_document(
+def test_one_text_file_is_split_between_paragraphs_and_stays_one_document(
     tmp_path: Path, words: transformers.PreTrainedTokenizerFast
 ) -> None:
     (tmp_path / "a.txt").write_text("one\n\ntwo\n\nthree\n\nfour")
@@ -47,7 +47,7 @@ def test_paragraphs_of_one_text_file_can_be_parted_and_stay_one_document(
     assert data.windows(half, words)[0].tolist() == words("three\n\nfour").input_ids[:4]
 
 
-def test_where_keeps_only_the_documents_it_names(
+def test_where_selects_documents_by_field(
     tmp_path: Path, words: transformers.PreTrainedTokenizerFast
 ) -> None:
     path = jsonl(tmp_path / "a.jsonl", {"text": "aaaa" * 9, "genre": "x"}, {"text": "bbbb" * 9, "genre": "y"})
@@ -55,7 +55,7 @@ def test_where_keeps_only_the_documents_it_names(
     assert set(words.decode(row)) == {"b"}
 
 
-def test_a_folder_is_read_in_the_order_of_its_names(
+def test_a_folder_is_read_in_the_order_of_file_names(
     tmp_path: Path, words: transformers.PreTrainedTokenizerFast
 ) -> None:
     (tmp_path / "b.txt").write_text("second")
@@ -73,14 +73,14 @@ def test_a_python_module_is_read_and_not_run(
     assert row == words("hello hello hello").input_ids[:3]
 
 
-def test_text_that_is_too_short_is_refused_with_what_there_is_and_the_cure(
+def test_a_text_that_is_too_short_is_refused_with_the_possible_samples(
     text_file: Path, words: transformers.PreTrainedTokenizerFast
 ) -> None:
     with pytest.raises(ValueError, match=r"holds \d+ tokens, 9999 samples of 512 .* at most \d+ samples"):
         data.windows(TextSource(str(text_file), 9999, 512), words)
 
 
-def test_windows_of_an_encoder_are_framed_as_its_tokenizer_frames_a_text(tmp_path: Path) -> None:
+def test_windows_of_an_encoder_have_the_special_tokens_of_its_tokenizer(tmp_path: Path) -> None:
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "b"]
     tokenizer = transformers.BertTokenizer(vocab={word: index for index, word in enumerate(words)})
     (tmp_path / "a.txt").write_text("a b a b a b a b")
@@ -88,7 +88,7 @@ def test_windows_of_an_encoder_are_framed_as_its_tokenizer_frames_a_text(tmp_pat
     assert windows.tolist() == [[2, 4, 5, 4, 3], [2, 5, 4, 5, 3]]
 
 
-def test_the_digest_follows_content_and_options_and_not_the_place(tmp_path: Path) -> None:
+def test_the_digest_depends_on_content_and_options_but_not_on_the_path(tmp_path: Path) -> None:
     for name, text in (("a.txt", "same"), ("b.txt", "same"), ("c.txt", "other")):
         (tmp_path / name).write_text(text)
     a, b, c = (TextSource(str(tmp_path / f"{name}.txt"), 2, 8) for name in "abc")
@@ -124,7 +124,7 @@ def test_a_source_that_cannot_be_read_is_refused_before_it_is_read(
         data.check(source)
 
 
-def test_a_record_without_text_is_named_by_its_line(
+def test_a_record_without_text_is_refused_with_its_line(
     tmp_path: Path, words: transformers.PreTrainedTokenizerFast
 ) -> None:
     path = jsonl(tmp_path / "a.jsonl", {"text": "fine"}, {"txt": "odd"})
@@ -141,12 +141,12 @@ def test_a_record_without_text_is_named_by_its_line(
         ({"context": "", "choices": ["a", "b"], "answer": True}, "an index below 2"),
     ],
 )
-def test_a_wrong_item_is_named_by_its_line(tmp_path: Path, record: object, message: str) -> None:
+def test_an_invalid_item_is_refused_with_its_line(tmp_path: Path, record: object, message: str) -> None:
     good = {"context": "c", "choices": ["a", "b"], "answer": 1}
     with pytest.raises(ValueError, match=rf"q\.jsonl:2 .*{message}"):
         data.choices(jsonl(tmp_path / "q.jsonl", good, record))
 
 
-def test_items_are_read_as_they_stand(tmp_path: Path) -> None:
+def test_valid_items_are_read_unchanged(tmp_path: Path) -> None:
     path = jsonl(tmp_path / "q.jsonl", {"context": "c", "choices": ["a", "b"], "answer": 1})
     assert data.choices(path) == [data.Question("c", ("a", "b"), 1)]

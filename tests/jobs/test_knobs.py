@@ -1,3 +1,5 @@
+"""Domains of knobs: ranges and choices accept, refuse and normalise values."""
+
 from __future__ import annotations
 
 import math
@@ -8,16 +10,16 @@ from jobs.knobs import Choice, Range
 
 
 @pytest.mark.parametrize("value", [0.0, 1, 0.5])
-def test_a_range_holds_its_ends_and_what_is_between(value: float) -> None:
+def test_a_range_contains_its_ends_and_the_values_between(value: float) -> None:
     assert value in Range(0, 1)
 
 
 @pytest.mark.parametrize("value", [-0.1, 1.1, math.nan, math.inf, True, "0.5", None])
-def test_a_range_refuses_what_is_no_number_within_it(value: object) -> None:
+def test_a_range_excludes_other_numbers_and_types(value: object) -> None:
     assert value not in Range(0, 1)
 
 
-def test_a_whole_range_refuses_fractions_and_spells_values_one_way() -> None:
+def test_an_integer_range_excludes_fractions_and_normalises_values() -> None:
     domain = Range(0, 8, integer=True)
     assert 1.5 not in domain
     assert 2.0 in domain
@@ -26,7 +28,7 @@ def test_a_whole_range_refuses_fractions_and_spells_values_one_way() -> None:
     assert str(domain) == "whole numbers in [0, 8]"
 
 
-def test_a_choice_of_numbers_takes_no_booleans_nor_the_other_way_round() -> None:
+def test_a_choice_distinguishes_numbers_from_booleans() -> None:
     assert True not in Choice((1, 2))
     assert 1 not in Choice((True, False))
     assert 1.0 in Choice((1, 2))

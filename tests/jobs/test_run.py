@@ -1,4 +1,4 @@
-"""One job on a worker: the original or one step is made, measured on its files, and every failure is data."""
+"""One job on a worker: the original or one step is built, its files are measured, and every failure becomes data."""
 
 import dataclasses
 import errno
@@ -34,13 +34,13 @@ def materials(tiny_llama: Path, text_file: Path) -> Materials:
 def run(
     recipe: Recipe,
     materials: Materials,
-    place: Path,
+    folder: Path,
     *,
     parent: Path | None = None,
     built: Path | None = None,
 ) -> JobOutput | Failure:
     job = Job(recipe, ("text", "size"), "materials")
-    dirs = JobDirs(place / "artifact", place / "cache")
+    dirs = JobDirs(folder / "artifact", folder / "cache")
     output = attempt(WorkRequest(job, materials, dirs, parent, built), lambda share, activity: None)
     assert not isinstance(output, RankDone)
     return output
@@ -48,112 +48,116 @@ def run(
 
 @pytest.fixture
 def root(materials: Materials, tmp_path: Path) -> Path:
-    """The original's artifact."""
-    made = run(ROOT, materials, tmp_path / "root")
-    assert isinstance(made, JobOutput)
-    assert made.built
+    """Return the folder of the original's artifact."""
+    output = run(ROOT, materials, tmp_path / "root")
+    assert isinstance(output, JobOutput)
+    assert output.built
     return tmp_path / "root" / "artifact"
 
 
-def test_the_originals_artifact_is_the_original_in_bf16(root: Path, tiny_llama: Path) -> None:
-    held, original = loading.load(root), loading.load(tiny_llama)
+def test_the_artifact_of_the_original_has_its_weights_in_bf16(root: Path, tiny_llama: Path) -> None:
+    loaded, original = loading.load(root), loading.load(tiny_llama)
     for name, tensor in original.module.state_dict().items():
-        assert torch.equal(held.module.state_dict()[name], tensor), name
+        assert torch.equal(loaded.module.state_dict()[name], tensor), name
     assert (root / "model.safetensors").stat().st_size == original.layout().size_bytes()
 
 
-def test_a_step_is_made_from_its_parent_and_says_how(
+def test_a_step_is_built_from_its_parent_and_stores_its_recipe(
     root: Path, materials: Materials, tmp_path: Path
 ) -> None:
     recipe = ROOT.then(DropLayers(count=1))
-    made = run(recipe, materials, tmp_path, parent=root)
-    assert isinstance(made, JobOutput), made
-    assert made.built
+    output = run(recipe, materials, tmp_path, parent=root)
+    assert isinstance(output, JobOutput), output
+    assert output.built
     assert len(loading.load(tmp_path / "artifact").blocks) == 3
-    about = json.loads((tmp_path / "artifact" / LAYOUT_FILE).read_text())
-    assert Recipe.from_dict(about["recipe"]) == recipe
-    assert about["text"] == "drop_layers(count=1)"
+    layout_file = json.loads((tmp_path / "artifact" / LAYOUT_FILE).read_text())
+    assert Recipe.from_dict(layout_file["recipe"]) == recipe
+    assert layout_file["text"] == "drop_layers(count=1)"
     weights = tmp_path / "artifact" / loading.WEIGHTS
-    assert made.measurement.metrics["size_bytes"] == weights.stat().st_size
+    assert output.measurement.metrics["size_bytes"] == weights.stat().st_size
 
 
-def test_a_recovery_reads_teacher_and_training_text(root: Path, materials: Materials, tmp_path: Path) -> None:
+def test_a_training_step_reads_teacher_and_training_text(
+    root: Path, materials: Materials, tmp_path: Path
+) -> None:
     smaller = run(ROOT.then(DropLayers(count=1)), materials, tmp_path / "a", parent=root)
     assert isinstance(smaller, JobOutput)
     step = Distill(steps=8, batch=2, learning_rate=3e-3)
     recipe = ROOT.then(DropLayers(count=1)).then(step)
-    made = run(recipe, materials, tmp_path / "b", parent=tmp_path / "a" / "artifact")
-    assert isinstance(made, JobOutput), made
-    assert made.measurement.metrics["perplexity"] != smaller.measurement.metrics["perplexity"]
+    output = run(recipe, materials, tmp_path / "b", parent=tmp_path / "a" / "artifact")
+    assert isinstance(output, JobOutput), output
+    assert output.measurement.metrics["perplexity"] != smaller.measurement.metrics["perplexity"]
 
 
-def test_what_a_step_notes_down_stands_beside_its_artifact_and_all_made_from_it(
+def test_the_notes_of_a_step_are_stored_with_its_artifact_and_all_descendants(
     root: Path, materials: Materials, tmp_path: Path
 ) -> None:
-    damaged = ROOT.then(DropLayers(count=1))
-    written = damaged.then(Synthesize(samples=4, tokens=16, steps=1))
-    last = written.then(DropLayers(count=2))
-    parent, told = root, []
-    for recipe in (damaged, written, last):
-        made = run(recipe, materials, tmp_path / recipe.id, parent=parent)
-        assert isinstance(made, JobOutput), made
+    shortened = ROOT.then(DropLayers(count=1))
+    synthesized = shortened.then(Synthesize(samples=4, tokens=16, steps=1))
+    shortened_again = synthesized.then(DropLayers(count=2))
+    parent, notes = root, []
+    for recipe in (shortened, synthesized, shortened_again):
+        output = run(recipe, materials, tmp_path / recipe.id, parent=parent)
+        assert isinstance(output, JobOutput), output
         parent = tmp_path / recipe.id / "artifact"
-        told.append(loading.read_provenance(parent)["notes"])
-    assert told[0] == []
-    (note,) = told[1]
-    assert note["step"] == str(written.steps[-1])
+        notes.append(loading.read_provenance(parent)["notes"])
+    assert notes[0] == []
+    (note,) = notes[1]
+    assert note["step"] == str(synthesized.steps[-1])
     assert note["written"]["samples"] == 4
-    assert told[2] == told[1]
+    assert notes[2] == notes[1]
 
 
-def test_a_training_cut_off_goes_on_in_the_next_attempt(
+def test_an_interrupted_training_resumes_in_the_next_attempt(
     root: Path, materials: Materials, tmp_path: Path
 ) -> None:
-    """The checkpoints outlive the attempt's own folder."""
+    """Checkpoints are kept outside the folder of an attempt."""
     recipe = ROOT.then(Distill(steps=60, learning_rate=3e-3))
-    seen: list[list[str]] = []
+    reports_by_attempt: list[list[str]] = []
 
-    def attempted(name: str, checkpoints: Path, until: int) -> JobOutput | Failure:
-        told: list[str] = []
-        seen.append(told)
+    def run_attempt(name: str, checkpoints: Path, report_limit: int) -> JobOutput | Failure:
+        reports: list[str] = []
+        reports_by_attempt.append(reports)
 
-        def report(share: float, what: str) -> None:
-            if what.startswith("step "):
-                told.append(what)
-                if len(told) == until:
+        def report(share: float, activity: str) -> None:
+            if activity.startswith("step "):
+                reports.append(activity)
+                if len(reports) == report_limit:
                     raise RuntimeError("cut off")
 
-        place = tmp_path / name
+        folder = tmp_path / name
         job = Job(recipe, ("size",), "materials")
-        dirs = JobDirs(place / "artifact", place / "cache", checkpoints)
+        dirs = JobDirs(folder / "artifact", folder / "cache", checkpoints)
         output = attempt(WorkRequest(job, materials, dirs, parent=root), report)
         assert not isinstance(output, RankDone)
         return output
 
-    assert isinstance(attempted("whole", tmp_path / "unused", 1000), JobOutput)
-    assert isinstance(attempted("first", tmp_path / "kept", 55), Failure)
-    assert isinstance(attempted("second", tmp_path / "kept", 1000), JobOutput)
-    assert seen[1] + seen[2][5:] == seen[0]
-    whole, again = (loading.load(tmp_path / name / "artifact") for name in ("whole", "second"))
-    for name, tensor in whole.module.state_dict().items():
-        torch.testing.assert_close(again.module.state_dict()[name], tensor, rtol=1e-6, atol=0)
+    assert isinstance(run_attempt("whole", tmp_path / "unused", 1000), JobOutput)
+    assert isinstance(run_attempt("first", tmp_path / "kept", 55), Failure)
+    assert isinstance(run_attempt("second", tmp_path / "kept", 1000), JobOutput)
+    assert reports_by_attempt[1] + reports_by_attempt[2][5:] == reports_by_attempt[0]
+    uninterrupted, resumed = (loading.load(tmp_path / name / "artifact") for name in ("whole", "second"))
+    for name, tensor in uninterrupted.module.state_dict().items():
+        torch.testing.assert_close(resumed.module.state_dict()[name], tensor, rtol=1e-6, atol=0)
 
 
-def test_what_was_built_is_only_measured(root: Path, materials: Materials, tmp_path: Path) -> None:
-    made = run(ROOT, materials, tmp_path, built=root)
-    assert isinstance(made, JobOutput)
-    assert not made.built
+def test_an_existing_artifact_is_only_measured(root: Path, materials: Materials, tmp_path: Path) -> None:
+    output = run(ROOT, materials, tmp_path, built=root)
+    assert isinstance(output, JobOutput)
+    assert not output.built
     assert not (tmp_path / "artifact").exists()
 
 
-def test_a_step_that_cannot_be_applied_is_invalid(root: Path, materials: Materials, tmp_path: Path) -> None:
+def test_a_step_that_cannot_be_applied_fails_as_invalid(
+    root: Path, materials: Materials, tmp_path: Path
+) -> None:
     failed = run(ROOT.then(DropLayers(count=4)), materials, tmp_path, parent=root)
     assert isinstance(failed, Failure)
     assert failed.kind == "invalid"
     assert "drop_layers.count=4" in failed.message
 
 
-def test_a_step_that_leaves_nan_diverged(
+def test_a_step_that_gives_nan_weights_fails_as_diverged(
     root: Path, materials: Materials, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def spoil(self: DropLayers, model: Model, context: object) -> Model:
@@ -167,7 +171,7 @@ def test_a_step_that_leaves_nan_diverged(
     assert failed.kind == "diverged"
 
 
-def test_a_step_whose_model_differs_from_its_predicted_layout_is_a_bug(
+def test_a_step_whose_model_differs_from_its_predicted_layout_fails_as_a_bug(
     root: Path, materials: Materials, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(DropLayers, "output_layout", lambda self, layout: layout)
@@ -177,7 +181,7 @@ def test_a_step_whose_model_differs_from_its_predicted_layout_is_a_bug(
     assert "of another layout than it predicted" in failed.message
 
 
-def test_a_text_that_is_too_short_is_invalid(materials: Materials, root: Path, tmp_path: Path) -> None:
+def test_a_text_that_is_too_short_fails_as_invalid(materials: Materials, root: Path, tmp_path: Path) -> None:
     evaluation = dataclasses.replace(materials.evaluation, samples=10**6)
     failed = run(ROOT, dataclasses.replace(materials, evaluation=evaluation), tmp_path, built=root)
     assert isinstance(failed, Failure)
@@ -207,6 +211,6 @@ def test_a_text_that_is_too_short_is_invalid(materials: Materials, root: Path, t
     ],
 )
 def test_the_kind_of_a_failure_follows_from_the_exception(error: Exception, kind: str) -> None:
-    found = failure(error)
-    assert found.kind == kind
-    assert type(error).__name__ in found.traceback
+    classified = failure(error)
+    assert classified.kind == kind
+    assert type(error).__name__ in classified.traceback

@@ -1,4 +1,4 @@
-"""The factor that errors are spread by, against its definition in fp64."""
+"""The factor of the inverse Hessian is compared with its definition in fp64."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ def test_the_factor_is_upper_and_its_square_is_the_inverse(size: int) -> None:
 
 
 def test_a_matrix_without_a_factor_is_damped_until_it_has_one() -> None:
-    gram = torch.diag(torch.tensor([4.0, -0.1, 4.0]))  # no Gram matrix, but such as rounding leaves
+    gram = torch.diag(torch.tensor([4.0, -0.1, 4.0]))  # not positive semidefinite, as rounding can make it
     factor = inverse_factor(gram, 0.01, "gptq")
     torch.testing.assert_close(
         factor, torch.diag(1 / (gram.diagonal() + 0.1 * gram.diagonal().mean()).sqrt())
     )
 
 
-def test_one_that_no_damping_helps_is_refused_by_name() -> None:
+def test_a_matrix_that_no_damping_can_factor_is_refused_with_the_technique() -> None:
     with pytest.raises(ValueError, match="gptq: the Gram matrix"):
         inverse_factor(torch.full((3, 3), float("nan")), 0.01, "gptq")

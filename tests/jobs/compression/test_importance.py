@@ -1,3 +1,5 @@
+"""Fisher information of each task equals or approaches slow reference computations."""
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -17,8 +19,8 @@ from jobs.models.model import Model
 Tiny = Callable[..., Path]
 
 
-def loaded(folder: Path) -> Model:
-    """In fp64, where squared gradients can be compared."""
+def load_in_fp64(folder: Path) -> Model:
+    """Load a model in fp64, so that squared gradients can be compared."""
     model = loading.load(folder)
     model.module.double()
     return model
@@ -28,12 +30,12 @@ def context(tokens: Tensor, workdir: Path) -> Context:
     return Context(Statistics(None, "key"), workdir, seed=0, calibration=tokens)
 
 
-def some_tokens(samples: int, length: int) -> Tensor:
+def make_tokens(samples: int, length: int) -> Tensor:
     return torch.randint(3, 512, (samples, length), generator=torch.Generator().manual_seed(0))
 
 
-def squares(model: Model, scalars: Callable[[], list[Tensor]]) -> dict[str, Tensor]:
-    """Σ over the scalars of their squared gradients, one after the other, by autograd."""
+def sum_squared_gradients(model: Model, scalars: Callable[[], list[Tensor]]) -> dict[str, Tensor]:
+    """Return the sum over the scalars of their squared gradients, computed one by one with autograd."""
     model.module.requires_grad_(True)
     linears = model.linears()
     weights = [linears[name].get_parameter("weight") for name in linears]
@@ -46,59 +48,63 @@ def squares(model: Model, scalars: Callable[[], list[Tensor]]) -> dict[str, Tens
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3_text"])
-def test_of_a_causal_model_it_is_the_mean_squared_gradient_of_a_sequences_own_loss(
+def test_for_a_causal_model_fisher_is_the_mean_squared_gradient_per_sequence(
     family: str, tiny: Tiny, tmp_path: Path
 ) -> None:
-    tokens = some_tokens(3, 12)
-    model = loaded(tiny(family))
+    tokens = make_tokens(3, 12)
+    model = load_in_fp64(tiny(family))
 
     def losses() -> list[Tensor]:
         return [model.module(row.unsqueeze(0), labels=row.unsqueeze(0)).loss for row in tokens]
 
-    found = fisher(model, context(tokens, tmp_path))
-    assert list(found) == list(model.linears())
-    for name, expected in squares(model, losses).items():
-        # transformers gives the mean over the 11 predicted tokens: its sum's square is 121 times as large.
-        assert torch.allclose(found[name].double(), expected * 121 / 11 / 3, rtol=1e-5)
+    actual = fisher(model, context(tokens, tmp_path))
+    assert list(actual) == list(model.linears())
+    for name, expected in sum_squared_gradients(model, losses).items():
+        # transformers returns the mean over the 11 predicted tokens; the sum has a squared gradient 121 times as large.
+        assert torch.allclose(actual[name].double(), expected * 121 / 11 / 3, rtol=1e-5)
     assert all(
         not parameter.requires_grad and parameter.grad is None for parameter in model.module.parameters()
     )
 
 
-def test_of_an_encoder_it_approaches_the_squared_jacobian_of_the_sentence_vector(
+def test_for_an_encoder_fisher_approaches_the_squared_jacobian_of_the_embedding(
     tiny_bert: Path, tmp_path: Path
 ) -> None:
-    row = some_tokens(1, 6)
-    model = loaded(tiny_bert)
+    row = make_tokens(1, 6)
+    model = load_in_fp64(tiny_bert)
 
     def coordinates() -> list[Tensor]:
         vector = model.module(row).last_hidden_state.mean(dim=1)[0]
         return list(vector / vector.norm())
 
-    found = fisher(model, context(row.repeat(300, 1), tmp_path))
-    for name, expected in squares(model, coordinates).items():
-        assert found[name].sum().item() == pytest.approx(expected.sum().item(), rel=0.15), name
-        assert correlation(found[name].double(), expected) > 0.97, name
+    actual = fisher(model, context(row.repeat(300, 1), tmp_path))
+    for name, expected in sum_squared_gradients(model, coordinates).items():
+        assert actual[name].sum().item() == pytest.approx(expected.sum().item(), rel=0.15), name
+        assert correlation(actual[name].double(), expected) > 0.97, name
 
 
-def test_of_a_classifier_it_approaches_the_true_fisher(tiny: Tiny, tmp_path: Path) -> None:
-    row = some_tokens(1, 6)
+def test_for_a_classifier_fisher_approaches_the_exact_value(tiny: Tiny, tmp_path: Path) -> None:
+    row = make_tokens(1, 6)
     for family in ("bert", "llama"):
-        model = loaded(tiny(family, "classification"))
+        model = load_in_fp64(tiny(family, "classification"))
 
         def by_label(model: Model = model) -> list[Tensor]:
             logs = model.module(row).logits[0].log_softmax(dim=-1)
-            # The square of √p ∇log p, summed over labels, is the expectation over a label that is drawn.
+            # The squares of √p ∇log p, summed over labels, are the expectation over a sampled label.
             return [share.sqrt() * log for share, log in zip(logs.exp().detach(), logs, strict=True)]
 
-        found = fisher(model, context(row.repeat(200, 1), tmp_path))
-        for name, expected in squares(model, by_label).items():
-            assert torch.allclose(found[name].double(), expected, rtol=0.2, atol=1e-3 * expected.max().item())
+        actual = fisher(model, context(row.repeat(200, 1), tmp_path))
+        for name, expected in sum_squared_gradients(model, by_label).items():
+            assert torch.allclose(
+                actual[name].double(), expected, rtol=0.2, atol=1e-3 * expected.max().item()
+            )
 
 
-def test_a_regression_and_several_labels_have_gradients_of_their_own(tiny: Tiny, tmp_path: Path) -> None:
-    row = some_tokens(1, 6)
-    model = loaded(tiny("bert", "classification"))
+def test_regression_and_multi_label_models_use_the_gradients_of_their_losses(
+    tiny: Tiny, tmp_path: Path
+) -> None:
+    row = make_tokens(1, 6)
+    model = load_in_fp64(tiny("bert", "classification"))
     model.config.problem_type = "multi_label_classification"
 
     def by_label() -> list[Tensor]:
@@ -106,77 +112,82 @@ def test_a_regression_and_several_labels_have_gradients_of_their_own(tiny: Tiny,
         share = logits.sigmoid().detach()
         return list((share * (1 - share)).sqrt() * logits)
 
-    found = fisher(model, context(row.repeat(400, 1), tmp_path))
-    expected = squares(model, by_label)
+    actual = fisher(model, context(row.repeat(400, 1), tmp_path))
+    expected = sum_squared_gradients(model, by_label)
     name = "bert.encoder.layer.1.output.dense"
-    assert found[name].sum().item() == pytest.approx(expected[name].sum().item(), rel=0.2)
+    assert actual[name].sum().item() == pytest.approx(expected[name].sum().item(), rel=0.2)
 
     model.config.problem_type = None
     model.module.classifier = nn.Linear(64, 1, dtype=torch.float64)
     model.config.num_labels = 1
-    expected = squares(model, lambda: [model.module(row).logits[0, 0]])
+    expected = sum_squared_gradients(model, lambda: [model.module(row).logits[0, 0]])
     exact = fisher(model, context(row, tmp_path))
     assert all(torch.allclose(exact[name].double(), expected[name], rtol=1e-5) for name in expected)
 
 
-def test_half_the_fisher_times_the_squared_change_foretells_the_loss_of_agreement(
+def test_half_the_fisher_times_the_squared_change_predicts_the_agreement_loss(
     tiny_bert: Path, tmp_path: Path
 ) -> None:
-    tokens = some_tokens(32, 8)
-    model = loaded(tiny_bert)
-    found = fisher(model, context(tokens, tmp_path))
+    tokens = make_tokens(32, 8)
+    model = load_in_fp64(tiny_bert)
+    information = fisher(model, context(tokens, tmp_path))
 
     def vectors() -> Tensor:
         with torch.no_grad():
             return model.module(tokens).last_hidden_state.mean(dim=1)
 
-    before = vectors()
+    original_vectors = vectors()
     generator = torch.Generator().manual_seed(1)
     name = "encoder.layer.1.intermediate.dense"
     weight = model.linears()[name].get_parameter("weight").data
-    kept = weight.clone()
-    lost = []
+    original_weight = weight.clone()
+    losses = []
     for _ in range(20):
-        weight.copy_(kept + 1e-3 * torch.randn(kept.shape, generator=generator, dtype=torch.float64))
-        lost.append((1 - nn.functional.cosine_similarity(vectors(), before)).mean())
-    foretold = 0.5 * found[name].sum().item() * 1e-6
-    assert torch.stack(lost).mean().item() == pytest.approx(foretold, rel=0.15)
+        weight.copy_(
+            original_weight
+            + 1e-3 * torch.randn(original_weight.shape, generator=generator, dtype=torch.float64)
+        )
+        losses.append((1 - nn.functional.cosine_similarity(vectors(), original_vectors)).mean())
+    predicted = 0.5 * information[name].sum().item() * 1e-6
+    assert torch.stack(losses).mean().item() == pytest.approx(predicted, rel=0.15)
 
 
-def test_it_is_read_from_its_file_the_second_time(tiny_llama: Path, tmp_path: Path) -> None:
-    tokens = some_tokens(2, 8)
+def test_fisher_is_read_from_its_file_the_second_time(tiny_llama: Path, tmp_path: Path) -> None:
+    tokens = make_tokens(2, 8)
     first = fisher(
         loading.load(tiny_llama), Context(Statistics(tmp_path, "key"), tmp_path, 0, calibration=tokens)
     )
-    again = fisher(loading.load(tiny_llama), Context(Statistics(tmp_path, "key"), tmp_path, 0))
+    reloaded = fisher(loading.load(tiny_llama), Context(Statistics(tmp_path, "key"), tmp_path, 0))
     assert [file.name for file in tmp_path.glob("*.0.*")] == ["key-fisher.0.safetensors"]
-    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert all(torch.equal(first[name], reloaded[name]) for name in first)
     assert {tensor.dtype for tensor in first.values()} == {torch.float32}
 
 
-def test_what_has_no_gradient_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
+def test_a_model_without_finite_gradients_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
     model = loading.load(tiny_llama)
     with pytest.raises(ValueError, match=r"data\.calibration"):
         fisher(model, Context(Statistics(None, "key"), tmp_path, 0))
     model.blocks[1].mlp.up_proj.weight[0, 0] = float("nan")
     with pytest.raises(ValueError, match="NaN or infinite gradients"):
-        fisher(model, context(some_tokens(1, 4), tmp_path))
+        fisher(model, context(make_tokens(1, 4), tmp_path))
     name = "model.layers.2.mlp.up_proj"
     weight = model.linears()[name].get_parameter("weight")
     model.replace(name, SparseLinear.of(weight, weight > 0, None))
     with pytest.raises(ValueError, match=r"layers\.2\.mlp\.up_proj is a SparseLinear"):
-        fisher(model, context(some_tokens(1, 4), tmp_path))
+        fisher(model, context(make_tokens(1, 4), tmp_path))
 
 
-def correlation(one: Tensor, other: Tensor) -> float:
-    return torch.corrcoef(torch.stack([one.flatten(), other.flatten()]))[0, 1].item()
+def correlation(first: Tensor, second: Tensor) -> float:
+    return torch.corrcoef(torch.stack([first.flatten(), second.flatten()]))[0, 1].item()
 
 
 @pytest.mark.parametrize("family", families.names())
-def test_every_family_has_it_in_bf16_for_each_of_its_tasks(family: str, tiny: Tiny, tmp_path: Path) -> None:
+def test_every_family_and_task_has_fisher_information_in_bf16(
+    family: str, tiny: Tiny, tmp_path: Path
+) -> None:
     for task in families.family(family).tasks:
         model = loading.load(tiny(family, task))
-        found = fisher(model, context(some_tokens(2, 8), tmp_path))
-        assert list(found) == list(model.linears())
-        unreached = [name for name, squared in found.items() if squared.max() == 0]
+        information = fisher(model, context(make_tokens(2, 8), tmp_path))
+        assert list(information) == list(model.linears())
+        unreached = [name for name, squared in information.items() if squared.max() == 0]
         assert not unreached

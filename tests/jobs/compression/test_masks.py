@@ -1,3 +1,5 @@
+"""Masks: sparse models become dense for training and sparse again, with the same zeros."""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -18,26 +20,29 @@ from jobs.training import loop, settings
 
 
 @pytest.mark.parametrize("name", ["distill", "finetune"])
-def test_recovery_trains_a_sparse_model_and_keeps_it_sparse(
+def test_retraining_a_sparse_model_keeps_its_zeros(
     sparse: Model, name: str, tiny_llama: Path, tmp_path: Path
 ) -> None:
-    before = {key: layer.get_buffer("values").clone() for key, layer in sparse.linears().items()}
-    gone, layout = zeros(sparse), sparse.layout()
+    initial_values = {key: layer.get_buffer("values").clone() for key, layer in sparse.linears().items()}
+    initial_zeros, layout = zero_masks(sparse), sparse.layout()
     rows = torch.randint(3, 512, (4, 16), generator=torch.Generator().manual_seed(2))
     context = Context(
         Statistics(None, "key"), tmp_path, 0, training=rows, teacher=lambda: loading.load(tiny_llama)
     )
-    options = {"method": "full"} if name == "finetune" else {}
-    step = techniques.load(name).of({"steps": 3, "learning_rate": 1e-3, **options})
+    options: dict[str, str | float] = {"steps": 3, "learning_rate": 1e-3}
+    if name == "finetune":
+        options["method"] = "full"
+    step = techniques.load(name).of(options)
     trained = step.compress(sparse, context)
     assert trained.layout() == layout == step.output_layout(layout)
-    assert all(torch.equal(gone[key], places) for key, places in zeros(trained).items())
+    assert all(torch.equal(initial_zeros[key], mask) for key, mask in zero_masks(trained).items())
     assert any(
-        not torch.equal(before[key], layer.get_buffer("values")) for key, layer in trained.linears().items()
+        not torch.equal(initial_values[key], layer.get_buffer("values"))
+        for key, layer in trained.linears().items()
     )
 
 
-def test_recoveries_that_would_fill_the_zeros_are_refused(sparse: Model) -> None:
+def test_training_that_would_fill_the_zeros_is_refused(sparse: Model) -> None:
     with pytest.raises(ValueError, match=r"finetune\.method=lora would make"):
         techniques.load("finetune").of({"method": "lora"}).output_layout(sparse.layout())
 
@@ -51,12 +56,12 @@ def sparse(tiny_llama: Path, tmp_path: Path) -> Model:
 TOKENS = torch.randint(3, 512, (2, 16), generator=torch.Generator().manual_seed(1))
 
 
-def zeros(model: Model) -> dict[str, Tensor]:
-    found = {}
+def zero_masks(model: Model) -> dict[str, Tensor]:
+    masks_by_name = {}
     for name, layer in model.linears().items():
         assert isinstance(layer, SparseLinear)
-        found[name] = ~layer.kept()
-    return found
+        masks_by_name[name] = ~layer.kept()
+    return masks_by_name
 
 
 def update(model: Model, optimizer: torch.optim.Optimizer) -> float:
@@ -67,42 +72,44 @@ def update(model: Model, optimizer: torch.optim.Optimizer) -> float:
     return loss.item()
 
 
-def test_dense_and_sparse_again_is_the_same_model(sparse: Model) -> None:
+def test_densify_and_sparsify_restore_the_same_model(sparse: Model) -> None:
     layout, state = sparse.layout(), sparse.module.state_dict()
     with torch.no_grad():
-        before = sparse.module(TOKENS).logits
-    kept = masks.densify(sparse)
+        expected_logits = sparse.module(TOKENS).logits
+    kept_masks = masks.densify(sparse)
     assert sparse.layout().forms() == {"dense"}
-    assert set(kept) == set(sparse.linears())
+    assert set(kept_masks) == set(sparse.linears())
     with torch.no_grad():
-        assert torch.equal(sparse.module(TOKENS).logits, before)
-    masks.sparsify(sparse, kept)
+        assert torch.equal(sparse.module(TOKENS).logits, expected_logits)
+    masks.sparsify(sparse, kept_masks)
     assert sparse.layout() == layout
     assert all(torch.equal(state[name], tensor) for name, tensor in sparse.module.state_dict().items())
 
 
-def test_linears_that_are_not_sparse_are_left_alone(tiny_llama: Path) -> None:
+def test_densify_ignores_dense_linears(tiny_llama: Path) -> None:
     model = loading.load(tiny_llama)
     layers = model.linears()
     assert masks.densify(model) == {}
     assert all(model.linears()[name] is layer for name, layer in layers.items())
 
 
-def test_held_masks_let_no_update_reach_what_is_zero_and_the_rest_learn(sparse: Model) -> None:
-    layout, before = sparse.layout(), zeros(sparse)
+def test_with_held_masks_zeros_stay_zero_and_other_weights_learn(sparse: Model) -> None:
+    layout, initial_zeros = sparse.layout(), zero_masks(sparse)
     values = {name: layer.values.clone() for name, layer in sparse.linears().items()}
-    kept = masks.densify(sparse)
+    kept_masks = masks.densify(sparse)
     sparse.blocks.requires_grad_(True)
-    masks.hold(sparse, kept)
+    masks.hold(sparse, kept_masks)
     trained = [parameter for parameter in sparse.module.parameters() if parameter.requires_grad]
-    assert sum(one.ndim == 2 for one in trained) == len(kept)
+    assert sum(parameter.ndim == 2 for parameter in trained) == len(kept_masks)
     optimizer = torch.optim.AdamW(trained, 1e-3, weight_decay=0.1)
     losses = [update(sparse, optimizer) for _ in range(4)]
-    raw = [one for one in trained if one.ndim == 2]
-    assert not any(bool(one[~mask].any()) for one, mask in zip(raw, kept.values(), strict=True))
-    masks.sparsify(sparse, kept)
-    after = zeros(sparse)
-    assert all(torch.equal(before[name], after[name]) for name in before)
+    weights = [parameter for parameter in trained if parameter.ndim == 2]
+    assert not any(
+        bool(parameter[~mask].any()) for parameter, mask in zip(weights, kept_masks.values(), strict=True)
+    )
+    masks.sparsify(sparse, kept_masks)
+    final_zeros = zero_masks(sparse)
+    assert all(torch.equal(initial_zeros[name], final_zeros[name]) for name in initial_zeros)
     assert sparse.layout() == layout
     assert losses[-1] < losses[0]
     assert all(not torch.equal(values[name], layer.values) for name, layer in sparse.linears().items())
@@ -111,31 +118,31 @@ def test_held_masks_let_no_update_reach_what_is_zero_and_the_rest_learn(sparse: 
     )
 
 
-def test_a_weight_that_training_made_zero_stays_among_the_kept(sparse: Model) -> None:
+def test_a_kept_weight_that_becomes_zero_stays_in_the_mask(sparse: Model) -> None:
     layout = sparse.layout()
-    kept = masks.densify(sparse)
+    kept_masks = masks.densify(sparse)
     for layer in sparse.linears().values():
         layer.get_parameter("weight").data.zero_()
-    masks.sparsify(sparse, kept)
+    masks.sparsify(sparse, kept_masks)
     assert sparse.layout() == layout
 
 
 @pytest.mark.parametrize("stage", [0, 2])
-def test_held_masks_outlive_the_engines_masters_in_fp32(stage: int, sparse: Model) -> None:
-    layout, before = sparse.layout(), zeros(sparse)
-    kept = masks.densify(sparse)
+def test_held_masks_also_apply_to_fp32_master_weights(stage: int, sparse: Model) -> None:
+    layout, initial_zeros = sparse.layout(), zero_masks(sparse)
+    kept_masks = masks.densify(sparse)
     sparse.blocks.requires_grad_(True)
-    masks.hold(sparse, kept)
+    masks.hold(sparse, kept_masks)
     log = loop.train(
         sparse.module,
         iter([TOKENS] * 6),
         lambda module, rows: module(rows, labels=rows).loss,
         settings.Training(1e-3, 6, zero_stage=stage),
-        lambda share, what: None,
+        lambda share, activity: None,
     )
-    masks.sparsify(sparse, kept)
-    after = zeros(sparse)
-    assert all(torch.equal(before[name], after[name]) for name in before)
+    masks.sparsify(sparse, kept_masks)
+    final_zeros = zero_masks(sparse)
+    assert all(torch.equal(initial_zeros[name], final_zeros[name]) for name in initial_zeros)
     assert sparse.layout() == layout
     assert log.losses[-1] < log.losses[0]
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Packed tables, and rounding errors mended by low rank: what several techniques share."""
+"""Packed embedding tables and low-rank corrections of rounding errors, which several techniques share."""
 
 from __future__ import annotations
 
@@ -30,13 +30,15 @@ def context(workdir: Path) -> Context:
 
 
 @torch.no_grad()
-def outputs(model: Model) -> Tensor:
-    found = model.module(TOKENS[:2])
-    return found.logits if model.task == "causal-lm" else found.last_hidden_state
+def compute_outputs(model: Model) -> Tensor:
+    output = model.module(TOKENS[:2])
+    if model.task == "causal-lm":
+        return output.logits
+    return output.last_hidden_state
 
 
-def written(model: Model, folder: Path) -> Model:
-    """The model written and read again, after its file was held against its layout."""
+def write_and_load(model: Model, folder: Path) -> Model:
+    """Write the model, compare the file's size with the layout, and load the model again."""
     loading.save(model, folder, {})
     assert (folder / loading.WEIGHTS).stat().st_size == model.layout().size_bytes()
     return loading.load(folder)
@@ -51,47 +53,47 @@ def test_tables_are_packed_in_every_family(
     folder = request.getfixturevalue("tiny")(family)
     step = Rtn(bits=8, embedding_bits=bits)
     original = loading.original_layout(folder)
-    made = step.compress(loading.load(folder), context(tmp_path))
-    assert made.layout() == step.output_layout(original)
-    assert made.layout().size_bytes() < Rtn(bits=8).output_layout(original).size_bytes()
-    again = written(made, tmp_path / "made")
-    assert again.layout() == made.layout()
-    assert torch.equal(outputs(again), outputs(made))
-    run = on_torch.load(tmp_path / "made")
+    model = step.compress(loading.load(folder), context(tmp_path))
+    assert model.layout() == step.output_layout(original)
+    assert model.layout().size_bytes() < Rtn(bits=8).output_layout(original).size_bytes()
+    loaded = write_and_load(model, tmp_path / "made")
+    assert loaded.layout() == model.layout()
+    assert torch.equal(compute_outputs(loaded), compute_outputs(model))
+    runtime_model = on_torch.load(tmp_path / "made")
     assert not any(
-        isinstance(part, (PackedEmbedding, PackedLinear, TiedHead)) for part in run.module.modules()
+        isinstance(part, (PackedEmbedding, PackedLinear, TiedHead)) for part in runtime_model.module.modules()
     )
-    torch.testing.assert_close(outputs(run), outputs(made), rtol=0.02, atol=0.02)
+    torch.testing.assert_close(compute_outputs(runtime_model), compute_outputs(model), rtol=0.02, atol=0.02)
     if bits == 8:
-        before = outputs(loading.load(folder))
-        assert (outputs(made) - before).norm() < 0.05 * before.norm()
+        original_outputs = compute_outputs(loading.load(folder))
+        assert (compute_outputs(model) - original_outputs).norm() < 0.05 * original_outputs.norm()
 
 
-def test_a_tied_table_is_written_once_and_serves_both_ends(tiny_llama: Path, tmp_path: Path) -> None:
-    made = Rtn(embedding_bits=4, group=32).compress(loading.load(tiny_llama), context(tmp_path))
-    assert made.layout().tables == {
+def test_a_tied_table_is_written_once_for_embedding_and_head(tiny_llama: Path, tmp_path: Path) -> None:
+    model = Rtn(embedding_bits=4, group=32).compress(loading.load(tiny_llama), context(tmp_path))
+    assert model.layout().tables == {
         "model.embed_tokens": LinearSpec(512, 64, False, Packing(4, 32, symmetric=False))
     }
-    assert not [name for name in made.layout().tensors() if name.startswith("lm_head")]
-    again = written(made, tmp_path / "made")
-    head = again.module.lm_head
+    assert not [name for name in model.layout().tensors() if name.startswith("lm_head")]
+    loaded = write_and_load(model, tmp_path / "made")
+    head = loaded.module.lm_head
     assert isinstance(head, TiedHead)
-    assert head.table is again.module.model.embed_tokens
-    run = on_torch.load(tmp_path / "made").module
-    assert run.lm_head.weight is run.model.embed_tokens.weight
+    assert head.table is loaded.module.model.embed_tokens
+    runtime_module = on_torch.load(tmp_path / "made").module
+    assert runtime_module.lm_head.weight is runtime_module.model.embed_tokens.weight
 
 
-def test_a_head_of_its_own_is_packed_with_its_bias(tiny: object, request: pytest.FixtureRequest) -> None:
+def test_an_untied_head_is_packed_with_its_bias(tiny: object, request: pytest.FixtureRequest) -> None:
     folder = request.getfixturevalue("tiny")("phi")
     model = loading.load(folder)
     nn.init.normal_(model.module.lm_head.bias)
     bias = model.module.lm_head.bias.clone()
-    made = Rtn(embedding_bits=8).compress(model, context(folder))
-    assert made.layout().tables["lm_head"] == LinearSpec(512, 64, True, Packing(8, 0, False))
-    assert torch.equal(made.module.lm_head.bias, bias)
+    packed = Rtn(embedding_bits=8).compress(model, context(folder))
+    assert packed.layout().tables["lm_head"] == LinearSpec(512, 64, True, Packing(8, 0, False))
+    assert torch.equal(packed.module.lm_head.bias, bias)
 
 
-def test_a_tied_head_keeps_a_bias_of_its_own(
+def test_a_tied_head_keeps_its_separate_bias(
     words: transformers.PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     config = transformers.GPTJConfig(
@@ -101,47 +103,47 @@ def test_a_tied_head_keeps_a_bias_of_its_own(
     nn.init.normal_(original.lm_head.bias)
     original.save_pretrained(tmp_path / "original")
     step = Rtn(embedding_bits=8)
-    made = step.compress(loading.load(tmp_path / "original"), context(tmp_path))
-    assert made.layout() == step.output_layout(loading.original_layout(tmp_path / "original"))
-    assert "lm_head.bias" in made.layout().others
-    again = written(made, tmp_path / "made")
-    assert torch.equal(outputs(again), outputs(made))
-    assert torch.equal(on_torch.load(tmp_path / "made").module.lm_head.bias, made.module.lm_head.bias)
+    model = step.compress(loading.load(tmp_path / "original"), context(tmp_path))
+    assert model.layout() == step.output_layout(loading.original_layout(tmp_path / "original"))
+    assert "lm_head.bias" in model.layout().others
+    loaded = write_and_load(model, tmp_path / "made")
+    assert torch.equal(compute_outputs(loaded), compute_outputs(model))
+    assert torch.equal(on_torch.load(tmp_path / "made").module.lm_head.bias, model.module.lm_head.bias)
 
 
-def test_a_packed_embedding_gives_the_rows_of_its_table(tiny: object, request: pytest.FixtureRequest) -> None:
+def test_a_packed_embedding_returns_the_rows_of_its_table(
+    tiny: object, request: pytest.FixtureRequest
+) -> None:
     folder = request.getfixturevalue("tiny")("gemma3_text")
     model = loading.load(folder)
     plain = model.module.model.embed_tokens
-    made = Rtn(embedding_bits=8).compress(model, context(folder)).module.model.embed_tokens
-    assert isinstance(made, PackedEmbedding)
-    expected = made.weight(torch.bfloat16)[TOKENS] * plain.embed_scale.to(torch.bfloat16)
-    assert torch.equal(made(TOKENS), expected)
-    assert plain.weight is not None  # the plain one is left as it was
+    packed = Rtn(embedding_bits=8).compress(model, context(folder)).module.model.embed_tokens
+    assert isinstance(packed, PackedEmbedding)
+    expected = packed.weight(torch.bfloat16)[TOKENS] * plain.embed_scale.to(torch.bfloat16)
+    assert torch.equal(packed(TOKENS), expected)
+    assert plain.weight is not None  # the original embedding is unchanged
 
 
-def test_each_value_of_a_table_is_the_nearest_of_a_grid_no_worse_than_the_widest(
-    tiny_llama: Path, tmp_path: Path
-) -> None:
+def test_a_table_is_rounded_to_a_grid_no_worse_than_the_widest(tiny_llama: Path, tmp_path: Path) -> None:
     model = loading.load(tiny_llama)
     weight = model.module.model.embed_tokens.weight.float()
-    known = Packing(4, 32, False)
-    integers, grid = packing.round_to_nearest(weight, known)
-    widest = grid.values(grids.grouped(integers, known)).flatten(1)[:, : weight.shape[1]]
-    made = Rtn(embedding_bits=4, group=32).compress(model, context(tmp_path)).module.model.embed_tokens
-    errors = [(each - weight).view(512, 2, 32).square().sum(-1) for each in (made.weight(), widest)]
+    options = Packing(4, 32, False)
+    integers, grid = packing.round_to_nearest(weight, options)
+    widest = grid.values(grids.grouped(integers, options)).flatten(1)[:, : weight.shape[1]]
+    embedding = Rtn(embedding_bits=4, group=32).compress(model, context(tmp_path)).module.model.embed_tokens
+    errors = [(table - weight).view(512, 2, 32).square().sum(-1) for table in (embedding.weight(), widest)]
     assert (errors[0] <= errors[1] * (1 + 1e-5)).all()
     assert errors[0].sum() < errors[1].sum()
 
 
-def test_tables_that_are_not_finite_are_refused(tiny_llama: Path, tmp_path: Path) -> None:
+def test_non_finite_tables_are_refused(tiny_llama: Path, tmp_path: Path) -> None:
     model = loading.load(tiny_llama)
     model.module.model.embed_tokens.weight[3, 3] = float("nan")
     with pytest.raises(ValueError, match=r"rtn needs finite weights: model\.embed_tokens"):
         Rtn(embedding_bits=8).compress(model, context(tmp_path))
 
 
-def gram_of(into: int, rank: int | None = None) -> Tensor:
+def make_gram(into: int, rank: int | None = None) -> Tensor:
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(rank or 3 * into, into, generator=generator) @ torch.randn(
         into, into, generator=generator
@@ -149,56 +151,64 @@ def gram_of(into: int, rank: int | None = None) -> Tensor:
     return x.T @ x / len(x)
 
 
-def cost(difference: Tensor, gram: Tensor) -> float:
+def output_error(difference: Tensor, gram: Tensor) -> float:
     return (difference @ gram * difference).sum().item()
 
 
 @pytest.mark.parametrize("shape", [(12, 30), (30, 12), (16, 16)])
-def test_low_rank_factors_leave_what_the_singular_values_leave(shape: tuple[int, int]) -> None:
-    matrix, gram = torch.randn(shape, generator=torch.Generator().manual_seed(0)), gram_of(shape[1])
+def test_the_error_of_low_rank_factors_equals_that_of_the_omitted_singular_values(
+    shape: tuple[int, int],
+) -> None:
+    matrix, gram = torch.randn(shape, generator=torch.Generator().manual_seed(0)), make_gram(shape[1])
     values = torch.linalg.svdvals(matrix.double() @ torch.linalg.cholesky(gram.double()))
     for rank in (1, 5, 12):
         u, v = best_factors(matrix, gram, rank)
         assert (u.shape, v.shape) == ((shape[0], rank), (rank, shape[1]))
-        left = values[rank:].square().sum().item()
-        assert cost(matrix - u @ v, gram) == pytest.approx(left, rel=1e-3, abs=1e-4 * values[0].item())
+        expected = values[rank:].square().sum().item()
+        assert output_error(matrix - u @ v, gram) == pytest.approx(
+            expected, rel=1e-3, abs=1e-4 * values[0].item()
+        )
 
 
-def test_without_statistics_low_rank_factors_are_the_plain_truncation() -> None:
+def test_without_statistics_low_rank_factors_are_the_truncated_svd() -> None:
     matrix = torch.randn(9, 7, generator=torch.Generator().manual_seed(0))
     u, s, v = torch.linalg.svd(matrix, full_matrices=False)
-    made = torch.mm(*best_factors(matrix, None, 3))
-    assert torch.allclose(made, (u[:, :3] * s[:3]) @ v[:3], atol=1e-5)
+    product = torch.mm(*best_factors(matrix, None, 3))
+    assert torch.allclose(product, (u[:, :3] * s[:3]) @ v[:3], atol=1e-5)
 
 
 @pytest.mark.parametrize("shape", [(12, 30), (30, 12)])
-def test_a_singular_gram_or_nothing_to_mend_does_no_harm(shape: tuple[int, int]) -> None:
+def test_a_singular_gram_and_zero_errors_give_finite_factors(shape: tuple[int, int]) -> None:
     matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    gram = gram_of(shape[1], rank=4)
-    assert cost(matrix - torch.mm(*best_factors(matrix, gram, 6)), gram) < 1e-4 * cost(matrix, gram)
-    for product in (best_factors(matrix * 0, gram, 3), best_factors(matrix, gram * 0, 3)):
-        assert all(torch.isfinite(factor).all() for factor in product)
+    gram = make_gram(shape[1], rank=4)
+    assert output_error(matrix - torch.mm(*best_factors(matrix, gram, 6)), gram) < 1e-4 * output_error(
+        matrix, gram
+    )
+    for factors in (best_factors(matrix * 0, gram, 3), best_factors(matrix, gram * 0, 3)):
+        assert all(torch.isfinite(factor).all() for factor in factors)
 
 
 @pytest.mark.parametrize("technique", [Rtn, Gptq])
-def test_a_correction_mends_more_the_higher_its_rank(
+def test_the_error_falls_as_the_rank_of_the_correction_rises(
     technique: type[Rtn] | type[Gptq], tiny_llama: Path, tmp_path: Path
 ) -> None:
-    grams = Statistics(None, "").grams(loading.load(tiny_llama), TOKENS, lambda share, what: None)
+    grams = Statistics(None, "").grams(loading.load(tiny_llama), TOKENS, lambda share, activity: None)
     name = "model.layers.1.mlp.down_proj"
-    gram = grams.gram(name) if "calibration" in technique.needs else torch.eye(160)
+    gram = torch.eye(160)
+    if "calibration" in technique.needs:
+        gram = grams.gram(name)
     weight = loading.load(tiny_llama).module.get_submodule(name).weight.float()
     errors = []
     for rank in (0, 4, 16, 32):
         step = technique(bits=3, correction_rank=rank)
-        made = step.compress(loading.load(tiny_llama), context(tmp_path))
-        assert made.layout() == step.output_layout(loading.original_layout(tiny_llama))
-        errors.append(cost(effective(made.module.get_submodule(name)) - weight, gram))
+        model = step.compress(loading.load(tiny_llama), context(tmp_path))
+        assert model.layout() == step.output_layout(loading.original_layout(tiny_llama))
+        errors.append(output_error(effective_weight(model.module.get_submodule(name)) - weight, gram))
     assert errors == sorted(errors, reverse=True)
     assert errors[-1] < 0.4 * errors[0]
 
 
-def effective(layer: nn.Module) -> Tensor:
+def effective_weight(layer: nn.Module) -> Tensor:
     if isinstance(layer, PackedLinear):
         return layer.weight()
     assert isinstance(layer, CorrectedLinear)
@@ -206,24 +216,26 @@ def effective(layer: nn.Module) -> Tensor:
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "gpt_neox"])
-def test_a_corrected_model_is_written_and_read_again(
+def test_a_corrected_model_is_equal_after_loading(
     family: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
     folder = request.getfixturevalue("tiny")(family)
     step = Gptq(bits=3, correction_rank=8, embedding_bits=8)
-    made = step.compress(loading.load(folder), context(tmp_path))
-    again = written(made, tmp_path / "made")
-    assert again.layout() == made.layout() == step.output_layout(loading.original_layout(folder))
-    assert torch.equal(outputs(again), outputs(made))
-    torch.testing.assert_close(outputs(on_torch.load(tmp_path / "made")), outputs(made), rtol=0.02, atol=0.02)
+    model = step.compress(loading.load(folder), context(tmp_path))
+    loaded = write_and_load(model, tmp_path / "made")
+    assert loaded.layout() == model.layout() == step.output_layout(loading.original_layout(folder))
+    assert torch.equal(compute_outputs(loaded), compute_outputs(model))
+    torch.testing.assert_close(
+        compute_outputs(on_torch.load(tmp_path / "made")), compute_outputs(model), rtol=0.02, atol=0.02
+    )
 
 
 def test_thin_linears_are_packed_without_a_correction(tiny_llama: Path, tmp_path: Path) -> None:
     model = SvdLlm(keep=0.6).compress(loading.load(tiny_llama), context(tmp_path))
     factored = model.layout()
     step = Rtn(correction_rank=8)
-    made = step.compress(model, context(tmp_path))
-    assert made.layout() == step.output_layout(factored) == factored.packed(step.packing)
+    packed = step.compress(model, context(tmp_path))
+    assert packed.layout() == step.output_layout(factored) == factored.packed(step.packing)
 
 
 def test_a_rank_above_the_smaller_side_is_refused(tiny_llama: Path) -> None:

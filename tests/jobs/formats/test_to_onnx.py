@@ -189,7 +189,7 @@ def test_the_graph_contains_no_weights(
 @pytest.mark.parametrize(
     ("family", "kind"), [("llama", "chain"), ("gpt_neo", "real zeros"), ("bert", "8 bits")]
 )
-def test_two_writes_are_the_same_to_the_byte(
+def test_two_exports_are_identical_to_the_byte(
     family: str, kind: str, artifact: Artifact, tmp_path: Path
 ) -> None:
     folder = artifact(family, KINDS[kind])

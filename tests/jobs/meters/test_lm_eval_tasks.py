@@ -1,4 +1,4 @@
-"""lm-eval's tasks on what is shipped: as lm-eval itself scores the model, and as a study counts it."""
+"""The lm-eval tasks on a compressed artifact: scores equal those of lm-eval itself, and errors those of a study."""
 
 from __future__ import annotations
 
@@ -36,23 +36,28 @@ TEXTS = {
 }  # fmt: skip
 CONTEXTS = ("An expression", "The operator is", "A statement of", "Names in the block", "Classes may")
 ITEMS = [
-    {"context": one, "choices": [" list", " of names and values", " was"], "answer": at % 3, "wanted": "x"}
-    for at, one in enumerate(CONTEXTS)
+    {
+        "context": context,
+        "choices": [" list", " of names and values", " was"],
+        "answer": index % 3,
+        "wanted": "x",
+    }
+    for index, context in enumerate(CONTEXTS)
 ]
 
 
 @pytest.fixture(scope="module")
 def folder(lm_eval_task: Callable[..., None], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Tasks of one's own: `many` of five questions, `few` of two, the group of both, and two of other kinds."""
-    made = tmp_path_factory.mktemp("tasks")
-    lm_eval_task(made, "many", ITEMS)
-    lm_eval_task(made, "few", ITEMS[:2])
-    lm_eval_task(made, "answers", ITEMS[:3], **ANSWERS)
-    lm_eval_task(made, "texts", ITEMS[:2], **TEXTS)
-    (made / "both.yaml").write_text(
+    """Write user-defined tasks: `many` has five questions, `few` two, `both` groups them; two are of other kinds."""
+    tasks_folder = tmp_path_factory.mktemp("tasks")
+    lm_eval_task(tasks_folder, "many", ITEMS)
+    lm_eval_task(tasks_folder, "few", ITEMS[:2])
+    lm_eval_task(tasks_folder, "answers", ITEMS[:3], **ANSWERS)
+    lm_eval_task(tasks_folder, "texts", ITEMS[:2], **TEXTS)
+    (tasks_folder / "both.yaml").write_text(
         "group: both\ntask: [many, few]\naggregate_metric_list: [{metric: acc, weight_by_size: false}]\n"
     )
-    return made
+    return tasks_folder
 
 
 def subject(model: Path, folder: Path, *names: str, **options: Any) -> ShippedModel:
@@ -60,37 +65,40 @@ def subject(model: Path, folder: Path, *names: str, **options: Any) -> ShippedMo
     return ShippedModel(model, model, Materials(str(model), "causal-lm", tasks=tasks))
 
 
-def test_questions_score_as_the_meter_of_choices_scores_them(tiny_llama: Path, folder: Path) -> None:
-    asked = subject(tiny_llama, folder, "many")
+def test_multiple_choice_scores_equal_those_of_the_choices_meter(tiny_llama: Path, folder: Path) -> None:
+    model = subject(tiny_llama, folder, "many")
     materials = Materials(str(tiny_llama), "causal-lm", choices=str(folder / "many.jsonl"))
-    ours = choices.measure(ShippedModel(tiny_llama, tiny_llama, materials))
-    found = lm_eval_tasks.measure(asked)
-    assert found.metrics["task_score"] == pytest.approx(ours.metrics["choice_accuracy"])
-    assert found.errors["task_score"] == pytest.approx(ours.errors["choice_accuracy"])
+    expected = choices.measure(ShippedModel(tiny_llama, tiny_llama, materials))
+    measurement = lm_eval_tasks.measure(model)
+    assert measurement.metrics["task_score"] == pytest.approx(expected.metrics["choice_accuracy"])
+    assert measurement.errors["task_score"] == pytest.approx(expected.errors["choice_accuracy"])
     normalised = lm_eval_tasks.measure(subject(tiny_llama, folder, "many:acc_norm"))
-    assert normalised.metrics["task_score"] == pytest.approx(ours.metrics["choice_accuracy_norm"])
+    assert normalised.metrics["task_score"] == pytest.approx(expected.metrics["choice_accuracy_norm"])
 
 
-def test_a_model_answers_as_lm_eval_has_transformers_answer(tiny_llama: Path, folder: Path) -> None:
+def test_likelihoods_and_answers_equal_those_of_lm_eval_with_transformers(
+    tiny_llama: Path, folder: Path
+) -> None:
     from lm_eval.models.huggingface import HFLM
 
-    words, model = tokenizers.load_tokenizer(tiny_llama), loading.load(tiny_llama)
+    tokenizer, model = tokenizers.load_tokenizer(tiny_llama), loading.load(tiny_llama)
     module: Any = model.module.float()
-    theirs: Any = HFLM(pretrained=module, tokenizer=words, batch_size=1)
-    ours = lm_eval_tasks._adapter(on_torch.TorchRunner(model), words, 64)
+    reference: Any = HFLM(pretrained=module, tokenizer=tokenizer, batch_size=1)
+    adapter = lm_eval_tasks._adapter(on_torch.TorchRunner(model), tokenizer, 64)
     pairs = [(item["context"], ending) for item in ITEMS for ending in item["choices"]] + [("", " list")]  # type: ignore[attr-defined]
     requests = [SimpleNamespace(args=pair) for pair in pairs]
-    told = ours.loglikelihood(requests, disable_tqdm=True)
-    for (mine, greedy), (score, same) in zip(
-        told, theirs.loglikelihood(requests, disable_tqdm=True), strict=True
-    ):
-        assert mine == pytest.approx(score, abs=1e-3)
-        assert greedy == same
-    texts = [SimpleNamespace(args=(one, {"until": ["\n\n"], "max_gen_toks": 8})) for one in CONTEXTS]
-    assert ours.generate_until(texts) == theirs.generate_until(texts, disable_tqdm=True)
+    answers = adapter.loglikelihood(requests, disable_tqdm=True)
+    expected_answers = reference.loglikelihood(requests, disable_tqdm=True)
+    for (score, greedy), (expected_score, expected_greedy) in zip(answers, expected_answers, strict=True):
+        assert score == pytest.approx(expected_score, abs=1e-3)
+        assert greedy == expected_greedy
+    texts = [SimpleNamespace(args=(context, {"until": ["\n\n"], "max_gen_toks": 8})) for context in CONTEXTS]
+    assert adapter.generate_until(texts) == reference.generate_until(texts, disable_tqdm=True)
 
 
-def test_each_name_counts_alike_and_a_group_is_the_mean_of_its_tasks(tiny_llama: Path, folder: Path) -> None:
+def test_each_name_has_equal_weight_and_a_group_is_the_mean_of_its_tasks(
+    tiny_llama: Path, folder: Path
+) -> None:
     def score(*names: str) -> float:
         return lm_eval_tasks.measure(subject(tiny_llama, folder, *names)).metrics["task_score"]
 
@@ -99,30 +107,29 @@ def test_each_name_counts_alike_and_a_group_is_the_mean_of_its_tasks(tiny_llama:
     assert score("both", "answers") == pytest.approx(((many + few) / 2 + answers) / 2)
 
 
-def test_of_several_filters_the_first_counts() -> None:
+def test_the_score_is_that_of_the_first_filter() -> None:
     results = {
         "t": {"alias": "t", "em,strict": 0.5, "em_stderr,strict": 0.1, "em,loose": 1.0, "f,loose": 0.0}
     }
     samples = [{"filter": "strict", "em": value} for value in (0.0, 1.0)]
     samples += [{"filter": "loose", "em": 1.0, "f": 0.0}] * 2
-    found = {"results": results, "samples": {"t": samples}}
-    assert lm_eval_tasks._items(found, "t", None) == [0.0, 1.0]
-    assert lm_eval_tasks._items(found, "t", "f") == [0.0, 0.0]
+    output = {"results": results, "samples": {"t": samples}}
+    assert lm_eval_tasks._items(output, "t", None) == [0.0, 1.0]
+    assert lm_eval_tasks._items(output, "t", "f") == [0.0, 0.0]
 
 
-def test_the_error_is_that_of_a_mean_of_independent_tasks() -> None:
+def test_the_standard_error_is_that_of_a_mean_of_independent_tasks() -> None:
     first, second = [0.0, 1.0, 1.0, 1.0], [0.0, 1.0]
     items = lm_eval_tasks.weighted([{"first": first}, {"second": second}])
     assert sum(items) / 6 == pytest.approx((0.75 + 0.5) / 2)
     spread = math.sqrt(sum((item - 0.625) ** 2 for item in items)) / 6
-    assert spread == pytest.approx(
-        math.sqrt(0.1875 / 4 + 0.25 / 2) / 2
-    )  # of variances over n, halved as the mean is
+    # Each task's variance over its number of items is added; the mean over two tasks halves the root.
+    assert spread == pytest.approx(math.sqrt(0.1875 / 4 + 0.25 / 2) / 2)
 
 
-def test_fewer_items_are_read_where_asked(tiny_llama: Path, folder: Path) -> None:
-    found = lm_eval_tasks.measure(subject(tiny_llama, folder, "many", items=4))
-    assert len(found.items["task_score"]) == 4
+def test_the_number_of_items_can_be_limited(tiny_llama: Path, folder: Path) -> None:
+    measurement = lm_eval_tasks.measure(subject(tiny_llama, folder, "many", items=4))
+    assert len(measurement.items["task_score"]) == 4
     half = dataclasses.replace(subject(tiny_llama, folder, "many", items=4), fidelity=0.5)
     assert len(lm_eval_tasks.measure(half).items["task_score"]) == 2
 
@@ -134,14 +141,14 @@ def test_fewer_items_are_read_where_asked(tiny_llama: Path, folder: Path) -> Non
         (("texts",), "perplexity is not available as a task"),
     ],
 )
-def test_what_is_no_mean_over_items_is_refused(
+def test_a_metric_that_is_no_mean_over_items_is_refused(
     tiny_llama: Path, folder: Path, names: tuple[str, ...], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
         lm_eval_tasks.measure(subject(tiny_llama, folder, *names))
 
 
-def test_tasks_are_checked_before_anything_runs(folder: Path, tmp_path: Path) -> None:
+def test_tasks_are_checked_before_execution(folder: Path, tmp_path: Path) -> None:
     lm_eval_tasks.check(TaskSource(("many", "both", "few:acc_norm", "arc_easy"), str(folder)))
     with pytest.raises(ValueError, match="no task 'lots'"):
         lm_eval_tasks.check(TaskSource(("lots",), str(folder)))
@@ -151,24 +158,24 @@ def test_tasks_are_checked_before_anything_runs(folder: Path, tmp_path: Path) ->
         lm_eval_tasks.check(TaskSource(("many",), str(tmp_path / "nowhere")))
 
 
-def test_the_digest_follows_the_tasks_and_their_files(folder: Path, tmp_path: Path) -> None:
+def test_the_digest_depends_on_the_tasks_and_their_files(folder: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(folder, tmp_path / "copy")
     source = TaskSource(("many",), str(copy))
-    before = lm_eval_tasks.digest(source)
-    assert lm_eval_tasks.digest(dataclasses.replace(source, shots=1)) != before
+    original_digest = lm_eval_tasks.digest(source)
+    assert lm_eval_tasks.digest(dataclasses.replace(source, shots=1)) != original_digest
     (copy / "many.jsonl").write_text(json.dumps(ITEMS[0]))
-    assert lm_eval_tasks.digest(source) != before
+    assert lm_eval_tasks.digest(source) != original_digest
 
 
 def test_a_task_that_samples_is_refused(tiny_llama: Path, folder: Path) -> None:
-    asked = subject(tiny_llama, folder, "answers")
+    model = subject(tiny_llama, folder, "answers")
     with pytest.raises(ValueError, match="samples its answers"):
         lm_eval_tasks._generate(
-            asked.runner, asked.tokenizer, 64, "An", {"do_sample": True, "temperature": 0.7}
+            model.runner, model.tokenizer, 64, "An", {"do_sample": True, "temperature": 0.7}
         )
 
 
-def test_materials_come_back_from_a_record_with_their_tasks() -> None:
+def test_materials_are_restored_from_a_record_with_their_tasks() -> None:
     tasks = TaskSource(("many", "few:acc_norm"), "tasks", 3, 1)
     for materials in (Materials("model", "causal-lm", tasks=tasks), Materials("model", "causal-lm")):
         record = json.loads(json.dumps(dataclasses.asdict(materials)))

@@ -1,4 +1,4 @@
-"""Measuring on from where an earlier measurement ended gives, bit for bit, what measuring all at once gives."""
+"""Continuing an earlier measurement gives exactly the same numbers as measuring everything at once."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from jobs import meters
-from jobs.job import Success as Done
-from jobs.job import outcome_from_dict, outcome_to_dict
+from jobs.job import Success, outcome_from_dict, outcome_to_dict
 from jobs.materials import Materials, TextSource
 from jobs.measurement.measurement import Measurement
 from jobs.measurement.meter import ShippedModel
@@ -22,7 +21,7 @@ from jobs.models.families import Task
 ITEMS = 24
 TOKENS = {"text": 100, "agreement": 100}
 AT_ONCE = {"text": 5, "agreement": 10}
-"""Windows of so many tokens, by so many in a batch, which divides neither the rungs nor the whole."""
+"""Tokens per window and windows per batch; batches divide neither the rungs nor the total evenly."""
 CASES: list[tuple[str, Task]] = [
     ("text", "causal-lm"),
     ("agreement", "embedding"),
@@ -31,8 +30,8 @@ CASES: list[tuple[str, Task]] = [
 ]
 
 
-class Counting:
-    """A runner that notes how many rows it is given each time."""
+class CountingRunner:
+    """A runner that records the number of rows of each call."""
 
     def __init__(self, inner: object) -> None:
         self._inner = inner
@@ -55,77 +54,83 @@ def subject_of(
     for name, records in (("choices", questions), ("labels", texts)):
         (tmp_path / name).write_text("\n".join(map(json.dumps, records)))
 
-    def made(name: str, task: Task) -> Callable[..., ShippedModel]:
+    def make_subject(name: str, task: Task) -> Callable[..., ShippedModel]:
         model = tiny(*{"causal-lm": ("llama",), "embedding": ("bert",)}.get(task, ("bert", "classification")))
         source = TextSource(str(text_file), ITEMS, TOKENS.get(name, 16))
         materials = Materials(
             str(model), task, source, choices=str(tmp_path / "choices"), labelled=str(tmp_path / "labels")
         )
-        return lambda fidelity, before=None: ShippedModel(
-            model, model, materials, fidelity, before=None if before is None else stored(before)
-        )
 
-    return made
+        def at_fidelity(fidelity: float, earlier: Measurement | None = None) -> ShippedModel:
+            if earlier is not None:
+                earlier = store_and_load(earlier)
+            return ShippedModel(model, model, materials, fidelity, before=earlier)
 
+        return at_fidelity
 
-def stored(measurement: Measurement) -> Measurement:
-    """As it comes back from a record of the store."""
-    done = Done("artifact", 1, measurement, 1.0)
-    again = outcome_from_dict(json.loads(json.dumps(outcome_to_dict(done))))
-    assert isinstance(again, Done)
-    return again.measurement
+    return make_subject
 
 
-def read(subject: ShippedModel, meter: str) -> tuple[Measurement, list[int]]:
-    """What the meter finds, and how many rows went through the model at a time."""
-    counting = Counting(subject.runner)
-    subject.__dict__["runner"] = counting  # where a cached property lies
-    return meters.load(meter).measure(subject), counting.rows
+def store_and_load(measurement: Measurement) -> Measurement:
+    """Return the measurement after a round trip through a stored record."""
+    outcome = Success("artifact", 1, measurement, 1.0)
+    restored = outcome_from_dict(json.loads(json.dumps(outcome_to_dict(outcome))))
+    assert isinstance(restored, Success)
+    return restored.measurement
+
+
+def measure(subject: ShippedModel, meter: str) -> tuple[Measurement, list[int]]:
+    """Return the measurement and the number of rows of each call of the model."""
+    runner = CountingRunner(subject.runner)
+    subject.__dict__["runner"] = runner  # replaces the cached property
+    return meters.load(meter).measure(subject), runner.rows
 
 
 @pytest.mark.parametrize(("name", "task"), CASES)
 @pytest.mark.parametrize("rungs", [(0.25, 1.0), (1 / 12, 0.3, 0.7, 1.0), (0.25, 0.26, 1.0)])
-def test_every_bit_is_that_of_measuring_all_at_once(
+def test_a_continued_measurement_equals_measuring_all_at_once(
     name: str,
     task: Task,
     rungs: Sequence[float],
     subject_of: Callable[[str, Task], Callable[..., ShippedModel]],
 ) -> None:
     subject = subject_of(name, task)
-    found = None
+    measurement = None
     for rung in rungs:
-        found, _ = read(subject(rung, found), name)
-        at_once, _ = read(subject(rung), name)
-        assert found == at_once
-        assert {len(items) for items in found.items.values()} == {subject(rung).items_of(ITEMS)}
+        measurement, _ = measure(subject(rung, measurement), name)
+        at_once, _ = measure(subject(rung), name)
+        assert measurement == at_once
+        assert {len(items) for items in measurement.items.values()} == {subject(rung).items_of(ITEMS)}
 
 
 @pytest.mark.parametrize(("name", "task"), CASES)
-def test_only_what_was_not_in_a_whole_batch_is_read(
+def test_continuing_reads_only_rows_outside_complete_batches(
     name: str, task: Task, subject_of: Callable[[str, Task], Callable[..., ShippedModel]]
 ) -> None:
     subject = subject_of(name, task)
-    first, begun = read(subject(0.5), name)
-    _, rest = read(subject(1.0, first), name)
-    each = {"choices": 2}.get(name, 1)
-    again = ITEMS // 2 % AT_ONCE.get(name, 1)
-    assert sum(begun) == ITEMS // 2 * each
-    assert sum(rest) == (ITEMS // 2 + again) * each
-    assert read(subject(1.0, read(subject(1.0), name)[0]), name)[1] == []
+    first, first_rows = measure(subject(0.5), name)
+    _, later_rows = measure(subject(1.0, first), name)
+    rows_per_item = {"choices": 2}.get(name, 1)
+    repeated_items = ITEMS // 2 % AT_ONCE.get(name, 1)
+    assert sum(first_rows) == ITEMS // 2 * rows_per_item
+    assert sum(later_rows) == (ITEMS // 2 + repeated_items) * rows_per_item
+    assert measure(subject(1.0, measure(subject(1.0), name)[0]), name)[1] == []
 
 
-def test_what_an_earlier_version_found_is_not_gone_on_from(
+def test_a_measurement_of_an_earlier_version_is_not_continued(
     subject_of: Callable[[str, Task], Callable[..., ShippedModel]],
 ) -> None:
     subject = subject_of("text", "causal-lm")
-    first, _ = read(subject(0.5), "text")
+    first, _ = measure(subject(0.5), "text")
     old = dataclasses.replace(first, observed={})
-    found, rows = read(subject(1.0, old), "text")
+    measurement, rows = measure(subject(1.0, old), "text")
     assert sum(rows) == ITEMS
-    assert found == read(subject(1.0), "text")[0]
+    assert measurement == measure(subject(1.0), "text")[0]
 
 
-def test_what_was_seen_of_each_item_is_exact_after_json() -> None:
+def test_observed_values_are_exact_after_json() -> None:
     values = torch.rand(50, generator=torch.Generator().manual_seed(0)).double() / 3
-    given = Measurement({"loss": 1.0}, observed={"losses": values.tolist()})
-    assert torch.equal(torch.tensor(stored(given).observed["losses"], dtype=torch.float64), values)
+    measurement = Measurement({"loss": 1.0}, observed={"losses": values.tolist()})
+    assert torch.equal(
+        torch.tensor(store_and_load(measurement).observed["losses"], dtype=torch.float64), values
+    )

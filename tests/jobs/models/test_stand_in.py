@@ -39,10 +39,17 @@ def output_layout(steps: list[Technique], layout: Layout) -> Layout:
     return layout
 
 
+def name_case(value: str | list[Technique]) -> str:
+    """Return the text by which pytest shows a family or a list of steps."""
+    if isinstance(value, str):
+        return value
+    return " ".join(map(str, value))
+
+
 @pytest.mark.parametrize(
     ("family", "steps"),
     CASES,
-    ids=lambda value: value if isinstance(value, str) else " ".join(map(str, value)),
+    ids=name_case,
 )
 def test_a_stand_in_has_the_requested_layout_and_runs(
     family: str, steps: list[Technique], tiny: Callable[..., Path], tmp_path: Path

@@ -1,4 +1,4 @@
-"""Annealed ranks: gates by hand, nothing lost at either end, exact ranks."""
+"""Annealed ranks: gates equal the hand-worked case, both ends of the ramp lose nothing, and ranks are exact."""
 
 from __future__ import annotations
 
@@ -37,19 +37,20 @@ def context(original: Path, text_file: Path) -> Context:
 
 
 @torch.no_grad()
-def outputs(model: Model) -> Tensor:
+def compute_outputs(model: Model) -> Tensor:
     return model.answer(torch.randint(3, 512, (2, 16), generator=torch.Generator().manual_seed(1)))
 
 
 @torch.no_grad()
-def apart(model: Model, original: Path, text_file: Path) -> float:
-    """The mean KL divergence from the original on text that training never saw."""
+def divergence_from_original(model: Model, original: Path, text_file: Path) -> float:
+    """Return the mean KL divergence from the original on text outside the training data."""
     rows = data.windows_for(TextSource(str(text_file), 16, 32, part=(0.5, 1.0)), original)
-    said, taught = (one.answer(rows).float().log_softmax(-1) for one in (model, loading.load(original)))
-    return nn.functional.kl_div(said, taught, log_target=True, reduction="batchmean").item()
+    student = model.answer(rows).float().log_softmax(-1)
+    teacher = loading.load(original).answer(rows).float().log_softmax(-1)
+    return nn.functional.kl_div(student, teacher, log_target=True, reduction="batchmean").item()
 
 
-def gated(values: list[float]) -> GatedLinear:
+def make_gated(values: list[float]) -> GatedLinear:
     full = len(values)
     generator = torch.Generator().manual_seed(0)
     v, u = torch.randn(full, 7, generator=generator), torch.randn(6, full, generator=generator)
@@ -57,7 +58,7 @@ def gated(values: list[float]) -> GatedLinear:
 
 
 def test_values_beyond_the_rank_are_thresholded_and_the_weakest_close_first() -> None:
-    layer = gated([8.0, 4.0, 2.0, 1.0])
+    layer = make_gated([8.0, 4.0, 2.0, 1.0])
     # The threshold is half of 4: 4 becomes 2, the half; 2 and 1 become 0.
     layer.close(1, 0.5)
     assert layer.gates.tolist() == [1.0, 0.5]
@@ -72,7 +73,7 @@ def test_values_beyond_the_rank_are_thresholded_and_the_weakest_close_first() ->
 
 
 def test_a_gated_linear_computes_the_thresholded_sum() -> None:
-    layer = gated([8.0, 4.0, 2.0, 1.0])
+    layer = make_gated([8.0, 4.0, 2.0, 1.0])
     layer.close(1, 0.25)
     x = torch.randn(3, 7, generator=torch.Generator().manual_seed(1))
     weight = sum(
@@ -81,64 +82,73 @@ def test_a_gated_linear_computes_the_thresholded_sum() -> None:
     torch.testing.assert_close(layer(x), x @ weight.T + 1)
 
 
-def test_with_all_gates_open_the_model_computes_what_it_did(tiny_llama: Path, text_file: Path) -> None:
+def test_with_all_gates_open_the_outputs_do_not_change(tiny_llama: Path, text_file: Path) -> None:
     model = loading.load(tiny_llama)
-    before = outputs(model)
+    original_outputs = compute_outputs(model)
     layers = anneal_rank.factorize(model, context(tiny_llama, text_file), "anneal_rank")
     assert len(layers) == 4 * 7
-    assert (outputs(model) - before).norm() < 0.02 * before.norm()
+    assert (compute_outputs(model) - original_outputs).norm() < 0.02 * original_outputs.norm()
 
 
 @pytest.mark.parametrize("stage", [0, 2])
-def test_the_truncation_at_the_end_removes_nothing(stage: int, tiny_llama: Path, text_file: Path) -> None:
+def test_the_final_truncation_does_not_change_the_outputs(
+    stage: int, tiny_llama: Path, text_file: Path
+) -> None:
     step = AnnealRank(keep=0.4, steps=4, learning_rate=3e-3)
     model = loading.load(tiny_llama)
-    given = dataclasses.replace(context(tiny_llama, text_file), sharing=Sharing(stage))
-    layers = anneal_rank.factorize(model, given, step.name())
+    sharded_context = dataclasses.replace(context(tiny_llama, text_file), sharing=Sharing(stage))
+    layers = anneal_rank.factorize(model, sharded_context, step.name())
     ranks = {
         name: low_rank.rank_of(0.4, layer.u.out_features, layer.v.in_features)
         for name, layer in layers.items()
     }
 
-    def close(done: int) -> None:
+    def close(completed_steps: int) -> None:
         for name, layer in layers.items():
-            layer.close(ranks[name], done / 4)
+            layer.close(ranks[name], completed_steps / 4)
 
-    before = {name: layer.u.weight[:, : ranks[name]].clone() for name, layer in layers.items()}
-    schedule.learn(model, step, given, close)
-    trained = outputs(model)
+    initial_factors = {name: layer.u.weight[:, : ranks[name]].clone() for name, layer in layers.items()}
+    schedule.learn(model, step, sharded_context, close)
+    trained = compute_outputs(model)
     assert all(len(layer.gates) == ranks[name] for name, layer in layers.items())
     assert not any(
-        torch.equal(before[name], layer.u.weight[:, : ranks[name]]) for name, layer in layers.items()
+        torch.equal(initial_factors[name], layer.u.weight[:, : ranks[name]]) for name, layer in layers.items()
     )
     anneal_rank.truncate(model, layers, ranks)
-    torch.testing.assert_close(outputs(model), trained, rtol=0, atol=1e-2)
-    assert (outputs(model) - trained).norm() < 1e-3 * trained.norm()
+    torch.testing.assert_close(compute_outputs(model), trained, rtol=0, atol=1e-2)
+    assert (compute_outputs(model) - trained).norm() < 1e-3 * trained.norm()
     assert {type(layer) for layer in model.module.modules()} & {LowRankLinear, GatedLinear} == {LowRankLinear}
 
 
 @pytest.mark.parametrize("allocation", ["uniform", "global"])
-def test_every_linear_has_the_rank_that_the_budget_gives_it(
+def test_the_ranks_equal_those_of_svd_llm_at_the_same_budget(
     allocation: str, tiny_llama: Path, text_file: Path
 ) -> None:
-    given, step = context(tiny_llama, text_file), AnnealRank(keep=0.4, allocation=allocation, steps=2)
-    made = step.compress(loading.load(tiny_llama), given).layout()
-    plain = SvdLlm(keep=0.4, allocation=allocation).compress(loading.load(tiny_llama), given).layout()
-    assert made == plain
+    shared_context, step = (
+        context(tiny_llama, text_file),
+        AnnealRank(keep=0.4, allocation=allocation, steps=2),
+    )
+    annealed = step.compress(loading.load(tiny_llama), shared_context).layout()
+    plain = (
+        SvdLlm(keep=0.4, allocation=allocation).compress(loading.load(tiny_llama), shared_context).layout()
+    )
+    assert annealed == plain
     if allocation == "uniform":
         name = "model.layers.0.mlp.up_proj"
         rank = int(0.4 * 64 * 160 / (64 + 160))
-        assert made.linears[f"{name}.v"].out_features == made.linears[f"{name}.u"].in_features == rank
+        assert annealed.linears[f"{name}.v"].out_features == annealed.linears[f"{name}.u"].in_features == rank
 
 
-def test_it_comes_nearer_to_the_original_than_svd_llm(tiny_llama: Path, text_file: Path) -> None:
-    given = context(tiny_llama, text_file)
-    made = AnnealRank(keep=0.4, steps=60, batch=8, learning_rate=2e-3).compress(
-        loading.load(tiny_llama), given
+def test_the_model_is_closer_to_the_original_than_with_svd_llm(tiny_llama: Path, text_file: Path) -> None:
+    shared_context = context(tiny_llama, text_file)
+    annealed = AnnealRank(keep=0.4, steps=60, batch=8, learning_rate=2e-3).compress(
+        loading.load(tiny_llama), shared_context
     )
-    plain = SvdLlm(keep=0.4).compress(loading.load(tiny_llama), given)
-    assert apart(made, tiny_llama, text_file) < 0.8 * apart(plain, tiny_llama, text_file)
+    plain = SvdLlm(keep=0.4).compress(loading.load(tiny_llama), shared_context)
+    assert divergence_from_original(annealed, tiny_llama, text_file) < 0.8 * divergence_from_original(
+        plain, tiny_llama, text_file
+    )
 
 
-def test_keeping_all_changes_nothing() -> None:
+def test_keeping_everything_is_a_no_op() -> None:
     assert AnnealRank(keep=1.0).is_noop

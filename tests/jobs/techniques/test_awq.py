@@ -1,3 +1,5 @@
+"""AWQ: scales follow the paper's formula, and the search chooses the exponent with the smallest output error."""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -15,8 +17,8 @@ from jobs.models.layout import Packing
 from jobs.techniques.awq import Awq, best_scales, output_error, scales_for
 
 
-def case(seed: int = 0) -> tuple[Tensor, Tensor]:
-    """A weight, and activations of which a few inputs are much stronger than the rest."""
+def make_case(seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Return a weight and activations with a few inputs much stronger than the others."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(400, 64, generator=generator)
     x[:, :3] *= 20
@@ -24,50 +26,52 @@ def case(seed: int = 0) -> tuple[Tensor, Tensor]:
     return torch.randn(24, 64, generator=generator), x
 
 
-def test_the_error_is_that_of_the_outputs_on_real_activations() -> None:
-    weight, x = case()
-    known = Packing(3, 32, False, input_scales=True)
+def test_the_predicted_error_equals_that_of_the_outputs_on_activations() -> None:
+    weight, x = make_case()
+    options = Packing(3, 32, False, input_scales=True)
     gram = x.T @ x / len(x)
     for alpha in (0.0, 0.4, 0.9):
-        stretch = scales_for(gram, alpha)
-        integers, grid = packing.round_to_nearest(weight * stretch, known)
-        zeros = grids.stored_zeros(grid, known)
-        layer = PackedLinear.of(integers, grid.scales, zeros, known, None, 1 / stretch)
+        scales = scales_for(gram, alpha)
+        integers, grid = packing.round_to_nearest(weight * scales, options)
+        zeros = grids.stored_zeros(grid, options)
+        layer = PackedLinear.of(integers, grid.scales, zeros, options, None, 1 / scales)
         expected = (layer(x) - x @ weight.T).square().sum(1).mean().item()
-        assert output_error(weight, gram, stretch, known) == pytest.approx(expected, rel=1e-3)
+        assert output_error(weight, gram, scales, options) == pytest.approx(expected, rel=1e-3)
 
 
-def test_without_alpha_it_is_rounding_to_nearest_with_clipping(tiny_llama: Path, tmp_path: Path) -> None:
+def test_without_alpha_the_result_equals_rounding_to_nearest_with_clipping(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
     tokens = torch.randint(3, 512, (4, 24), generator=torch.Generator().manual_seed(0))
     context = Context(Statistics(None, ""), tmp_path, 0, calibration=tokens)
     original = loading.load(tiny_llama)
     step = Awq(bits=3, trials=1, group=32)  # tries α = 0 only
-    made = step.compress(loading.load(tiny_llama), context)
+    compressed = step.compress(loading.load(tiny_llama), context)
     grams = context.statistics.grams(original, tokens, context.report)
     for name, layer in original.linears().items():
         weight = layer.weight.float()
         energy = grids.grouped(grams.gram(name).diagonal().unsqueeze(0), step.packing)[0]
         integers, grid = packing.round_to_nearest(weight, step.packing, energy)
         expected = grid.values(grids.grouped(integers, step.packing)).flatten(1)[:, : weight.shape[1]]
-        assert torch.equal(made.module.get_submodule(name).weight(), expected)
+        assert torch.equal(compressed.module.get_submodule(name).weight(), expected)
 
 
-def test_the_alpha_of_least_error_is_chosen_and_beats_no_scaling() -> None:
-    weight, x = case()
+def test_the_alpha_with_the_smallest_error_is_chosen_and_is_better_than_none() -> None:
+    weight, x = make_case()
     gram, options = x.T @ x / len(x), Awq(bits=3, group=32, trials=20)
-    best = output_error(weight, gram, best_scales(weight, gram, options), options.packing)
-    every = [output_error(weight, gram, scales_for(gram, n / 20), options.packing) for n in range(20)]
-    assert best == min(every)
-    assert best < 0.6 * every[0]
+    lowest_error = output_error(weight, gram, best_scales(weight, gram, options), options.packing)
+    errors = [output_error(weight, gram, scales_for(gram, n / 20), options.packing) for n in range(20)]
+    assert lowest_error == min(errors)
+    assert lowest_error < 0.6 * errors[0]
 
 
-def test_scales_are_the_activations_magnitudes_to_the_power_alpha() -> None:
+def test_scales_are_the_magnitudes_of_activations_to_the_power_alpha() -> None:
     gram = torch.diag(torch.tensor([16.0, 1.0, 0.0625]))  # magnitudes 4, 1 and 1/4
     torch.testing.assert_close(scales_for(gram, 0.5), torch.tensor([2.0, 1.0, 0.5]))
     assert torch.equal(scales_for(gram, 0.0), torch.ones(3))
 
 
-def test_linears_that_read_the_same_share_their_scales(tiny_llama: Path, tmp_path: Path) -> None:
+def test_linears_with_the_same_input_share_their_scales(tiny_llama: Path, tmp_path: Path) -> None:
     tokens = torch.randint(3, 512, (4, 24), generator=torch.Generator().manual_seed(0))
     context = Context(Statistics(None, ""), tmp_path, 0, calibration=tokens)
     block = Awq().compress(loading.load(tiny_llama), context).module.model.layers[1]
@@ -77,10 +81,10 @@ def test_linears_that_read_the_same_share_their_scales(tiny_llama: Path, tmp_pat
     assert not torch.equal(attention.q_proj.input_scales, block.mlp.up_proj.input_scales)
 
 
-def test_inputs_never_seen_do_no_harm() -> None:
-    weight, x = case()
+def test_unused_inputs_have_finite_positive_scales() -> None:
+    weight, x = make_case()
     x[:, 5] = 0
     for gram in (x.T @ x / len(x), torch.zeros(64, 64)):
-        stretch = best_scales(weight, gram, Awq())
-        assert torch.isfinite(stretch).all()
-        assert (stretch > 0).all()
+        scales = best_scales(weight, gram, Awq())
+        assert torch.isfinite(scales).all()
+        assert (scales > 0).all()

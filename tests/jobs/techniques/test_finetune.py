@@ -1,4 +1,4 @@
-"""Finetuning: the text becomes more likely, and corrections of low rank leave nothing but changed weights."""
+"""Finetuning makes the text more likely, and low-rank corrections leave only changed weights behind."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def context(tiny_llama: Path, text_file: Path) -> Context:
     )
 
 
-def loss(model: Model, context: Context) -> float:
+def mean_loss(model: Model, context: Context) -> float:
     rows = cast(torch.Tensor, context.training)
     with torch.no_grad():
         logits = model.answer(rows)[:, :-1].float()
@@ -41,65 +41,61 @@ def loss(model: Model, context: Context) -> float:
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])
-def test_the_text_becomes_more_likely(method: str, tiny_llama: Path, context: Context) -> None:
+def test_finetuning_lowers_the_loss_on_the_text(method: str, tiny_llama: Path, context: Context) -> None:
     model = loading.load(tiny_llama)
-    before, layout = loss(model, context), model.layout()
+    initial_loss, layout = mean_loss(model, context), model.layout()
     Finetune(method=method, steps=30, batch=8, learning_rate=5e-3).compress(model, context)
-    assert loss(model, context) < before - 0.2
+    assert mean_loss(model, context) < initial_loss - 0.2
     assert model.layout() == layout
 
 
-def test_lora_changes_each_linear_by_a_matrix_of_its_rank_and_nothing_else(
-    tiny_llama: Path, context: Context
-) -> None:
-    model, before = loading.load(tiny_llama), loading.load(tiny_llama).module.state_dict()
+def test_lora_changes_only_linears_each_by_a_matrix_of_the_rank(tiny_llama: Path, context: Context) -> None:
+    model, initial_state = loading.load(tiny_llama), loading.load(tiny_llama).module.state_dict()
     Finetune(method="lora", rank=2, steps=5, learning_rate=1e-2).compress(model, context)
     linears = {f"{name}.weight" for name in model.linears()}
     for name, tensor in model.module.state_dict().items():
-        change = tensor.float() - before[name].float()
+        change = tensor.float() - initial_state[name].float()
         assert (name in linears) == bool(change.any()), name
         if name in linears:
-            # What is above the rank is rounding to bf16.
+            # Singular values above the rank come from rounding to bf16.
             values = torch.linalg.svdvals(change)
             assert values[2] < 0.3 * values[0]
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_merged_corrections_compute_what_they_did_beside_the_weight(family: str, tiny: Tiny) -> None:
+def test_merged_corrections_compute_the_same_as_separate_ones(family: str, tiny: Tiny) -> None:
     model = loading.load(tiny(family))
     rows = torch.randint(3, 512, (2, 16), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        untouched = model.answer(rows)
+        original_outputs = model.answer(rows)
         lora.add(model, 4, seed=0)
-        assert torch.equal(model.answer(rows), untouched)
+        assert torch.equal(model.answer(rows), original_outputs)
         model.module.float()
         for layer in model.linears().values():
             nn.init.normal_(layer.get_parameter("u"), std=0.1, generator=torch.Generator().manual_seed(1))
-        beside = model.answer(rows)
+        separate_outputs = model.answer(rows)
         lora.merge(model)
-        torch.testing.assert_close(model.answer(rows), beside, rtol=1e-4, atol=1e-4)
-    assert not torch.allclose(beside, untouched.float(), atol=1e-2)
+        torch.testing.assert_close(model.answer(rows), separate_outputs, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(separate_outputs, original_outputs.float(), atol=1e-2)
     assert not any(isinstance(layer, lora.LoraLinear) for layer in model.module.modules())
 
 
-def test_thin_linears_get_corrections_too_and_ranks_above_theirs_are_refused(
-    tiny_llama: Path, context: Context
-) -> None:
+def test_factors_get_corrections_and_higher_ranks_are_refused(tiny_llama: Path, context: Context) -> None:
     model = loading.load(tiny_llama)
     name = "model.layers.0.mlp.up_proj"
     v, u = (nn.Linear(*shape, bias=False, dtype=DTYPE) for shape in ((64, 8), (8, 160)))
     model.replace(name, LowRankLinear(v, u).requires_grad_(False))
-    before, layout = v.weight.clone(), model.layout()
+    initial_weight, layout = v.weight.clone(), model.layout()
     with pytest.raises(
         ValueError, match=rf"finetune\.rank=9 is outside \[1, 8\], the possible ranks of {name}\.v"
     ):
         Finetune(rank=9).output_layout(layout)
     Finetune(rank=8, steps=3, learning_rate=1e-2).compress(model, context)
     assert model.layout() == layout
-    assert not torch.equal(model.module.get_parameter(f"{name}.v.weight"), before)
+    assert not torch.equal(model.module.get_parameter(f"{name}.v.weight"), initial_weight)
 
 
-def test_models_without_a_next_token_are_refused_with_a_reason() -> None:
+def test_models_that_do_not_predict_tokens_are_refused_with_a_reason() -> None:
     bert, llama = families.family("bert"), families.family("llama")
     assert "distill" in str(Finetune.refusal(bert, "embedding"))
     assert "labels" in str(Finetune.refusal(llama, "classification"))

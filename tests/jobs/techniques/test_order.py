@@ -1,3 +1,5 @@
+"""Orders of techniques in a recipe are accepted, or refused with a reason."""
+
 from __future__ import annotations
 
 import pytest
@@ -6,7 +8,7 @@ from jobs import techniques
 from jobs.technique import check_order
 
 
-def order(*names: str) -> None:
+def check_names(*names: str) -> None:
     check_order([techniques.load(name) for name in names])
 
 
@@ -23,8 +25,8 @@ def order(*names: str) -> None:
         ("anneal_rank", "distill", "qat"),
     ],
 )
-def test_sensible_orders_are_accepted(names: tuple[str, ...]) -> None:
-    order(*names)
+def test_valid_orders_are_accepted(names: tuple[str, ...]) -> None:
+    check_names(*names)
 
 
 @pytest.mark.parametrize(
@@ -38,9 +40,9 @@ def test_sensible_orders_are_accepted(names: tuple[str, ...]) -> None:
         (("qat", "distill"), "put distill before qat"),
     ],
 )
-def test_senseless_orders_are_refused_with_the_reason(names: tuple[str, ...], reason: str) -> None:
+def test_invalid_orders_are_refused_with_the_reason(names: tuple[str, ...], reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
-        order(*names)
+        check_names(*names)
 
 
 def test_an_unknown_technique_is_refused_with_the_nearest_known_one() -> None:

@@ -1,4 +1,4 @@
-"""Options that differ by block: one spelling, exact sizes, and models assembled from levels."""
+"""Options that differ by block have one spelling and exact sizes, and models are assembled from stored levels."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def context_for(folder: Path | None) -> Context:
     return Context(Statistics(folder, "parent"), Path(), seed=0, calibration=tokens)
 
 
-def state(model: loading.Model) -> dict[str, torch.Tensor]:
+def state_of(model: loading.Model) -> dict[str, torch.Tensor]:
     return dict(model.module.state_dict())
 
 
@@ -42,11 +42,11 @@ def state(model: loading.Model) -> dict[str, torch.Tensor]:
         ([0.25, 0.5], "0.25 0.5"),
     ],
 )
-def test_a_profile_is_spelled_by_the_fewest_values(values: list[float], spelled: object) -> None:
+def test_a_profile_is_spelled_with_the_fewest_values(values: list[float], spelled: object) -> None:
     assert profile(values) == spelled
 
 
-def test_the_values_of_a_profile_are_of_its_domain() -> None:
+def test_the_values_of_a_profile_must_be_in_the_domain() -> None:
     assert profile_values("8 4", Choice((2, 4, 8))) == (8, 4)
     assert profile_values("0.5 1", Range(0, 1)) == (0.5, 1.0)
     with pytest.raises(ValueError, match="5 is outside"):
@@ -55,30 +55,30 @@ def test_the_values_of_a_profile_are_of_its_domain() -> None:
         profile_values("x 5", Choice((2, 4, 8)))
 
 
-def test_a_profile_of_equal_values_is_the_uniform_step() -> None:
+def test_a_profile_of_equal_values_equals_the_uniform_step() -> None:
     assert Rtn(bits="4 4 4 4") == Rtn(bits=4)
     assert Rtn(bits="8 8 4 4") == Rtn(bits="8 4")
     assert "bits=8 4" in str(Rtn(bits="8 8 4 4"))
 
 
-def test_a_profile_is_refused_where_the_option_is_one_for_all_blocks_or_a_value_is_invalid() -> None:
+def test_a_profile_of_a_global_option_or_with_an_invalid_value_is_refused() -> None:
     with pytest.raises(ValueError, match=r"rtn.group='32 64' is outside"):
         Rtn(group="32 64")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"rtn.bits='8 5': 5 is outside"):
         Rtn(bits="8 5")
 
 
-def test_values_spread_over_the_blocks_and_more_of_them_than_blocks_are_refused(tiny_llama: Path) -> None:
+def test_values_are_spread_over_the_blocks_and_too_many_are_refused(tiny_llama: Path) -> None:
     layout = loading.original_layout(tiny_llama)
     for spelled, bits in (("8 2", [8, 8, 2, 2]), ("8 4 2 3", [8, 4, 2, 3])):
-        outlined = Rtn(bits=spelled).output_layout(layout)
-        found = {outlined.block_of(name): spec.packing for name, spec in outlined.linears.items()}
-        assert [packing.bits for _, packing in sorted(found.items()) if packing is not None] == bits
-    each = [8, 4, 2, 3, 4, 4, 4] + [4] * 20 + [3]
-    specs = Rtn(bits=" ".join(map(str, each))).output_layout(layout).linears.values()
-    assert [spec.packing.bits for spec in specs if spec.packing is not None] == each
+        predicted = Rtn(bits=spelled).output_layout(layout)
+        packings = {predicted.block_of(name): spec.packing for name, spec in predicted.linears.items()}
+        assert [packing.bits for _, packing in sorted(packings.items()) if packing is not None] == bits
+    bits_by_linear = [8, 4, 2, 3, 4, 4, 4] + [4] * 20 + [3]
+    specs = Rtn(bits=" ".join(map(str, bits_by_linear))).output_layout(layout).linears.values()
+    assert [spec.packing.bits for spec in specs if spec.packing is not None] == bits_by_linear
     with pytest.raises(ValueError, match=r"rtn.bits has 29 values, but the model has 28 linears"):
-        Rtn(bits=" ".join(map(str, [*each, 2]))).output_layout(layout)
+        Rtn(bits=" ".join(map(str, [*bits_by_linear, 2]))).output_layout(layout)
 
 
 @pytest.mark.parametrize("name", PACKING)
@@ -86,64 +86,65 @@ def test_values_spread_over_the_blocks_and_more_of_them_than_blocks_are_refused(
     "options",
     [{}, {"embedding_bits": 8}, {"correction_rank": "0 4"}, {"bits": "2 4 8 3 2 3 8 " * 3 + "8 8 2 2 4 4 3"}],
 )
-def test_the_size_is_foretold_to_the_byte(
+def test_the_size_is_predicted_to_the_byte(
     name: str, options: dict[str, int | str], tiny_llama: Path, tmp_path: Path
 ) -> None:
     step = techniques.load(name).of({"bits": "8 4 2 3", "group": 32, **options})
     expected = step.output_layout(loading.original_layout(tiny_llama))
-    made = step.compress(loading.load(tiny_llama), context_for(None))
-    assert made.layout() == expected
-    loading.save(made, tmp_path / "made", {})
+    compressed = step.compress(loading.load(tiny_llama), context_for(None))
+    assert compressed.layout() == expected
+    loading.save(compressed, tmp_path / "made", {})
     assert (tmp_path / "made" / loading.WEIGHTS).stat().st_size == expected.size_bytes()
-    read = state(loading.load(tmp_path / "made"))
-    assert all(read[part].equal(tensor) for part, tensor in state(made).items())
+    loaded_state = state_of(loading.load(tmp_path / "made"))
+    assert all(loaded_state[part].equal(tensor) for part, tensor in state_of(compressed).items())
 
 
-def test_feed_forwards_may_be_of_different_widths(tiny_llama: Path, tmp_path: Path) -> None:
+def test_feed_forward_layers_may_have_different_widths(tiny_llama: Path, tmp_path: Path) -> None:
     step = PruneFfn(ratio="0 0.5 0.25 0.5")
     expected = step.output_layout(loading.original_layout(tiny_llama))
-    made = step.compress(loading.load(tiny_llama), context_for(None))
-    assert made.layout() == expected
+    compressed = step.compress(loading.load(tiny_llama), context_for(None))
+    assert compressed.layout() == expected
     widths = [
-        expected.linears[expected.name(block, one.out)].in_features for block, one in expected.feed_forwards()
+        expected.linears[expected.name(block, feed_forward.out)].in_features
+        for block, feed_forward in expected.feed_forwards()
     ]
     assert widths == [160, 80, 120, 80]
-    loading.save(made, tmp_path / "made", {})
+    loading.save(compressed, tmp_path / "made", {})
     assert (tmp_path / "made" / loading.WEIGHTS).stat().st_size == expected.size_bytes()
     tokens = torch.arange(3, 35).unsqueeze(0)
-    assert loading.load(tmp_path / "made").answer(tokens).equal(made.answer(tokens))
+    assert loading.load(tmp_path / "made").answer(tokens).equal(compressed.answer(tokens))
     with pytest.raises(ValueError, match=r"prune_ffn.ratio has 5 values, but the model has 4 blocks"):
         PruneFfn(ratio="0 0.5 0 0.5 0").output_layout(loading.original_layout(tiny_llama))
 
 
 @pytest.mark.parametrize("name", PACKING)
-def test_every_block_is_that_of_the_uniform_model_of_its_bits(name: str, tiny_llama: Path) -> None:
+def test_every_block_equals_that_of_the_uniform_model_with_its_bits(name: str, tiny_llama: Path) -> None:
     mixed = techniques.load(name).of({"bits": "8 4 3 4"})
-    made = state(mixed.compress(loading.load(tiny_llama), context_for(None)))
+    mixed_state = state_of(mixed.compress(loading.load(tiny_llama), context_for(None)))
     for bits in (8, 4, 3):
         uniform = techniques.load(name).of({"bits": bits})
-        alike = state(uniform.compress(loading.load(tiny_llama), context_for(None)))
-        for block, own in enumerate((8, 4, 3, 4)):
-            parts = [part for part in alike if f".layers.{block}." in part and own == bits]
-            assert all(made[part].equal(alike[part]) for part in parts)
+        uniform_state = state_of(uniform.compress(loading.load(tiny_llama), context_for(None)))
+        for block, block_bits in enumerate((8, 4, 3, 4)):
+            parts = [part for part in uniform_state if f".layers.{block}." in part and block_bits == bits]
+            assert all(mixed_state[part].equal(uniform_state[part]) for part in parts)
 
 
-def test_gptq_assembled_from_levels_is_what_is_made_anew(
+def test_gptq_assembled_from_stored_levels_equals_a_fresh_run(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     step = Gptq(bits="8 4 2 3", embedding_bits=8, correction_rank="4 0 0 2")
-    fresh = state(step.compress(loading.load(tiny_llama), context_for(None)))
+    fresh = state_of(step.compress(loading.load(tiny_llama), context_for(None)))
     first = dataclasses.replace(step, bits="2 3 4 8", correction_rank=0)
     first.compress(loading.load(tiny_llama), context_for(tmp_path))
     rounding = "jobs.techniques.gptq.quantize"
-    monkeypatch.setattr(rounding, lambda *_: pytest.fail("a level was made twice"))
-    assembled = state(step.compress(loading.load(tiny_llama), context_for(tmp_path)))
+    monkeypatch.setattr(rounding, lambda *_: pytest.fail("a level was computed twice"))
+    assembled = state_of(step.compress(loading.load(tiny_llama), context_for(tmp_path)))
     assert assembled.keys() == fresh.keys()
     assert all(assembled[part].equal(fresh[part]) for part in fresh)
 
 
 @pytest.mark.parametrize("bits", ["8 2", "2 4 8 3 2 3 8 " * 3 + "8 8 2 2 4 4 3"])
-def test_what_goes_by_compressed_blocks_is_made_anew_and_may_differ(bits: str, tiny_llama: Path) -> None:
+def test_sequential_gptq_supports_different_bits_by_block(bits: str, tiny_llama: Path) -> None:
     step = Gptq(bits=bits, sequential=True)
-    made = step.compress(loading.load(tiny_llama), context_for(None))
-    assert made.layout() == step.output_layout(loading.original_layout(tiny_llama))
+    compressed = step.compress(loading.load(tiny_llama), context_for(None))
+    assert compressed.layout() == step.output_layout(loading.original_layout(tiny_llama))

@@ -1,4 +1,4 @@
-"""Heads are pruned by what they add to the output, whole key-value groups at a time."""
+"""Heads are pruned by their contribution to the output, in whole key-value groups."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ def context(tmp_path: Path) -> Context:
     return Context(Statistics(None, "parent"), tmp_path, seed=0, calibration=rows)
 
 
-def silence(model: Model, groups: list[list[int]]) -> None:
-    """Set to zero what these groups of each block give to the output projection."""
+def zero_out(model: Model, groups: list[list[int]]) -> None:
+    """Set the output projection's columns of these groups of each block to zero."""
     layout = model.layout()
-    for block, some in enumerate(groups):
-        places = HeadSlices(layout, block)
-        out = model.module.get_submodule(places.out)
-        out.get_parameter("weight").data[:, places.columns(some)] = 0
+    for block, block_groups in enumerate(groups):
+        slices = HeadSlices(layout, block)
+        out = model.module.get_submodule(slices.out)
+        out.get_parameter("weight").data[:, slices.columns(block_groups)] = 0
 
 
-def answer(model: Model) -> Tensor:
+def compute_outputs(model: Model) -> Tensor:
     rows = torch.randint(3, 512, (2, 16), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         return model.answer(rows).float()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_pruned_model_computes_what_the_original_does_with_those_heads_silent(
+def test_a_pruned_model_equals_the_original_with_those_heads_zeroed(
     tiny: Callable[..., Path], family: str, context: Context
 ) -> None:
     folder = tiny(family)
@@ -56,28 +56,37 @@ def test_a_pruned_model_computes_what_the_original_does_with_those_heads_silent(
         ranked = group_scores(weight, gram, groups).argsort(descending=True, stable=True).tolist()
         dropped.append(ranked[kept_groups(groups, 0.5) :])
     pruned = PruneHeads(ratio=0.5, correction="none").compress(loading.load(folder), context)
-    silence(original, dropped)
+    zero_out(original, dropped)
     assert sum(map(len, dropped)) >= layout.depth
-    torch.testing.assert_close(answer(pruned), answer(original), rtol=0.02, atol=0.02)
+    torch.testing.assert_close(compute_outputs(pruned), compute_outputs(original), rtol=0.02, atol=0.02)
 
 
-def test_a_groups_worth_is_the_energy_of_what_it_adds() -> None:
+def test_the_score_of_a_group_is_the_energy_of_its_contribution() -> None:
     generator = torch.Generator().manual_seed(0)
     x, weight = torch.randn(50, 6, generator=generator), torch.randn(4, 6, generator=generator)
-    slow = [(x[:, at : at + 2] @ weight[:, at : at + 2].T).square().sum(-1).mean() for at in (0, 2, 4)]
-    torch.testing.assert_close(group_scores(weight, x.T @ x / 50, 3), torch.stack(slow))
+    expected = [
+        (x[:, start : start + 2] @ weight[:, start : start + 2].T).square().sum(-1).mean()
+        for start in (0, 2, 4)
+    ]
+    torch.testing.assert_close(group_scores(weight, x.T @ x / 50, 3), torch.stack(expected))
 
 
-def test_refitting_the_rest_brings_the_output_nearer(tiny: Callable[..., Path], context: Context) -> None:
+def test_refitting_remaining_heads_reduces_the_output_error(
+    tiny: Callable[..., Path], context: Context
+) -> None:
     folder = tiny("bert")
-    goal = answer(loading.load(folder))
-    off = {
-        way: (answer(PruneHeads(0.5, way).compress(loading.load(folder), context)) - goal).norm().item()
-        for way in ("none", "least_squares")
+    expected = compute_outputs(loading.load(folder))
+    errors = {
+        correction: (
+            compute_outputs(PruneHeads(0.5, correction).compress(loading.load(folder), context)) - expected
+        )
+        .norm()
+        .item()
+        for correction in ("none", "least_squares")
     }
-    assert off["least_squares"] < off["none"]
+    assert errors["least_squares"] < errors["none"]
 
 
-def test_one_group_stays_however_high_the_ratio() -> None:
+def test_at_least_one_group_remains() -> None:
     assert [kept_groups(3, ratio) for ratio in (0.0, 0.2, 0.34, 0.9)] == [3, 2, 2, 1]
     assert kept_groups(1, 0.9) == 1

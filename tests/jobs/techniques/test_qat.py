@@ -1,4 +1,4 @@
-"""Quantization-aware training: gradients by hand, a better model than rounding gives, and stored as it was trained."""
+"""Quantization-aware training: gradients equal hand-worked cases, and the stored model equals the trained one."""
 
 from __future__ import annotations
 
@@ -39,19 +39,20 @@ def context(original: Path, text_file: Path) -> Context:
 
 
 @torch.no_grad()
-def outputs(model: Model) -> Tensor:
+def compute_outputs(model: Model) -> Tensor:
     return model.answer(torch.randint(3, 512, (2, 16), generator=torch.Generator().manual_seed(1)))
 
 
 @torch.no_grad()
-def apart(model: Model, original: Path, text_file: Path) -> float:
-    """The mean KL divergence from the original on text that training never saw."""
+def divergence_from_original(model: Model, original: Path, text_file: Path) -> float:
+    """Return the mean KL divergence from the original on text outside the training data."""
     rows = data.windows_for(TextSource(str(text_file), 16, 32, part=(0.5, 1.0)), original)
-    said, taught = (one.answer(rows).float().log_softmax(-1) for one in (model, loading.load(original)))
-    return nn.functional.kl_div(said, taught, log_target=True, reduction="batchmean").item()
+    student = model.answer(rows).float().log_softmax(-1)
+    teacher = loading.load(original).answer(rows).float().log_softmax(-1)
+    return nn.functional.kl_div(student, teacher, log_target=True, reduction="batchmean").item()
 
 
-def test_weights_on_the_grid_get_the_gradient_as_it_is_and_those_beyond_it_none() -> None:
+def test_weights_inside_the_grid_get_the_full_gradient_and_others_none() -> None:
     weight = torch.tensor([[0.3, 5.0, -2.0, 1.6]], requires_grad=True)
     part = RoundedWeight(weight.detach(), Packing(2, 0, symmetric=False)).float().requires_grad_()
     part.start.fill_(1.0)
@@ -62,79 +63,82 @@ def test_weights_on_the_grid_get_the_gradient_as_it_is_and_those_beyond_it_none(
     assert weight.grad is not None
     assert part.change.grad is not None
     assert weight.grad.tolist() == [[1, 0, 0, 1000]]
-    # By LSQ's eq. 3: (0 − 0.3) · 1 + 2 · 10 − 1 · 100 + (2 − 1.6) · 1000; the scale is 1, so log s counts as s.
+    # LSQ, eq. 3: (0 − 0.3) · 1 + 2 · 10 − 1 · 100 + (2 − 1.6) · 1000. The scale s is 1, so the gradients by s and
+    # log s are equal.
     assert part.change.grad.item() == pytest.approx(-0.3 + 20 - 100 + 400, rel=1e-5)
 
 
-def test_the_gradient_of_the_scale_is_that_of_the_logarithm() -> None:
+def test_the_scale_is_trained_by_its_logarithm() -> None:
     weight = torch.tensor([[0.15, 2.5, -1.0, 0.8]])
     part = RoundedWeight(weight, Packing(2, 0, symmetric=False)).float().requires_grad_()
     part.start.fill_(0.25)
     part.zeros.fill_(1.0)
     with torch.no_grad():
-        part.change.fill_(torch.tensor(2.0).log().item())  # as above, of half the size
+        part.change.fill_(torch.tensor(2.0).log().item())  # the case above at half the scale
     (part(weight) * torch.tensor([[1.0, 10.0, 100.0, 1000.0]])).sum().backward()
     assert part.change.grad is not None
     assert part.change.grad.item() == pytest.approx(0.5 * (-0.3 + 20 - 100 + 400), rel=1e-4)
 
 
-@pytest.mark.parametrize("how", [Packing(3, 64, False), Packing(4, 128, True), Packing(2, 0, False)])
-def test_a_forward_pass_rounds_to_the_grid_that_the_file_will_hold(how: Packing) -> None:
-    """96 inputs: the last of two groups of 64 is a shorter one."""
+@pytest.mark.parametrize("packing", [Packing(3, 64, False), Packing(4, 128, True), Packing(2, 0, False)])
+def test_a_forward_pass_rounds_to_the_stored_grid(packing: Packing) -> None:
+    """With 96 inputs, the second of two groups of 64 is incomplete."""
     weight = torch.randn(8, 96, generator=torch.Generator().manual_seed(0)).bfloat16()
-    part = RoundedWeight(weight, how)
+    part = RoundedWeight(weight, packing)
     part.change.copy_(0.1 * torch.randn(part.change.shape, generator=torch.Generator().manual_seed(1)))
     integers, grid = part.integers(weight)
     assert torch.equal(grid.scales, grid.scales.half().float())
-    values = grid.values(grids.grouped(integers - 0.0, how))
+    values = grid.values(grids.grouped(integers - 0.0, packing))
     assert torch.equal(part(weight), values.flatten(1)[:, :96].bfloat16())
     fitted = grids.fit(
-        grids.grouped(weight.float(), how), how, torch.ones(grid.scales.shape[1], how.group or 96)
+        grids.grouped(weight.float(), packing), packing, torch.ones(grid.scales.shape[1], packing.group or 96)
     )
     assert not torch.equal(fitted.scales, grid.scales)
     assert torch.equal(fitted.zeros, grid.zeros)
 
 
 @pytest.mark.parametrize(("symmetric", "stage"), [(False, 0), (True, 0), (False, 2)])
-def test_the_packed_model_computes_what_was_trained(
+def test_the_packed_model_equals_the_trained_one(
     symmetric: bool, stage: int, tiny_llama: Path, text_file: Path
 ) -> None:
     step = Qat(bits=3, group=32, symmetric=symmetric, steps=4, learning_rate=1e-2)
     model = loading.load(tiny_llama)
     round_in_forward(model, step.packing, "qat")
-    before = outputs(model)
-    given = dataclasses.replace(context(tiny_llama, text_file), sharing=Sharing(stage))
-    schedule.learn(model, step, given)
-    trained = outputs(model)
+    initial_outputs = compute_outputs(model)
+    sharded_context = dataclasses.replace(context(tiny_llama, text_file), sharing=Sharing(stage))
+    schedule.learn(model, step, sharded_context)
+    trained = compute_outputs(model)
     parts = [part for part in model.module.modules() if isinstance(part, RoundedWeight)]
     assert len(parts) == len(model.linears())
     assert all(part.change.any() for part in parts)
     pack(model, step.packing)
-    assert torch.equal(outputs(model), trained)
-    assert not torch.equal(trained, before)
+    assert torch.equal(compute_outputs(model), trained)
+    assert not torch.equal(trained, initial_outputs)
     assert model.layout() == step.output_layout(loading.original_layout(tiny_llama))
     assert not any(parametrize.is_parametrized(part) for part in model.module.modules())
 
 
-def test_training_brings_the_rounded_model_nearer_to_the_original(tiny_llama: Path, text_file: Path) -> None:
-    start = loading.load(tiny_llama)
-    round_in_forward(start, TWO_BITS, "qat")
-    pack(start, TWO_BITS)
+def test_training_brings_the_rounded_model_closer_to_the_original(tiny_llama: Path, text_file: Path) -> None:
+    untrained = loading.load(tiny_llama)
+    round_in_forward(untrained, TWO_BITS, "qat")
+    pack(untrained, TWO_BITS)
     step = Qat(bits=2, group=32, steps=60, batch=8, learning_rate=3e-4)
-    made = step.compress(loading.load(tiny_llama), context(tiny_llama, text_file))
-    assert apart(made, tiny_llama, text_file) < 0.6 * apart(start, tiny_llama, text_file)
+    trained = step.compress(loading.load(tiny_llama), context(tiny_llama, text_file))
+    assert divergence_from_original(trained, tiny_llama, text_file) < 0.6 * divergence_from_original(
+        untrained, tiny_llama, text_file
+    )
 
 
-def test_factored_linears_and_tables_are_packed_too(tiny_llama: Path, text_file: Path) -> None:
-    given = context(tiny_llama, text_file)
-    model = SvdLlm(keep=0.5).compress(loading.load(tiny_llama), given)
+def test_factored_linears_and_tables_are_packed(tiny_llama: Path, text_file: Path) -> None:
+    shared_context = context(tiny_llama, text_file)
+    model = SvdLlm(keep=0.5).compress(loading.load(tiny_llama), shared_context)
     step = Qat(bits=4, embedding_bits=8, steps=1)
     expected = step.output_layout(model.layout())
-    assert step.compress(model, given).layout() == expected
+    assert step.compress(model, shared_context).layout() == expected
     assert {spec.packing for spec in expected.linears.values()} == {Packing(4, 64, symmetric=False)}
     assert {spec.packing for spec in expected.tables.values()} == {Packing(8, 0, symmetric=False)}
 
 
-def test_no_steps_are_refused() -> None:
+def test_zero_steps_are_refused() -> None:
     with pytest.raises(ValueError, match=r"qat\.steps=0 is outside whole numbers in \[1, 100000\]"):
         Qat(steps=0)

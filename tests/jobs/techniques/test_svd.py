@@ -1,3 +1,5 @@
+"""SVD: factors are the truncated decomposition, and no matrix of that rank is closer to the weight."""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -16,27 +18,27 @@ from jobs.techniques.svd import Svd
 
 @settings(deadline=None, max_examples=50)
 @given(seed=st.integers(0, 1000), rank=st.integers(1, 9), out=st.integers(9, 14), into=st.integers(9, 14))
-def test_no_matrix_of_that_rank_is_nearer_to_the_weight(seed: int, rank: int, out: int, into: int) -> None:
+def test_no_matrix_of_that_rank_is_closer_to_the_weight(seed: int, rank: int, out: int, into: int) -> None:
     weight = torch.randn(out, into, generator=torch.Generator().manual_seed(seed))
     u, v, _ = terms_of(weight, torch.ones(into))
-    left, values, right = torch.linalg.svd(weight.double(), full_matrices=False)
-    best = (left[:, :rank] * values[:rank]) @ right[:rank]
+    left_vectors, values, right_vectors = torch.linalg.svd(weight.double(), full_matrices=False)
+    best = (left_vectors[:, :rank] * values[:rank]) @ right_vectors[:rank]
     assert torch.allclose(u[:, :rank].double() @ v[:rank].double(), best, atol=1e-4)
 
 
 @pytest.mark.parametrize("keep", [0.2, 0.6])
-def test_the_model_holds_the_truncated_decomposition_of_each_weight(keep: float, tiny_llama: Path) -> None:
+def test_the_model_has_the_truncated_decomposition_of_each_weight(keep: float, tiny_llama: Path) -> None:
     context = Context(Statistics(None, "key"), Path(), 0)
-    made = Svd(keep=keep).compress(loading.load(tiny_llama), context)
+    compressed = Svd(keep=keep).compress(loading.load(tiny_llama), context)
     for name, layer in loading.load(tiny_llama).linears().items():
         weight = layer.weight.detach().double()
-        u, v = (made.module.get_submodule(f"{name}.{part}").weight.double() for part in "uv")
+        u, v = (compressed.module.get_submodule(f"{name}.{part}").weight.double() for part in "uv")
         rank = len(v)
         assert rank == max(1, int(keep * weight.numel() / sum(weight.shape)))
-        left, values, right = torch.linalg.svd(weight)
-        best = (left[:, :rank] * values[:rank]) @ right[:rank]
+        left_vectors, values, right_vectors = torch.linalg.svd(weight)
+        best = (left_vectors[:, :rank] * values[:rank]) @ right_vectors[:rank]
         assert (u @ v - best).norm() < 0.01 * best.norm()
 
 
-def test_it_reads_no_text() -> None:
+def test_svd_needs_no_calibration_text() -> None:
     assert not Svd.needs
