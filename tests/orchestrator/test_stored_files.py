@@ -119,9 +119,9 @@ def test_a_member_is_exported_to_the_same_weights(studies: Path, format: str) ->
 
 @pytest.mark.parametrize(
     "format",
-    # A timing with torch is repeated while another test runs, so one format of the two is enough for the fast suite.
+    # Formats that run in torch are timed again and again while another test runs, so they take too long beside others.
     [
-        pytest.param(name, marks=[pytest.mark.slow] * (name == "slimfront"))
+        pytest.param(name, marks=[pytest.mark.slow] * (name in ("safetensors", "slimfront")))
         for name in sorted(EXPECTED["verify"])
     ],
 )

@@ -106,11 +106,14 @@ def tinier_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_the_size_of_200_random_recipes_is_predicted_exactly(tinier_llama: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("count", [50, pytest.param(200, marks=pytest.mark.slow)])
+def test_the_size_of_random_recipes_is_predicted_exactly(
+    count: int, tinier_llama: Path, tmp_path: Path
+) -> None:
     original = loading.original_layout(tinier_llama)
     tokens = torch.randint(3, 64, (2, 16), generator=torch.Generator().manual_seed(0))
     dice = random.Random(0)
-    for number in range(200):
+    for number in range(count):
         recipe = Recipe(Origin("model", "data", 0), steps_at_random(dice))
         model = loading.load(tinier_llama)
         for step in recipe.steps:
