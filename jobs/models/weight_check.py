@@ -7,6 +7,7 @@ model without a message, so both are refused here. Only the headers of the files
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,9 @@ _FLOATS = ("F64", "F32", "F16", "BF16")
 _DECODER_ENDINGS = ("ForCausalLM", "LMHeadModel", "ForSequenceClassification")
 _ENCODER_ENDINGS = ("Model", "ForMaskedLM", "ForPreTraining", "ForSequenceClassification")
 """Endings of the names of supported architectures. Other heads would be dropped, or filled at random."""
+_BUFFER = re.compile(r"(position_ids|token_type_ids|masked_bias|inv_freq|(attn|attention)\.bias)$")
+"""Buffers that older versions of transformers wrote into files: positions, causal masks and rotary frequencies. A model
+computes them from its config."""
 _POINTER = b"version https://git-lfs"
 _SHOWN = 3
 """Names in a message, at most."""
@@ -52,7 +56,9 @@ def check_weights(folder: Path) -> None:
     _check_kind(folder, config)
     _check_architecture(folder, config)
     tensors = headers(folder)
-    integers = [name for name, tensor in tensors.items() if tensor.dtype not in _FLOATS]
+    integers = [
+        name for name, tensor in tensors.items() if tensor.dtype not in _FLOATS and not _BUFFER.search(name)
+    ]
     contents = [
         json.dumps(config, sort_keys=True),
         json.dumps({n: (t.dtype, t.shape) for n, t in tensors.items()}),
@@ -62,7 +68,7 @@ def check_weights(folder: Path) -> None:
     _refuse_shapes(folder, config, differences["mismatched"])
     known = _without_head(folder, tensors, differences["unexpected"])
     _refuse(folder, "contains tensors that the architecture of config.json does not have", known)
-    weights = [name for name in integers if name not in differences["unexpected"] and "bias" not in name]
+    weights = [name for name in integers if name not in differences["unexpected"]]
     if weights:
         dtypes = ", ".join(sorted({tensors[name].dtype.replace("I", "int") for name in weights}))
         _refuse(folder, f"contains weights of type {dtypes}; expected floating-point weights", weights)
@@ -209,10 +215,11 @@ def _check_architecture(folder: Path, config: Mapping[str, Any]) -> None:
 
 
 def _without_head(folder: Path, tensors: Mapping[str, StoredTensor], unexpected: Iterable[str]) -> list[str]:
-    """Return the unexpected tensors that do not belong to the head of a pretraining task.
+    """Return the unexpected tensors that are weights, and do not belong to the head of a pretraining task.
 
     An embedding model is the base model alone. Its file may come from pretraining, with a head that is not part of it.
     """
+    unexpected = [name for name in unexpected if not _BUFFER.search(name)]
     if not unexpected or loading.task_of(folder) != "embedding":
         return sorted(unexpected)
     prefix = f"{loading.base_prefix(folder)}."

@@ -84,6 +84,26 @@ def test_the_head_of_a_pretraining_task_is_no_part_of_an_embedding_model(
     check_weights(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("family", "buffers"),
+    [
+        ("bert", {"embeddings.position_ids": torch.arange(300)[None]}),
+        ("roberta", {"embeddings.position_ids": torch.arange(300)[None]}),
+        ("gpt2", {"transformer.h.0.attn.bias": torch.ones(1, 1, 8, 8)}),
+        ("gpt2", {"transformer.h.0.attn.masked_bias": torch.ones(())}),
+        ("gpt_neox", {"gpt_neox.layers.0.attention.bias": torch.ones(1, 1, 8, 8, dtype=torch.bool)}),
+        ("gpt_neo", {"transformer.h.0.attn.attention.bias": torch.ones(1, 1, 8, 8, dtype=torch.bool)}),
+        ("llama", {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}),
+    ],
+)  # fmt: skip
+def test_buffers_that_older_files_contain_are_no_weights(
+    family: str, buffers: Tensors, tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    model = copied(tiny(family), tmp_path)
+    change_weights(model, lambda tensors: tensors.update(buffers))
+    check_weights(model)
+
+
 REFUSED: dict[str, tuple[Callable[[Tensors], object], str]] = {
     "a missing projection": (
         lambda tensors: tensors.pop("model.layers.1.mlp.down_proj.weight"),
