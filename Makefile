@@ -36,7 +36,7 @@ $(VENV)/model: $(INSTALLED)
 quickstart: $(VENV)/model  ## search for small versions of SmolLM2-135M on this machine (about 8 minutes)
 	$(BIN)/slimfront search examples/quickstart.yaml
 
-check: $(INSTALLED)  ## the fast checks: style, types, walls between the rooms
+check: $(INSTALLED)  ## the fast checks: style, types, imports between packages, language
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
