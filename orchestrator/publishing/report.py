@@ -13,6 +13,7 @@ from orchestrator.pareto.front import Objective
 from orchestrator.publishing.front_figure import front_figure
 from orchestrator.publishing.metric_text import metric_label, metric_value
 from orchestrator.study.candidate import Candidate
+from orchestrator.study.durations import Savings
 from orchestrator.study.results import (
     COSTS,
     Results,
@@ -23,7 +24,6 @@ from orchestrator.study.results import (
     prediction_errors,
     rank_flips,
 )
-from orchestrator.study.savings import Savings
 
 STYLE = """
 :root { color-scheme: light; }

@@ -10,7 +10,7 @@ from jobs.knobs import Value
 from jobs.recipe import Recipe
 from orchestrator.study.candidate import Candidate, State
 from orchestrator.study.candidate_table import CandidateTable
-from orchestrator.study.durations import DurationModel, RemainingWork
+from orchestrator.study.durations import DurationModel, RemainingWork, Savings
 from orchestrator.study.events import (
     AttemptEnded,
     AttemptStarted,
@@ -29,12 +29,10 @@ from orchestrator.study.events import (
     StudyPlan,
     Tell,
 )
-from orchestrator.study.feedback import search_feedback
+from orchestrator.study.feedback import rejection, search_feedback
 from orchestrator.study.job_table import JobTable
 from orchestrator.study.latency_estimate import predictions
 from orchestrator.study.racing import Race, next_fidelity
-from orchestrator.study.rejection import rejection
-from orchestrator.study.savings import Savings
 from orchestrator.study.timing_phase import TimingPhase
 from orchestrator.study.trie import RecipeNode, RecipeTrie
 

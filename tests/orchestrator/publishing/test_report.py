@@ -15,8 +15,8 @@ from orchestrator.pareto.front import Objective
 from orchestrator.publishing.front_figure import axis_title, front_figure
 from orchestrator.publishing.report import report_html
 from orchestrator.study.candidate import Candidate
+from orchestrator.study.durations import Savings
 from orchestrator.study.results import Results, judge
-from orchestrator.study.savings import Savings
 
 SIZE, SPEED = Objective("size_bytes", "min", limit=120e6), Objective("decode_ms", "min")
 ACCURACY, PERPLEXITY = Objective("accuracy", "max"), Objective("perplexity", "min")

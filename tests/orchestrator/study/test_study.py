@@ -15,6 +15,7 @@ from jobs.job import Failure, Job, Success
 from jobs.measurement.measurement import Measurement
 from jobs.recipe import Origin, Recipe
 from orchestrator.pareto.front import Objective
+from orchestrator.study.durations import Savings
 from orchestrator.study.events import (
     AttemptEnded,
     AttemptStarted,
@@ -34,7 +35,6 @@ from orchestrator.study.events import (
     Tell,
 )
 from orchestrator.study.results import Standings, judge
-from orchestrator.study.savings import Savings
 from orchestrator.study.study import Study
 
 ORIGIN = Origin("model", "data", 0)
