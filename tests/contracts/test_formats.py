@@ -137,12 +137,12 @@ def test_the_size_of_random_recipes_is_predicted_to_the_byte(
     name: str, random_artifacts: list[tuple[str, str, Path]], tiny: Tiny
 ) -> None:
     rows = [
-        size.written(name, family, text, artifact, tiny(family))
+        size.exported_size(name, family, text, artifact, tiny(family))
         for family, text, artifact in random_artifacts
     ]
-    supported = [row for row in rows if row.foretold is not None]
+    supported = [row for row in rows if row.predicted is not None]
     assert supported
-    assert [row for row in supported if row.foretold != row.found] == []
+    assert [row for row in supported if row.predicted != row.actual] == []
 
 
 def test_a_packed_linear_is_refused_with_its_name_and_suitable_formats(
