@@ -103,14 +103,14 @@ class Number:
     value: float
     unit: str
     goal: float | None = None
-    """The largest allowed value, or the smallest if `least`; None without a goal."""
-    least: bool = False
+    """The largest allowed value, or the smallest if `is_minimum`; None without a goal."""
+    is_minimum: bool = False
 
     @property
     def met(self) -> bool:
         if self.goal is None:
             return True
-        if self.least:
+        if self.is_minimum:
             return self.value >= self.goal
         return self.value <= self.goal
 
@@ -118,7 +118,7 @@ class Number:
         text = f"{self.name} {self.value:.3g}{self.unit}"
         if self.goal is None:
             return text
-        sign = "≥" if self.least else "≤"
+        sign = "≥" if self.is_minimum else "≤"
         verdict = "met" if self.met else "missed"
         return f"{text} (goal {sign} {self.goal:g}{self.unit}: {verdict})"
 
@@ -193,13 +193,13 @@ def grow(services: Services, candidates: int) -> Findings:
         last_end = max(at for at, event in events if isinstance(event, AttemptEnded))
         all_gone = max(stay.ended for stay in observed.stays)
         findings.numbers += [
-            Number("nodes at most", observed.most_nodes, "", NODES, least=True),
+            Number("nodes at most", observed.most_nodes, "", NODES, is_minimum=True),
             Number("the original at work after", observed.first_work - submitted, " s"),
             Number("first candidate running after", _first_candidate(observed, events) - submitted, " s", 30),
             Number(
                 "all nodes gone after the last candidate by", all_gone - last_end, " s", IDLE_SECONDS + 15
             ),
-            Number("utilisation of nodes while up", 100 * observed.utilisation(), " %", 90, least=True),
+            Number("utilisation of nodes while up", 100 * observed.utilisation(), " %", 90, is_minimum=True),
             Number("of it while there was work", 100 * _while_working(observed, events), " %"),
             *_work(observed),
         ]
@@ -342,7 +342,7 @@ def s3(services: Services) -> Findings:
         speed = record["megabytes"] / statistics.median(times[ours] for times in record["rounds"])
         findings.numbers += [
             Number(f"{ours} of {record['megabytes']} MB", speed, " MB/s"),
-            Number(f"speed against {plain}", ratio, "", 0.5, least=True),
+            Number(f"speed against {plain}", ratio, "", 0.5, is_minimum=True),
         ]
     return findings
 

@@ -325,7 +325,7 @@ def caught_up(runs: Sequence[Run], limits: Bounds, seconds: float) -> list[str]:
 def play(
     contestants: Mapping[str, Contestant], seeds: int, seconds: float, model: Path, texts: Path
 ) -> list[Run]:
-    """Run every contestant with every seed, each in a temporary folder of its own."""
+    """Run every contestant with every seed. Every run has a temporary folder of its own."""
     runs = []
     for seed in range(seeds):
         for name in ordered(list(contestants), seed):

@@ -156,39 +156,35 @@ def check(source: TextSource) -> None:
 def digest(source: TextSource) -> str:
     """Return the digest of everything that decides the windows except the tokenizer: file contents and options."""
     total = hashlib.sha256()
-    for file in files_of(source.path):
-        with file.open("rb") as stream:
-            total.update(hashlib.file_digest(stream, "sha256").digest())
+    for file_digest in _file_digests(source):
+        total.update(file_digest)
     options = {name: value for name, value in dataclasses.asdict(source).items() if name != "path"}
     total.update(json.dumps(options, sort_keys=True).encode())
     return total.hexdigest()
 
 
-def overlap(source: TextSource, other: TextSource) -> float:
-    """Return the share of a source, from 0 to 1, that another source contains too, by the contents of their files."""
-    files = [_file_digest(file) for file in files_of(source.path)]
-    other_files = [_file_digest(file) for file in files_of(other.path)]
-    if not set(files) & set(other_files) or dict(source.where) != dict(other.where):
+def overlap(source: TextSource, reference: TextSource) -> float:
+    """Return the share of a source, from 0 to 1, that a reference contains too, by the contents of their files."""
+    if dict(source.where) != dict(reference.where):
         return 0.0
+    digests, reference_digests = _file_digests(source), _file_digests(reference)
     low, high = source.part
-    if files == other_files:
-        other_low, other_high = other.part
-        return max(0.0, min(high, other_high) - max(low, other_low)) / (high - low)
+    if digests == reference_digests:
+        reference_low, reference_high = reference.part
+        return max(0.0, min(high, reference_high) - max(low, reference_low)) / (high - low)
     # Parts of different sets of files cannot be compared; whole sources can.
-    if tuple(other.part) != (0.0, 1.0):
+    if tuple(reference.part) != (0.0, 1.0):
         return 0.0
-    return sum(file in other_files for file in files) / len(files)
+    return sum(digest in reference_digests for digest in digests) / len(digests)
 
 
-@lru_cache(maxsize=256)
-def _digest_of_state(path: str, size_bytes: int, changed_at: int) -> str:
-    with Path(path).open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+def _file_digests(source: TextSource) -> list[bytes]:
+    return [_file_digest(file) for file in files_of(source.path)]
 
 
-def _file_digest(file: Path) -> str:
-    state = file.stat()
-    return _digest_of_state(str(file), state.st_size, state.st_mtime_ns)
+def _file_digest(file: Path) -> bytes:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").digest()
 
 
 def choices(path: str | Path) -> list[Question]:

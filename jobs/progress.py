@@ -16,7 +16,7 @@ def no_report(share: float, activity: str) -> None:
 class JobInterruptedError(Exception):
     """The job must stop here and continue on another machine, because this one will be taken away."""
 
-    def __init__(self, reason: str = "", together: bool = False) -> None:
+    def __init__(self, reason: str = "", on_all_ranks: bool = False) -> None:
         super().__init__(reason)
-        self.together = together
+        self.on_all_ranks = on_all_ranks
         """Whether all ranks of a gang stop for it at the same step."""

@@ -98,7 +98,7 @@ def attempt(request: WorkRequest, report: Report) -> JobOutput | Failure | RankD
             _made(request, report)
         return RankDone()
     except Exception as error:  # noqa: BLE001 - the worker boundary: failures cross it as data
-        if isinstance(error, JobInterruptedError) and error.together and not ranks.here().first:
+        if isinstance(error, JobInterruptedError) and error.on_all_ranks and not ranks.here().first:
             return RankDone(interrupted=True)
         return failure(error)
     finally:

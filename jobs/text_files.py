@@ -35,7 +35,7 @@ def files_of(path: str) -> Sequence[Path]:
     root = Path(path).expanduser()
     if root.is_dir():
         files = [file for file in sorted(root.rglob("*")) if file.suffix in SUFFIXES]
-        files = [file for file in files if not _is_hidden(file.relative_to(root))]
+        files = [file for file in files if not is_hidden(file.relative_to(root))]
         if not files:
             raise FileNotFoundError(f"the folder {path} holds neither .txt nor .jsonl files")
         return files
@@ -79,7 +79,7 @@ def records_of(file: Path) -> Iterator[tuple[int, dict[str, object]]]:
     """Yield the JSON objects of a .jsonl file with their line numbers. Empty lines are left out."""
     with file.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
-            text = _decoded(line, f"{file}:{number}")
+            text = _decoded(line, file, number)
             if not text.strip():
                 continue
             try:
@@ -115,7 +115,7 @@ def _paragraphs(file: Path) -> Iterator[Piece]:
         text = file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
         for number, line in enumerate(file.read_bytes().split(b"\n"), start=1):
-            _decoded(line, f"{file}:{number}")
+            _decoded(line, file, number)
         raise
     separator = _PARAGRAPH
     if separator not in text:
@@ -126,13 +126,16 @@ def _paragraphs(file: Path) -> Iterator[Piece]:
         yield Piece(str(file), paragraph, separator)
 
 
-def _decoded(line: bytes, location: str) -> str:
+def _decoded(line: bytes, file: Path, number: int) -> str:
+    """Return a line as text, the first one without a byte order mark. Raises ValueError with its number."""
+    encoding = "utf-8"
+    if number == 1:
+        encoding = "utf-8-sig"
     try:
-        return line.decode("utf-8-sig" if location.endswith(":1") else "utf-8")
+        return line.decode(encoding)
     except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{location} is not UTF-8 text (byte 0x{line[error.start]:02x} at {error.start}): convert the file to UTF-8"
-        ) from error
+        byte = f"byte 0x{line[error.start]:02x} at {error.start}"
+        raise ValueError(f"{file}:{number} is not UTF-8 text ({byte}): convert the file to UTF-8") from error
 
 
 def _equals(value: object, text: str) -> bool:
@@ -144,7 +147,8 @@ def _equals(value: object, text: str) -> bool:
     return value == text
 
 
-def _is_hidden(path: Path) -> bool:
+def is_hidden(path: Path) -> bool:
+    """Whether a relative path leads to a hidden file, or through a hidden folder."""
     return any(part.startswith(".") for part in path.parts)
 
 

@@ -12,7 +12,9 @@ from collections.abc import Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
 
-_REQUIREMENT = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]*)\s*(?:\[([^\]]*)\])?")
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
 _EXTRA = re.compile(r"extra == [\"']([A-Za-z0-9._-]+)[\"']")
 _PIN = re.compile(r"([a-z0-9-]+)==([^\s;]+)")
 
@@ -43,7 +45,7 @@ def installed_versions(distribution: str, extras: Iterable[str]) -> dict[str, st
     """
     versions: dict[str, str] = {}
     visited = set()
-    pending = [(distribution, frozenset(extras))]
+    pending: list[tuple[str, frozenset[str]]] = [(distribution, frozenset(extras))]
     while pending:
         name, chosen_extras = pending.pop()
         if (name, chosen_extras) in visited:
@@ -54,12 +56,10 @@ def installed_versions(distribution: str, extras: Iterable[str]) -> dict[str, st
             versions[name] = metadata.version(name).partition("+")[0]
         except metadata.PackageNotFoundError:
             continue
-        for requirement in requirements:
-            parts = _REQUIREMENT.match(requirement)
-            extra = _EXTRA.search(requirement)
-            if parts is not None and (extra is None or extra[1] in chosen_extras):
-                wanted_extras = re.split(r"\s*,\s*", parts[2] or "")
-                pending.append((_normalized(parts[1]), frozenset(wanted_extras)))
+        for requirement in map(Requirement, requirements):
+            extra = _EXTRA.search(str(requirement.marker))
+            if extra is None or extra[1] in chosen_extras:
+                pending.append((canonicalize_name(requirement.name), frozenset(requirement.extras)))
     del versions[distribution]
     return dict(sorted(versions.items()))
 
@@ -77,13 +77,9 @@ def read_lock() -> str:
 
 def locked_versions(lock: str) -> dict[str, set[str]]:
     """Return the versions that a lock has of each package: several if they depend on the platform."""
-    versions = defaultdict(set)
+    versions: dict[str, set[str]] = defaultdict(set)
     for line in lock.splitlines():
         pin = _PIN.match(line)
         if pin is not None:
-            versions[_normalized(pin[1])].add(pin[2])
+            versions[canonicalize_name(pin[1])].add(pin[2])
     return dict(versions)
-
-
-def _normalized(name: str) -> str:
-    return re.sub(r"[-_.]+", "-", name).lower()

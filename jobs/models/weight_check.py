@@ -32,7 +32,7 @@ _BUFFER = re.compile(r"(position_ids|token_type_ids|masked_bias|inv_freq|(attn|a
 """Buffers that older versions of transformers wrote into files: positions, causal masks and rotary frequencies. A model
 computes them from its config."""
 _POINTER = b"version https://git-lfs"
-_SHOWN = 3
+_MAX_NAMES = 3
 """Names in a message, at most."""
 
 
@@ -56,31 +56,26 @@ def check_weights(folder: Path) -> None:
     _check_kind(folder, config)
     _check_architecture(folder, config)
     tensors = headers(folder)
-    integers = [
-        name for name, tensor in tensors.items() if tensor.dtype not in _FLOATS and not _BUFFER.search(name)
-    ]
-    contents = [
-        json.dumps(config, sort_keys=True),
-        json.dumps({n: (t.dtype, t.shape) for n, t in tensors.items()}),
-    ]
+    header = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
+    contents = [json.dumps(config, sort_keys=True), json.dumps(header)]
     differences = remembered("weights", contents, lambda: loading.differences(folder))
     _refuse(folder, "lacks tensors of the architecture that config.json describes", differences["missing"])
     _refuse_shapes(folder, config, differences["mismatched"])
-    known = _without_head(folder, tensors, differences["unexpected"])
-    _refuse(folder, "contains tensors that the architecture of config.json does not have", known)
-    weights = [name for name in integers if name not in differences["unexpected"]]
-    if weights:
-        dtypes = ", ".join(sorted({tensors[name].dtype.replace("I", "int") for name in weights}))
-        _refuse(folder, f"contains weights of type {dtypes}; expected floating-point weights", weights)
+    foreign = _without_head(folder, tensors, differences["unexpected"])
+    _refuse(folder, "contains tensors that the architecture of config.json does not have", foreign)
+    weights = tensors.keys() - set(differences["unexpected"])
+    integers = [name for name in weights if tensors[name].dtype not in _FLOATS and not _BUFFER.search(name)]
+    dtypes = ", ".join(sorted({tensors[name].dtype.replace("I", "int") for name in integers}))
+    _refuse(folder, f"contains weights of type {dtypes}; expected floating-point weights", integers)
     _check_tied(folder, tensors)
 
 
-def check_values(folder: Path) -> None:
+def check_values(folder: Path, digest: str) -> None:
     """Raise ValueError if a weight of an original is NaN or infinite.
 
-    Reads all weights, one tensor at a time; the answer for the same files is remembered.
+    Reads all weights, one tensor at a time; the answer is remembered by the `loading.digest` of the folder.
     """
-    remembered("finite", [loading.digest(folder)], lambda: _check_finite(folder))
+    remembered("finite", [digest], lambda: _check_finite(folder))
 
 
 def _check_finite(folder: Path) -> None:
@@ -264,8 +259,7 @@ def _refuse(folder: Path, problem: str, names: Iterable[str]) -> None:
     names = sorted(names)
     if not names:
         return
-    shown = ", ".join(names[:_SHOWN])
-    more = len(names) - _SHOWN
-    if more > 0:
-        shown += f" and {more} more"
-    raise ValueError(f"{folder} {problem}: {shown}")
+    text = ", ".join(names[:_MAX_NAMES])
+    if len(names) > _MAX_NAMES:
+        text += f" and {len(names) - _MAX_NAMES} more"
+    raise ValueError(f"{folder} {problem}: {text}")

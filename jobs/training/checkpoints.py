@@ -33,7 +33,7 @@ class Checkpoints:
     folder: Path
     """Belongs to one training. It must outlive the attempt, and the caller removes it. Only the first rank needs it. A
     checkpoint has 12 bytes for each trained weight, and the previous one stays until the next is complete."""
-    every: int
+    interval: int
     """Steps between two checkpoints."""
 
     def write(self, course: dict[str, Any], tensors: Iterable[tuple[str, Tensor]]) -> None:

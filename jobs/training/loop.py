@@ -137,7 +137,7 @@ class TrainingRun:
             steps = len(self.losses)
             self.after_step(steps)
             self._evaluate()
-            is_due = self.checkpoints is not None and steps % self.checkpoints.every == 0
+            is_due = self.checkpoints is not None and steps % self.checkpoints.interval == 0
             if is_due and steps < self.training.steps:
                 self._save()
             self._report(saved=is_due)
@@ -173,7 +173,7 @@ class TrainingRun:
         if self.ranks.any(reason is not None):
             if not saved or steps == self.training.steps:
                 self._save()
-            raise JobInterruptedError(reason or "another rank was interrupted", together=True)
+            raise JobInterruptedError(reason or "another rank was interrupted", on_all_ranks=True)
 
     def _step(self, batches: Sequence[Tensor]) -> None:
         step = len(self.losses)
@@ -209,7 +209,7 @@ class TrainingRun:
     def _evaluate(self) -> None:
         """Compute the held-out loss if it is due, and copy the weights if they are the best so far."""
         steps, held_out = len(self.losses), self.held_out
-        if held_out is None or (steps % held_out.every and steps < self.training.steps):
+        if held_out is None or (steps % held_out.interval and steps < self.training.steps):
             return
         batch_losses: list[float] = []
         with torch.no_grad():

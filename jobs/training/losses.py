@@ -185,17 +185,17 @@ def _divergence_from_top_k(
     indices = teacher.indices[rows].long()
     teacher_logs = teacher.log_shares[rows].to(all_logs.dtype)
     student_logs = all_logs.gather(1, indices)
-    rest = None
+    rest_log = None
     if teacher_logs.shape[1] != all_logs.shape[1]:
         teacher_logs = torch.cat([teacher_logs, teacher.log_rest[rows, None].to(all_logs.dtype)], dim=1)
-        rest = all_logs.scatter(1, indices, -torch.inf).logsumexp(dim=-1, keepdim=True)
-        student_logs = torch.cat([student_logs, rest], dim=1)
+        rest_log = all_logs.scatter(1, indices, -torch.inf).logsumexp(dim=-1, keepdim=True)
+        student_logs = torch.cat([student_logs, rest_log], dim=1)
     # Stored in fp16, the probabilities sum to 1 only approximately.
     divergences, slope = _divergence(student_logs, torch.log_softmax(teacher_logs, dim=-1), divergence)
     gradient = -all_logs.exp() * slope.sum(dim=1, keepdim=True)
     top_gradient = gradient.gather(1, indices) + slope[:, : indices.shape[1]]
-    if rest is not None:
-        gradient = gradient + (all_logs - rest).clamp(max=0).exp() * slope[:, -1:]
+    if rest_log is not None:
+        gradient = gradient + (all_logs - rest_log).clamp(max=0).exp() * slope[:, -1:]
     return divergences, gradient.scatter(1, indices, top_gradient)
 
 

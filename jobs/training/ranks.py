@@ -93,16 +93,15 @@ def join() -> Ranks:
     ranks = here()
     if distributed.is_initialized():
         return ranks
-    store, init_method = None, "env://"
+    store = None  # the ranks meet at the address in the environment
     if ranks.count == 1:
-        store, init_method = distributed.HashStore(), None  # type: ignore[attr-defined, assignment]  # lacks types
+        store = distributed.HashStore()  # type: ignore[attr-defined]  # lacks types
     backend, device = "gloo", None
     if torch.cuda.is_available():
         backend, device = "nccl", _device()  # without a device NCCL warns at each barrier that it guesses one
     distributed.init_process_group(
         backend,
         store=store,
-        init_method=init_method,
         rank=ranks.rank,
         world_size=ranks.count,
         device_id=device,

@@ -56,12 +56,12 @@ class Training:
 class HeldOut:
     """Early stopping by batches that are never trained on.
 
-    Their mean loss is computed before the first step, after each `every` steps and after the last step. Afterwards the
-    model has the weights of the lowest loss.
+    Their mean loss is computed before the first step, after each `interval` steps and after the last step. Afterwards
+    the model has the weights of the lowest loss.
     """
 
     batches: Sequence[Tensor]
-    every: int
+    interval: int
     """Steps between two evaluations."""
     patience: int
     """The number of consecutive evaluations without a lower loss after which training ends."""

@@ -14,7 +14,7 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from orchestrator.config.problems import InvalidStudyError, Problem
 from orchestrator.config.schema import StudyConfig
-from orchestrator.config.text_checks import read_text, repeated_keys, value_problems
+from orchestrator.config.text_checks import read_text, value_problems
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Loaded:
     locations = {"": f"{path}:1"}
     for key, number in _lines(root):
         locations[key] = f"{path}:{number}"
-    problems = list(repeated_keys(root))
+    problems: list[Problem] = []
     config = OmegaConf.structured(StudyConfig)
     for key, value in _leaves(content):
         value_errors = list(value_problems(key, value))

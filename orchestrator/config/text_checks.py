@@ -1,4 +1,4 @@
-"""Check a study file as text and as YAML, before its values are read: size, depth, repeated keys, secrets, numbers."""
+"""Check a study file as text and as YAML, before its values are read: size, depth, secrets, numbers."""
 
 from __future__ import annotations
 
@@ -35,23 +35,6 @@ def read_text(path: Path) -> str:
         raise InvalidStudyError([f"{path}:1 got {reason}, expected a study file in YAML"]) from error
     _check_depth(path, text)
     return text
-
-
-def repeated_keys(node: yaml.Node, above: str = "") -> Iterator[Problem]:
-    """Yield a problem for each key that a mapping contains twice. YAML would silently use the last one."""
-    if isinstance(node, yaml.MappingNode):
-        lines: dict[str, int] = {}
-        for name, value in node.value:
-            key = f"{above}{name.value}"
-            line = name.start_mark.line + 1
-            if key in lines:
-                message = f"got this key in line {lines[key]} and again in line {line}, expected it once"
-                yield Problem(key, message)
-            lines[key] = line
-            yield from repeated_keys(value, f"{key}.")
-    elif isinstance(node, yaml.SequenceNode):
-        for value in node.value:
-            yield from repeated_keys(value, above)
 
 
 def value_problems(key: str, value: object) -> Iterator[Problem]:

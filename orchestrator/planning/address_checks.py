@@ -43,7 +43,7 @@ def _name_checks(name: str) -> Iterator[Check]:
 
 
 def without_password(address: str) -> str:
-    """Return an address with its password replaced by `…`."""
+    """Return a text with the passwords of its addresses replaced by `…`."""
     return re.sub(r"(://[^/\s:@]*:)[^/\s@]+@", r"\1…@", address)
 
 
@@ -65,19 +65,19 @@ def _store_checks(store: str) -> Iterator[Check]:
 def _tracking_checks(uri: str | None) -> Iterator[Check]:
     if uri is None or uri in ("", "none"):
         return
-    shown = without_password(uri)
-    has_password = shown != uri
+    masked = without_password(uri)
+    has_password = masked != uri
     expected = (
         "an address without a password: set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD instead"
     )
-    yield Check("tracking.uri", shown, not has_password, expected)
+    yield Check("tracking.uri", masked, not has_password, expected)
     parts = urlsplit(uri)
     scheme = parts.scheme.partition("+")[0]
     expected = f"none, or an address that begins with {', '.join(f'{name}:' for name in _SCHEMES)}"
-    yield Check("tracking.uri", shown, scheme in _SCHEMES, expected)
+    yield Check("tracking.uri", masked, scheme in _SCHEMES, expected)
     if scheme in ("http", "https"):
         expected = "the address of an MLflow server, not of a cloud's metadata service"
-        yield Check("tracking.uri", shown, not _is_metadata_host(parts.hostname or ""), expected)
+        yield Check("tracking.uri", masked, not _is_metadata_host(parts.hostname or ""), expected)
 
 
 def _is_metadata_host(host: str) -> bool:

@@ -63,14 +63,16 @@ def prepare(loaded: Loaded) -> PreparedStudy:
     check_data(materials, names, space, folder, problems)
     if folder is not None and layout is not None and not problems.has_below("space"):
         check_size_limit(config, space, layout, materials.target, folder, problems)
+    model_digest = ""
     if folder is not None:
-        problems.attempt("model", lambda: weight_check.check_values(folder), "finite weights")
+        model_digest = loading.digest(folder)
+        problems.attempt("model", lambda: weight_check.check_values(folder, model_digest), "finite weights")
     if problems.problems or folder is None or layout is None:  # one of them is None only after a problem
         raise InvalidStudyError([loaded.located(problem) for problem in problems.problems])
     exclusive = [name for name in names if meters.load(name).exclusive]
     timed: set[str] = set().union(*(meters.load(name).metrics for name in exclusive))
     plan = StudyPlan(
-        original=Recipe(Origin(loading.digest(folder), data_digest(materials), config.search.seed)),
+        original=Recipe(Origin(model_digest, data_digest(materials), config.search.seed)),
         original_cost=cost_of(layout, materials.target, folder),
         objectives=objectives_of(config),
         candidates=config.search.candidates,

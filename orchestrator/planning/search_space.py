@@ -132,11 +132,11 @@ class SearchSpace:
         for stage, options in self.stages.items():
             for option in options:
                 name = option.technique.name()
-                alone = []
+                corners = []
                 for corner in option.corners():
                     knobs = {f"{stage}.{name}.{knob}": value for knob, value in corner.items()}
-                    alone.append({**defaults, stage: name, **knobs})
-                yield alone
+                    corners.append({**defaults, stage: name, **knobs})
+                yield corners
 
     def needs(self) -> set[str]:
         """Return the inputs that any technique of the space needs: calibration, teacher, training …"""

@@ -31,6 +31,7 @@ from orchestrator.planning.search_space import SearchSpace
 
 _WHOLE = "auto or a whole number from"
 _MIN_STALL_SECONDS = 1.0
+"""The shortest time without a report after which a worker may be ended. It reports after each step of a training."""
 
 
 @dataclass(frozen=True)
@@ -101,9 +102,9 @@ def _cluster_checks(config: StudyConfig) -> Iterator[Check]:
     spec = config.cluster
     yield Check("cluster.slots", spec.slots, _auto_or_whole(spec.slots, 1), f"{_WHOLE} 1")
     if isinstance(spec.slots, int) and spec.address is None:
-        most = max(1, int(psutil.virtual_memory().total / 2**30 / WORKER_GIB))
-        expected = f"at most {most}: each worker of this machine needs {WORKER_GIB} GiB of memory"
-        yield Check("cluster.slots", spec.slots, spec.slots <= most, expected)
+        max_slots = max(1, int(psutil.virtual_memory().total / 2**30 / WORKER_GIB))
+        expected = f"at most {max_slots}: each worker of this machine needs {WORKER_GIB} GiB of memory"
+        yield Check("cluster.slots", spec.slots, spec.slots <= max_slots, expected)
     limit_is_valid = spec.memory_gib is None or spec.memory_gib > 0
     yield Check("cluster.memory_gib", spec.memory_gib, limit_is_valid, "more than 0")
     gpus_are_valid = spec.gpus == "auto" or (_is_number(spec.gpus) and 0 <= float(spec.gpus) < math.inf)
@@ -257,8 +258,7 @@ def _check_overlap(materials: Materials, problems: ProblemList) -> None:
     evaluation, training = materials.evaluation, materials.training
     if evaluation is None or training is None:
         return
-    share = data.overlap(evaluation, training)
-    if share == 1:
+    if data.overlap(evaluation, training) == 1:
         message = (
             "got a text that is all in data.train, expected another text, or another part of the same one"
         )

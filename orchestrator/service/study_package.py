@@ -19,9 +19,11 @@ from pathlib import Path
 
 from cluster.on_ray.jobs_api import LIMIT_BYTES
 from cluster.storage.open import is_remote
+from jobs.text_files import is_hidden
 from orchestrator.config.load import Loaded
 from orchestrator.config.schema import StudyConfig
 from orchestrator.persistence.inputs import StoredInput, stored_input
+from orchestrator.planning.address_checks import without_password
 from orchestrator.planning.input_files import paths
 
 PACKAGES = ("orchestrator", "jobs", "cluster")
@@ -29,7 +31,6 @@ NAME, DIGEST, STORE, VERSION = (f"slimfront.{key}" for key in ("study", "digest"
 """The keys of a job's metadata."""
 _CODE_BYTES = 10 * 2**20
 """The part of an archive that is reserved for slimfront's own packages."""
-_PASSWORD = re.compile(r"://[^/\s:@]+:[^/\s@]+@")
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def study_package(loaded: Loaded, overrides: Sequence[str], same_machine: bool) 
     if a file is missing or too large, and if an address contains a password.
     """
     config = loaded.config
-    if any(_PASSWORD.search(text) for text in (loaded.text, *overrides)):
+    if any(without_password(text) != text for text in (loaded.text, *overrides)):
         raise ValueError(
             "an address in the study contains a password, which everybody who sees the cluster would see: put it "
             "into the cluster's environment, as MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD for MLflow"
@@ -205,8 +206,7 @@ def _visible_files(path: Path) -> dict[str, Path]:
     files = {}
     for file in sorted(path.rglob("*")):
         inner = file.relative_to(path)
-        hidden = any(part.startswith(".") for part in inner.parts)
-        if file.is_file() and not hidden:
+        if file.is_file() and not is_hidden(inner):
             files[f"/{inner.as_posix()}"] = file
     return files
 

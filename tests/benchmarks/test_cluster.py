@@ -57,5 +57,8 @@ def test_lost_and_repeated_results_are_reported(study: tuple, faults: list[str])
 
 def test_a_number_meets_its_goal_from_the_right_side() -> None:
     assert str(Number("seconds", 31.0, " s", 30)) == "seconds 31 s (goal ≤ 30 s: missed)"
-    assert str(Number("utilisation", 92.34, " %", 90, least=True)) == "utilisation 92.3 % (goal ≥ 90 %: met)"
+    assert (
+        str(Number("utilisation", 92.34, " %", 90, is_minimum=True))
+        == "utilisation 92.3 % (goal ≥ 90 %: met)"
+    )
     assert str(Number("kills", 10, "")) == "kills 10"

@@ -62,16 +62,16 @@ def test_blank_records_are_no_text(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "given"),
+    ("value", "text"),
     [("y", "y"), (2020, "2020"), (0.5, "0.5"), (True, "true"), (True, "True"), (False, "false")],
 )
 def test_where_compares_numbers_and_booleans_as_they_are_written(
-    value: object, given: str, tmp_path: Path
+    value: object, text: str, tmp_path: Path
 ) -> None:
     file = tmp_path / "a.jsonl"
     records = [{"text": "wanted", "field": value}, {"text": "other", "field": "z"}, {"text": "without"}]
     file.write_text("\n".join(json.dumps(record) for record in records))
-    assert texts(file, field=given) == ["wanted"]
+    assert texts(file, field=text) == ["wanted"]
 
 
 @pytest.mark.parametrize(

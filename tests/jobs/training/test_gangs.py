@@ -126,7 +126,7 @@ def divergence_message() -> str:
 
 def train_at_every_stage() -> Any:
     message = divergence_message()
-    held_out = HeldOut([*batches(2), batches(1)[0][:5]], every=5, patience=10)
+    held_out = HeldOut([*batches(2), batches(1)[0][:5]], interval=5, patience=10)
     short_run = loop.train(
         UntidyModule(),
         batches(),
@@ -142,7 +142,7 @@ def train_at_every_stage() -> Any:
 def test_two_ranks_train_like_one_at_every_stage_and_report_the_same_error() -> None:
     message, summaries, gang_losses = run_in_gang(train_at_every_stage)
     assert message == "the loss became nan at step 6"
-    held_out = HeldOut([*batches(2), batches(1)[0][:5]], every=5, patience=10)
+    held_out = HeldOut([*batches(2), batches(1)[0][:5]], interval=5, patience=10)
     expected = train_summary(0, held_out=held_out)
     assert expected[0][-1] < 0.9 * expected[0][0]
     for stage, summary in zip(STAGES, summaries, strict=True):
@@ -163,12 +163,12 @@ def train_until_stopped(folder: Path, stage: int, stop_step: int, stop: Callable
 
     module = UntidyModule()
     training = Training(1e-2, 20, accumulate=3, zero_stage=stage)
-    held_out = HeldOut(batches(2), every=5, patience=10)
+    held_out = HeldOut(batches(2), interval=5, patience=10)
     # Only rank 0 may write checkpoints.
     subfolder = "never"
     if current_rank() == 0:
         subfolder = "kept"
-    checkpoints = Checkpoints(folder / subfolder, every=4)
+    checkpoints = Checkpoints(folder / subfolder, interval=4)
     return summarize(
         loop.train(
             module, batches(), mse_to_half_input, training, report, held_out=held_out, checkpoints=checkpoints
@@ -204,7 +204,7 @@ def test_training_resumes_after_a_killed_rank_and_ends_with_the_same_weights(tmp
     assert checkpoint.course["done"] == 8
     completed_steps, finished = run_in_gang(interrupt_twice_and_finish, tmp_path)
     assert completed_steps == [11, 13]
-    expected = train_summary(0, held_out=HeldOut(batches(2), every=5, patience=10))
+    expected = train_summary(0, held_out=HeldOut(batches(2), interval=5, patience=10))
     assert are_close(finished, expected)
     # One rank at stage 0 resumes from the checkpoint that two ranks wrote at stage 2.
     assert are_close(train_until_stopped(tmp_path, 0, 0, interrupt), expected)

@@ -224,7 +224,7 @@ def test_early_stopping_restores_the_weights_of_the_best_held_out_loss(stage: in
     inputs = batches(400)
     training_pairs = [torch.cat([x, x / 2], dim=1) for x in inputs[:20]]
     training_pairs += [torch.cat([x, -x], dim=1) for x in inputs[20:]]
-    held_out = settings.HeldOut([torch.cat([x, x / 2], dim=1) for x in batches(2)], every=5, patience=2)
+    held_out = settings.HeldOut([torch.cat([x, x / 2], dim=1) for x in batches(2)], interval=5, patience=2)
 
     def pair_loss(module: nn.Module, batch: Tensor) -> Tensor:
         x, target = batch.chunk(2, dim=1)
@@ -252,12 +252,12 @@ def test_an_interrupted_training_resumes_and_ends_like_an_uninterrupted_one(
     stage: int, tmp_path: Path
 ) -> None:
     training = Training(1e-2, 12, accumulate=2, zero_stage=stage)
-    held_out = settings.HeldOut(batches(2), every=3, patience=10)
+    held_out = settings.HeldOut(batches(2), interval=3, patience=10)
     uninterrupted = Net()
     expected = loop.train(
         uninterrupted, batches(), mse_to_half_input, training, ignore_progress, held_out=held_out
     )
-    checkpoints = Checkpoints(tmp_path / "checkpoints", every=4)
+    checkpoints = Checkpoints(tmp_path / "checkpoints", interval=4)
     step_numbers: list[int] = []
 
     def interrupt(completed_steps: int) -> None:
@@ -287,7 +287,7 @@ def test_an_interrupted_training_resumes_and_ends_like_an_uninterrupted_one(
 
 
 def test_a_checkpoint_of_another_training_is_refused(tmp_path: Path) -> None:
-    checkpoints = Checkpoints(tmp_path, every=1)
+    checkpoints = Checkpoints(tmp_path, interval=1)
     loop.train(
         Net(), batches(), mse_to_half_input, Training(1e-3, 2), ignore_progress, checkpoints=checkpoints
     )

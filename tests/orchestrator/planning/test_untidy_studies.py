@@ -1,4 +1,4 @@
-"""Study files that cannot mean what they say are refused at once, with file, line and key, and without secrets."""
+"""Study files with values that cannot be meant are refused at once, with file, line and key, and without secrets."""
 
 from __future__ import annotations
 
@@ -63,8 +63,8 @@ def test_a_byte_order_mark_is_no_part_of_a_study(study_file: Path) -> None:
 def test_numbers_that_are_not_finite_are_refused(value: str, key: str, study_file: Path) -> None:
     text = study_file.read_text()
     section = key.partition(":")[0]
-    kept = {name: part for name, part in yaml.safe_load(text).items() if name != section}
-    study_file.write_text(yaml.safe_dump(kept, sort_keys=False) + key % value + "\n")
+    other_sections = {name: part for name, part in yaml.safe_load(text).items() if name != section}
+    study_file.write_text(yaml.safe_dump(other_sections, sort_keys=False) + key % value + "\n")
     (message,) = problems(study_file)
     assert "expected a finite number" in message
 

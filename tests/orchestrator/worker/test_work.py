@@ -255,8 +255,8 @@ def test_a_gang_creates_a_model_with_its_missing_lineage_and_only_its_first_rank
     [
         (1, MemoryError("no more"), "out_of_memory"),
         (1, JobInterruptedError("its node goes away"), "preempted"),
-        (1, JobInterruptedError("another rank was interrupted", together=True), None),
-        (0, JobInterruptedError("another rank was interrupted", together=True), "preempted"),
+        (1, JobInterruptedError("another rank was interrupted", on_all_ranks=True), None),
+        (0, JobInterruptedError("another rank was interrupted", on_all_ranks=True), "preempted"),
     ],
 )
 def test_an_error_of_one_rank_fails_the_job_and_an_error_of_all_ranks_is_reported_by_the_first(
