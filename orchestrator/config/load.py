@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,10 +51,8 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Loaded:
     problems: list[Problem] = []
     config = OmegaConf.structured(StudyConfig)
     for key, value in _leaves(content):
-        value_errors = list(value_problems(key, value))
-        problems += value_errors
-        if not value_errors:
-            config = _merged(config, key, value, problems)
+        problems += value_problems(key, value)
+    config = _merged_content(config, content, problems)
     for override in overrides:
         config = _overridden(config, override, locations, problems)
     if not _resolves(config, problems):
@@ -102,6 +101,21 @@ def _overridden(config: Any, override: str, locations: dict[str, str], problems:
         if isinstance(value, dict):
             value = next(iter(value.values()))
     return _merged(config, key, value, problems)
+
+
+def _merged_content(config: Any, content: Mapping[Any, Any], problems: list[Problem]) -> Any:
+    """`config` with the content of a study file. Keys that have a problem keep their defaults.
+
+    A file without problems is merged at once: each merge copies the whole config, which takes 10 ms.
+    """
+    if not problems:
+        with suppress(TypeError, OmegaConfBaseException):
+            return OmegaConf.merge(config, content)
+    wrong = {problem.key for problem in problems}
+    for key, value in _leaves(content):
+        if not any(name == key or name.startswith(f"{key}.") for name in wrong):
+            config = _merged(config, key, value, problems)
+    return config
 
 
 def _merged(config: Any, key: str, value: Any, problems: list[Problem]) -> Any:
